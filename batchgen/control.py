@@ -1,0 +1,104 @@
+"""What a run says of itself while it runs, and what others may ask of it: two small objects in the output folder.
+
+`status.json` is rewritten every few seconds by the driver, with the leases that are open: after the driver's death it
+is all that is known of their batches. `cancel-N.json` asks the run of epoch N to drain and stop; it means nothing to any
+other run.
+"""
+
+import contextlib
+import dataclasses
+import json
+import time
+from typing import Any
+
+from batchgen.dispatch import Dispatcher, Progress
+from batchgen.driver_lease import is_dead_here, read_holder
+from batchgen.errors import OutputError, StorageError
+from batchgen.manifest import read_json, write_json
+from batchgen.records import BatchStats
+from batchgen.stats import make_lost_stats
+from batchgen.storage import Storage
+from batchgen.view import format_line
+from batchgen.work_queue import LostLease
+from batchgen.write import stats_from_json, stats_to_json
+
+STATUS = "_batchgen/status.json"
+
+
+def make_cancel_path(epoch: int) -> str:
+    return f"_batchgen/cancel-{epoch:09d}.json"
+
+
+class StatusWriter:
+    """Rewrites the status object at most every `interval_s` seconds."""
+
+    def __init__(self, storage: Storage, epoch: int, interval_s: float) -> None:
+        self._storage, self._epoch, self._interval_s = storage, epoch, interval_s
+        self._next = 0.0
+
+    def update(self, dispatcher: Dispatcher, *, state: str = "running", message: str | None = None) -> None:
+        """`state`: running, stopped, finished. A store that fails now is tried again at the next turn."""
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + self._interval_s
+        open_leases = dispatcher.queue.list_open() if state == "running" else []
+        lost = [stats for stats in dispatcher.batches.values() if stats.outcome == "lost"]
+        fields = {
+            "epoch": self._epoch,
+            "state": state,
+            "message": message,
+            "updated_at": time.time(),
+            "progress": dataclasses.asdict(dispatcher.make_progress()),
+            "lost_batches": [stats_to_json(stats) for stats in (*lost, *make_open_stats(open_leases, now))],
+        }
+        with contextlib.suppress(StorageError):
+            write_json(self._storage, STATUS, fields)
+
+
+def read_status(storage: Storage) -> dict[str, Any] | None:
+    return read_json(storage, STATUS)
+
+
+def read_lost_batches(storage: Storage) -> list[BatchStats]:
+    """Batches that the last run lost or left open, as it said last."""
+    status = read_status(storage)
+    return [stats_from_json(fields) for fields in status["lost_batches"]] if status else []
+
+
+def make_open_stats(open_leases: list[LostLease], now: float) -> list[BatchStats]:
+    """Open leases as the lost batches they will be if the driver dies now. Their wall time is not known then."""
+    return [
+        make_lost_stats(lost.lease.batch_id, started_at=time.time() - (now - lost.started_at)) for lost in open_leases
+    ]
+
+
+def request_cancel(storage: Storage) -> int:
+    """Ask the run that holds the folder to stop; its epoch. Raises OutputError when none is running."""
+    holder = read_holder(storage)
+    if holder is None or holder.has_ended or is_dead_here(holder):
+        raise OutputError(f"{storage.root}: no run is working on it; nothing to cancel")
+    storage.put(make_cancel_path(holder.epoch), json.dumps({"requested_at": time.time()}).encode())
+    return holder.epoch
+
+
+def is_cancel_requested(storage: Storage, epoch: int) -> bool:
+    """Did somebody ask this run to stop? A store that doesn't answer now is asked again at the next renewal."""
+    try:
+        return storage.info(make_cancel_path(epoch)) is not None
+    except StorageError:
+        return False
+
+
+def describe_status(storage: Storage, status: dict[str, Any]) -> list[str]:
+    """The status as lines for people: is the run alive, and how far did it get."""
+    holder = read_holder(storage)
+    is_gone = holder is None or holder.has_ended or is_dead_here(holder)
+    age_s = time.time() - status["updated_at"]
+    state = "ended without a word" if is_gone and status["state"] == "running" else status["state"]
+    progress = Progress(**status["progress"])
+    first = f"{state}, epoch {status['epoch']}, {age_s:.0f} s ago" + (
+        f": {status['message']}" if status["message"] else ""
+    )
+    who = [] if holder is None or is_gone else [f"held by {holder.describe()}"]
+    return [first, *who, format_line(progress)]

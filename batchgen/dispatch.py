@@ -1,0 +1,314 @@
+"""The one loop that carries decisions out: ask the queue, feed the pool, tell the queue.
+
+It moves descriptors only; rows go between store and workers. It renews the driver's lease and looks for a request to
+cancel at every renewal, keeps the journal's index and deletes segments that nobody needs, and collects what every batch
+did. It ends when all shards are done, or by a RunStopped; then what is finished is in the journal.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from batchgen import journal
+from batchgen.build import build_id
+from batchgen.driver_lease import DriverLease
+from batchgen.errors import Cancelled, NoWorkers, RunStopped, StorageError
+from batchgen.manifest import CommittedShard, add_batches
+from batchgen.records import (
+    BatchStats,
+    Heartbeat,
+    JournalFlushed,
+    Lease,
+    PoolEvent,
+    ShardCommitted,
+    ShardFailed,
+    WorkerInfo,
+    WorkerLost,
+    WorkerStarted,
+    WorkerStartFailed,
+    make_data_path,
+)
+from batchgen.scaling import Facts, choose_num_to_start
+from batchgen.spec import JobSpec
+from batchgen.stats import make_lost_stats
+from batchgen.storage import FileInfo, Storage
+from batchgen.work_queue import LostLease, WorkQueue
+
+POLL_S = 0.5
+
+
+class WorkerPool(Protocol):
+    """Workers somewhere else. Calls return at once; what came of them arrives as events, in order for each worker.
+
+    A worker may be lost at any time, with everything it had not journaled; `WorkerLost` or `WorkerStartFailed` is then
+    its last event. `kill` of an unknown worker is a no-op.
+    """
+
+    def start_worker(self, worker_id: str) -> None: ...
+
+    def assign(self, lease: Lease) -> None: ...
+
+    def kill(self, worker_id: str) -> None:
+        """End the worker without mercy; no event follows."""
+        ...
+
+    def poll(self, timeout_s: float) -> list[PoolEvent]:
+        """Events of all workers: at once where there are some, else after at most this long."""
+        ...
+
+    def drain(self, timeout_s: float) -> list[PoolEvent]:
+        """All workers stop sending, finish what they can in this time, and journal it."""
+        ...
+
+    def close(self) -> None:
+        """End all workers. Twice is a no-op."""
+        ...
+
+
+@dataclass(slots=True)
+class Progress:
+    """What a view or the status object shows of a run. Rows are input rows, tokens completion tokens."""
+
+    num_rows: int
+    num_shards: int
+    num_shards_done: int
+    num_rows_done: int
+    num_rows_error: int
+    num_rows_done_before: int
+    num_tokens: int
+    num_workers: int
+    num_starting: int
+    num_inflight: int
+    window: int
+    num_lost: int
+    elapsed_s: float
+
+
+@dataclass(slots=True)
+class Dispatcher:
+    """One run's loop. `is_cancelled` is asked at every lease renewal, `should_stop` (a signal) at every turn;
+    `on_progress` at every turn."""
+
+    spec: JobSpec
+    storage: Storage
+    queue: WorkQueue
+    pool: WorkerPool
+    lease: DriverLease
+    index: journal.JournalIndex
+    num_rows: int
+    num_rows_done_before: int
+    is_cancelled: Callable[[], bool]
+    should_stop: Callable[[], bool]
+    on_progress: Callable[[Progress], None]
+    on_warning: Callable[[str], None]
+    clock: Callable[[], float] = time.monotonic
+    batches: dict[str, BatchStats] = field(default_factory=dict)
+    committed: dict[int, CommittedShard] = field(default_factory=dict)
+    _starting: dict[str, float] = field(default_factory=dict)
+    _workers: dict[str, WorkerInfo] = field(default_factory=dict)
+    _beats: dict[str, Heartbeat] = field(default_factory=dict)
+    _tokens_before: int = 0
+    _num_rows_committed: int = 0
+    _num_errors_committed: int = 0
+    _num_workers_made: int = 0
+    _num_start_failures: int = 0
+    _first_start_failure: str = ""
+    _startups: list[float] = field(default_factory=list)
+    _num_lost: int = 0
+    _started: float = 0.0
+    _ready_worker_s: float = 0.0
+    _turned_at: float = 0.0
+    _renew_at: float = 0.0
+
+    def run(self) -> None:
+        """Until all shards are committed. Raises RunStopped; after LeaseLost don't drain: others own the folder."""
+        self._started = self._turned_at = self.clock()
+        while not self.queue.is_done:
+            self._renew()
+            self._scale()
+            while (lease := self.queue.lease_next(self.clock())) is not None:
+                self.pool.assign(replace(lease, journal=self.index.get(lease.shard.number)))
+            for event in self.pool.poll(POLL_S):
+                self._handle(event)
+            self._give_up_silent()
+            self._check_hopeless()
+            self.on_progress(self.make_progress())
+
+    def drain(self, timeout_s: float) -> None:
+        """After a RunStopped: let workers journal, and take in what they still committed."""
+        for event in self.pool.drain(timeout_s):
+            if isinstance(event, JournalFlushed | ShardCommitted):
+                self._handle(event)
+        for lost in self.queue.list_open():
+            self._note_lost(replace(lost, ended_at=self.clock()))
+
+    # ---- one turn ----------------------------------------------------------------------------------------------------
+
+    def _renew(self) -> None:
+        if self.should_stop():
+            raise Cancelled("stopped by a signal")
+        if self.clock() < self._renew_at:
+            return
+        self._renew_at = self.clock() + self.lease.renew_interval_s
+        self.lease.renew()
+        if self.is_cancelled():
+            raise Cancelled("cancelled by: batchgen cancel")
+
+    def _scale(self) -> None:
+        now = self.clock()
+        self._ready_worker_s += len(self._workers) * (now - self._turned_at)
+        self._turned_at = now
+        for _ in range(choose_num_to_start(self._make_facts(), self.spec.cluster)):
+            self._num_workers_made += 1
+            worker_id = f"worker-{self._num_workers_made:04d}"
+            self._starting[worker_id] = now
+            self.pool.start_worker(worker_id)
+
+    def _make_facts(self) -> Facts:
+        done = self.make_progress()
+        fresh = done.num_rows_done - self.num_rows_done_before
+        return Facts(
+            num_ready=len(self._workers),
+            num_starting=len(self._starting),
+            num_shards_waiting=self.queue.num_waiting,
+            num_rows_left=self.num_rows - done.num_rows_done,
+            rows_per_s=fresh / self._ready_worker_s if fresh > 0 and self._ready_worker_s > 0 else None,
+            startup_s=sum(self._startups) / len(self._startups) if self._startups else None,
+        )
+
+    def _give_up_silent(self) -> None:
+        now, limit = self.clock(), self.spec.cluster.start_timeout_s
+        for worker_id in [worker_id for worker_id, since in self._starting.items() if now - since > limit]:
+            self.pool.kill(worker_id)
+            self._lose(worker_id, f"not up after {limit:g} s (cluster.start_timeout_s); has the cluster room for it?")
+        for worker_id, reason in self.queue.list_silent(self.clock()):
+            self.pool.kill(worker_id)
+            self._lose(worker_id, reason)
+
+    def _check_hopeless(self) -> None:
+        if (found := self.queue.find_hopeless()) is not None:
+            number, reason = found
+            raise RunStopped(f"shard-{number:09d} failed {self.spec.retry.max_shard_attempts} times: {reason}")
+
+    # ---- events ------------------------------------------------------------------------------------------------------
+
+    def _handle(self, event: PoolEvent) -> None:
+        match event:
+            case Heartbeat():
+                self._beats[event.worker_id] = event
+                self.queue.renew(event, self.clock())
+            case WorkerStarted(info):
+                self._greet(info)
+            case WorkerStartFailed(worker_id, reason):
+                self._count_start_failure(worker_id, reason)
+            case WorkerLost(worker_id, reason):
+                self._lose(worker_id, reason)
+            case JournalFlushed(_, refs):
+                self._delete(self.index.add(dict(refs)))
+            case ShardCommitted():
+                self._commit(event)
+            case ShardFailed():
+                self._fail(event)
+
+    def _greet(self, info: WorkerInfo) -> None:
+        started = self._starting.pop(info.worker_id, None)
+        if started is None:
+            return  # was given up while it started
+        if info.build != build_id():
+            self.pool.kill(info.worker_id)
+            raise RunStopped(
+                f"{info.worker_id} on {info.node} runs batchgen {info.build}, the driver {build_id()}; "
+                "install the same build on all nodes, or submit with --working-dir ."
+            )
+        self._num_start_failures = 0
+        self._startups.append(self.clock() - started)
+        self._workers[info.worker_id] = info
+        self.queue.add_worker(info, self.clock())
+
+    def _count_start_failure(self, worker_id: str, reason: str) -> None:
+        self._starting.pop(worker_id, None)
+        self._num_start_failures += 1
+        self._first_start_failure = self._first_start_failure or reason
+        self.on_warning(f"{worker_id} failed to start: {reason}")
+        if self._num_start_failures >= self.spec.retry.max_start_failures:
+            raise NoWorkers(f"{self._num_start_failures} workers in a row failed to start: {self._first_start_failure}")
+
+    def _lose(self, worker_id: str, reason: str) -> None:
+        if self._starting.pop(worker_id, None) is not None:
+            self._count_start_failure(worker_id, reason)
+            return
+        if self._workers.pop(worker_id, None) is None:
+            return
+        self._num_lost += 1
+        self.on_warning(f"{worker_id} was lost: {reason}")
+        if (beat := self._beats.pop(worker_id, None)) is not None:
+            self._tokens_before += beat.total_tokens
+        for lost in self.queue.lose(worker_id, self.clock(), reason):
+            self._note_lost(lost)
+        self._find_segments(worker_id)
+
+    def _find_segments(self, worker_id: str) -> None:
+        """A segment may have been written whose news died with the worker."""
+        prefix = journal.make_worker_prefix(self.lease.epoch, worker_id)
+        paths = [path for path in journal.list_segments(self.storage) if path.startswith(prefix)]
+        new = [path for path in paths if not self.index.knows(path)]
+        for refs in journal.read_indexes(self.storage, new, self.spec.fingerprint()):
+            self._delete(self.index.add(refs))
+
+    def _note_lost(self, lost: LostLease) -> None:
+        now, wall = self.clock(), time.time()
+        stats = make_lost_stats(
+            lost.lease.batch_id,
+            info=self._workers.get(lost.lease.worker_id),
+            started_at=wall - (now - lost.started_at),
+            wall_s=lost.ended_at - lost.started_at,
+        )
+        add_batches(self.batches, [stats])
+
+    def _commit(self, event: ShardCommitted) -> None:
+        self.batches.pop(event.batch_id, None)  # the end of a batch says more than what was noted while it ran
+        add_batches(self.batches, [event.stats, *event.footer.batches])
+        number = event.footer.shard
+        if self.queue.complete(event.worker_id, event.batch_id, number):
+            info = FileInfo(make_data_path(number), event.num_bytes, event.version)
+            self.committed[number] = CommittedShard(info, event.footer)
+            self._num_rows_committed += event.footer.num_rows_ok + event.footer.num_rows_error
+            self._num_errors_committed += event.footer.num_rows_error
+            self._delete(self.index.complete(number))
+
+    def _fail(self, event: ShardFailed) -> None:
+        if event.is_fatal:
+            raise RunStopped(event.reason)
+        lost = self.queue.fail(event.worker_id, event.batch_id, self.clock(), event.reason)
+        if lost is not None:
+            self.on_warning(f"{event.batch_id} on {event.worker_id}: {event.reason}")
+            self._note_lost(lost)
+
+    def _delete(self, paths: list[str]) -> None:
+        """Segments of committed shards. One that stays costs a few bytes until the next run clears it."""
+        try:
+            self.storage.delete_many(paths)
+        except StorageError as error:
+            self.on_warning(f"journal segments were not deleted: {error}")
+
+    # ---- what it knows -----------------------------------------------------------------------------------------------
+
+    def make_progress(self) -> Progress:
+        n = self.spec.sampling.n
+        rows_open, errors_open = self.queue.count_open_rows()
+        return Progress(
+            num_rows=self.num_rows,
+            num_shards=self.queue.num_shards,
+            num_shards_done=self.queue.num_done,
+            num_rows_done=self.num_rows_done_before + self._num_rows_committed // n + rows_open,
+            num_rows_error=self._num_errors_committed + errors_open,
+            num_rows_done_before=self.num_rows_done_before,
+            num_tokens=self._tokens_before + sum(beat.total_tokens for beat in self._beats.values()),
+            num_workers=len(self._workers),
+            num_starting=len(self._starting),
+            num_inflight=sum(beat.num_inflight for beat in self._beats.values()),
+            window=sum(info.window for info in self._workers.values()),
+            num_lost=self._num_lost,
+            elapsed_s=self.clock() - self._started,
+        )

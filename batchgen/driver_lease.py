@@ -1,0 +1,189 @@
+"""One driver an output folder: a lease with an epoch, kept as objects that are only ever created if absent.
+
+Epoch N is the object `_batchgen/lease/N.json`, created exclusively, so two drivers never share an epoch. The holder
+rewrites its own object to renew it and looks for a higher epoch: when there is one it has been taken over. Who wants the
+folder and finds a live holder is refused and told who; a holder that was not renewed for its time to live (or whose
+process is gone from this very host, or that said it ended) is taken over by creating epoch N + 1. Only create-if-absent
+is needed, no conditional replace; clocks are not compared: silence is waited for, on the monotonic clock.
+
+A holder that can't renew by half its time to live stops itself, so that its successor never overlaps it by more than a
+paused process; what such a zombie still commits is a whole shard file that either is first or is dropped.
+"""
+
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from batchgen.errors import AlreadyExists, LeaseHeld, LeaseLost, NotFound, StorageError
+from batchgen.storage import Storage
+
+FOLDER = "_batchgen/lease"
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who holds the folder. `token` is unique to one process, `machine` to one boot of one host (and one container);
+    `beat` counts renewals; times are Unix seconds."""
+
+    epoch: int
+    token: str
+    machine: str
+    host: str
+    pid: int
+    started_at: float
+    beat: int
+    ttl_s: float
+    has_ended: bool = False
+
+    def describe(self) -> str:
+        started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(self.started_at))
+        return f"process {self.pid} on {self.host}, started {started} (epoch {self.epoch})"
+
+
+def make_path(epoch: int) -> str:
+    return f"{FOLDER}/{epoch:09d}.json"
+
+
+def read_holder(storage: Storage) -> Holder | None:
+    """The newest epoch's holder, live or not; None on a folder never used."""
+    found = storage.list_files(FOLDER, suffix=".json")
+    if not found:
+        return None
+    try:
+        return Holder(**json.loads(storage.read_bytes(found[-1].path)))
+    except NotFound:
+        return None
+
+
+def get_machine() -> str:
+    """Tells hosts, their reboots and their containers apart: only within one of them does a process id mean anything."""
+    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    if not boot.exists() or not namespace.exists():
+        return f"{socket.gethostname()}:{uuid.getnode():x}"
+    return f"{boot.read_text().strip()}:{namespace.readlink()}"
+
+
+def is_dead_here(holder: Holder) -> bool:
+    """Was the holder a process of this machine, and is it gone? A process id of another machine says nothing."""
+    if holder.machine != get_machine():
+        return False
+    try:
+        os.kill(holder.pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return _is_zombie(holder.pid)
+
+
+def _is_zombie(pid: int) -> bool:
+    """A killed process whose parent has not reaped it still answers signal 0."""
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+class DriverLease:
+    """Held by one driver. `renew` often (a sixth of the time to live is good); stop at LeaseLost."""
+
+    def __init__(self, storage: Storage, holder: Holder, clock: Callable[[], float]) -> None:
+        self._storage, self._holder, self._clock = storage, holder, clock
+        self._renewed_at = clock()
+
+    @property
+    def epoch(self) -> int:
+        return self._holder.epoch
+
+    @property
+    def renew_interval_s(self) -> float:
+        return self._holder.ttl_s / 6
+
+    def renew(self) -> None:
+        """Raises LeaseLost when another driver took over, or when the store was out of reach for half the lease."""
+        try:
+            self._check_newer()
+            self._write(replace(self._holder, beat=self._holder.beat + 1))
+            self._renewed_at = self._clock()
+        except StorageError as error:
+            if self._clock() - self._renewed_at > self._holder.ttl_s / 2:
+                raise LeaseLost(f"could not renew the lease on {self._storage.root}: {error}") from error
+
+    def release(self) -> None:
+        """The run ended: the next one needs not wait. Does nothing when the lease was lost."""
+        try:
+            self._write(replace(self._holder, has_ended=True))
+        except StorageError:
+            return  # the next driver waits for the time to live instead; nothing is at stake
+
+    def _check_newer(self) -> None:
+        if self._storage.info(make_path(self.epoch + 1)) is not None:
+            raise LeaseLost(f"another driver took {self._storage.root} over (epoch {self.epoch + 1})")
+
+    def _write(self, holder: Holder) -> None:
+        self._storage.put(make_path(holder.epoch), json.dumps(asdict(holder)).encode())
+        self._holder = holder
+
+
+def acquire(
+    storage: Storage,
+    ttl_s: float,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+    on_wait: Callable[[str], None] = lambda _: None,
+) -> DriverLease:
+    """The lease, after waiting out a silent holder. Raises LeaseHeld when the holder is alive."""
+    current = read_holder(storage)
+    while True:
+        if current is not None:
+            _wait_until_silent(storage, current, clock, sleep, on_wait)
+        holder = Holder(
+            epoch=(current.epoch if current else 0) + 1,
+            token=uuid.uuid4().hex,
+            machine=get_machine(),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            started_at=time.time(),
+            beat=0,
+            ttl_s=ttl_s,
+        )
+        if _create(storage, holder):
+            return DriverLease(storage, holder, clock)
+        current = read_holder(storage)
+
+
+def _create(storage: Storage, holder: Holder) -> bool:
+    """Did we win this epoch? After a lost reply the object that is there may be our own."""
+    path = make_path(holder.epoch)
+    try:
+        storage.create(path, json.dumps(asdict(holder)).encode())
+    except AlreadyExists:
+        return bool(json.loads(storage.read_bytes(path))["token"] == holder.token)
+    return True
+
+
+def _wait_until_silent(
+    storage: Storage,
+    holder: Holder,
+    clock: Callable[[], float],
+    sleep: Callable[[float], None],
+    on_wait: Callable[[str], None],
+) -> None:
+    if holder.has_ended or is_dead_here(holder):
+        return
+    on_wait(f"the folder was last held by {holder.describe()}; waiting up to {holder.ttl_s:g} s for a sign of life")
+    give_up_at = clock() + holder.ttl_s
+    while clock() < give_up_at:
+        sleep(min(1.0, holder.ttl_s / 6))
+        latest = read_holder(storage)
+        if latest is None or latest.has_ended or is_dead_here(latest):
+            return
+        if (latest.epoch, latest.beat) != (holder.epoch, holder.beat):
+            raise LeaseHeld(
+                f"{storage.root}: another run is working on it: {latest.describe()}; "
+                f"wait for it, or stop it with: batchgen cancel {storage.root}"
+            )

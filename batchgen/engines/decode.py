@@ -1,0 +1,191 @@
+"""The batched decode loop: prompts in, tokens out, over any Hugging Face causal LM. Imports torch and nothing of
+transformers; knows no thread, queue or clock, and belongs to one thread.
+
+`DecodeBatch` holds the rows that are decoded together, left-padded. `admit` prefills rows and lets them join what is
+running; `step` gives each row one more token. Both return the rows that ended, which have left the batch.
+
+Invariants: the cache is as wide as the mask, and the mask as the longest live row; a row's tokens come from its own
+logits and its own random generator, so its neighbours decide nothing. (Matrix products of another batch size may round
+another way. In float32 on a CPU that was never seen to change a token; bfloat16 on a GPU may.)
+"""
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from batchgen.engines.sampling import Decode, Row, accept
+
+# Attention scores of one prefill (rows x length x length) that may exist at a time: 16 rows of 1024 tokens.
+MAX_PREFILL_SCORES = 1 << 24
+# A newcomer waits for at most this many steps when only few slots are free: each prefill stops the others for a step.
+ADMIT_EVERY_STEPS = 8
+# The tensors of a cache layer that rows can be moved in and out of, with the axis that counts tokens.
+CACHE_AXES = {"keys": -2, "values": -2, "indexer_keys": 1}
+
+
+class DecodeBatch:
+    """`decode` turns token ids into text. `can_join`: the model's cache is a plain one, so that rows may join a running
+    batch; else (sliding windows, state spaces) new rows wait until the batch is empty. See `can_join_cache`."""
+
+    def __init__(self, model: Any, decode: Decode, *, max_rows: int, can_join: bool) -> None:
+        self._model = model
+        self._decode = decode
+        self._max_rows = max_rows
+        self._can_join = can_join
+        self._cache: Any = None
+        self._mask: Any = None
+        self._steps_since_admission = 0
+        self.rows: list[Row] = []
+        self.num_tokens = 0
+
+    def pick(self, waiting: deque[Row]) -> list[Row]:
+        """Takes from the front of `waiting` the rows to admit now: none, or one prefill's worth."""
+        group: list[Row] = []
+        longest = 0
+        while waiting and (group or self._is_time_to_admit()) and len(self.rows) + len(group) < self._max_rows:
+            longest = max(longest, len(waiting[0].token_ids))
+            if group and (len(group) + 1) * longest**2 > MAX_PREFILL_SCORES:
+                break
+            row = waiting.popleft()
+            if not row.is_cancelled:
+                group.append(row)
+        return group
+
+    def admit(self, group: list[Row]) -> list[Row]:
+        """Prefills the rows, gives each its first token and takes them in."""
+        width = max(len(row.token_ids) for row in group)
+        ids = [[0] * (width - len(row.token_ids)) + list(row.token_ids) for row in group]
+        mask = [[0] * (width - len(row.token_ids)) + [1] * len(row.token_ids) for row in group]
+        with torch.inference_mode():
+            mask_tensor = self._tensor(mask)
+            logits, cache = forward(self._model, self._tensor(ids), mask_tensor, None)
+            self._accept(group, logits)
+            self._join(group, cache, mask_tensor)
+            self._steps_since_admission = 0
+            return self._drop_done()
+
+    def step(self) -> list[Row]:
+        """One more token for each row. A no-op on an empty batch."""
+        self._steps_since_admission += 1
+        with torch.inference_mode():
+            ended = self._drop_done()  # who was cancelled since the last step
+            if self.rows:
+                ids = self._tensor([[row.out[-1]] for row in self.rows])
+                self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
+                logits, self._cache = forward(self._model, ids, self._mask, self._cache)
+                self._accept(self.rows, logits)
+                ended += self._drop_done()
+            return ended
+
+    def _is_time_to_admit(self) -> bool:
+        if not self.rows:
+            return True
+        num_free = self._max_rows - len(self.rows)
+        return self._can_join and (4 * num_free >= self._max_rows or self._steps_since_admission >= ADMIT_EVERY_STEPS)
+
+    def _tensor(self, values: list[list[int]]) -> Any:
+        return torch.tensor(values, dtype=torch.long, device=self._model.device)
+
+    def _accept(self, rows: list[Row], logits: Any) -> None:
+        num_before = sum(len(row.out) for row in rows)
+        accept(rows, logits.float(), self._decode)
+        self.num_tokens += sum(len(row.out) for row in rows) - num_before
+
+    def _join(self, group: list[Row], cache: Any, mask: Any) -> None:
+        if self.rows:
+            width = max(self._mask.shape[1], mask.shape[1])
+            join_caches(self._cache, cache, width)
+            mask = torch.cat([widen(self._mask, 1, width), widen(mask, 1, width)])
+        else:
+            self._cache = cache
+        self._mask = mask
+        self.rows = self.rows + group
+
+    def _drop_done(self) -> list[Row]:
+        live = [index for index, row in enumerate(self.rows) if not row.is_done]
+        if len(live) == len(self.rows):
+            return []
+        ended = [row for row in self.rows if row.is_done]
+        self.rows = [self.rows[index] for index in live]
+        if not live:
+            self._cache = self._mask = None
+            return ended
+        chosen = torch.tensor(live, device=self._mask.device)
+        self._cache.batch_select_indices(chosen)
+        self._mask = self._mask[chosen]
+        self._trim()
+        return ended
+
+    def _trim(self) -> None:
+        """Cuts the columns that are padding to every row, or the batch would widen for ever while others join it."""
+        excess = self._mask.shape[1] - int(self._mask.sum(-1).max())
+        if excess and self._can_join:
+            self._mask = self._mask[:, excess:]
+            map_cache(self._cache, lambda tensor, axis: tensor.narrow(axis, excess, tensor.shape[axis] - excess))
+
+
+def forward(model: Any, ids: Any, mask: Any, cache: Any) -> tuple[Any, Any]:
+    """Logits of the last position [rows, vocabulary], and the cache. `mask` [rows, cached + new] is 0 on padding."""
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    answer = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return answer.logits[:, -1], answer.past_key_values
+
+
+# ---- the cache -------------------------------------------------------------------------------------------------------
+
+
+def can_join_cache(cache: Any, width: int) -> bool:
+    """Whether every layer of this cache is nothing but tensors we know, `width` tokens wide."""
+    for layer in cache.layers:
+        tensors = {name: value for name, value in vars(layer).items() if torch.is_tensor(value)}
+        if getattr(layer, "is_sliding", False) or not tensors or not tensors.keys() <= CACHE_AXES.keys():
+            return False
+        if any(value.shape[CACHE_AXES[name]] != width for name, value in tensors.items()):
+            return False
+    return True
+
+
+def map_cache(cache: Any, change: Callable[[Any, int], Any]) -> None:
+    """Replaces each tensor of the cache by `change(tensor, axis)`."""
+    for layer in cache.layers:
+        for name, axis in CACHE_AXES.items():
+            if torch.is_tensor(getattr(layer, name, None)):
+                setattr(layer, name, change(getattr(layer, name), axis))
+
+
+def join_caches(cache: Any, other: Any, width: int) -> None:
+    """Appends the rows of `other` to `cache`, both widened to `width`. Zeros, not noise: a masked NaN is still one."""
+    for layer, other_layer in zip(cache.layers, other.layers, strict=True):
+        for name, axis in CACHE_AXES.items():
+            if torch.is_tensor(getattr(layer, name, None)):
+                both = [widen(getattr(each, name), axis, width) for each in (layer, other_layer)]
+                setattr(layer, name, torch.cat(both))
+
+
+def widen(tensor: Any, axis: int, width: int) -> Any:
+    """Zeros put before the tensor's first token, up to `width`."""
+    missing = width - tensor.shape[axis]
+    if not missing:
+        return tensor
+    shape = list(tensor.shape)
+    shape[axis] = missing
+    return torch.cat([tensor.new_zeros(shape), tensor], dim=axis)
+
+
+def probe(model: Any) -> bool:
+    """Runs the model on two tokens. True: rows may join a running batch. AttributeError: its cache can't drop rows."""
+    with torch.inference_mode():
+        ids = torch.zeros((2, 2), dtype=torch.long, device=model.device)
+        _, cache = forward(model, ids, torch.ones_like(ids), None)
+        can_join = can_join_cache(cache, 2)
+        cache.batch_select_indices(torch.tensor([0], device=model.device))
+        return can_join

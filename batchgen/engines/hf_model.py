@@ -1,0 +1,80 @@
+"""Loading a Hugging Face causal LM: weights on their device, and what the checkpoint says of itself.
+
+Every way in which that fails is a SpecError that names the field to change, but for what the machine lacks at that
+moment (memory), which is EngineDied. Torch and transformers are imported by the functions.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from batchgen.engines.hf_tokenizer import resolve_model, unloadable
+from batchgen.errors import EngineDied, SpecError
+from batchgen.spec import ModelSpec, TransformersEngineSpec
+
+
+def load_model(model: ModelSpec, engine: TransformersEngineSpec) -> Any:
+    """The weights on their device, ready to infer."""
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    device = pick_device(engine.device)
+    options: dict[str, Any] = {"dtype": pick_dtype(engine.dtype, device)}
+    if device == "cpu":
+        options["experts_implementation"] = "eager"  # on a CPU the batched kernels were measured 5 to 20 times slower
+    try:
+        with quiet_progress():
+            vendor = AutoModelForCausalLM.from_pretrained(resolve_model(model), revision=model.revision, **options)
+        return vendor.to(device).eval()
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        raise unloadable(model, "weights", error) from error
+    except (RuntimeError, torch.OutOfMemoryError) as error:
+        raise EngineDied(f"loading {model.path} failed: {type(error).__name__}: {str(error)[:300]}") from error
+
+
+def pick_device(device: str) -> str:
+    """The torch device of the spec's word. Raises SpecError when this machine has none such."""
+    import torch
+
+    num_gpus = torch.cuda.device_count()
+    if device == "auto":
+        return "cuda" if num_gpus else "cpu"
+    if device not in {"cpu", "cuda" if num_gpus else "cpu", *(f"cuda:{index}" for index in range(num_gpus))}:
+        raise SpecError(f"engine.device: {device} is not on this machine, where torch sees {num_gpus} GPUs; try 'auto'")
+    return device
+
+
+def pick_dtype(dtype: str, device: str) -> str:
+    return "float32" if dtype == "auto" and device == "cpu" else dtype
+
+
+def find_max_model_len(model: ModelSpec, config: Any) -> int:
+    """Prompt plus completion, tokens: what the spec says, within what the model can."""
+    own: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if own is None and model.max_model_len is None:
+        raise SpecError(f"model.max_model_len: {model.path} does not say its limit; give one")
+    if own is not None and (model.max_model_len or 0) > own:
+        raise SpecError(f"model.max_model_len: {model.max_model_len} is more than the {own} of {model.path}")
+    return model.max_model_len or own or 0
+
+
+def list_eos_ids(model: Any, tokenizer_eos: int | None) -> frozenset[int]:
+    """All end-of-text tokens that the checkpoint names anywhere: chat models often name a second one in one place."""
+    named = [getattr(model.config, "eos_token_id", None), model.generation_config.eos_token_id, tokenizer_eos]
+    ids = [each if isinstance(each, list) else [each] for each in named]
+    return frozenset(token_id for each in ids for token_id in each if token_id is not None)
+
+
+@contextmanager
+def quiet_progress() -> Iterator[None]:
+    """No progress bars in an actor's log."""
+    from transformers.utils import logging as vendor_logging
+
+    was_on = vendor_logging.is_progress_bar_enabled()
+    vendor_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            vendor_logging.enable_progress_bar()

@@ -1,0 +1,168 @@
+"""An engine without a model: continuous batching in real time, seeded lengths, faults on request, every call recorded.
+
+A request waits for a slot, is prefilled (prefills share one rate) and decodes at its slot's own rate. Length and text
+follow from the prompt, the seed and the sample alone, so a rerun repeats them. `call_log` gets one line a call, written
+with O_APPEND in one piece, so that a test can count what was generated again even after SIGKILL. This is product, not
+test scaffolding: users test their own jobs with it.
+"""
+
+import asyncio
+import hashlib
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from batchgen import __version__
+from batchgen.engines.base import Tokenizer
+from batchgen.errors import EngineDied, RequestFailed, RequestRejected
+from batchgen.records import Generation, Request, Usage
+from batchgen.spec import SimulatedEngineSpec
+
+WORDS = ("amber", "brook", "cedar", "delta", "ember", "fjord", "grove", "heath", "inlet", "jetty", "knoll", "larch")
+STEPS_PER_ANSWER = 20
+
+
+class ByteTokenizer:
+    """One token a UTF-8 byte. Enough for lengths, budgets and templates."""
+
+    vocab_size = 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def encode_chat(self, messages: Sequence[dict[str, Any]], *, thinking: bool) -> list[int]:
+        return self.encode(self.render_chat(messages, thinking=thinking))
+
+    def render_chat(self, messages: Sequence[dict[str, Any]], *, thinking: bool) -> str:
+        turns = [f"<{message['role']}>{message.get('content') or ''}" for message in messages]
+        return "\n".join([*turns, "<assistant>" + ("<think>" if thinking else "")])
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return bytes(token_ids).decode(errors="replace")
+
+
+class SimulatedEngine:
+    """See the module. `kill` makes it die as a real one would: everything in flight and all later calls fail."""
+
+    kind = "simulated"
+    version = __version__
+
+    def __init__(self, spec: SimulatedEngineSpec) -> None:
+        self._spec = spec
+        self.tokenizer: Tokenizer = ByteTokenizer()
+        self.max_model_len = spec.max_model_len
+        self.total_tokens = 0
+        self._log_fd: int | None = None
+        self._death: asyncio.Future[None] | None = None
+
+    async def open(self) -> None:
+        await asyncio.sleep(self._spec.startup_s)
+        self._slots = asyncio.Semaphore(self._spec.slots)
+        self._prefill = asyncio.Lock()
+        self._death = asyncio.get_running_loop().create_future()
+        if self._spec.call_log is not None:
+            folder = Path(self._spec.call_log)
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"calls-{os.getpid()}.jsonl"
+            self._log_fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def kill(self, reason: str) -> None:
+        if self._death is not None and not self._death.done():
+            self._death.set_exception(EngineDied(reason))
+            self._death.exception()  # marks it retrieved: nobody may be waiting just now
+
+    async def generate(self, request: Request) -> Generation:
+        if self._death is None:
+            raise EngineDied("the simulated engine is not open")
+        self._record(request)
+        self._check(request)
+        if not self._spec.has_latency and not self._death.done():
+            return self._answer(request, queued_s=0.0, ttft_s=0.0)
+        work = asyncio.ensure_future(self._work(request))
+        try:
+            waited: list[asyncio.Future[Any]] = [work, self._death]
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if not work.done():
+                work.cancel()
+        if self._death.done():
+            self._death.result()
+        return work.result()
+
+    async def close(self) -> None:
+        if self._log_fd is not None:
+            os.close(self._log_fd)
+            self._log_fd = None
+
+    async def _work(self, request: Request) -> Generation:
+        started = time.monotonic()
+        async with self._slots:
+            queued_s = time.monotonic() - started
+            async with self._prefill:
+                await asyncio.sleep(len(request.token_ids) / self._spec.prefill_tokens_per_s)
+            ttft_s = time.monotonic() - started
+            num_tokens = self._choose_length(request)
+            for step in range(STEPS_PER_ANSWER):
+                await asyncio.sleep(num_tokens / self._spec.decode_tokens_per_s / STEPS_PER_ANSWER)
+                self.total_tokens += num_tokens // STEPS_PER_ANSWER if step else num_tokens % STEPS_PER_ANSWER
+            return self._answer(request, queued_s=queued_s, ttft_s=ttft_s)
+
+    def _check(self, request: Request) -> None:
+        reject = self._spec.reject_text
+        if reject is not None and reject.encode() in bytes(token & 255 for token in request.token_ids):
+            raise RequestRejected("rejected", "the simulated engine refuses this prompt (engine.reject_text)")
+        if request.attempt == 1 and self._random(request, "failure").random() < self._spec.failure_rate:
+            raise RequestFailed("engine_error", "the simulated engine failed on purpose (engine.failure_rate)")
+
+    def _random(self, request: Request, purpose: str) -> random.Random:
+        """The same prompt, seed and sample always draw the same numbers, whatever else runs."""
+        row = request.row_id
+        text = f"{purpose}\0{request.sampling.seed}\0{row.source_file}\0{row.source_row}\0{row.sample_index}"
+        digest = hashlib.blake2b(text.encode(), digest_size=8)
+        digest.update(bytes(token & 255 for token in request.token_ids))
+        return random.Random(digest.digest())
+
+    def _choose_length(self, request: Request) -> int:
+        sigma = self._spec.sigma
+        draw = self._random(request, "length").lognormvariate(0.0, sigma) if sigma else 1.0
+        wanted = self._spec.mean_tokens * draw / math.exp(sigma * sigma / 2)
+        return max(1, min(round(wanted), request.sampling.max_tokens))
+
+    def _answer(self, request: Request, *, queued_s: float, ttft_s: float) -> Generation:
+        num_tokens = self._choose_length(request)
+        if not self._spec.has_latency:
+            self.total_tokens += num_tokens
+        words = self._random(request, "text")
+        text = " ".join(words.choice(WORDS) for _ in range(max(1, num_tokens // 6)))
+        is_cut = num_tokens == request.sampling.max_tokens
+        thought = "considering</think>" if request.sampling.thinking else ""
+        return Generation(
+            text=thought + text,
+            token_ids=tuple(text.encode()[:num_tokens]),
+            finish_reason="length" if is_cut else "stop",
+            usage=Usage(prompt_tokens=len(request.token_ids), completion_tokens=num_tokens, cached_tokens=0),
+            queued_s=queued_s,
+            ttft_s=ttft_s,
+        )
+
+    def _record(self, request: Request) -> None:
+        if self._log_fd is None:
+            return
+        row = request.row_id
+        fields = [row.source_file, row.source_row, row.sample_index, request.attempt, round(time.time(), 3)]
+        os.write(self._log_fd, (json.dumps(fields) + "\n").encode())
+
+
+def read_calls(call_log: str) -> list[tuple[str, int, int, int]]:
+    """(source_file, source_row, sample_index, attempt) of every call recorded by all processes, in file order."""
+    calls = []
+    for path in sorted(Path(call_log).glob("calls-*.jsonl")):
+        for line in path.read_text().splitlines():
+            fields = json.loads(line)
+            calls.append((fields[0], fields[1], fields[2], fields[3]))
+    return calls

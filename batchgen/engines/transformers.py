@@ -1,0 +1,229 @@
+"""The engine for any Hugging Face causal LM on this machine: a laptop's CPU, or one GPU.
+
+One thread owns the model. It takes waiting requests in between steps, decodes them together (see `decode`) and answers
+each through the event loop it came from. Torch and transformers are imported by `open`.
+
+Invariants: every request is answered once, or its caller is gone; when the thread ends, for whatever reason, all in
+flight get EngineDied and so does every later call. Tokens count as OpenAI counts them: `completion_tokens` includes the
+end-of-text token, `token_ids` does not.
+"""
+
+import asyncio
+import contextlib
+import importlib.util
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from batchgen.engines.base import Tokenizer
+from batchgen.engines.hf_model import find_max_model_len, list_eos_ids, load_model
+from batchgen.engines.hf_tokenizer import HFTokenizer
+from batchgen.errors import BatchgenError, EngineDied, RequestFailed, RequestRejected, SpecError
+from batchgen.records import Generation, Request, Usage
+from batchgen.spec import ModelSpec, TransformersEngineSpec
+
+if TYPE_CHECKING:
+    from batchgen.engines.decode import DecodeBatch
+    from batchgen.engines.sampling import Decode, Row
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A request on its way through the thread, and whom to tell. Times are of the monotonic clock."""
+
+    request: Request
+    row: "Row"
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future[Generation]
+    arrived_at: float
+    admitted_at: float = 0.0
+    first_token_at: float = 0.0
+
+
+class TransformersEngine:
+    """As the `Engine` protocol. `tokenizer` and `max_model_len` are there once `open` has returned."""
+
+    kind = "transformers"
+    tokenizer: Tokenizer
+    max_model_len: int
+
+    def __init__(self, model: ModelSpec, engine: TransformersEngineSpec) -> None:
+        self.version = version("transformers")
+        self.total_tokens = 0
+        self._model_spec = model
+        self._spec = engine
+        self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._jobs: dict[Row, Job] = {}
+        self._lock = threading.Lock()  # over _jobs and _death: nothing comes in after the last answer went out
+        self._death: str | None = "it was not opened"
+        self._thread: threading.Thread | None = None
+
+    async def open(self) -> None:
+        """Raises SpecError for a model or a device that can't be had here, EngineDied when loading fails."""
+        if importlib.util.find_spec("torch") is None:
+            raise SpecError("engine.kind: 'transformers' needs torch: pip install 'batchgen[local]'")
+        await asyncio.to_thread(self._load)
+        self._death = None
+        self._thread = threading.Thread(target=self._run, name="batchgen-decode", daemon=True)
+        self._thread.start()
+
+    async def generate(self, request: Request) -> Generation:
+        self._check_alive()
+        job = self._make_job(request)
+        with self._lock:
+            self._check_alive()
+            self._jobs[job.row] = job
+        self._inbox.put(job)
+        try:
+            return await job.future
+        finally:
+            job.row.is_cancelled = True  # of no effect on a row that has ended
+            with self._lock:
+                self._jobs.pop(job.row, None)
+
+    async def close(self) -> None:
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._inbox.put(None)
+            await asyncio.to_thread(thread.join)
+            del self._batch  # the weights and the cache
+
+    # ---- on the event loop -------------------------------------------------------------------------------------------
+
+    def _check_alive(self) -> None:
+        if self._death is not None:
+            raise EngineDied(self._death)
+
+    def _make_job(self, request: Request) -> Job:
+        from batchgen.engines.sampling import make_row
+
+        room = self.max_model_len - len(request.token_ids)
+        if room < 1:
+            raise RequestRejected(
+                "prompt_too_long",
+                f"the prompt has {len(request.token_ids)} tokens; with one to generate, {self.max_model_len} fit",
+            )
+        if not request.token_ids or not all(0 <= token_id < self._vocab_size for token_id in request.token_ids):
+            raise RequestRejected("bad_token_ids", f"token ids must be given and lie in 0 .. {self._vocab_size - 1}")
+        row = make_row(request.token_ids, request.sampling, min(request.sampling.max_tokens, room), self._eos_ids)
+        loop = asyncio.get_running_loop()
+        return Job(request, row, loop, loop.create_future(), time.monotonic())
+
+    # ---- in a thread -------------------------------------------------------------------------------------------------
+
+    def _load(self) -> None:
+        tokenizer = HFTokenizer(self._model_spec)
+        model = load_model(self._model_spec, self._spec)
+        self.tokenizer = tokenizer
+        self.max_model_len = find_max_model_len(self._model_spec, model.config)
+        self._vocab_size: int = model.get_input_embeddings().num_embeddings
+        self._eos_ids = list_eos_ids(model, tokenizer.eos_id)
+        self._batch: DecodeBatch = make_batch(self._model_spec, self._spec, model, tokenizer.decode)
+
+    def _run(self) -> None:
+        """The thread. Whatever ends it, nobody is left waiting."""
+        import torch
+
+        reason = "the decode thread broke: a bug of batchgen, see its traceback"
+        waiting: deque[Row] = deque()
+        try:
+            torch.set_num_threads(self._spec.num_threads)
+            while self._take(waiting):
+                self._turn(waiting)
+            reason = "the engine was closed"
+        # Torch raises RuntimeError for all that goes wrong in a kernel, out of memory included; nothing can be said
+        # of the cache after it.
+        except RuntimeError as error:
+            reason = f"the decode thread ended: {type(error).__name__}: {str(error).splitlines()[0][:300]}"
+            log.error("%s", reason)
+        finally:
+            self._die(reason)
+
+    def _take(self, waiting: "deque[Row]") -> bool:
+        """Moves what has come in to `waiting`; blocks only while there is nothing else to do. False: close."""
+        is_idle = not waiting and not self._batch.rows
+        while is_idle or not self._inbox.empty():
+            job = self._inbox.get()
+            if job is None:
+                return False
+            waiting.append(job.row)
+            is_idle = False
+        return True
+
+    def _turn(self, waiting: "deque[Row]") -> None:
+        """One prefill of newcomers, or one step for all."""
+        started_at = time.monotonic()
+        group = self._batch.pick(waiting)
+        ended = self._batch.admit(group) if group else self._batch.step()
+        self.total_tokens = self._batch.num_tokens
+        now = time.monotonic()
+        for job in self._list_jobs(group):
+            job.admitted_at, job.first_token_at = started_at, now
+        for job in self._list_jobs(ended):
+            answer(job, make_answer(job))
+
+    def _list_jobs(self, rows: "list[Row]") -> list[Job]:
+        """Those of the rows that somebody still waits for."""
+        with self._lock:
+            return [self._jobs[row] for row in rows if row in self._jobs]
+
+    def _die(self, reason: str) -> None:
+        with self._lock:
+            self._death = reason
+            jobs = list(self._jobs.values())
+        for job in jobs:
+            answer(job, EngineDied(reason))
+
+
+def make_batch(model_spec: ModelSpec, engine: TransformersEngineSpec, model: Any, decode: "Decode") -> "DecodeBatch":
+    """An empty batch, after a first forward pass has shown that this model's cache is one we can work with."""
+    from batchgen.engines.decode import DecodeBatch, probe
+
+    try:
+        can_join = probe(model)
+    # A model that takes other arguments, or whose cache is no `Cache`.
+    except (TypeError, AttributeError) as error:
+        raise SpecError(
+            f"model.path: {model_spec.path} keeps its state in a way that engine.kind 'transformers' can't batch "
+            f"({type(error).__name__}); choose a model with an attention cache"
+        ) from error
+    return DecodeBatch(model, decode, max_rows=engine.max_batch_size, can_join=can_join)
+
+
+def make_answer(job: Job) -> "Generation | BatchgenError":
+    row = job.row
+    if row.finish_reason is None:
+        return RequestFailed("cancelled", "the request was cancelled")
+    if row.finish_reason == "failed":
+        return RequestFailed("bad_logits", "the model's output was not finite")
+    return Generation(
+        text=row.text,
+        token_ids=tuple(row.kept),
+        finish_reason=row.finish_reason,
+        usage=Usage(len(row.token_ids), len(row.out), 0),
+        ttft_s=job.first_token_at - job.arrived_at,
+        queued_s=job.admitted_at - job.arrived_at,
+        logprobs=tuple(row.logprobs) if row.sampling.logprobs is not None else None,
+    )
+
+
+def answer(job: Job, value: "Generation | BatchgenError") -> None:
+    """Hands the value to the caller's loop. A loop that is closed has no caller left."""
+    with contextlib.suppress(RuntimeError):
+        job.loop.call_soon_threadsafe(settle, job.future, value)
+
+
+def settle(future: asyncio.Future[Generation], value: "Generation | BatchgenError") -> None:
+    if future.done():  # cancelled meanwhile
+        return
+    if isinstance(value, BatchgenError):
+        future.set_exception(value)
+    else:
+        future.set_result(value)

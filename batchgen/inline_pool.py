@@ -1,0 +1,102 @@
+"""Workers as threads of this process, each with its own event loop: no Ray, no start-up. For small jobs and tests."""
+
+import asyncio
+import queue
+import socket
+import threading
+from dataclasses import replace
+
+from batchgen.errors import EngineDied
+from batchgen.records import Lease, PoolEvent, WorkerLost, WorkerStarted, WorkerStartFailed
+from batchgen.worker import Worker, WorkerSetup, open_worker
+
+POLL_S = 0.2
+
+
+class InlinePool:
+    """A `WorkerPool`. `setup.worker_id` is replaced for each worker."""
+
+    def __init__(self, setup: WorkerSetup) -> None:
+        self._setup = setup
+        self._events: queue.SimpleQueue[PoolEvent] = queue.SimpleQueue()
+        self._threads: dict[str, _WorkerThread] = {}
+
+    def start_worker(self, worker_id: str) -> None:
+        self._threads[worker_id] = _WorkerThread(replace(self._setup, worker_id=worker_id), self._events)
+
+    def assign(self, lease: Lease) -> None:
+        self._threads[lease.worker_id].assign(lease)
+
+    def kill(self, worker_id: str) -> None:
+        if (thread := self._threads.pop(worker_id, None)) is not None:
+            thread.stop()
+
+    def poll(self, timeout_s: float) -> list[PoolEvent]:
+        try:
+            events = [self._events.get(timeout=timeout_s)]
+        except queue.Empty:
+            return []
+        while not self._events.empty():
+            events.append(self._events.get())
+        return events
+
+    def drain(self, timeout_s: float) -> list[PoolEvent]:
+        for thread in self._threads.values():
+            thread.stop(drain_s=timeout_s)
+        self.close()
+        return self.poll(0.0)
+
+    def close(self) -> None:
+        for thread in self._threads.values():
+            thread.stop()
+        for thread in self._threads.values():
+            thread.join()
+        self._threads.clear()
+
+
+class _WorkerThread:
+    """One worker's thread. Every call is safe at any time, also before the engine is up and after it ended."""
+
+    def __init__(self, setup: WorkerSetup, events: "queue.SimpleQueue[PoolEvent]") -> None:
+        self._setup, self._events = setup, events
+        self._leases: queue.SimpleQueue[Lease] = queue.SimpleQueue()
+        self._is_stopping = threading.Event()
+        self._drain_s: float | None = None
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), name=setup.worker_id, daemon=True)
+        self._thread.start()
+
+    def assign(self, lease: Lease) -> None:
+        self._leases.put(lease)
+
+    def stop(self, *, drain_s: float | None = None) -> None:
+        """Ask it to end, after draining for this long where given. The first call decides."""
+        if not self._is_stopping.is_set():
+            self._drain_s = drain_s
+            self._is_stopping.set()
+
+    def join(self) -> None:
+        self._thread.join()
+
+    async def _main(self) -> None:
+        try:
+            worker = await open_worker(self._setup, socket.gethostname())
+        except EngineDied as error:
+            self._events.put(WorkerStartFailed(self._setup.worker_id, str(error)))
+            return
+        self._events.put(WorkerStarted(worker.info))
+        try:
+            await self._serve(worker)
+        finally:
+            await worker.close()
+
+    async def _serve(self, worker: Worker) -> None:
+        while not self._is_stopping.is_set():
+            while not self._leases.empty():
+                worker.assign(self._leases.get())
+            for event in await worker.poll(POLL_S):
+                self._events.put(event)
+                if isinstance(event, WorkerLost):
+                    return
+        if self._drain_s is not None:
+            for event in await worker.drain(self._drain_s):
+                self._events.put(event)

@@ -1,0 +1,204 @@
+"""A job as its output folder shows it: the frozen plan, what is committed, what is left. Reads; only `freeze` writes.
+
+Opening the same job twice gives the same plan. New input files are left out with a warning once the plan stands; planned
+ones that are missing or changed are refused by name.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import pyarrow as pa
+
+from batchgen import manifest
+from batchgen.engines import create_tokenizer
+from batchgen.errors import InputError, OutputError
+from batchgen.manifest import CommittedShard
+from batchgen.plan import Plan, list_changes, make_plan
+from batchgen.read import read_footers
+from batchgen.records import InputFile, Shard
+from batchgen.spec import JobSpec
+from batchgen.storage import FileInfo, Storage, list_inputs
+from batchgen.validate import check_footer, check_spec, check_unique, make_passthrough_schema, render_first
+from batchgen.work_queue import QueuedShard
+from batchgen.write import make_output_schema
+
+MAX_NAMED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Everything known before any worker starts."""
+
+    spec: JobSpec
+    storage: Storage
+    plan: Plan
+    passthrough: pa.Schema
+    committed: dict[int, CommittedShard]
+    is_unique_checked: bool | None
+    new_shards: tuple[Shard, ...]
+    is_new: bool
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def todo(self) -> list[QueuedShard]:
+        """Shards to be done: not committed, or holding errors that this run tries again."""
+        return [queued for shard in self.wanted if (queued := self._queue(shard)) is not None]
+
+    @property
+    def wanted(self) -> list[Shard]:
+        """Planned shards that hold any of the first `input.limit` rows."""
+        limit, position, wanted = self.spec.input.limit, 0, []
+        for shard in self.plan.shards:
+            if limit is None or position < limit:
+                wanted.append(shard)
+            position += shard.num_rows
+        return wanted
+
+    def _queue(self, shard: Shard) -> QueuedShard | None:
+        done = self.committed.get(shard.number)
+        if done is None:
+            return QueuedShard(shard, cost=shard.num_rows)
+        num_again = {
+            "none": 0,
+            "retryable": done.footer.num_rows_retryable,
+            "all": done.footer.num_rows_error,
+        }[self.spec.retry.errors]
+        if num_again == 0:
+            return None
+        return QueuedShard(
+            shard, done.footer.attempt + 1, replaces=done.info.version, cost=num_again / self.spec.sampling.n
+        )
+
+    @property
+    def num_wanted_rows(self) -> int:
+        return sum(shard.num_rows for shard in self.wanted)
+
+    @property
+    def is_whole(self) -> bool:
+        """Does the plan cover every row of the input?"""
+        return self.plan.num_planned_rows == self.plan.num_rows
+
+
+def check_fingerprint(storage: Storage, spec: JobSpec) -> None:
+    """Raises OutputError when the folder holds another job, naming what differs; or files that are nobody's job."""
+    saved = manifest.read_json(storage, manifest.SPEC)
+    if saved is None:
+        strays = storage.list_files("data", suffix=".parquet")
+        if strays:
+            raise OutputError(
+                f"{storage.root}: has data/ but no job of batchgen; choose an empty folder for output.path"
+            )
+        return
+    if saved["fingerprint"] != spec.fingerprint():
+        names = ", ".join(_list_differences(saved["fingerprint_fields"], spec.fingerprint_fields()))
+        raise OutputError(
+            f"{storage.root}: holds a job with other {names}; choose another output.path, or restore what was changed"
+        )
+
+
+def _list_differences(old: object, new: object, path: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = dict.fromkeys([*old, *new])
+        return [d for name in names for d in _list_differences(old.get(name), new.get(name), f"{path}.{name}")]
+    return [] if old == new else [path.lstrip(".")]
+
+
+def open_job(spec: JobSpec, storage: Storage) -> Job:
+    """Plan, or read the plan that stands. Raises Refusal with one sentence for whatever can't work."""
+    check_spec(spec)
+    check_fingerprint(storage, spec)
+    found = find_inputs(spec)
+    saved = manifest.read_plan(storage)
+    if saved is None:
+        files, passthrough, is_unique = inspect_inputs(spec, found)
+        planned: list[Shard] = []
+        warnings: list[str] = []
+    else:
+        files, passthrough, planned = saved
+        is_unique = None
+        warnings = check_frozen(files, found)
+    plan = make_plan(spec, files, planned)
+    make_output_schema(spec, passthrough)
+    return Job(
+        spec=spec,
+        storage=storage,
+        plan=plan,
+        passthrough=passthrough,
+        committed=manifest.load_committed(storage, spec.fingerprint()),
+        is_unique_checked=is_unique,
+        new_shards=plan.shards[len(planned) :],
+        is_new=saved is None,
+        warnings=tuple(warnings),
+    )
+
+
+def reopen(job: Job, storage: Storage) -> Job:
+    """The job again, now that its folder is held: another run may have planned or committed meanwhile."""
+    if job.is_new and manifest.read_plan(storage) is not None:
+        return open_job(job.spec, storage)
+    return replace(job, storage=storage, committed=manifest.load_committed(storage, job.spec.fingerprint()))
+
+
+def find_inputs(spec: JobSpec) -> list[FileInfo]:
+    """All input files, each once, in the order of input.paths and by name below each."""
+    found = {info.path: info for url in spec.input.paths for info in list_inputs(url)}
+    data = spec.output.path.rstrip("/") + "/"
+    inside = next((path for path in found if path.startswith(data)), None)
+    if inside is not None:
+        raise InputError(f"{inside}: lies inside output.path; choose an output folder outside the input")
+    return list(found.values())
+
+
+def inspect_inputs(spec: JobSpec, found: Sequence[FileInfo]) -> tuple[list[InputFile], pa.Schema, bool | None]:
+    """(files, passthrough schema, was custom_id checked). Raises InputError."""
+    footers = read_footers(found)
+    for footer in footers:
+        check_footer(footer, spec)
+    files = [footer.file for footer in footers]
+    return files, make_passthrough_schema(footers, spec), check_unique(files, spec)
+
+
+def check_frozen(files: Sequence[InputFile], found: Sequence[FileInfo]) -> list[str]:
+    """Warnings about new files. Raises InputError for planned files that are gone or changed."""
+    missing, changed, new = list_changes(files, [(info.path, info.version) for info in found])
+    if missing:
+        raise InputError(f"{_name(missing)}: was planned and is gone; restore it, or start a new output.path")
+    if changed:
+        raise InputError(f"{_name(changed)}: was changed since it was planned; restore it, or start a new output.path")
+    return [f"{len(new)} new input files are not part of this job: {_name(new)}"] if new else []
+
+
+def _name(paths: Sequence[str]) -> str:
+    more = f" and {len(paths) - MAX_NAMED} more" if len(paths) > MAX_NAMED else ""
+    return ", ".join(paths[:MAX_NAMED]) + more
+
+
+def freeze(job: Job) -> None:
+    """Write down spec and plan: from here on they hold. Only the holder of the driver's lease may call it."""
+    spec, storage = job.spec, job.storage
+    if job.is_new:
+        manifest.write_json(
+            storage,
+            manifest.SPEC,
+            {
+                "fingerprint": spec.fingerprint(),
+                "fingerprint_fields": spec.fingerprint_fields(),
+                "spec": spec.model_dump(mode="json"),
+            },
+        )
+        manifest.write_plan_files(storage, job.plan.files, job.passthrough)
+    if job.new_shards:
+        manifest.write_plan_shards(storage, job.plan.files, job.new_shards)
+
+
+def render_first_prompt(job: Job) -> tuple[str, int]:
+    """(text, tokens) of the first prompt, special tokens visible."""
+    return render_first(job.plan.shards, job.spec, create_tokenizer(job.spec))
+
+
+def limit_rows(spec: JobSpec, limit: int | None) -> JobSpec:
+    """The spec of a trial: `--limit` wins where it is the smaller one."""
+    if limit is None:
+        return spec
+    wanted = min(limit, spec.input.limit or limit)
+    return spec.model_copy(update={"input": spec.input.model_copy(update={"limit": wanted})})

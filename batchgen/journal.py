@@ -1,0 +1,135 @@
+"""Finished rows of uncommitted shards, spilled so that a lost worker costs an interval and not a shard.
+
+A segment is one object for one flush of one worker, created if absent, never changed: a Parquet file with one row group
+for each shard it holds rows of, and an index of them in its footer. Rows may be in several segments (a row may be
+generated twice); the first one read wins, so what an attempt commits depends on the order of segment names only.
+`JournalIndex` knows which segments still matter; a segment goes when every shard in it is committed.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchgen.errors import NotFound, StorageError
+from batchgen.records import JournalRef
+from batchgen.storage import Storage
+
+FOLDER = "_batchgen/journal"
+INDEX_KEY = b"batchgen.journal"
+NUM_INDEX_THREADS = 32
+
+
+def make_segment_path(epoch: int, worker_id: str, sequence: int) -> str:
+    return f"{FOLDER}/e{epoch:06d}-{worker_id}-{sequence:06d}.parquet"
+
+
+def make_worker_prefix(epoch: int, worker_id: str) -> str:
+    """What the names of all segments of one worker start with."""
+    return f"{FOLDER}/e{epoch:06d}-{worker_id}-"
+
+
+def make_segment(rows: Mapping[int, pa.Table], fingerprint: str) -> pa.Buffer:
+    """The bytes of a segment. `rows`: result rows by shard number; none of the tables is empty."""
+    numbers = sorted(rows)
+    index = json.dumps({"fingerprint": fingerprint, "shards": numbers}).encode()
+    schema = rows[numbers[0]].schema.with_metadata({INDEX_KEY: index})
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+        for number in numbers:
+            table = rows[number].replace_schema_metadata(schema.metadata)
+            writer.write_table(table, row_group_size=table.num_rows)
+    return sink.getvalue()
+
+
+def write_segment(storage: Storage, path: str, rows: Mapping[int, pa.Table], fingerprint: str) -> dict[int, JournalRef]:
+    """Write one segment; where each shard's rows lie in it. Raises StorageError; then nothing may be taken as saved."""
+    storage.create(path, make_segment(rows, fingerprint))
+    return {number: JournalRef(path, group) for group, number in enumerate(sorted(rows))}
+
+
+def read_index(storage: Storage, path: str, fingerprint: str) -> dict[int, JournalRef]:
+    """Where each shard's rows lie in one segment. Raises StorageError when it belongs to another job."""
+    with storage.open_read(path) as source:
+        metadata = pq.ParquetFile(source).schema_arrow.metadata
+    index = json.loads(metadata[INDEX_KEY])
+    if index["fingerprint"] != fingerprint:
+        raise StorageError(f"{storage.url(path)}: was written by a job with another fingerprint; remove it")
+    return {number: JournalRef(path, group) for group, number in enumerate(index["shards"])}
+
+
+def list_segments(storage: Storage) -> list[str]:
+    """Paths of all segments, in name order."""
+    return [info.path for info in storage.list_files(FOLDER, suffix=".parquet")]
+
+
+def read_indexes(storage: Storage, paths: Sequence[str], fingerprint: str) -> list[dict[int, JournalRef]]:
+    """Indexes of many segments, read in parallel, in the order given."""
+    with ThreadPoolExecutor(NUM_INDEX_THREADS, thread_name_prefix="journal") as threads:
+        return list(threads.map(lambda path: read_index(storage, path, fingerprint), paths))
+
+
+def read_rows(storage: Storage, refs: Sequence[JournalRef], schema: pa.Schema) -> pa.Table:
+    """Rows of one shard from its segments, each (source_row, sample_index) once: the first in order of `refs`.
+
+    A segment that is gone means its shard was committed meanwhile: the commit finds that out, so it is skipped here.
+    """
+    tables = []
+    for ref in refs:
+        try:
+            with storage.open_read(ref.path) as source:
+                tables.append(pq.ParquetFile(source).read_row_group(ref.row_group).cast(schema))
+        except NotFound:
+            continue
+    return drop_repeated(pa.concat_tables(tables)) if tables else schema.empty_table()
+
+
+def drop_repeated(rows: pa.Table) -> pa.Table:
+    """Keep the first of rows with the same (source_row, sample_index)."""
+    seen: set[tuple[int, int]] = set()
+    keep = []
+    for key in zip(rows["source_row"].to_pylist(), rows["sample_index"].to_pylist(), strict=True):
+        keep.append(key not in seen)
+        seen.add(key)
+    return rows.filter(pa.array(keep, pa.bool_()))
+
+
+@dataclass(slots=True)
+class JournalIndex:
+    """Which segments hold rows of which uncommitted shards. Methods return the segments that nobody needs any more."""
+
+    _refs: dict[int, list[JournalRef]] = field(default_factory=dict)
+    _shards: dict[str, set[int]] = field(default_factory=dict)
+    _done: set[int] = field(default_factory=set)
+
+    def add(self, refs: Mapping[int, JournalRef]) -> list[str]:
+        """A segment was written. Adding it twice is a no-op; shards that were committed meanwhile are left out."""
+        live = {number: ref for number, ref in refs.items() if number not in self._done}
+        for number, ref in live.items():
+            shards = self._shards.setdefault(ref.path, set())
+            if number not in shards:
+                shards.add(number)
+                self._refs.setdefault(number, []).append(ref)
+        return sorted({ref.path for ref in refs.values()} - self._shards.keys())
+
+    def get(self, shard_number: int) -> tuple[JournalRef, ...]:
+        """Where rows of this shard lie, in name order."""
+        return tuple(sorted(self._refs.get(shard_number, ()), key=lambda ref: ref.path))
+
+    def complete(self, shard_number: int) -> list[str]:
+        """The shard is committed."""
+        self._done.add(shard_number)
+        free = []
+        for ref in self._refs.pop(shard_number, ()):
+            shards = self._shards[ref.path]
+            shards.discard(shard_number)
+            if not shards:
+                del self._shards[ref.path]
+                free.append(ref.path)
+        return free
+
+    def knows(self, path: str) -> bool:
+        return path in self._shards

@@ -1,0 +1,270 @@
+"""What is committed, and what a run says of it.
+
+The output folder is the truth: a shard is committed when its file exists. What is in the files is read from
+`_batchgen/committed.parquet`, the compacted copy of their footers, and from the footers themselves where the copy has
+no line for that very version of a file (the driver died before it compacted, or the folder was copied). `batch_stats`
+gets one immutable file a run with the batches that no earlier one has. Also the frozen plan, the spec and `_SUCCESS`.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchgen.errors import AlreadyExists, NotFound, OutputError
+from batchgen.records import BatchStats, FileFooter, InputFile, Shard
+from batchgen.stats import LATENCY_FIELDS, merge_stats
+from batchgen.storage import FileInfo, Storage
+from batchgen.write import FORMAT_VERSION, footer_from_json, footer_to_json, read_file_footer
+
+SPEC = "_batchgen/spec.json"
+PLAN_FILES = "_batchgen/plan/files.parquet"
+PLAN_SHARDS = "_batchgen/plan/shards-{:06d}.parquet"
+COMMITTED = "_batchgen/committed.parquet"
+SUCCESS = "_SUCCESS"
+NUM_FOOTER_THREADS = 32
+
+_FLOATS = ("num_gpus", "started_at", "wall_s", "tokens_per_s", "tokens_per_s_per_gpu", "mean_inflight")
+_TEXTS = ("batch_id", "shard", "outcome", "worker", "node", "engine_kind", "engine_version")
+
+
+def _stats_type(name: str) -> pa.DataType:
+    if name in _TEXTS:
+        return pa.string()
+    return pa.float64() if name in _FLOATS or name.endswith("_s") else pa.int64()
+
+
+_COUNTS = pa.map_(pa.string(), pa.int64())
+_PLAIN = [field.name for field in dataclasses.fields(BatchStats) if field.name not in ("latency", "sketches")]
+STATS_SCHEMA = pa.schema(
+    [("format_version", pa.int32())]
+    + [(name, _COUNTS if name in ("finish_reasons", "error_types") else _stats_type(name)) for name in _PLAIN]
+    + [(name, pa.float64()) for name in LATENCY_FIELDS]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CommittedShard:
+    """A shard file that stands: its version in the store and what its footer says."""
+
+    info: FileInfo
+    footer: FileFooter
+
+
+# ---- what is committed -----------------------------------------------------------------------------------------------
+
+
+def load_committed(storage: Storage, fingerprint: str) -> dict[int, CommittedShard]:
+    """All committed shards by number. Raises OutputError for a file in data/ that is not this job's."""
+    infos = storage.list_files("data", suffix=".parquet")
+    known = _load_compacted(storage)
+    unknown = [info for info in infos if (info.path, info.version) not in known]
+    with ThreadPoolExecutor(NUM_FOOTER_THREADS, thread_name_prefix="footer") as threads:
+        read = dict(
+            zip((i.path for i in unknown), threads.map(lambda i: read_footer(storage, i.path), unknown), strict=True)
+        )
+    committed = {}
+    for info in infos:
+        footer = known.get((info.path, info.version)) or read[info.path]
+        if footer.fingerprint != fingerprint:
+            raise OutputError(
+                f"{storage.url(info.path)}: belongs to another job (fingerprint); choose another output.path"
+            )
+        committed[footer.shard] = CommittedShard(info, footer)
+    return committed
+
+
+def read_footer(storage: Storage, path: str) -> FileFooter:
+    """The footer of one shard file. Raises OutputError when it is not one of batchgen's, NotFound when it is gone."""
+    try:
+        with storage.open_read(path) as source:
+            footer = read_file_footer(pq.ParquetFile(source))
+    except pa.ArrowException:
+        footer = None
+    if footer is None or footer.format_version != FORMAT_VERSION:
+        raise OutputError(
+            f"{storage.url(path)}: was not written by this version of batchgen; choose another output.path"
+        )
+    return footer
+
+
+def _load_compacted(storage: Storage) -> dict[tuple[str, str], FileFooter]:
+    try:
+        with storage.open_read(COMMITTED) as source:
+            rows = pq.read_table(source).to_pylist()
+    except NotFound:
+        return {}
+    return {(row["path"], row["version"]): footer_from_json(row["footer"]) for row in rows}
+
+
+def write_committed(storage: Storage, committed: Iterable[CommittedShard]) -> None:
+    """Compact the footers, so that the next run need not read them one by one. A cache: may be deleted at any time."""
+    shards = list(committed)
+    table = pa.table(
+        {
+            "path": [shard.info.path for shard in shards],
+            "version": [shard.info.version for shard in shards],
+            "footer": [footer_to_json(shard.footer) for shard in shards],
+        },
+        schema=pa.schema([("path", pa.string()), ("version", pa.string()), ("footer", pa.string())]),
+    )
+    storage.put(COMMITTED, _to_parquet(table))
+
+
+def _to_parquet(table: pa.Table) -> pa.Buffer:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
+
+
+# ---- batch_stats -----------------------------------------------------------------------------------------------------
+
+
+def make_stats_row(stats: BatchStats) -> dict[str, Any]:
+    row = {name: getattr(stats, name) for name in _PLAIN}
+    for name in ("finish_reasons", "error_types"):
+        row[name] = None if row[name] is None else list(row[name].items())
+    return row | {"format_version": FORMAT_VERSION} | dict.fromkeys(LATENCY_FIELDS) | (stats.latency or {})
+
+
+def make_stats_table(batches: Iterable[BatchStats]) -> pa.Table:
+    return pa.Table.from_pylist([make_stats_row(stats) for stats in batches], schema=STATS_SCHEMA)
+
+
+def read_stats_table(storage: Storage) -> pa.Table:
+    """All of batch_stats, one row a batch."""
+    tables = [STATS_SCHEMA.empty_table()]
+    for info in storage.list_files("batch_stats", suffix=".parquet"):
+        with storage.open_read(info.path) as source:
+            tables.append(pq.read_table(source).cast(STATS_SCHEMA))
+    return pa.concat_tables(tables)
+
+
+def add_batches(known: dict[str, BatchStats], batches: Iterable[BatchStats]) -> None:
+    """Take in what another source knows of batches; what is known already wins, field by field."""
+    for stats in batches:
+        ours = known.get(stats.batch_id)
+        known[stats.batch_id] = stats if ours is None else merge_stats(ours, stats)
+
+
+def write_batch_stats(storage: Storage, epoch: int, batches: Mapping[str, BatchStats]) -> None:
+    """Add the batches that batch_stats doesn't have yet, as this run's one file."""
+    have = set(read_stats_table(storage)["batch_id"].to_pylist())
+    new = [batches[batch_id] for batch_id in sorted(batches.keys() - have)]
+    if not new:
+        return
+    try:
+        storage.create(f"batch_stats/run-{epoch:06d}.parquet", _to_parquet(make_stats_table(new)))
+    except AlreadyExists:
+        return  # ours, after a lost reply: no other driver ever has this epoch
+
+
+# ---- the frozen plan -------------------------------------------------------------------------------------------------
+
+
+def write_plan_files(storage: Storage, files: Sequence[InputFile], passthrough: pa.Schema) -> None:
+    """Freeze the listing. `passthrough` (types of the copied columns) rides along in the schema's metadata."""
+    schema = pa.schema(
+        [
+            ("path", pa.string()),
+            ("num_bytes", pa.int64()),
+            ("version", pa.string()),
+            ("num_rows", pa.int64()),
+            ("row_group_rows", pa.list_(pa.int64())),
+        ],
+        metadata={b"passthrough": passthrough.serialize().to_pybytes()},
+    )
+    rows = [dataclasses.asdict(file) for file in files]
+    _create_once(storage, PLAN_FILES, _to_parquet(pa.Table.from_pylist(rows, schema=schema)))
+
+
+def _create_once(storage: Storage, path: str, data: pa.Buffer) -> None:
+    """Create, or leave what is there: only the holder of the driver's lease writes plans, so it is our own."""
+    try:
+        storage.create(path, data)
+    except AlreadyExists:
+        return
+
+
+def read_plan(storage: Storage) -> tuple[list[InputFile], pa.Schema, list[Shard]] | None:
+    """(files, passthrough schema, shards planned so far); None when nothing was planned yet."""
+    try:
+        with storage.open_read(PLAN_FILES) as source:
+            table = pq.read_table(source)
+    except NotFound:
+        return None
+    files = [InputFile(**{**row, "row_group_rows": tuple(row["row_group_rows"])}) for row in table.to_pylist()]
+    passthrough = pa.ipc.read_schema(pa.py_buffer(table.schema.metadata[b"passthrough"]))
+    shards: list[Shard] = []
+    for info in storage.list_files("_batchgen/plan", suffix=".parquet"):
+        if info.path != PLAN_FILES:
+            with storage.open_read(info.path) as source:
+                shards += [
+                    Shard(row["number"], files[row["file"]], row["row_start"], row["row_end"])
+                    for row in pq.read_table(source).to_pylist()
+                ]
+    return files, passthrough, shards
+
+
+def write_plan_shards(storage: Storage, files: Sequence[InputFile], shards: Sequence[Shard]) -> None:
+    """Freeze more shards. Their numbers go on where the plan stopped, so the part's name never repeats."""
+    numbers = {file.path: number for number, file in enumerate(files)}
+    table = pa.table(
+        {
+            "number": [shard.number for shard in shards],
+            "file": [numbers[shard.file.path] for shard in shards],
+            "row_start": [shard.row_start for shard in shards],
+            "row_end": [shard.row_end for shard in shards],
+        }
+    )
+    _create_once(storage, PLAN_SHARDS.format(shards[0].number), _to_parquet(table))
+
+
+# ---- spec, manifest, _SUCCESS ----------------------------------------------------------------------------------------
+
+
+def read_json(storage: Storage, path: str) -> dict[str, Any] | None:
+    try:
+        value: dict[str, Any] = json.loads(storage.read_bytes(path))
+    except NotFound:
+        return None
+    return value
+
+
+def write_json(storage: Storage, path: str, value: Mapping[str, Any]) -> None:
+    storage.put(path, json.dumps(value, indent=1, ensure_ascii=False).encode())
+
+
+def make_manifest(
+    committed: Iterable[CommittedShard], *, fingerprint: str, epoch: int, num_rows: int, n: int
+) -> dict[str, Any]:
+    """Every data file with its rows, and the sum: rows in times n = rows out, ok plus error."""
+    shards = sorted(committed, key=lambda shard: shard.info.path)
+    num_ok = sum(shard.footer.num_rows_ok for shard in shards)
+    num_error = sum(shard.footer.num_rows_error for shard in shards)
+    return {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": fingerprint,
+        "epoch": epoch,
+        "num_input_rows": num_rows,
+        "n": n,
+        "num_output_rows": num_ok + num_error,
+        "num_rows_ok": num_ok,
+        "num_rows_error": num_error,
+        "is_complete": num_ok + num_error == num_rows * n,
+        "files": [
+            {
+                "path": shard.info.path,
+                "num_bytes": shard.info.num_bytes,
+                "version": shard.info.version,
+                "num_rows": shard.footer.num_rows_ok + shard.footer.num_rows_error,
+                "num_rows_error": shard.footer.num_rows_error,
+            }
+            for shard in shards
+        ],
+    }

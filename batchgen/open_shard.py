@@ -1,0 +1,139 @@
+"""One leased shard while its worker works on it: which rows are finished, their results as Arrow, what is journaled.
+
+Invariants: each (row, sample) is finished at most once, later answers for it are dropped; results in `unflushed` are
+exactly those that a lost worker would cost. No I/O, no Ray, one thread (the worker's event loop).
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from batchgen.records import Lease, Result, ShardProgress
+from batchgen.write import make_output_table, make_result_batch
+
+# Results become Arrow this many at a time: Python objects of more rows than that never pile up.
+BATCH_ROWS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A finished shard's rows by where they came from."""
+
+    output: pa.Table
+    generated: pa.Table
+    recovered: pa.Table
+
+
+class OpenShard:
+    """See the module. `lease` may gain journal references only."""
+
+    def __init__(self, lease: Lease, n: int, schema: pa.Schema) -> None:
+        self.lease, self._n, self._schema = lease, n, schema
+        self.is_closed = False
+        self.num_copied = 0
+        self.num_recovered = 0
+        self.num_error = 0
+        self.read_s = 0.0
+        self._finished = bytearray(lease.shard.num_rows * n)
+        self._num_finished = 0
+        self._recovered: list[pa.Table] = []
+        self._buffer: list[Result] = []
+        self._batches: list[pa.RecordBatch] = []
+        self._num_flushed = 0
+        self._inputs: list[pa.Table] = []
+        self._ended = asyncio.Event()
+
+    # ---- what comes in -----------------------------------------------------------------------------------------------
+
+    def recover(self, rows: pa.Table, *, are_copied: bool) -> None:
+        """Rows that an earlier attempt finished (from the journal) or that stand in the file to be replaced."""
+        keys = zip(rows["source_row"].to_pylist(), rows["sample_index"].to_pylist(), strict=True)
+        rows = rows.filter(pa.array([self._mark(row, sample) for row, sample in keys], pa.bool_()))
+        self._recovered.append(rows)
+        self.num_error += pc.sum(pc.equal(rows["status"], "error")).as_py() or 0
+        if are_copied:
+            self.num_copied += rows.num_rows
+        else:
+            self.num_recovered += rows.num_rows
+        self._check_ended()
+
+    def add_inputs(self, batch: pa.RecordBatch, custom_ids: Sequence[str | None], passthrough: pa.Schema) -> None:
+        """The next rows' custom_id and passthrough columns, kept until the commit joins them to the results."""
+        columns = [batch.column(field.name).cast(field.type) for field in passthrough]
+        fields = [pa.field("custom_id", pa.string()), *passthrough]
+        self._inputs.append(
+            pa.Table.from_arrays([pa.array(custom_ids, pa.string()), *columns], schema=pa.schema(fields))
+        )
+
+    def add(self, result: Result) -> None:
+        """One request ended. A second answer for the same row and sample is dropped: the first stands."""
+        if not self._mark(result.row_id.source_row, result.row_id.sample_index):
+            return
+        self.num_error += result.failure is not None
+        self._buffer.append(result)
+        if len(self._buffer) >= BATCH_ROWS:
+            self._pack()
+        self._check_ended()
+
+    def close(self) -> None:
+        """Nothing more is read or committed for this attempt: whatever waits for it goes on at once. Answers that still
+        come are kept for the journal."""
+        self.is_closed = True
+        self._ended.set()
+
+    # ---- what is known -----------------------------------------------------------------------------------------------
+
+    def is_finished(self, source_row: int, sample_index: int) -> bool:
+        return bool(self._finished[self._slot(source_row, sample_index)])
+
+    @property
+    def progress(self) -> ShardProgress:
+        """Input rows done, counted in whole rows of n samples."""
+        return ShardProgress(self.lease.batch_id, self._num_finished // self._n, self.num_error)
+
+    async def wait_ended(self) -> None:
+        """Until every row is finished, or the shard was closed."""
+        await self._ended.wait()
+
+    # ---- what goes out -----------------------------------------------------------------------------------------------
+
+    def take_unflushed(self) -> tuple[pa.Table, int] | None:
+        """(results not journaled yet, mark for `set_flushed`); None when there are none."""
+        self._pack()
+        new = self._batches[self._num_flushed :]
+        return (pa.Table.from_batches(new, schema=self._schema), len(self._batches)) if new else None
+
+    def set_flushed(self, mark: int) -> None:
+        self._num_flushed = mark
+
+    def make_parts(self, output_schema: pa.Schema) -> Parts:
+        """The finished shard. Raises ValueError when a row is missing or twice."""
+        self._pack()
+        generated = pa.Table.from_batches(self._batches, schema=self._schema)
+        recovered = pa.concat_tables([self._schema.empty_table(), *self._recovered])
+        inputs = pa.concat_tables(self._inputs)
+        output = make_output_table(pa.concat_tables([generated, recovered]), inputs, self.lease, self._n, output_schema)
+        return Parts(output, generated, recovered)
+
+    def _slot(self, source_row: int, sample_index: int) -> int:
+        return (source_row - self.lease.shard.row_start) * self._n + sample_index
+
+    def _mark(self, source_row: int, sample_index: int) -> bool:
+        slot = self._slot(source_row, sample_index)
+        if self._finished[slot]:
+            return False
+        self._finished[slot] = 1
+        self._num_finished += 1
+        return True
+
+    def _pack(self) -> None:
+        if self._buffer:
+            self._batches.append(make_result_batch(self._buffer, self.lease.batch_id, self._schema))
+            self._buffer = []
+
+    def _check_ended(self) -> None:
+        if self._num_finished == len(self._finished):
+            self._ended.set()

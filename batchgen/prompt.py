@@ -1,0 +1,199 @@
+"""A row of the input becomes a prompt and its sampling parameters. Pure: no tokenizer, no files, no Arrow.
+
+A row is a dict of Python values, one for each column in `list_columns`; a cell that could not be decoded arrives as
+`BadCell`. Whatever is wrong with a row raises `BadRow` with a reason that names the column and never quotes its content.
+"""
+
+import hashlib
+import json
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from batchgen.errors import BadRow, SpecError
+from batchgen.records import Prompt, RowId, SamplingParams
+from batchgen.spec import JobSpec, PromptSpec, SamplingSpec
+
+
+@dataclass(frozen=True, slots=True)
+class BadCell:
+    """A cell that has no Python value; `reason` says why, e.g. 'is not valid UTF-8'."""
+
+    reason: str
+
+
+Row = Mapping[str, Any]
+
+
+def list_template_columns(template: str) -> tuple[str, ...]:
+    """Column names in braces, in order of appearance. Raises SpecError for anything but plain names."""
+    names: dict[str, None] = {}
+    try:
+        for _, name, format_spec, conversion in string.Formatter().parse(template):
+            if name is None:
+                continue
+            if not name or format_spec or conversion:
+                raise SpecError("prompt.template: write plain column names in braces, {{ and }} for literal braces")
+            names[name] = None
+    except ValueError as error:
+        raise SpecError(f"prompt.template: {error}; write {{{{ and }}}} for literal braces") from error
+    if not names:
+        raise SpecError("prompt.template: names no column, so every row would ask the same; put one in braces")
+    return tuple(names)
+
+
+def list_prompt_columns(prompt: PromptSpec) -> tuple[str, ...]:
+    """Columns that the prompt itself is made of."""
+    if prompt.template is not None:
+        return list_template_columns(prompt.template)
+    return tuple(name for name in (prompt.column, prompt.messages, prompt.prompt_token_ids) if name)
+
+
+def list_row_columns(spec: JobSpec) -> tuple[str, ...]:
+    """Columns read as Python values: the prompt's, custom_id and per-row sampling. Each once, in that order."""
+    names = [*list_prompt_columns(spec.prompt), spec.input.custom_id, spec.prompt.sampling]
+    return tuple(dict.fromkeys(name for name in names if name))
+
+
+def list_columns(spec: JobSpec) -> tuple[str, ...]:
+    """All columns the job reads, passthrough included."""
+    return tuple(dict.fromkeys([*list_row_columns(spec), *spec.input.passthrough]))
+
+
+def get_cell(row: Row, column: str) -> Any:
+    """The cell's value, None when null. Raises BadRow when it can't be decoded."""
+    value = row[column]
+    if isinstance(value, BadCell):
+        raise BadRow("invalid_utf8", f"column '{column}' {value.reason}")
+    return value
+
+
+def make_custom_id(row: Row, column: str | None, source_file: str, source_row: int) -> str | None:
+    """The user's key as text, or one made from file and row number. None where the key is null or undecodable."""
+    if column is None:
+        return f"{source_file}:{source_row}"
+    value = row[column]
+    return None if value is None or isinstance(value, BadCell) else str(value)
+
+
+def _make_text(row: Row, prompt: PromptSpec) -> str:
+    if prompt.template is None:
+        assert prompt.column is not None
+        return _get_text(row, prompt.column)
+    values = {name: _get_text(row, name, may_be_empty=True) for name in list_template_columns(prompt.template)}
+    parts = string.Formatter().parse(prompt.template)
+    return "".join(literal + (values[name] if name is not None else "") for literal, name, _, _ in parts)
+
+
+def _get_text(row: Row, column: str, *, may_be_empty: bool = False) -> str:
+    value = get_cell(row, column)
+    if value is None:
+        raise BadRow("null_prompt", f"column '{column}' is null")
+    text = value if isinstance(value, str) else str(value)
+    if not text and not may_be_empty:
+        raise BadRow("empty_prompt", f"column '{column}' is empty")
+    return text
+
+
+def _parse_json(value: str, column: str, error_type: str) -> Any:
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise BadRow(error_type, f"column '{column}' is not valid JSON") from error
+
+
+def make_messages(value: Any, column: str) -> tuple[dict[str, Any], ...]:
+    """A chat from a list of structs or its JSON text; null fields are left out."""
+    if value is None:
+        raise BadRow("null_prompt", f"column '{column}' is null")
+    if isinstance(value, str):
+        value = _parse_json(value, column, "bad_messages")
+    if not isinstance(value, list) or not value:
+        raise BadRow("bad_messages", f"column '{column}' must be a non-empty list of messages")
+    return tuple(_make_message(message, number, column) for number, message in enumerate(value))
+
+
+def _make_message(message: Any, number: int, column: str) -> dict[str, Any]:
+    where = f"column '{column}', message {number}"
+    if not isinstance(message, dict):
+        raise BadRow("bad_messages", f"{where}: must be a struct with role and content")
+    fields = {name: value for name, value in message.items() if value is not None}
+    role, content = fields.get("role"), fields.get("content")
+    if not isinstance(role, str) or not role:
+        raise BadRow("bad_messages", f"{where}: role must be text")
+    if not isinstance(content, str) and not (content is None and "tool_calls" in fields):
+        raise BadRow("bad_messages", f"{where}: content must be text")
+    if content is not None and not is_encodable(content):
+        raise BadRow("invalid_utf8", f"{where}: content holds a lone surrogate")
+    return fields
+
+
+def is_encodable(text: str) -> bool:
+    """JSON escapes can smuggle in half of a surrogate pair, which no tokenizer and no UTF-8 file takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _make_token_ids(value: Any, column: str) -> tuple[int, ...]:
+    if value is None:
+        raise BadRow("null_prompt", f"column '{column}' is null")
+    if not isinstance(value, list) or not all(isinstance(token, int) and token >= 0 for token in value):
+        raise BadRow("bad_token_ids", f"column '{column}' must be a list of non-negative integers without nulls")
+    if not value:
+        raise BadRow("empty_prompt", f"column '{column}' is empty")
+    return tuple(value)
+
+
+def make_prompt(row: Row, prompt: PromptSpec) -> Prompt:
+    """What the row asks. Raises BadRow."""
+    if prompt.messages is not None:
+        return Prompt(messages=make_messages(get_cell(row, prompt.messages), prompt.messages))
+    if prompt.prompt_token_ids is not None:
+        return Prompt(token_ids=_make_token_ids(get_cell(row, prompt.prompt_token_ids), prompt.prompt_token_ids))
+    text = _make_text(row, prompt)
+    if not text:
+        raise BadRow("empty_prompt", "the template renders to nothing")
+    if not prompt.chat:
+        return Prompt(text=text)
+    system = ({"role": "system", "content": prompt.system},) if prompt.system is not None else ()
+    return Prompt(messages=(*system, {"role": "user", "content": text}))
+
+
+def make_sampling_params(sampling: SamplingSpec) -> SamplingParams:
+    """The job's parameters for every row that overrides nothing."""
+    return SamplingParams(**sampling.model_dump(exclude={"n"}))
+
+
+def make_row_sampling(row: Row, spec: JobSpec, refused: frozenset[str] = frozenset()) -> SamplingParams:
+    """The row's own parameters: the job's, overridden by its sampling column. `refused` names the fields that the engine
+    can't honour. Raises BadRow."""
+    column = spec.prompt.sampling
+    value = get_cell(row, column) if column else None
+    if column is None or value is None:
+        return make_sampling_params(spec.sampling)
+    overrides = _parse_json(value, column, "bad_sampling") if isinstance(value, str) else value
+    if not isinstance(overrides, dict):
+        raise BadRow("bad_sampling", f"column '{column}' must be a struct or a JSON object")
+    given = {name: field for name, field in overrides.items() if field is not None}
+    for name in sorted(given.keys() & (refused | {"n"})):
+        raise BadRow("bad_sampling", f"column '{column}': {name} can't be set for a row")
+    try:
+        return make_sampling_params(SamplingSpec.model_validate({**spec.sampling.model_dump(), **given}))
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"]) or "sampling"
+        raise BadRow("bad_sampling", f"column '{column}': {field}: {first['msg']}") from error
+
+
+def make_seed(seed: int | None, row_id: RowId) -> int | None:
+    """The request's own seed, below 2**63: the same row and sample always gets the same one. None stays None."""
+    if seed is None:
+        return None
+    text = f"{seed}\0{row_id.source_file}\0{row_id.source_row}\0{row_id.sample_index}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1

@@ -1,0 +1,346 @@
+"""The nouns that flow through batchgen. Frozen values, no behaviour beyond what they are, no I/O.
+
+A *row* of the input becomes n *requests*, each ends as one *result*: a *generation* or a *failure*. A *shard* is a
+contiguous range of rows of one input file; a *lease* lends it to a worker for one *attempt*; what that worker did for it
+is a *batch*. Units end a name: `_s` seconds, `_at` seconds since the Unix epoch, `_bytes`, `_tokens`. None is unknown.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class RowId:
+    """Identity of one output row. `source_row` counts from 0 in `source_file`; `sample_index` from 0 to n - 1."""
+
+    source_file: str
+    source_row: int
+    sample_index: int
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """Resolved sampling of one request, in OpenAI's and TensorRT-LLM's words. None: the engine's neutral value."""
+
+    temperature: float = 1.0
+    top_p: float = 0.95
+    max_tokens: int = 1024
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logprobs: int | None = None
+    thinking: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a row asks, before the tokenizer: exactly one of text, messages, token_ids is set."""
+
+    text: str | None = None
+    messages: tuple[dict[str, Any], ...] | None = None
+    token_ids: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What an engine is sent. `token_ids` is the whole rendered prompt, special tokens included."""
+
+    row_id: RowId
+    token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    attempt: int = 1
+
+    @property
+    def num_bytes(self) -> int:
+        """Rough size in memory while it waits or is in flight: a Python int and its slot for each prompt token."""
+        return 36 * len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one result. `cached_tokens` are prompt tokens the engine did not compute again."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    cached_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds on the worker's monotonic clock. `queued_s`: from ready to be sent until the engine began; the other two
+    count from the moment the request was sent to the engine."""
+
+    queued_s: float | None = None
+    ttft_s: float | None = None
+    latency_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One generated token: its natural-log probability and the `top` most likely ones (token id, logprob)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """An engine's answer to one request. `text` holds everything it generated; reasoning is cut from it later."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    usage: Usage
+    ttft_s: float | None = None
+    queued_s: float | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a request has no generation. `message` never holds prompt or generated text."""
+
+    error_type: str
+    message: str
+    is_retryable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The end of one request: exactly one of generation, failure is set. `text` and `reasoning` are the cut answer."""
+
+    row_id: RowId
+    num_attempts: int
+    timing: Timing
+    generation: Generation | None = None
+    failure: Failure | None = None
+    text: str | None = None
+    reasoning: str | None = None
+    prompt_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """One planned input file, frozen with the version that every later read is conditional on."""
+
+    path: str
+    num_bytes: int
+    version: str
+    num_rows: int
+    row_group_rows: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Rows `row_start` <= source_row < `row_end` of one file: the unit of work and of commit."""
+
+    number: int
+    file: InputFile
+    row_start: int
+    row_end: int
+
+    @property
+    def id(self) -> str:
+        return f"shard-{self.number:09d}"
+
+    @property
+    def num_rows(self) -> int:
+        return self.row_end - self.row_start
+
+    @property
+    def data_path(self) -> str:
+        return make_data_path(self.number)
+
+
+def make_data_path(shard_number: int) -> str:
+    """Where a shard's output lives below the output folder."""
+    return f"data/shard-{shard_number:09d}.parquet"
+
+
+def make_batch_id(shard_number: int, epoch: int, attempt: int) -> str:
+    """Unique over all runs of a job: two drivers never have the same epoch."""
+    return f"shard-{shard_number:09d}-e{epoch}-a{attempt}"
+
+
+def parse_batch_id(batch_id: str) -> tuple[int, int, int]:
+    """(shard number, epoch, attempt)."""
+    _, number, epoch, attempt = batch_id.split("-")
+    return int(number), int(epoch[1:]), int(attempt[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class JournalRef:
+    """Where journaled rows of one shard lie: a segment's path and the row group of that shard in it."""
+
+    path: str
+    row_group: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A shard lent to a worker for one attempt. `epoch` is the driver's; `is_last_resort` means: generate nothing,
+    commit what the journal holds and an error row for each row that is missing (the retry policy has given up)."""
+
+    shard: Shard
+    attempt: int
+    epoch: int
+    worker_id: str
+    journal: tuple[JournalRef, ...] = ()
+    replaces: str | None = None
+    is_last_resort: bool = False
+    reason: str | None = None
+
+    @property
+    def batch_id(self) -> str:
+        return make_batch_id(self.shard.number, self.epoch, self.attempt)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """What a worker says of itself when it is up. `build` must equal the driver's or it is turned away."""
+
+    worker_id: str
+    build: str
+    node: str
+    engine_kind: str
+    engine_version: str
+    num_gpus: float
+    window: int
+    startup_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class BatchStats:
+    """One row of `batch_stats`. Latencies are seconds: `latency` holds exact quantiles over the rows that the batch
+    itself generated, `sketches` the same latencies as mergeable histograms. `wall_s` runs from the lease's arrival to
+    its end. Rates are those of a shared engine: a worker serves several shards at once."""
+
+    batch_id: str
+    shard: str
+    attempt: int
+    epoch: int
+    outcome: str
+    worker: str | None = None
+    node: str | None = None
+    engine_kind: str | None = None
+    engine_version: str | None = None
+    num_gpus: float | None = None
+    started_at: float | None = None
+    wall_s: float | None = None
+    num_rows_ok: int | None = None
+    num_rows_error: int | None = None
+    num_rows_retryable: int | None = None
+    num_rows_from_journal: int | None = None
+    num_rows_copied: int | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    cached_tokens: int | None = None
+    tokens_per_s: float | None = None
+    tokens_per_s_per_gpu: float | None = None
+    mean_inflight: float | None = None
+    window: int | None = None
+    latency: dict[str, float | None] | None = None
+    sketches: dict[str, dict[str, int]] | None = None
+    finish_reasons: dict[str, int] | None = None
+    error_types: dict[str, int] | None = None
+    num_retries: int | None = None
+    read_s: float | None = None
+    write_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FileFooter:
+    """What a shard file says of itself."""
+
+    format_version: int
+    fingerprint: str
+    shard: int
+    attempt: int
+    epoch: int
+    batch_id: str
+    num_rows_ok: int
+    num_rows_error: int
+    num_rows_retryable: int
+    batches: tuple[BatchStats, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardProgress:
+    """How far an open lease is. `completion_tokens` counts up while rows are generated: it renews the lease."""
+
+    batch_id: str
+    num_rows_done: int
+    num_rows_error: int
+
+
+# ---- pool events: what a WorkerPool tells the driver -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStarted:
+    info: WorkerInfo
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStartFailed:
+    worker_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLost:
+    """The worker is gone (killed, node lost, engine dead). Its leases must be lent again."""
+
+    worker_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """Sent with every poll, idle or not. `total_tokens` only grows while the engine works; `integral` is the rows x
+    seconds in flight since the worker's start."""
+
+    worker_id: str
+    total_tokens: int
+    num_inflight: int
+    integral: float
+    shards: tuple[ShardProgress, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class JournalFlushed:
+    worker_id: str
+    refs: tuple[tuple[int, JournalRef], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardCommitted:
+    """The shard's file exists. `stats` is what this attempt did, with outcome 'superseded' when another attempt's file
+    was there first; size, version and footer are of the file that stands."""
+
+    worker_id: str
+    batch_id: str
+    stats: BatchStats
+    num_bytes: int
+    version: str
+    footer: FileFooter
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFailed:
+    """The lease ended without a commit, e.g. the store failed or the input changed. `is_fatal` stops the run."""
+
+    worker_id: str
+    batch_id: str
+    shard_number: int
+    reason: str
+    is_fatal: bool
+
+
+PoolEvent = WorkerStarted | WorkerStartFailed | WorkerLost | Heartbeat | JournalFlushed | ShardCommitted | ShardFailed

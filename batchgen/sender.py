@@ -1,0 +1,125 @@
+"""Requests of all open shards go to the engine through one in-flight window, and their answers back to their shards.
+
+The window stays full across shard borders: rows are read ahead up to a bound and sent in the order they were pushed. A
+retry waits outside the window, with full jitter, so that rows that failed together don't come back together. Invariant:
+every request pushed ends in its shard's `add` exactly once, unless the sender is stopped or the engine dies.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from batchgen.answer import make_failed, make_result
+from batchgen.engines.base import Engine
+from batchgen.errors import EngineDied, RequestFailed, RowError
+from batchgen.open_shard import OpenShard
+from batchgen.records import Request
+from batchgen.spec import RetrySpec
+from batchgen.tasks import TaskGroup
+from batchgen.window import Window
+
+# Prompts in flight and read ahead: what a worker may hold of its input in memory.
+MAX_INFLIGHT_BYTES = 512 * 2**20
+MAX_READY_BYTES = 128 * 2**20
+# Rows read and tokenised ahead of the window, in windows.
+READY_WINDOWS = 0.5
+MIN_READY_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A request that waits for the window since `ready_at` (monotonic seconds)."""
+
+    shard: OpenShard
+    request: Request
+    ready_at: float
+
+    def measure(self, sent: float) -> dict[str, float]:
+        return {"waited_s": sent - self.ready_at, "latency_s": time.monotonic() - sent}
+
+
+class Sender:
+    """Belongs to one event loop. `on_death` is called once with the reason when nothing more can be sent."""
+
+    def __init__(self, engine: Engine, max_inflight: int, retry: RetrySpec, on_death: Callable[[str], None]) -> None:
+        self._engine, self._retry, self._on_death = engine, retry, on_death
+        self.window = Window(max_inflight, MAX_INFLIGHT_BYTES)
+        self._queue: asyncio.Queue[Ready] = asyncio.Queue()
+        self._num_bytes = 0
+        self._room = asyncio.Event()
+        self._is_stopped = False
+        self._inflight = TaskGroup(on_death)
+        self._feeder = TaskGroup(on_death)
+        self._feeder.spawn(self._feed())
+
+    async def push(self, shard: OpenShard, request: Request) -> None:
+        """Wait for room to read ahead, then queue the request. Returns without it when shard or sender are closed."""
+        while self._is_full() and not shard.is_closed and not self._is_stopped:
+            self._room.clear()
+            await self._room.wait()
+        if not self._is_stopped and not shard.is_closed:
+            self._put(Ready(shard, request, time.monotonic()))
+
+    def stop(self) -> None:
+        """Send nothing more; what is in flight goes on."""
+        self._is_stopped = True
+        self._room.set()
+
+    async def settle(self, timeout_s: float) -> None:
+        """Give what is in flight this long to be answered, then drop the rest."""
+        await self._inflight.wait(timeout_s)
+        await self._inflight.cancel()
+
+    async def close(self) -> None:
+        self.stop()
+        await self._feeder.cancel()
+        await self._inflight.cancel()
+
+    def _is_full(self) -> bool:
+        max_rows = max(MIN_READY_ROWS, READY_WINDOWS * self.window.max_rows)
+        return self._queue.qsize() >= max_rows or self._num_bytes >= MAX_READY_BYTES
+
+    def _put(self, ready: Ready) -> None:
+        self._num_bytes += ready.request.num_bytes
+        self._queue.put_nowait(ready)
+
+    async def _feed(self) -> None:
+        """Move ready rows into the window as it empties, whichever shard they are of."""
+        while not self._is_stopped:
+            ready = await self._queue.get()
+            self._num_bytes -= ready.request.num_bytes
+            self._room.set()
+            if ready.shard.is_closed:
+                continue
+            await self.window.acquire(ready.request.num_bytes)
+            if self._is_stopped:
+                self.window.release(ready.request.num_bytes)
+                return
+            self._inflight.spawn(self._generate(ready))
+
+    async def _generate(self, ready: Ready) -> None:
+        sent = time.monotonic()
+        try:
+            generation = await self._engine.generate(ready.request)
+        except RowError as error:
+            self._fail(ready, error, sent)
+        except EngineDied as error:
+            self._on_death(str(error))
+        else:
+            ready.shard.add(make_result(ready.request, generation, **ready.measure(sent)))
+        finally:
+            self.window.release(ready.request.num_bytes)
+
+    def _fail(self, ready: Ready, error: RowError, sent: float) -> None:
+        request, retry = ready.request, self._retry
+        if not isinstance(error, RequestFailed) or request.attempt >= retry.max_attempts:
+            ready.shard.add(make_failed(request, error, **ready.measure(sent)))
+            return
+        longest = min(retry.max_backoff_s, retry.backoff_s * 2 ** (request.attempt - 1))
+        again = replace(request, attempt=request.attempt + 1)
+        asyncio.get_running_loop().call_later(random.uniform(0, longest), self._put_again, ready.shard, again)
+
+    def _put_again(self, shard: OpenShard, request: Request) -> None:
+        self._put(Ready(shard, request, time.monotonic()))

@@ -1,0 +1,130 @@
+"""The store side of one shard: what is there already, and the one commit. Blocking; called off the event loop.
+
+The file's existence is the commit. A second attempt for the same shard finds it and drops its own work; a reply that was
+lost is recognised by the batch id in the footer of what is there. Error rows may be replaced, generations never: a
+replacement copies the ok rows unchanged and swaps the file only if it is still the version that was read.
+"""
+
+import time
+from dataclasses import dataclass, replace
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from batchgen import journal
+from batchgen.errors import AlreadyExists, Conflict
+from batchgen.manifest import CommittedShard, read_footer
+from batchgen.open_shard import OpenShard
+from batchgen.records import BatchStats, FileFooter, JournalRef, Lease, ShardCommitted, WorkerInfo
+from batchgen.spec import JobSpec
+from batchgen.stats import count_rows, make_batch_stats, make_lost_stats
+from batchgen.storage import FileInfo, Storage
+from batchgen.write import FORMAT_VERSION, make_output_schema, make_result_schema, make_shard_file
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What the worker measured of a batch."""
+
+    started_at: float
+    wall_s: float
+    mean_inflight: float | None
+
+
+class ShardFiles:
+    """Reads and commits shards of one job on one output folder."""
+
+    def __init__(self, storage: Storage, spec: JobSpec, passthrough: pa.Schema) -> None:
+        self._storage, self._spec = storage, spec
+        self._fingerprint = spec.fingerprint()
+        self.result_schema = make_result_schema(spec)
+        self._output_schema = make_output_schema(spec, passthrough)
+
+    def find_committed(self, lease: Lease) -> CommittedShard | None:
+        """The shard's file, where an earlier attempt of it has committed; None when it must be made."""
+        info = self._storage.info(lease.shard.data_path)
+        if info is None or info.version == lease.replaces:
+            return None
+        return CommittedShard(info, read_footer(self._storage, info.path))
+
+    def read_journal(self, lease: Lease) -> pa.Table:
+        """Rows that earlier attempts finished and journaled."""
+        return journal.read_rows(self._storage, lease.journal, self.result_schema)
+
+    def read_kept(self, lease: Lease, errors: str) -> pa.Table:
+        """Rows of the file to be replaced that stay as they are: all but the error rows to be tried again."""
+        with self._storage.open_read(lease.shard.data_path) as source:
+            rows = pq.read_table(source, columns=self.result_schema.names).cast(self.result_schema)
+        again = pc.equal(rows["status"], "error")
+        if errors == "retryable":
+            again = pc.and_(again, rows["is_retryable"])
+        return rows.filter(pc.invert(again))
+
+    def write_segment(self, path: str, rows: dict[int, pa.Table]) -> dict[int, JournalRef]:
+        return journal.write_segment(self._storage, path, rows, self._fingerprint)
+
+    def commit(self, shard: OpenShard, info: WorkerInfo, spent: Spent) -> ShardCommitted:
+        """Publish the shard, all or nothing. Raises StorageError; then nothing is published, or our own file is."""
+        started = time.monotonic()
+        lease, parts = shard.lease, shard.make_parts(self._output_schema)
+        stats = make_batch_stats(
+            lease,
+            info,
+            parts.generated,
+            started_at=spent.started_at,
+            wall_s=spent.wall_s,
+            mean_inflight=spent.mean_inflight,
+            num_from_journal=shard.num_recovered,
+            num_copied=shard.num_copied,
+            read_s=shard.read_s,
+            write_s=None,
+        )
+        footer = FileFooter(
+            format_version=FORMAT_VERSION,
+            fingerprint=self._fingerprint,
+            shard=lease.shard.number,
+            attempt=lease.attempt,
+            epoch=lease.epoch,
+            batch_id=lease.batch_id,
+            **count_rows(parts.output),
+            batches=(stats, *self._list_earlier(lease, parts.recovered)),
+        )
+        data = make_shard_file(parts.output, footer, compression_level=self._spec.output.compression_level)
+        standing = self._publish(lease, data, footer)
+        stats = replace(stats, write_s=time.monotonic() - started)
+        if standing.footer.batch_id != lease.batch_id:
+            stats = replace(stats, outcome="superseded")
+        return make_event(info.worker_id, stats, standing)
+
+    def _publish(self, lease: Lease, data: pa.Buffer, footer: FileFooter) -> CommittedShard:
+        """The file that stands afterwards: ours, or that of the attempt that was first."""
+        path = lease.shard.data_path
+        try:
+            if lease.replaces is None:
+                version = self._storage.create(path, memoryview(data))
+            else:
+                version = self._storage.replace(path, memoryview(data), lease.replaces)
+        except (AlreadyExists, Conflict):
+            if (standing := self.find_committed(lease)) is None:
+                raise
+            return standing
+        return CommittedShard(FileInfo(path, data.size, version), footer)
+
+    def _list_earlier(self, lease: Lease, recovered: pa.Table) -> list[BatchStats]:
+        """Stats of the other batches that have rows in this file: known from the file replaced, else from the rows."""
+        known = {}
+        if lease.replaces is not None:
+            known = {batch.batch_id: batch for batch in read_footer(self._storage, lease.shard.data_path).batches}
+        batches = []
+        for batch_id in pc.unique(recovered["batch_id"]).to_pylist():
+            rows = recovered.filter(pc.equal(recovered["batch_id"], batch_id))
+            batches.append(known.get(batch_id) or make_lost_stats(batch_id, rows=rows))
+        return batches
+
+
+def make_event(worker_id: str, stats: BatchStats, standing: CommittedShard) -> ShardCommitted:
+    """The event for a shard whose file stands."""
+    return ShardCommitted(
+        worker_id, stats.batch_id, stats, standing.info.num_bytes, standing.info.version, standing.footer
+    )

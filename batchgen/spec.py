@@ -1,0 +1,291 @@
+"""`JobSpec`: the one frozen description of a job. What is written here is all that decides what a job makes.
+
+Every section refuses unknown fields. `fingerprint()` covers what makes the data (input, prompt, model, sampling, output
+columns); engine tuning, cluster, retry and limits may change between the runs of one job. Nothing secret belongs in a
+spec: credentials come from the environment. This module knows no files and no YAML: see `spec_load`.
+"""
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+FINGERPRINT_VERSION = 1
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class InputSpec(Section):
+    """Which rows."""
+
+    paths: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        description="Parquet files, folders (searched recursively) or globs: local paths, s3:// or any fsspec URL. "
+        "A single string is taken as a list of one."
+    )
+    custom_id: str | None = Field(
+        default=None, description="Column with the user's key, text or integer. Made from file and row when absent."
+    )
+    passthrough: tuple[str, ...] = Field(default=(), description="Input columns copied to the output, types kept.")
+    check_unique: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="Refuse duplicate custom_id before the start. auto: scan up to 10 million rows; beyond that the "
+        "report says 'not checked'.",
+    )
+    limit: int | None = Field(
+        default=None, ge=1, description="Only the first N rows (rows). May be raised later: finished rows are kept."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_path(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("paths"), str):
+            return {**value, "paths": [value["paths"]]}
+        return value
+
+
+class PromptSpec(Section):
+    """How a row becomes a request. Exactly one of column, messages, prompt_token_ids and template is given."""
+
+    column: str | None = Field(default=None, description="Column with the prompt text.")
+    messages: str | None = Field(
+        default=None, description="Column with a chat: a list of role/content structs, or the same as JSON text."
+    )
+    prompt_token_ids: str | None = Field(
+        default=None, description="Column with lists of token ids, sent as they are (no template, no BOS added)."
+    )
+    template: str | None = Field(
+        default=None, description='Text with columns in braces: "Summarise: {text}". Double the braces to print one.'
+    )
+    system: str | None = Field(default=None, description="System message put before every column or template prompt.")
+    chat: bool = Field(
+        default=True,
+        description="Send a column or template prompt as a user message through the model's chat template; "
+        "false sends the bare text.",
+    )
+    sampling: str | None = Field(
+        default=None,
+        description="Column with per-row overrides of the sampling section (a struct, or JSON text); null: none.",
+    )
+    on_overflow: Literal["error", "truncate_left"] = Field(
+        default="error",
+        description="A prompt that leaves no room for one token: an error row, or its first tokens are cut off.",
+    )
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> "PromptSpec":
+        given = [name for name in ("column", "messages", "prompt_token_ids", "template") if getattr(self, name)]
+        if len(given) != 1:
+            found = " and ".join(given) if given else "none"
+            raise ValueError(f"give exactly one of column, messages, prompt_token_ids, template; found {found}")
+        if self.system is not None and (self.messages or self.prompt_token_ids or not self.chat):
+            raise ValueError("system goes with a chat column or template; put it in the messages themselves instead")
+        return self
+
+
+class ModelSpec(Section):
+    """Which weights and tokenizer."""
+
+    path: str = Field(
+        default="embedded",
+        description="A local folder or hub id of a Hugging Face checkpoint, or 'embedded': the tiny model that ships "
+        "with batchgen and answers sums.",
+    )
+    revision: str | None = Field(default=None, description="Hub revision (commit, tag or branch).")
+    max_model_len: int | None = Field(
+        default=None, ge=2, description="Prompt plus completion, tokens. The model's own limit when absent."
+    )
+
+
+class SamplingSpec(Section):
+    """How tokens are drawn. The defaults are those of the DeepSeek-V3.2 model card."""
+
+    temperature: float = Field(default=1.0, ge=0.0, le=5.0, description="0 is greedy.")
+    top_p: float = Field(default=0.95, gt=0.0, le=1.0, description="Nucleus mass.")
+    max_tokens: int = Field(default=1024, ge=1, description="Completion tokens at most (tokens).")
+    top_k: int | None = Field(default=None, ge=1, description="Keep the k likeliest tokens.")
+    min_p: float | None = Field(
+        default=None, ge=0.0, le=1.0, description="Keep tokens of at least this share of the best."
+    )
+    n: int = Field(default=1, ge=1, le=1024, description="Generations a row; sent as n requests with a shared prefix.")
+    seed: int | None = Field(
+        default=None,
+        ge=0,
+        lt=2**63,
+        description="Each request gets a seed made from this, its row and its sample, so that a rerun repeats.",
+    )
+    stop: tuple[str, ...] = Field(default=(), description="Strings that end a completion; not part of the text.")
+    stop_token_ids: tuple[int, ...] = Field(default=(), description="Token ids that end a completion.")
+    presence_penalty: float | None = Field(default=None, ge=-2.0, le=2.0, description="As OpenAI's.")
+    frequency_penalty: float | None = Field(default=None, ge=-2.0, le=2.0, description="As OpenAI's.")
+    repetition_penalty: float | None = Field(
+        default=None, gt=0.0, le=10.0, description="As Hugging Face's; 1 is neutral."
+    )
+    logprobs: int | None = Field(
+        default=None, ge=0, le=20, description="Return each token's logprob and this many of the likeliest ones."
+    )
+    thinking: bool = Field(default=False, description="Ask the chat template for reasoning; kept in its own column.")
+
+
+class SimulatedEngineSpec(Section):
+    """An engine without a model: real time, seeded lengths, no GPU. For tests, dry runs and benchmarks."""
+
+    kind: Literal["simulated"]
+    max_inflight: int = Field(default=256, ge=1, description="Requests sent and not answered (requests).")
+    slots: int = Field(default=64, ge=1, description="Requests decoded at the same time (requests).")
+    prefill_tokens_per_s: float = Field(default=20_000.0, gt=0, description="Prefill rate of the engine (tokens/s).")
+    decode_tokens_per_s: float = Field(default=50.0, gt=0, description="Decode rate of one slot (tokens/s).")
+    has_latency: bool = Field(default=True, description="false: answer at once, whatever the rates say.")
+    mean_tokens: float = Field(default=200.0, gt=0, description="Mean of the lognormal completion length (tokens).")
+    sigma: float = Field(
+        default=0.8, ge=0.0, description="Its sigma (of the log). 0: every answer has the mean length."
+    )
+    startup_s: float = Field(default=0.0, ge=0, description="Time until the engine is ready (s).")
+    max_model_len: int = Field(default=131_072, ge=2, description="Prompt plus completion (tokens).")
+    reject_text: str | None = Field(
+        default=None, description="Refuse each prompt that contains this text: a stand-in for a poison row."
+    )
+    failure_rate: float = Field(
+        default=0.0, ge=0.0, le=1.0, description="Share of first attempts that fail and may be retried, seeded by row."
+    )
+    call_log: str | None = Field(
+        default=None, description="Local folder; every call appends a line here (row, sample, attempt), never text."
+    )
+
+
+class TransformersEngineSpec(Section):
+    """Any Hugging Face causal LM on this machine, decoded in batches. Needs the extra: pip install 'batchgen[local]'."""
+
+    kind: Literal["transformers"]
+    max_inflight: int = Field(default=128, ge=1, description="Requests sent and not answered (requests).")
+    max_batch_size: int = Field(default=64, ge=1, description="Requests decoded together (requests).")
+    num_threads: int = Field(
+        default=1, ge=1, description="Torch threads; a second one was measured to slow small models."
+    )
+    device: str = Field(default="auto", description="cpu, cuda, cuda:N; auto takes CUDA where there is one.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="auto: float32 on CPU (faster there than bfloat16), the checkpoint's on CUDA."
+    )
+
+
+EngineSpec = Annotated[SimulatedEngineSpec | TransformersEngineSpec, Field(discriminator="kind")]
+
+
+class OutputSpec(Section):
+    """Where the dataset goes and which optional columns it has."""
+
+    path: str = Field(description="Folder to write to: local path, s3:// or any fsspec URL.")
+    token_ids: bool = Field(default=False, description="Add the column token_ids (generated ids).")
+    rows_per_shard: int | None = Field(
+        default=None, ge=1, description="Rows a shard (rows). Absent: from expected size and duration."
+    )
+    compression_level: int = Field(default=3, ge=1, le=19, description="zstd level.")
+    journal_interval_s: float = Field(
+        default=30.0, gt=0, description="Finished rows are made safe this often (s): what a crash can cost."
+    )
+    lock_url: str | None = Field(
+        default=None,
+        description="Folder on a store with conditional writes, for the driver's lease, when the output's store has none.",
+    )
+
+
+class WorkersSpec(Section):
+    """How many engine actors."""
+
+    min: int = Field(default=1, ge=1, description="Asked for at the start (workers).")
+    max: int = Field(default=1, ge=1, description="Never more than this (workers).")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "WorkersSpec":
+        if self.min > self.max:
+            raise ValueError(f"min ({self.min}) is above max ({self.max})")
+        return self
+
+
+class ClusterSpec(Section):
+    """Where the workers run."""
+
+    pool: Literal["ray", "inline"] = Field(default="ray", description="ray: actors; inline: threads here, without Ray.")
+    workers: WorkersSpec = WorkersSpec()
+    gpus_per_worker: float = Field(default=0.0, ge=0, description="GPUs an actor reserves (GPUs).")
+    cpus_per_worker: float = Field(default=1.0, ge=0, description="CPU cores an actor reserves (cores).")
+    resources_per_worker: dict[str, float] = Field(default={}, description="Custom Ray resources an actor reserves.")
+    placement: Literal["SPREAD", "PACK", "DEFAULT"] = Field(
+        default="SPREAD", description="SPREAD puts actors on different nodes where it can; PACK fills nodes."
+    )
+    address: str | None = Field(
+        default=None, description="Ray address. Absent: RAY_ADDRESS, then a running local cluster, then a fresh one."
+    )
+    max_starting: int = Field(default=4, ge=1, description="Workers that may be starting at the same time (workers).")
+    lease_ttl_s: float = Field(
+        default=30.0, gt=0, description="The driver's lease on the output folder lapses after this much silence (s)."
+    )
+    start_timeout_s: float = Field(
+        default=7200.0,
+        gt=0,
+        description="A worker that is not up this long after it was asked for counts as failed (s).",
+    )
+    drain_s: float = Field(
+        default=20.0, ge=0, description="When a run is stopped, rows in flight get this long to finish (s)."
+    )
+    worker_timeout_s: float = Field(
+        default=120.0, gt=0, description="A worker that was not heard of for this long is given up (s)."
+    )
+    stall_timeout_s: float = Field(
+        default=3600.0,
+        gt=0,
+        description="A lease whose worker made no token and finished no row this long expires (s).",
+    )
+    log_interval_s: float = Field(default=5.0, gt=0, description="Seconds between progress lines in a log (s).")
+
+
+class RetrySpec(Section):
+    """What is tried again, and when it is enough."""
+
+    max_attempts: int = Field(default=4, ge=1, description="Tries of one request that fails retryably (tries).")
+    backoff_s: float = Field(default=1.0, ge=0, description="First wait before a retry; doubles, with jitter (s).")
+    max_backoff_s: float = Field(default=60.0, ge=0, description="Longest wait (s).")
+    max_shard_attempts: int = Field(
+        default=4, ge=1, description="Leases of one shard lost in one run before its missing rows become error rows."
+    )
+    max_start_failures: int = Field(
+        default=3, ge=1, description="Workers in a row that fail to start before the run stops (workers)."
+    )
+    max_error_rate: float = Field(
+        default=0.0, ge=0, le=1, description="Share of error rows up to which the job counts as a success."
+    )
+    errors: Literal["retryable", "all", "none"] = Field(
+        default="retryable", description="Which error rows of an earlier run are generated again."
+    )
+
+
+class JobSpec(Section):
+    """A whole job."""
+
+    input: InputSpec
+    prompt: PromptSpec
+    model: ModelSpec = ModelSpec()
+    engine: EngineSpec
+    sampling: SamplingSpec = SamplingSpec()
+    output: OutputSpec
+    cluster: ClusterSpec = ClusterSpec()
+    retry: RetrySpec = RetrySpec()
+
+    def fingerprint_fields(self) -> dict[str, Any]:
+        """What makes the data, section by section, as plain JSON values."""
+        return {
+            "version": FINGERPRINT_VERSION,
+            "input": self.input.model_dump(mode="json", include={"paths", "custom_id", "passthrough"}),
+            "prompt": self.prompt.model_dump(mode="json"),
+            "model": self.model.model_dump(mode="json"),
+            "engine": {"kind": self.engine.kind},
+            "sampling": self.sampling.model_dump(mode="json"),
+            "output": self.output.model_dump(mode="json", include={"token_ids"}),
+        }
+
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits; equal for two specs that make the same dataset."""
+        text = json.dumps(self.fingerprint_fields(), sort_keys=True, ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]

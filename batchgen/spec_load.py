@@ -1,0 +1,137 @@
+"""A spec from YAML text, with `section.key=value` overrides. Says what is wrong in one sentence, with a suggestion.
+
+Knows YAML and pydantic's errors, not what the fields mean. Values of overrides are read as YAML.
+"""
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from batchgen.errors import SpecError
+from batchgen.spec import JobSpec
+from batchgen.storage import read_text
+
+
+def load_spec(url: str, overrides: Sequence[str] = ()) -> JobSpec:
+    """The spec at a local path or URL. Raises SpecError, InputError."""
+    return parse_spec(read_text(url), overrides, source=url)
+
+
+def parse_spec(text: str, overrides: Sequence[str] = (), *, source: str = "spec") -> JobSpec:
+    """The spec in a YAML (or JSON) text. Local paths become absolute, because workers run elsewhere."""
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise SpecError(f"{source}{where}: not valid YAML; mend the syntax there") from error
+    if not isinstance(tree, dict):
+        raise SpecError(f"{source}: must be a mapping with the sections input, prompt, engine, output")
+    for override in overrides:
+        _set(tree, override)
+    return make_spec(tree, source=source)
+
+
+def make_spec(tree: dict[str, Any], *, source: str = "spec") -> JobSpec:
+    """The spec from plain values. Raises SpecError."""
+    try:
+        spec = JobSpec.model_validate(tree)
+    except ValidationError as error:
+        raise SpecError(f"{source}: {describe(error)}") from error
+    return _with_absolute_paths(spec)
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key.strip():
+        raise SpecError(f"--set {override}: write section.key=value")
+    *sections, name = key.strip().split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise SpecError(f"--set {override}: {section} is not a section")
+    try:
+        tree[name] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise SpecError(f"--set {override}: the value is not valid YAML; quote it") from error
+
+
+def describe(error: ValidationError) -> str:
+    """One sentence for the first thing wrong, and how many more there are."""
+    errors = error.errors(include_url=False, include_input=False)
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return _describe_one(errors[0]) + more
+
+
+def _describe_one(error: ErrorDetails) -> str:
+    path = [str(part) for part in error["loc"] if part not in ENGINE_KINDS]
+    where = ".".join(path) or "spec"
+    if error["type"] == "extra_forbidden":
+        names = list_field_names(path[:-1], [str(part) for part in error["loc"]])
+        close = difflib.get_close_matches(path[-1], names, n=1)
+        mend = f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(sorted(names))}"
+        return f"{where}: unknown field; {mend}"
+    if error["type"] == "missing":
+        return f"{where}: is required; add it"
+    return f"{where}: {error['msg'].removeprefix('Value error, ')}"
+
+
+def _members(annotation: Any) -> Iterable[type[BaseModel]]:
+    """Models inside an annotation: unions, Annotated and containers unpacked."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        if issubclass(annotation, BaseModel):
+            yield annotation
+        return
+    for argument in typing.get_args(annotation):
+        yield from _members(argument)
+
+
+ENGINE_KINDS = frozenset(
+    kind
+    for model in _members(JobSpec.model_fields["engine"].annotation)
+    for kind in typing.get_args(model.model_fields["kind"].annotation)
+)
+
+
+def list_field_names(path: Sequence[str], location: Sequence[str]) -> list[str]:
+    """Field names of the section at `path`; of the chosen engine's own where `location` names its kind."""
+    models: list[type[BaseModel]] = [JobSpec]
+    for name in path:
+        fields = [model.model_fields[name] for model in models if name in model.model_fields]
+        models = [member for field in fields for member in _members(field.annotation)]
+    kinds = [model for model in models if "kind" in model.model_fields]
+    chosen = [m for m in kinds if set(typing.get_args(m.model_fields["kind"].annotation)) & set(location)]
+    return [name for model in chosen or models for name in model.model_fields]
+
+
+def is_local(path: str) -> bool:
+    """Is it a path on this machine, not a URL?"""
+    return "://" not in path
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute()) if is_local(path) else path
+
+
+def _with_absolute_paths(spec: JobSpec) -> JobSpec:
+    paths = tuple(_absolute(path) for path in spec.input.paths)
+    engine, model = spec.engine, spec.model
+    if engine.kind == "simulated" and engine.call_log is not None:
+        engine = engine.model_copy(update={"call_log": _absolute(engine.call_log)})
+    if is_local(model.path) and Path(model.path).expanduser().is_dir():
+        model = model.model_copy(update={"path": _absolute(model.path)})
+    return spec.model_copy(
+        update={
+            "input": spec.input.model_copy(update={"paths": paths}),
+            "output": spec.output.model_copy(update={"path": _absolute(spec.output.path)}),
+            "engine": engine,
+            "model": model,
+        }
+    )

@@ -1,0 +1,212 @@
+"""Counters and latency quantiles of a batch, from its result table. Pure: Arrow in, values out.
+
+Quantiles are exact over the rows the batch itself generated: rows that came from a journal or were copied keep the
+batch that generated them. Unknown is None, never 0.
+"""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from batchgen.records import BatchStats, Lease, WorkerInfo, parse_batch_id
+
+QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+LATENCIES = ("queued", "ttft", "per_token", "latency")
+# Relative error of a sketch's quantiles, and the smallest latency it tells apart.
+SKETCH_ERROR = 0.01
+GAMMA = (1 + SKETCH_ERROR) / (1 - SKETCH_ERROR)
+MIN_LATENCY_S = 1e-6
+ROW_FIELDS = (
+    "num_rows_ok",
+    "num_rows_error",
+    "num_rows_retryable",
+    "prompt_tokens",
+    "completion_tokens",
+    "cached_tokens",
+    "latency",
+    "sketches",
+    "finish_reasons",
+    "error_types",
+    "num_retries",
+)
+LATENCY_FIELDS = tuple(f"{name}_{quantile}_s" for name in LATENCIES for quantile in QUANTILES)
+
+
+def make_quantiles(name: str, values: pa.ChunkedArray | pa.Array) -> dict[str, float | None]:
+    """{name_p50_s: ...} in seconds; None for all when there is no value."""
+    found = pc.quantile(values.drop_null(), q=list(QUANTILES.values())).to_pylist()
+    return {f"{name}_{key}_s": value for key, value in zip(QUANTILES, found, strict=True)}
+
+
+def list_latencies(rows: pa.Table) -> dict[str, pa.ChunkedArray]:
+    """Latencies of result rows in seconds. per_token is the time after the first token, per token after it."""
+    after_first = pc.subtract(rows["latency_s"], rows["ttft_s"])
+    num_after = pc.subtract(rows["completion_tokens"], 1)
+    num_after = pc.if_else(pc.greater(num_after, 0), num_after, None)
+    return {
+        "queued": rows["queued_s"],
+        "ttft": rows["ttft_s"],
+        "per_token": pc.divide(after_first, pc.cast(num_after, pa.float64())),
+        "latency": rows["latency_s"],
+    }
+
+
+def make_latency(rows: pa.Table) -> dict[str, float | None]:
+    """All latency quantiles of result rows, exact."""
+    made: dict[str, float | None] = {}
+    for name, values in list_latencies(rows).items():
+        made |= make_quantiles(name, values)
+    return made
+
+
+def make_sketch(values: pa.ChunkedArray) -> dict[str, int]:
+    """Values in seconds as counts in logarithmic buckets (the DDSketch mapping: bucket i ends at GAMMA ** i), so that
+    sketches of any sets of rows add up and a quantile is right to SKETCH_ERROR of its value."""
+    clipped = pc.max_element_wise(values.drop_null(), MIN_LATENCY_S)
+    buckets = pc.cast(pc.ceil(pc.divide(pc.ln(clipped), math.log(GAMMA))), pa.int32())
+    return {str(entry["values"]): entry["counts"] for entry in buckets.value_counts().to_pylist()}
+
+
+def make_sketches(rows: pa.Table) -> dict[str, dict[str, int]]:
+    return {name: make_sketch(values) for name, values in list_latencies(rows).items()}
+
+
+def merge_sketches(sketches: Iterable[dict[str, int]]) -> Counter[str]:
+    merged: Counter[str] = Counter()
+    for sketch in sketches:
+        merged.update(sketch)
+    return merged
+
+
+def read_quantile(sketch: Mapping[str, int], q: float) -> float | None:
+    """The q-quantile in seconds, within SKETCH_ERROR of the value at that rank; None for an empty sketch."""
+    rank, seen = q * (sum(sketch.values()) - 1), 0
+    for bucket in sorted(map(int, sketch)):
+        seen += sketch[str(bucket)]
+        if seen > rank:
+            return float(2 * GAMMA**bucket / (GAMMA + 1))
+    return None
+
+
+def count_values(column: pa.ChunkedArray) -> dict[str, int]:
+    """{value: rows}, nulls left out, most frequent first."""
+    counts = [(entry["values"], entry["counts"]) for entry in column.drop_null().value_counts().to_pylist()]
+    return dict(sorted(counts, key=lambda pair: (-pair[1], pair[0])))
+
+
+def total(column: pa.ChunkedArray) -> int | None:
+    """Sum; None where every value is unknown."""
+    value = pc.sum(column).as_py()
+    return None if value is None else int(value)
+
+
+def count_rows(rows: pa.Table) -> dict[str, int]:
+    """num_rows_ok, num_rows_error and num_rows_retryable (errors that another run would try again)."""
+    num_ok = pc.sum(pc.equal(rows["status"], "ok")).as_py() or 0
+    return {
+        "num_rows_ok": num_ok,
+        "num_rows_error": rows.num_rows - num_ok,
+        "num_rows_retryable": pc.sum(rows["is_retryable"]).as_py() or 0,
+    }
+
+
+def describe_rows(rows: pa.Table) -> dict[str, Any]:
+    """The BatchStats fields that follow from result rows alone."""
+    return {
+        **count_rows(rows),
+        "prompt_tokens": total(rows["prompt_tokens"]),
+        "completion_tokens": total(rows["completion_tokens"]),
+        "cached_tokens": total(rows["cached_tokens"]),
+        "latency": make_latency(rows),
+        "sketches": make_sketches(rows),
+        "finish_reasons": count_values(rows["finish_reason"]),
+        "error_types": count_values(rows["error_type"]),
+        "num_retries": (total(rows["num_attempts"]) or 0) - rows.num_rows,
+    }
+
+
+def make_batch_stats(
+    lease: Lease,
+    info: WorkerInfo,
+    rows: pa.Table,
+    *,
+    started_at: float,
+    wall_s: float,
+    mean_inflight: float | None,
+    num_from_journal: int,
+    num_copied: int,
+    read_s: float,
+    write_s: float | None,
+) -> BatchStats:
+    """Stats of the batch that committed. `rows` are the rows it generated itself (result columns)."""
+    made = describe_rows(rows)
+    tokens = made["completion_tokens"]
+    rate = tokens / wall_s if tokens is not None and wall_s > 0 else None
+    return BatchStats(
+        batch_id=lease.batch_id,
+        shard=lease.shard.id,
+        attempt=lease.attempt,
+        epoch=lease.epoch,
+        outcome="committed",
+        worker=info.worker_id,
+        node=info.node,
+        engine_kind=info.engine_kind,
+        engine_version=info.engine_version,
+        num_gpus=info.num_gpus,
+        window=info.window,
+        started_at=started_at,
+        wall_s=wall_s,
+        tokens_per_s=rate,
+        tokens_per_s_per_gpu=rate / info.num_gpus if rate is not None and info.num_gpus else None,
+        mean_inflight=mean_inflight,
+        num_rows_from_journal=num_from_journal,
+        num_rows_copied=num_copied,
+        read_s=read_s,
+        write_s=write_s,
+        **made,
+    )
+
+
+def make_lost_stats(
+    batch_id: str,
+    *,
+    info: WorkerInfo | None = None,
+    started_at: float | None = None,
+    wall_s: float | None = None,
+    rows: pa.Table | None = None,
+) -> BatchStats:
+    """Stats of a batch that did not commit, as far as known. `rows` are those of its rows that a journal saved."""
+    number, epoch, attempt = parse_batch_id(batch_id)
+    made = describe_rows(rows) if rows is not None else dict.fromkeys(ROW_FIELDS)
+    return BatchStats(
+        batch_id=batch_id,
+        shard=f"shard-{number:09d}",
+        attempt=attempt,
+        epoch=epoch,
+        outcome="lost",
+        worker=info.worker_id if info else None,
+        node=info.node if info else None,
+        engine_kind=info.engine_kind if info else None,
+        engine_version=info.engine_version if info else None,
+        num_gpus=info.num_gpus if info else None,
+        window=info.window if info else None,
+        started_at=started_at,
+        wall_s=wall_s,
+        **made,
+    )
+
+
+def merge_stats(ours: BatchStats, theirs: BatchStats) -> BatchStats:
+    """What two sources know of one batch: each field from the first that knows it."""
+    fields = {
+        field.name: getattr(theirs, field.name)
+        if getattr(ours, field.name) in (None, {})
+        else getattr(ours, field.name)
+        for field in dataclasses.fields(BatchStats)
+    }
+    return BatchStats(**fields)

@@ -1,0 +1,208 @@
+"""What can be known to be wrong before any engine starts: columns, types, duplicate keys, the first rendered prompt.
+
+Each refusal is one sentence with the file, the column or field, and the mend. What only single rows show (a null prompt,
+malformed messages) is not refused here: it becomes that row's error.
+"""
+
+import difflib
+from collections.abc import Callable, Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from batchgen.engines import check_supported
+from batchgen.engines.base import Tokenizer
+from batchgen.errors import BadRow, InputError, SpecError
+from batchgen.prompt import list_columns, list_prompt_columns, list_row_columns, make_prompt, make_row_sampling
+from batchgen.read import Footer, decode_rows, iter_shard
+from batchgen.records import InputFile, Shard
+from batchgen.spec import JobSpec
+from batchgen.write import list_reserved_names
+
+MAX_UNIQUE_ROWS = 10_000_000
+
+types = pa.types
+TypeCheck = Callable[[pa.DataType], bool]
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Text, or bytes that are taken as UTF-8."""
+    if types.is_dictionary(kind):
+        return is_text(kind.value_type)
+    checks: tuple[TypeCheck, ...] = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
+    return any(check(kind) for check in checks) or kind in (pa.string_view(), pa.binary_view())
+
+
+def is_list(kind: pa.DataType) -> bool:
+    return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
+
+
+def is_messages(kind: pa.DataType) -> bool:
+    """A list of structs with role and content, or JSON text."""
+    if is_list(kind) and types.is_struct(kind.value_type):
+        return {"role", "content"} <= {field.name for field in kind.value_type}
+    return is_text(kind)
+
+
+def is_token_ids(kind: pa.DataType) -> bool:
+    return is_list(kind) and bool(types.is_integer(kind.value_type))
+
+
+def is_key(kind: pa.DataType) -> bool:
+    return is_text(kind) or bool(types.is_integer(kind))
+
+
+def is_sampling(kind: pa.DataType) -> bool:
+    return bool(types.is_struct(kind)) or is_text(kind)
+
+
+def is_scalar(kind: pa.DataType) -> bool:
+    """What a template can print."""
+    return not types.is_nested(kind) or is_text(kind)
+
+
+def list_checks(spec: JobSpec) -> list[tuple[str, str, TypeCheck, str]]:
+    """(spec field, column, check of its type, what it must be) for each column with a meaning."""
+    prompt = spec.prompt
+    checks: list[tuple[str, str | None, TypeCheck, str]] = [
+        ("prompt.column", prompt.column, is_text, "text"),
+        ("prompt.messages", prompt.messages, is_messages, "a list of structs with role and content, or JSON text"),
+        ("prompt.prompt_token_ids", prompt.prompt_token_ids, is_token_ids, "a list of integers"),
+        ("prompt.sampling", prompt.sampling, is_sampling, "a struct or JSON text"),
+        ("input.custom_id", spec.input.custom_id, is_key, "text or integers"),
+    ]
+    if prompt.template is not None:
+        columns = list_prompt_columns(prompt)
+        checks += [("prompt.template", name, is_scalar, "text, a number, a boolean or a date") for name in columns]
+    checks += [("input.passthrough", name, lambda _: True, "") for name in spec.input.passthrough]
+    return [(field, column, check, wanted) for field, column, check, wanted in checks if column is not None]
+
+
+def check_spec(spec: JobSpec) -> None:
+    """What the spec alone shows to be impossible. Raises SpecError."""
+    check_supported(spec)
+    list_columns(spec)
+    for name in spec.input.passthrough:
+        if name in list_reserved_names():
+            raise SpecError(
+                f"input.passthrough: '{name}' is a column that batchgen writes itself; leave it out, or rename it there"
+            )
+    if len(set(spec.input.passthrough)) != len(spec.input.passthrough):
+        raise SpecError("input.passthrough: names a column twice; name each once")
+    if "://" in spec.output.path and spec.output.path.startswith("memory:") and spec.cluster.pool == "ray":
+        raise SpecError("output.path: memory:// lives in one process; use cluster.pool: inline or another store")
+
+
+def check_footer(footer: Footer, spec: JobSpec) -> None:
+    """Are all columns there, with types that can work? Raises InputError."""
+    for field, column, check, wanted in list_checks(spec):
+        names = footer.schema.names
+        if names.count(column) > 1:
+            raise InputError(
+                f"{footer.file.path}: has {names.count(column)} columns named '{column}'; rename all but one"
+            )
+        if column not in names:
+            close = difflib.get_close_matches(column, names, n=1)
+            mend = f"did you mean '{close[0]}'?" if close else f"it has: {', '.join(names[:20])}"
+            raise InputError(f"{footer.file.path}: has no column '{column}' ({field}); {mend}")
+        kind = footer.schema.field(column).type
+        if not check(kind):
+            raise InputError(f"{footer.file.path}: column '{column}' ({field}) is {kind}; it must be {wanted}")
+
+
+def make_passthrough_schema(footers: Sequence[Footer], spec: JobSpec) -> pa.Schema:
+    """One type for each passthrough column over all files. Raises InputError where files disagree too much."""
+    merged = pa.schema([])
+    for footer in footers:
+        fields = [footer.schema.field(name).remove_metadata() for name in spec.input.passthrough]
+        try:
+            merged = pa.unify_schemas([merged, pa.schema(fields)], promote_options="permissive")
+        except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
+            name = _find_clash(merged, fields)
+            raise InputError(
+                f"{footer.file.path}: passthrough column '{name}' has another type than in the files before; "
+                "write them with one type or leave it out of input.passthrough"
+            ) from error
+    return pa.schema([merged.field(name).with_nullable(True) for name in spec.input.passthrough])
+
+
+def _find_clash(merged: pa.Schema, fields: Sequence[pa.Field]) -> str:
+    clashes = [
+        field.name for field in fields if field.name in merged.names and merged.field(field.name).type != field.type
+    ]
+    return ", ".join(clashes)
+
+
+def check_unique(files: Sequence[InputFile], spec: JobSpec) -> bool | None:
+    """True when custom_id was checked, None when it was not (made by us, switched off, or too many rows for auto).
+    Raises InputError for a duplicate or a null key."""
+    column, mode = spec.input.custom_id, spec.input.check_unique
+    num_rows = sum(file.num_rows for file in files)
+    if column is None or mode == "never" or (mode == "auto" and num_rows > MAX_UNIQUE_ROWS):
+        return None
+    keys = pa.chunked_array([_read_keys(file, column) for file in files], pa.large_binary())
+    unique = pc.unique(keys)
+    if len(unique) < len(keys):
+        counts = keys.value_counts()
+        twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")[0]
+        key = twice.as_py()
+        shown = "null" if key is None else repr(key.decode(errors="replace"))
+        where = _locate(files, keys, twice)
+        raise InputError(
+            f"{where}: custom_id {shown} (column '{column}') is there more than once; make it unique, or set "
+            "input.check_unique: never"
+        )
+    return True
+
+
+def _read_keys(file: InputFile, column: str) -> pa.Array:
+    whole = Shard(0, file, 0, file.num_rows)
+    parts = [batch.column(column) for _, batch in iter_shard(whole, [column])]
+    chunks = pa.chunked_array(parts) if parts else pa.chunked_array([], pa.large_binary())
+    if types.is_dictionary(chunks.type):
+        chunks = chunks.cast(chunks.type.value_type)
+    if types.is_integer(chunks.type):
+        chunks = chunks.cast(pa.large_string())
+    return chunks.cast(pa.large_binary()).combine_chunks()
+
+
+def _locate(files: Sequence[InputFile], keys: pa.ChunkedArray, key: pa.Scalar) -> str:
+    """File and row of the second time a key appears."""
+    same = pc.is_null(keys) if not key.is_valid else pc.fill_null(pc.equal(keys, key), False)
+    position = pc.indices_nonzero(same)[1].as_py()
+    for file in files:
+        if position < file.num_rows:
+            return f"{file.path} row {position}"
+        position -= file.num_rows
+    raise AssertionError("the key was counted, so it is in a file")
+
+
+def render_first(shards: Sequence[Shard], spec: JobSpec, tokenizer: Tokenizer) -> tuple[str, int]:
+    """(text, tokens) of the first prompt of the job that renders. Raises InputError when none of the first rows does."""
+    columns, reason = list_row_columns(spec), ""
+    for shard in shards[:1]:
+        for _, batch in iter_shard(shard, list_columns(spec)):
+            for row in decode_rows(batch, columns):
+                try:
+                    prompt, sampling = make_prompt(row, spec.prompt), make_row_sampling(row, spec)
+                    return _render(prompt.text, prompt.messages, prompt.token_ids, tokenizer, sampling.thinking)
+                except BadRow as error:
+                    reason = reason or str(error)
+            break
+    raise InputError(f"{shards[0].file.path}: none of its first rows makes a prompt; the first one: {reason}")
+
+
+def _render(
+    text: str | None,
+    messages: Sequence[dict[str, object]] | None,
+    token_ids: Sequence[int] | None,
+    tokenizer: Tokenizer,
+    thinking: bool,
+) -> tuple[str, int]:
+    if token_ids is not None:
+        return tokenizer.decode(token_ids), len(token_ids)
+    if messages is not None:
+        rendered = tokenizer.render_chat(messages, thinking=thinking)
+        return rendered, len(tokenizer.encode_chat(messages, thinking=thinking))
+    assert text is not None
+    return text, len(tokenizer.encode(text))

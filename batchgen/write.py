@@ -1,0 +1,178 @@
+"""Results become Arrow, and a shard's Arrow becomes its Parquet file.
+
+`make_result_schema` is what journal and worker hold; `make_output_schema` adds the key and passthrough columns and is
+what users read. Each shard file has exactly the shard's rows times n, in input order: `make_output_table` fails loudly
+on a row out twice or not at all. The footer says which job, shard and attempt made the file, and the stats of every
+batch that has rows in it. Knows nothing of where the bytes go.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from batchgen.records import BatchStats, FileFooter, Lease, Result
+from batchgen.spec import JobSpec
+
+FORMAT_VERSION = 1
+FOOTER_KEY = b"batchgen"
+MAX_ROW_GROUP_ROWS = 16_384
+
+LOGPROBS_TYPE = pa.list_(
+    pa.struct(
+        [
+            ("token_id", pa.int32()),
+            ("logprob", pa.float32()),
+            ("top", pa.list_(pa.struct([("token_id", pa.int32()), ("logprob", pa.float32())]))),
+        ]
+    )
+)
+KEY_FIELDS = [
+    pa.field("custom_id", pa.string()),
+    pa.field("source_file", pa.string(), nullable=False),
+    pa.field("source_row", pa.int64(), nullable=False),
+    pa.field("sample_index", pa.int32(), nullable=False),
+]
+ANSWER_FIELDS = [
+    pa.field("text", pa.string()),
+    pa.field("reasoning", pa.string()),
+    pa.field("finish_reason", pa.string()),
+    pa.field("prompt_tokens", pa.int64()),
+    pa.field("completion_tokens", pa.int64()),
+    pa.field("cached_tokens", pa.int64()),
+]
+OPTIONAL_FIELDS = {
+    "logprobs": pa.field("logprobs", LOGPROBS_TYPE),
+    "token_ids": pa.field("token_ids", pa.list_(pa.int32())),
+}
+STATUS_FIELDS = [
+    pa.field("status", pa.string(), nullable=False),
+    pa.field("error_type", pa.string()),
+    pa.field("error_message", pa.string()),
+    pa.field("is_retryable", pa.bool_()),
+    pa.field("num_attempts", pa.int32(), nullable=False),
+    pa.field("queued_s", pa.float64()),
+    pa.field("ttft_s", pa.float64()),
+    pa.field("latency_s", pa.float64()),
+    pa.field("batch_id", pa.string(), nullable=False),
+]
+
+
+def list_generated_fields(spec: JobSpec) -> list[pa.Field]:
+    """Fields that a generation fills, the optional ones where the spec asks for them."""
+    asked = {"logprobs": spec.sampling.logprobs is not None or spec.prompt.sampling is not None}
+    asked["token_ids"] = spec.output.token_ids
+    return [*ANSWER_FIELDS, *(OPTIONAL_FIELDS[name] for name in OPTIONAL_FIELDS if asked[name]), *STATUS_FIELDS]
+
+
+def make_result_schema(spec: JobSpec) -> pa.Schema:
+    """Schema of results before they are joined with their input columns: row and sample, then what was generated."""
+    return pa.schema([*KEY_FIELDS[2:], *list_generated_fields(spec)])
+
+
+def make_output_schema(spec: JobSpec, passthrough: pa.Schema) -> pa.Schema:
+    """Schema of `data/*.parquet`. `passthrough` holds the copied input columns with their types."""
+    return pa.schema([*KEY_FIELDS, *passthrough, *list_generated_fields(spec)])
+
+
+def list_reserved_names() -> frozenset[str]:
+    """Column names that passthrough columns can't have."""
+    return frozenset(field.name for field in [*KEY_FIELDS, *ANSWER_FIELDS, *OPTIONAL_FIELDS.values(), *STATUS_FIELDS])
+
+
+def make_result_row(result: Result, batch_id: str) -> dict[str, Any]:
+    """One result as a row of the result schema; columns the schema lacks are dropped by Arrow."""
+    answer, failure = result.generation, result.failure
+    if (answer is None) == (failure is None):
+        raise ValueError(f"{result.row_id}: a result is a generation or a failure, exactly one of them")
+    usage = answer.usage if answer else None
+    logprobs = answer.logprobs if answer else None
+    return {
+        "source_row": result.row_id.source_row,
+        "sample_index": result.row_id.sample_index,
+        "text": result.text,
+        "reasoning": result.reasoning,
+        "finish_reason": answer.finish_reason if answer else None,
+        "prompt_tokens": usage.prompt_tokens if usage else result.prompt_tokens,
+        "completion_tokens": usage.completion_tokens if usage else None,
+        "cached_tokens": usage.cached_tokens if usage else None,
+        "logprobs": None if logprobs is None else [_make_logprob(token) for token in logprobs],
+        "token_ids": list(answer.token_ids) if answer else None,
+        "status": "ok" if answer else "error",
+        "error_type": failure.error_type if failure else None,
+        "error_message": failure.message if failure else None,
+        "is_retryable": failure.is_retryable if failure else None,
+        "num_attempts": result.num_attempts,
+        "queued_s": result.timing.queued_s,
+        "ttft_s": result.timing.ttft_s,
+        "latency_s": result.timing.latency_s,
+        "batch_id": batch_id,
+    }
+
+
+def _make_logprob(token: Any) -> dict[str, Any]:
+    top = [{"token_id": token_id, "logprob": logprob} for token_id, logprob in token.top]
+    return {"token_id": token.token_id, "logprob": token.logprob, "top": top}
+
+
+def make_result_batch(results: Sequence[Result], batch_id: str, schema: pa.Schema) -> pa.RecordBatch:
+    """Results as Arrow, so that finished rows don't wait as Python objects."""
+    rows = [make_result_row(result, batch_id) for result in results]
+    columns = [pa.array([row[field.name] for row in rows], type=field.type) for field in schema]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def make_output_table(results: pa.Table, inputs: pa.Table, lease: Lease, n: int, schema: pa.Schema) -> pa.Table:
+    """The shard's rows in input order. `inputs` has one row for each row of the shard, in order (custom_id and
+    passthrough). Raises ValueError when any (row, sample) is there twice or not at all."""
+    shard = lease.shard
+    results = results.sort_by([("source_row", "ascending"), ("sample_index", "ascending")])
+    offsets = pc.subtract(results["source_row"], shard.row_start)
+    slots = pc.add(pc.multiply(offsets, n), pc.cast(results["sample_index"], pa.int64()))
+    expected = shard.num_rows * n
+    if inputs.num_rows != shard.num_rows or not slots.combine_chunks().equals(pa.array(range(expected), pa.int64())):
+        raise ValueError(f"{shard.id}: {results.num_rows} results for {expected} expected; a row is missing or twice")
+    taken = inputs.take(offsets)
+    files = pa.repeat(pa.scalar(shard.file.path), expected)
+    columns = []
+    for field in schema:
+        source = files if field.name == "source_file" else (taken if field.name in taken.schema.names else results)
+        columns.append(source if source is files else source[field.name].cast(field.type))
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def stats_to_json(stats: BatchStats) -> dict[str, Any]:
+    return dataclasses.asdict(stats)
+
+
+def stats_from_json(fields: Mapping[str, Any]) -> BatchStats:
+    return BatchStats(**fields)
+
+
+def footer_to_json(footer: FileFooter) -> str:
+    return json.dumps(dataclasses.asdict(footer))
+
+
+def footer_from_json(text: str | bytes) -> FileFooter:
+    fields = json.loads(text)
+    return FileFooter(**{**fields, "batches": tuple(stats_from_json(batch) for batch in fields["batches"])})
+
+
+def make_shard_file(table: pa.Table, footer: FileFooter, *, compression_level: int) -> pa.Buffer:
+    """The Parquet bytes of a shard file: zstd, row groups small enough to stream."""
+    table = table.replace_schema_metadata({FOOTER_KEY: footer_to_json(footer).encode()})
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table, sink, compression="zstd", compression_level=compression_level, row_group_size=MAX_ROW_GROUP_ROWS
+    )
+    return sink.getvalue()
+
+
+def read_file_footer(parquet: pq.ParquetFile) -> FileFooter | None:
+    """The footer of a shard file; None when the file is not one of batchgen's."""
+    metadata = parquet.schema_arrow.metadata or {}
+    return footer_from_json(metadata[FOOTER_KEY]) if FOOTER_KEY in metadata else None

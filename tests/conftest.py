@@ -1,0 +1,61 @@
+"""Fixtures that more than one test file needs."""
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import s3fs
+from s3_server import S3Proxy, S3Server, run_s3_server
+
+from batchgen.storage import Storage
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    with run_s3_server() as server:
+        yield server
+
+
+@pytest.fixture
+def s3_url(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A fresh folder on the S3 server; the environment of this process and its children leads there."""
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield f"s3://{s3_server.bucket}/{uuid.uuid4().hex} with space/é"
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def s3_proxy(s3_server: S3Server, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Proxy]:
+    """Between this process (or its children) and the server; ask for `s3_url` too."""
+    del s3_url
+    with S3Proxy(s3_server.endpoint).running() as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        yield proxy
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    kind = request.param
+    if kind == "local":
+        yield str(tmp_path / "a folder é%20#1")
+    elif kind == "memory":
+        url = f"memory://{uuid.uuid4().hex}/é x"
+        yield url
+        Storage(url).delete_many([info.path for info in Storage(url).list_files()])
+    else:
+        url = request.getfixturevalue("s3_url")
+        if kind != "s3":
+            proxy = request.getfixturevalue("s3_proxy")
+            proxy.refuses_conditions, proxy.ignores_conditions = kind == "s3-refusing", kind == "s3-ignoring"
+        yield url
+
+
+@pytest.fixture
+def store(request: pytest.FixtureRequest, root: str) -> Storage:
+    """As a run would open it: knowing what its probe would have said."""
+    is_sure = request.node.callspec.params["root"] in {"local", "memory", "s3"}
+    return Storage(root, is_exclusive=is_sure, can_replace=is_sure)

@@ -1,0 +1,346 @@
+"""The transformers engine over the embedded model: right sums, honest counts, and an end for every request."""
+
+import asyncio
+import random
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import pytest
+import torch
+
+from batchgen.engines import hf_model
+from batchgen.engines.transformers import TransformersEngine, make_batch
+from batchgen.errors import EngineDied, RequestFailed, RequestRejected, SpecError
+from batchgen.records import Generation, Request, RowId, SamplingParams
+from batchgen.spec import ModelSpec, TransformersEngineSpec
+
+T = TypeVar("T")
+WAYS = {
+    "+": ("What is {a} + {b}?", "Compute {a} + {b}.", "{a} + {b} = ?", "Add {a} and {b}."),
+    "-": ("What is {a} - {b}?", "Compute {a} - {b}.", "{a} - {b} = ?", "Subtract {b} from {a}."),
+}
+
+
+def make_engine(model: ModelSpec | None = None, **changes: Any) -> TransformersEngine:
+    return TransformersEngine(model or ModelSpec(), TransformersEngineSpec(kind="transformers", **changes))
+
+
+def use(work: Callable[[TransformersEngine], Awaitable[T]], model: ModelSpec | None = None, **changes: Any) -> T:
+    """What `work` returns, given an open engine that is closed afterwards."""
+
+    async def main() -> T:
+        engine = make_engine(model, **changes)
+        await engine.open()
+        try:
+            return await work(engine)
+        finally:
+            await engine.close()
+
+    return asyncio.run(main())
+
+
+def ask(engine: TransformersEngine, text: str, **sampling: Any) -> Request:
+    params = SamplingParams(**{"temperature": 0.0, "max_tokens": 60, **sampling})
+    ids = engine.tokenizer.encode_chat([{"role": "user", "content": text}], thinking=params.thinking)
+    return Request(RowId("file", 0, 0), tuple(ids), params)
+
+
+def endless(engine: TransformersEngine, **sampling: Any) -> Request:
+    """A request that, left alone, goes on to the model's limit: from here on the engine knows no end-of-text token."""
+    engine._eos_ids = frozenset()
+    return ask(engine, "1 + 1 = ?", **{"temperature": 1.0, "max_tokens": 10**6, "seed": 0, **sampling})
+
+
+def make_sums(num: int) -> list[tuple[str, str]]:
+    """Questions in every phrasing, each with its answer."""
+    rng = random.Random(8)
+    sums = []
+    for _ in range(num):
+        b, a = sorted((rng.randrange(100), rng.randrange(100)))
+        op = rng.choice("+-")
+        sums.append((rng.choice(WAYS[op]).format(a=a, b=b), str(a + b if op == "+" else a - b)))
+    return sums
+
+
+async def answer_all(engine: TransformersEngine, requests: list[Request]) -> list[Generation]:
+    return list(await asyncio.gather(*(engine.generate(request) for request in requests)))
+
+
+def run_until(is_so: Callable[[], bool]) -> Awaitable[None]:
+    async def wait() -> None:
+        while not is_so():
+            await asyncio.sleep(0.001)
+
+    return asyncio.wait_for(wait(), 20)
+
+
+# ---- answers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("thinking", "num", "min_right"), [(False, 200, 196), (True, 50, 45)])
+def test_it_can_do_sums(thinking: bool, num: int, min_right: int) -> None:
+    sums = make_sums(num)
+
+    async def work(engine: TransformersEngine) -> list[Generation]:
+        return await answer_all(engine, [ask(engine, text, thinking=thinking) for text, _ in sums])
+
+    answers = [generation.text.split("</think>") for generation in use(work)]
+    assert all(len(parts) == 1 + thinking for parts in answers)
+    assert sum(parts[-1] == right for parts, (_, right) in zip(answers, sums, strict=True)) >= min_right
+
+
+def test_company_changes_no_answer() -> None:
+    texts = [text for text, _ in make_sums(48)]
+
+    async def work(engine: TransformersEngine) -> list[tuple[int, ...]]:
+        hot = {"temperature": 2.0, "max_tokens": 40}
+        requests = [ask(engine, text, thinking=bool(i % 3), seed=i, **hot) for i, text in enumerate(texts)]
+        random.Random(engine._spec.max_batch_size).shuffle(requests)
+        answers = await answer_all(engine, requests)
+        by_seed = sorted(zip((r.sampling.seed or 0 for r in requests), answers, strict=True), key=lambda pair: pair[0])
+        return [answer.token_ids for _, answer in by_seed]
+
+    alone, few, many = (use(work, max_batch_size=size) for size in (1, 8, 64))
+    assert alone == few == many
+
+
+def test_counts_are_openais() -> None:
+    async def work(engine: TransformersEngine) -> tuple[Request, Generation, int]:
+        request = ask(engine, "What is 17 + 25?", logprobs=1)
+        return request, await engine.generate(request), engine.total_tokens
+
+    request, answer, total_tokens = use(work)
+    assert (answer.text, answer.finish_reason, len(answer.token_ids)) == ("42", "stop", 2)
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(request.token_ids), 3)
+    assert answer.usage.cached_tokens == 0
+    assert total_tokens == 3
+    assert answer.logprobs is not None
+    assert [each.token_id for each in answer.logprobs] == list(answer.token_ids)
+    assert answer.queued_s is not None
+    assert answer.ttft_s is not None
+    assert 0 <= answer.queued_s < answer.ttft_s < 20
+
+
+def test_logprobs_are_there_only_when_asked() -> None:
+    assert use(lambda engine: engine.generate(ask(engine, "1 + 1 = ?"))).logprobs is None
+
+
+def test_it_takes_any_unicode() -> None:
+    async def work(engine: TransformersEngine) -> list[Generation]:
+        texts = ["漢字 🙂", "\u0000\u200b\ufeff", "", "é" * 100, "🧑‍🚀" * 20]
+        return await answer_all(engine, [ask(engine, text, max_tokens=20) for text in texts])
+
+    answers = use(work)
+    assert len(answers) == 5
+    assert all(answer.text.encode() is not None for answer in answers)
+
+
+def test_bare_ids_need_no_chat() -> None:
+    async def work(engine: TransformersEngine) -> Generation:
+        ids = engine.tokenizer.encode("<｜User｜>2 + 3 = ?<｜Assistant｜></think>")
+        return await engine.generate(Request(RowId("file", 0, 0), tuple(ids), SamplingParams(temperature=0.0)))
+
+    assert use(work).text == "5"
+
+
+def test_what_it_says_of_itself() -> None:
+    async def work(engine: TransformersEngine) -> tuple[str, str, int, int]:
+        return engine.kind, engine.version, engine.max_model_len, engine.total_tokens
+
+    kind, version, max_model_len, total_tokens = use(work)
+    assert (kind, max_model_len, total_tokens) == ("transformers", 1024, 0)
+    assert int(version.split(".")[0]) >= 5
+
+
+# ---- limits ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_that_leaves_no_room_is_rejected() -> None:
+    async def work(engine: TransformersEngine) -> None:
+        for num_tokens in (64, 65, 5000):
+            with pytest.raises(RequestRejected) as caught:
+                await engine.generate(Request(RowId("file", 0, 0), (7,) * num_tokens, SamplingParams()))
+            assert caught.value.error_type == "prompt_too_long"
+        last = await engine.generate(Request(RowId("file", 0, 0), (7,) * 63, SamplingParams()))
+        assert last.usage.completion_tokens == 1
+
+    use(work, ModelSpec(max_model_len=64))
+
+
+def test_max_tokens_is_clipped_to_the_room() -> None:
+    async def work(engine: TransformersEngine) -> tuple[Request, Generation]:
+        request = endless(engine)
+        return request, await engine.generate(request)
+
+    request, answer = use(work, ModelSpec(max_model_len=40))
+    assert answer.finish_reason == "length"
+    assert answer.usage.completion_tokens == 40 - len(request.token_ids)
+
+
+@pytest.mark.parametrize("token_ids", [(), (304,), (7, -1), (7, 10**9)])
+def test_ids_the_model_does_not_have_are_rejected(token_ids: tuple[int, ...]) -> None:
+    async def work(engine: TransformersEngine) -> None:
+        with pytest.raises(RequestRejected) as caught:
+            await engine.generate(Request(RowId("file", 0, 0), token_ids, SamplingParams()))
+        assert caught.value.error_type == "bad_token_ids"
+
+    use(work)
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "field"),
+    [
+        (ModelSpec(path="/no/such/folder"), {}, r"model\.path"),
+        (ModelSpec(max_model_len=2000), {}, r"model\.max_model_len: 2000 is more than the 1024"),
+        (ModelSpec(), {"device": "nonsense"}, r"engine\.device"),
+        (ModelSpec(), {"device": "cuda:99"}, r"engine\.device"),
+    ],
+)
+def test_what_cannot_be_had_is_refused_by_field(model: ModelSpec, changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(SpecError, match=field):
+        asyncio.run(make_engine(model, **changes).open())
+
+
+@pytest.mark.parametrize("weights", [b"", b"\x08\x00\x00\x00\x00\x00\x00\x00nonsense", None])
+def test_weights_that_are_damaged_or_missing_are_refused(tmp_path: Path, weights: bytes | None) -> None:
+    for file in Path(hf_model.resolve_model(ModelSpec())).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model.safetensors").unlink()
+    if weights is not None:
+        (tmp_path / "model.safetensors").write_bytes(weights)
+    with pytest.raises(SpecError, match=r"model\.path: can't load the weights"):
+        asyncio.run(make_engine(ModelSpec(path=str(tmp_path))).open())
+
+
+def test_a_model_without_an_attention_cache_is_refused() -> None:
+    def state_space(**_: Any) -> Any:
+        return SimpleNamespace(logits=torch.zeros(2, 1, 9), past_key_values=None)
+
+    state_space.device = torch.device("cpu")  # type: ignore[attr-defined]
+    spec = TransformersEngineSpec(kind="transformers")
+    with pytest.raises(SpecError, match="choose a model with an attention cache"):
+        make_batch(ModelSpec(), spec, state_space, lambda _: "")
+
+
+def test_without_torch_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(SpecError, match=r"pip install 'batchgen\[local\]'"):
+        asyncio.run(make_engine().open())
+
+
+# ---- ends ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_cancelled_request_leaves_the_batch_and_the_others_go_on() -> None:
+    async def work(engine: TransformersEngine) -> None:
+        doomed = asyncio.create_task(engine.generate(endless(engine)))
+        await run_until(lambda: engine.total_tokens >= 5)
+        doomed.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await doomed
+        await run_until(lambda: not engine._batch.rows)
+        assert engine.total_tokens < 900
+        engine._eos_ids = frozenset({1})
+        assert (await engine.generate(ask(engine, "2 + 2 = ?"))).text == "4"
+        assert not engine._jobs
+
+    use(work)
+
+
+def test_tokens_count_while_a_long_answer_is_made() -> None:
+    async def work(engine: TransformersEngine) -> None:
+        task = asyncio.create_task(engine.generate(endless(engine, max_tokens=300)))
+        seen = set()
+        while not task.done():
+            seen.add(engine.total_tokens)
+            await asyncio.sleep(0.001)
+        assert len(seen) > 10
+        assert engine.total_tokens == (await task).usage.completion_tokens == 300
+
+    use(work)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), RuntimeError("kernel\nprompt text")])
+def test_when_the_thread_dies_everybody_hears(monkeypatch: pytest.MonkeyPatch, error: RuntimeError) -> None:
+    async def work(engine: TransformersEngine) -> None:
+        tasks = [asyncio.create_task(engine.generate(endless(engine, seed=seed))) for seed in range(5)]
+        await run_until(lambda: engine.total_tokens >= 5)
+
+        def fail() -> None:
+            raise error
+
+        monkeypatch.setattr(type(engine._batch), "step", lambda _: fail())
+        for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(outcome, EngineDied)
+            assert type(error).__name__ in str(outcome)
+        with pytest.raises(EngineDied):
+            await engine.generate(ask(engine, "1 + 1 = ?"))
+
+    use(work)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_bug_in_the_thread_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(engine: TransformersEngine) -> None:
+        monkeypatch.setattr(engine._batch, "pick", None)
+        with pytest.raises(EngineDied, match="a bug of batchgen"):
+            await engine.generate(ask(engine, "1 + 1 = ?"))
+
+    use(work)
+
+
+def test_bad_logits_fail_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    from batchgen.engines import decode
+
+    forward = decode.forward
+
+    def poisoned(model: Any, ids: Any, mask: Any, cache: Any) -> Any:
+        logits, cache = forward(model, ids, mask, cache)
+        logits[(ids == 300).any(-1)] = float("nan")
+        return logits, cache
+
+    monkeypatch.setattr(decode, "forward", poisoned)
+
+    async def work(engine: TransformersEngine) -> None:
+        bad = Request(RowId("file", 0, 0), (300,), SamplingParams())
+        outcomes = await asyncio.gather(
+            engine.generate(bad), engine.generate(ask(engine, "2 + 2 = ?")), return_exceptions=True
+        )
+        assert isinstance(outcomes[0], RequestFailed)
+        assert outcomes[0].error_type == "bad_logits"
+        assert isinstance(outcomes[1], Generation)
+        assert outcomes[1].text == "4"
+
+    use(work)
+
+
+def test_close_ends_what_is_in_flight_and_may_be_called_again() -> None:
+    async def main() -> None:
+        engine = make_engine()
+        await engine.close()
+        with pytest.raises(EngineDied, match="not opened"):
+            await engine.generate(Request(RowId("file", 0, 0), (7,), SamplingParams()))
+        await engine.open()
+        tasks = [asyncio.create_task(engine.generate(endless(engine, seed=seed))) for seed in range(3)]
+        await run_until(lambda: engine.total_tokens >= 3)
+        await engine.close()
+        await engine.close()
+        for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(outcome, EngineDied)
+        with pytest.raises(EngineDied, match="closed"):
+            await engine.generate(Request(RowId("file", 0, 0), (7,), SamplingParams()))
+        assert "batchgen-decode" not in [thread.name for thread in threading.enumerate()]
+
+    asyncio.run(main())
+
+
+def test_more_requests_than_slots_all_end() -> None:
+    async def work(engine: TransformersEngine) -> list[Generation]:
+        return await answer_all(engine, [ask(engine, text) for text, _ in make_sums(30)])
+
+    answers = use(work, max_batch_size=3)
+    assert len(answers) == 30
+    assert all(answer.finish_reason == "stop" for answer in answers)
