@@ -1,0 +1,193 @@
+"""Workers as Ray actors. With `serve/` and the job entry points, the only importer of ray.
+
+Each actor holds one `Worker` and is asked for its events by a poll that is always outstanding: its reply is the
+heartbeat, its failure is the loss of the worker. Actors are never restarted by Ray and no call is ever retried by it:
+what happens after a loss is the queue's decision. Leases and events travel; rows and clients never do.
+"""
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from batchgen.errors import LeaseHeld
+from batchgen.records import Lease, PoolEvent, WorkerLost, WorkerStarted, WorkerStartFailed
+from batchgen.spec import ClusterSpec
+from batchgen.worker import Worker, WorkerSetup, open_worker
+
+NAMESPACE = "batchgen"
+# How long one poll waits in the actor for news. Its reply is the heartbeat, so also how old a heartbeat gets.
+ACTOR_POLL_S = 2.0
+# A drained worker may need this much longer than its rows got, to journal and commit.
+DRAIN_MARGIN_S = 30.0
+
+
+def connect(cluster: ClusterSpec) -> None:
+    """Join the cluster: the given address, RAY_ADDRESS, a cluster that runs on this machine, or a fresh one, in that
+    order. A process that is connected already stays so."""
+    if not ray.is_initialized():
+        ray.init(
+            address=cluster.address,
+            namespace=NAMESPACE,
+            include_dashboard=False if cluster.address == "local" else None,
+            logging_level=logging.WARNING,
+            log_to_driver=False,
+        )
+
+
+class WorkerActor:
+    """The remote side: one worker on the actor's own event loop."""
+
+    async def open(self, setup: WorkerSetup) -> Any:
+        context = ray.get_runtime_context()
+        self._worker: Worker = await open_worker(setup, context.get_node_id()[:12])
+        return self._worker.info
+
+    async def assign(self, lease: Lease) -> None:
+        self._worker.assign(lease)
+
+    async def poll(self) -> list[PoolEvent]:
+        return await self._worker.poll(ACTOR_POLL_S)
+
+    async def drain(self, timeout_s: float) -> list[PoolEvent]:
+        return await self._worker.drain(timeout_s)
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    worker_id: str
+    is_opening: bool
+
+
+class RayPool:
+    """A `WorkerPool` over actors. Belongs to one thread."""
+
+    def __init__(self, setup: WorkerSetup) -> None:
+        connect(setup.spec.cluster)
+        self._setup = setup
+        self._cluster = setup.spec.cluster
+        self._actors: dict[str, ActorHandle] = {}
+        self._waiting: dict[ray.ObjectRef, _Waiting] = {}
+
+    def start_worker(self, worker_id: str) -> None:
+        cluster = self._cluster
+        actor = (
+            ray.remote(WorkerActor)
+            .options(
+                name=None,
+                num_cpus=cluster.cpus_per_worker,
+                num_gpus=cluster.gpus_per_worker,
+                resources=dict(cluster.resources_per_worker) or None,
+                scheduling_strategy="SPREAD" if cluster.placement == "SPREAD" else "DEFAULT",
+                max_restarts=0,
+                max_task_retries=0,
+                max_concurrency=64,
+            )
+            .remote()
+        )
+        self._actors[worker_id] = actor
+        self._waiting[actor.open.remote(replace(self._setup, worker_id=worker_id))] = _Waiting(worker_id, True)
+
+    def assign(self, lease: Lease) -> None:
+        # Its own failure says nothing that the outstanding poll does not say too.
+        if (actor := self._actors.get(lease.worker_id)) is not None:
+            actor.assign.remote(lease)
+
+    def kill(self, worker_id: str) -> None:
+        self._forget(worker_id)
+
+    def poll(self, timeout_s: float) -> list[PoolEvent]:
+        if not self._waiting:
+            return []
+        ready, _ = ray.wait(list(self._waiting), num_returns=1, timeout=timeout_s)
+        if ready:
+            ready, _ = ray.wait(list(self._waiting), num_returns=len(self._waiting), timeout=0)
+        return [event for ref in ready for event in self._take(ref)]
+
+    def drain(self, timeout_s: float) -> list[PoolEvent]:
+        """News that the polls still hold is taken in first, so that no commit goes unnoticed."""
+        events = self.poll(0.0)
+        opening = {waiting.worker_id for waiting in self._waiting.values() if waiting.is_opening}
+        draining = {
+            actor.drain.remote(timeout_s): worker_id
+            for worker_id, actor in self._actors.items()
+            if worker_id not in opening
+        }
+        refs = [*draining, *(ref for ref, waiting in self._waiting.items() if not waiting.is_opening)]
+        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=timeout_s + DRAIN_MARGIN_S) if refs else ([], [])
+        for ref in ready:
+            try:
+                events += ray.get(ref)
+            except RayError:
+                continue  # it died while it drained: its rows since the last flush are lost, as in any crash
+        self.close()
+        return events
+
+    def close(self) -> None:
+        for worker_id in list(self._actors):
+            self._forget(worker_id)
+
+    def _take(self, ref: ray.ObjectRef) -> list[PoolEvent]:
+        """Events of one reply; the next poll is sent at once."""
+        waiting = self._waiting.pop(ref)
+        worker_id = waiting.worker_id
+        try:
+            reply = ray.get(ref)
+        except RayError as error:
+            self._forget(worker_id)
+            reason = describe_error(error)
+            return [WorkerStartFailed(worker_id, reason) if waiting.is_opening else WorkerLost(worker_id, reason)]
+        events: list[PoolEvent] = [WorkerStarted(reply)] if waiting.is_opening else reply
+        if any(isinstance(event, WorkerLost) for event in events):
+            self._forget(worker_id)
+        elif (actor := self._actors.get(worker_id)) is not None:
+            self._waiting[actor.poll.remote()] = _Waiting(worker_id, False)
+        return events
+
+    def _forget(self, worker_id: str) -> None:
+        """Kill the actor and drop what it may still answer."""
+        actor = self._actors.pop(worker_id, None)
+        self._waiting = {ref: waiting for ref, waiting in self._waiting.items() if waiting.worker_id != worker_id}
+        if actor is not None:
+            ray.kill(actor)
+
+
+def describe_error(error: RayError) -> str:
+    """One line: our own reason where the actor raised one, else what Ray says of its death."""
+    if isinstance(error, RayTaskError):
+        return str(error.cause).splitlines()[0]
+    kind = "the actor died" if isinstance(error, RayActorError) else type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{kind}: {lines[0]}" if lines else kind
+
+
+class _Name:
+    """Holds a name as long as its driver lives."""
+
+    async def wait(self) -> None:
+        await asyncio.Event().wait()
+
+
+@contextmanager
+def hold_name(cluster: ClusterSpec, root: str) -> Iterator[None]:
+    """Keep other drivers of this cluster off an output folder: a named actor that dies with us. Raises LeaseHeld."""
+    connect(cluster)
+    name = f"batchgen-output-{hashlib.sha256(root.encode()).hexdigest()[:16]}"
+    try:
+        # num_cpus=0: a control actor must never wait for a core that the engines hold.
+        actor = ray.remote(_Name).options(name=name, namespace=NAMESPACE, num_cpus=0, max_concurrency=2).remote()
+    except ValueError as error:
+        raise LeaseHeld(
+            f"{root}: another run of this Ray cluster is working on it; wait for it or cancel it"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.kill(actor)
