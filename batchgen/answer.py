@@ -39,6 +39,6 @@ def make_failed(request: Request, error: RowError, *, waited_s: float, latency_s
 
 def make_given_up(request: Request, lease: Lease) -> Result:
     """The result of a request whose shard lost its workers too often; another run tries it again."""
-    reason = f"given up after {lease.attempt - 1} lost attempts, the last one: {lease.reason}"
+    reason = f"given up at attempt {lease.attempt}, the last one lost: {lease.reason}"
     failure = Failure("worker_lost", reason, is_retryable=True)
     return Result(request.row_id, 0, Timing(), failure=failure, prompt_tokens=len(request.token_ids))

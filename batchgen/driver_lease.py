@@ -83,8 +83,11 @@ def is_dead_here(holder: Holder) -> bool:
 
 def _is_zombie(pid: int) -> bool:
     """A killed process whose parent has not reaped it still answers signal 0."""
-    status = Path(f"/proc/{pid}/stat")
-    return status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z"
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False  # no /proc here, or reaped this instant: the next look says so
+    return status.rpartition(")")[2].split()[0] == "Z"
 
 
 class DriverLease:
@@ -104,10 +107,11 @@ class DriverLease:
 
     def renew(self) -> None:
         """Raises LeaseLost when another driver took over, or when the store was out of reach for half the lease."""
+        asked_at = self._clock()  # others may have seen the beat long before a slow store's reply
         try:
             self._check_newer()
             self._write(replace(self._holder, beat=self._holder.beat + 1))
-            self._renewed_at = self._clock()
+            self._renewed_at = asked_at
         except StorageError as error:
             if self._clock() - self._renewed_at > self._holder.ttl_s / 2:
                 raise LeaseLost(f"could not renew the lease on {self._storage.root}: {error}") from error

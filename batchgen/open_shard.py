@@ -49,7 +49,11 @@ class OpenShard:
     # ---- what comes in -----------------------------------------------------------------------------------------------
 
     def recover(self, rows: pa.Table, *, are_copied: bool) -> None:
-        """Rows that an earlier attempt finished (from the journal) or that stand in the file to be replaced."""
+        """Rows that an earlier attempt finished (from the journal) or that stand in the file to be replaced.
+
+        Of a file to be replaced the journal may still hold the very error rows that are to be tried again."""
+        if self.lease.replaces is not None and not are_copied:
+            rows = rows.filter(pc.equal(rows["status"], "ok"))
         keys = zip(rows["source_row"].to_pylist(), rows["sample_index"].to_pylist(), strict=True)
         rows = rows.filter(pa.array([self._mark(row, sample) for row, sample in keys], pa.bool_()))
         self._recovered.append(rows)

@@ -5,8 +5,10 @@ larger than wanted. A limit plans a prefix of the rows; a later run without it e
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from batchgen.errors import InputError
 from batchgen.records import InputFile, Shard
@@ -56,7 +58,7 @@ def choose_rows_per_shard(spec: JobSpec, num_rows: int) -> int:
         tokens = expected_tokens(spec)
         by_bytes = TARGET_BYTES / (tokens * BYTES_PER_TOKEN)
         by_time = TARGET_S * ENGINE_TOKENS_PER_S[spec.engine.kind] / tokens
-        by_workers = math.ceil(num_rows / (SHARDS_PER_WORKER * spec.cluster.workers.max))
+        by_workers = num_rows // (SHARDS_PER_WORKER * spec.cluster.workers.max)
         wanted = max(1, min(int(by_bytes), int(by_time), by_workers))
     return max(wanted, math.ceil(num_rows / MAX_SHARDS))
 
@@ -64,17 +66,16 @@ def choose_rows_per_shard(spec: JobSpec, num_rows: int) -> int:
 def cut_file(row_group_rows: Sequence[int], start: int, end: int, wanted: int) -> list[int]:
     """Row numbers that end each shard of rows start..end of a file. A row-group border within half a shard of the
     wanted end is taken instead, so that no row group is decoded twice for a few rows."""
-    borders, total = [], 0
-    for rows in row_group_rows:
-        total += rows
-        borders.append(total)
+    borders = list(accumulate(row_group_rows))
     ends: list[int] = []
-    while start < end:
+    while start + wanted < end:
         goal = start + wanted
-        near = [border for border in borders if start < border < end and abs(border - goal) <= wanted // 2]
-        start = min(near, key=lambda border: abs(border - goal)) if near else min(goal, end)
+        after = bisect_left(borders, goal)
+        around = borders[max(0, after - 1) : after + 1]
+        near = [border for border in around if start < border < end and abs(border - goal) <= wanted // 2]
+        start = min(near, key=lambda border: abs(border - goal)) if near else goal
         ends.append(start)
-    return ends
+    return [*ends, end] if start < end else ends
 
 
 def make_plan(spec: JobSpec, files: Sequence[InputFile], planned: Sequence[Shard] = ()) -> Plan:
@@ -87,6 +88,20 @@ def make_plan(spec: JobSpec, files: Sequence[InputFile], planned: Sequence[Shard
         raise InputError(f"input.paths: {len(files)} files with no rows; nothing to generate")
     wanted = choose_rows_per_shard(spec, num_rows)
     limit = num_rows if spec.input.limit is None else min(spec.input.limit, num_rows)
+    shards = cut_files(files, planned, limit, wanted)
+    # Whole files and whole row groups make more shards than rows / wanted: larger ones, until they fit.
+    while len(shards) > MAX_SHARDS and wanted < num_rows:
+        wanted *= 2
+        shards = cut_files(files, planned, limit, wanted)
+    if len(shards) > MAX_SHARDS:
+        raise InputError(
+            f"input.paths: {len(files)} files make {len(shards)} shards, more than {MAX_SHARDS}; merge small files first"
+        )
+    return Plan(files=tuple(files), shards=tuple(shards))
+
+
+def cut_files(files: Sequence[InputFile], planned: Sequence[Shard], limit: int, wanted: int) -> list[Shard]:
+    """The planned shards, and after them those of the rows up to `limit` that they don't cover."""
     shards = list(planned)
     remaining = limit - sum(shard.num_rows for shard in shards)
     done = {shard.file.path: shard.row_end for shard in shards}
@@ -97,11 +112,7 @@ def make_plan(spec: JobSpec, files: Sequence[InputFile], planned: Sequence[Shard
             shards.append(Shard(number=len(shards), file=file, row_start=start, row_end=row_end))
             start = row_end
         remaining -= max(0, end - done.get(file.path, 0))
-    if len(shards) > MAX_SHARDS:
-        raise InputError(
-            f"input.paths: {len(files)} files make {len(shards)} shards, more than {MAX_SHARDS}; merge small files first"
-        )
-    return Plan(files=tuple(files), shards=tuple(shards))
+    return shards
 
 
 def read_amplification(shards: Sequence[Shard]) -> float:

@@ -23,6 +23,7 @@ class BadCell:
     """A cell that has no Python value; `reason` says why, e.g. 'is not valid UTF-8'."""
 
     reason: str
+    error_type: str = "invalid_utf8"
 
 
 Row = Mapping[str, Any]
@@ -49,13 +50,13 @@ def list_prompt_columns(prompt: PromptSpec) -> tuple[str, ...]:
     """Columns that the prompt itself is made of."""
     if prompt.template is not None:
         return list_template_columns(prompt.template)
-    return tuple(name for name in (prompt.column, prompt.messages, prompt.prompt_token_ids) if name)
+    return tuple(name for name in (prompt.column, prompt.messages, prompt.prompt_token_ids) if name is not None)
 
 
 def list_row_columns(spec: JobSpec) -> tuple[str, ...]:
     """Columns read as Python values: the prompt's, custom_id and per-row sampling. Each once, in that order."""
     names = [*list_prompt_columns(spec.prompt), spec.input.custom_id, spec.prompt.sampling]
-    return tuple(dict.fromkeys(name for name in names if name))
+    return tuple(dict.fromkeys(name for name in names if name is not None))
 
 
 def list_columns(spec: JobSpec) -> tuple[str, ...]:
@@ -67,7 +68,7 @@ def get_cell(row: Row, column: str) -> Any:
     """The cell's value, None when null. Raises BadRow when it can't be decoded."""
     value = row[column]
     if isinstance(value, BadCell):
-        raise BadRow("invalid_utf8", f"column '{column}' {value.reason}")
+        raise BadRow(value.error_type, f"column '{column}' {value.reason}")
     return value
 
 
@@ -126,8 +127,8 @@ def _make_message(message: Any, number: int, column: str) -> dict[str, Any]:
         raise BadRow("bad_messages", f"{where}: role must be text")
     if not isinstance(content, str) and not (content is None and "tool_calls" in fields):
         raise BadRow("bad_messages", f"{where}: content must be text")
-    if content is not None and not is_encodable(content):
-        raise BadRow("invalid_utf8", f"{where}: content holds a lone surrogate")
+    if not is_encodable(json.dumps(fields, ensure_ascii=False, default=str)):
+        raise BadRow("invalid_utf8", f"{where}: holds a lone surrogate")
     return fields
 
 
@@ -174,7 +175,7 @@ def make_row_sampling(row: Row, spec: JobSpec, refused: frozenset[str] = frozens
     """The row's own parameters: the job's, overridden by its sampling column. `refused` names the fields that the engine
     can't honour. Raises BadRow."""
     column = spec.prompt.sampling
-    value = get_cell(row, column) if column else None
+    value = get_cell(row, column) if column is not None else None
     if column is None or value is None:
         return make_sampling_params(spec.sampling)
     overrides = _parse_json(value, column, "bad_sampling") if isinstance(value, str) else value
@@ -186,9 +187,15 @@ def make_row_sampling(row: Row, spec: JobSpec, refused: frozenset[str] = frozens
     try:
         return make_sampling_params(SamplingSpec.model_validate({**spec.sampling.model_dump(), **given}))
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"]) or "sampling"
-        raise BadRow("bad_sampling", f"column '{column}': {field}: {first['msg']}") from error
+        raise BadRow("bad_sampling", f"column '{column}': {_describe(error)}") from None
+
+
+def _describe(error: ValidationError) -> str:
+    """The first thing wrong with a row's sampling. Names fields of ours only: an unknown key is the row's own text."""
+    first = error.errors(include_input=False, include_url=False)[0]
+    if first["type"] == "extra_forbidden" or not first["loc"]:
+        return f"has a field that is none of {', '.join(SamplingSpec.model_fields)}"
+    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
 
 
 def make_seed(seed: int | None, row_id: RowId) -> int | None:

@@ -2,7 +2,7 @@
 
 A footer that can't be used raises `InputError` with the file's name and the mend. Rows come as Arrow batches under a
 byte bound; `decode_rows` turns the few columns that prompts need into Python values, a cell at a time where one of them
-is not valid UTF-8. Knows nothing of prompts or specs.
+can't be decoded. Knows nothing of prompts or specs.
 """
 
 from collections.abc import Generator, Iterator, Sequence
@@ -117,7 +117,7 @@ def _slice(batches: Iterator[pa.RecordBatch], row: int, shard: Shard) -> Iterato
 
 
 def decode_rows(batch: pa.RecordBatch, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """One dict a row with the given columns as Python values; BadCell where a cell is not valid UTF-8."""
+    """One dict a row with the given columns as Python values; BadCell where a cell can't be decoded."""
     decoded = [_decode_column(batch.column(name)) for name in columns]
     return [dict(zip(columns, cells, strict=True)) for cells in zip(*decoded, strict=True)]
 
@@ -125,7 +125,7 @@ def decode_rows(batch: pa.RecordBatch, columns: Sequence[str]) -> list[dict[str,
 def _decode_column(column: pa.Array) -> list[Any]:
     try:
         return [_text(value) for value in column.to_pylist()]
-    except UnicodeDecodeError:
+    except (ValueError, OverflowError):
         return [_decode_cell(cell) for cell in column]
 
 
@@ -134,6 +134,8 @@ def _decode_cell(cell: pa.Scalar) -> Any:
         return _text(cell.as_py())
     except UnicodeDecodeError:
         return BadCell("is not valid UTF-8")
+    except (ValueError, OverflowError):  # a date beyond the year 9999, a struct with a field twice
+        return BadCell("has a value that Python can't hold", "bad_value")
 
 
 def _text(value: Any) -> Any:

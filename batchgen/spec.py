@@ -76,11 +76,13 @@ class PromptSpec(Section):
 
     @model_validator(mode="after")
     def _exactly_one(self) -> "PromptSpec":
-        given = [name for name in ("column", "messages", "prompt_token_ids", "template") if getattr(self, name)]
+        names = ("column", "messages", "prompt_token_ids", "template")
+        given = [name for name in names if getattr(self, name) is not None]
         if len(given) != 1:
             found = " and ".join(given) if given else "none"
             raise ValueError(f"give exactly one of column, messages, prompt_token_ids, template; found {found}")
-        if self.system is not None and (self.messages or self.prompt_token_ids or not self.chat):
+        has_text = self.column is not None or self.template is not None
+        if self.system is not None and not (has_text and self.chat):
             raise ValueError("system goes with a chat column or template; put it in the messages themselves instead")
         return self
 
@@ -116,7 +118,9 @@ class SamplingSpec(Section):
         lt=2**63,
         description="Each request gets a seed made from this, its row and its sample, so that a rerun repeats.",
     )
-    stop: tuple[str, ...] = Field(default=(), description="Strings that end a completion; not part of the text.")
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(), description="Strings that end a completion; not part of the text."
+    )
     stop_token_ids: tuple[int, ...] = Field(default=(), description="Token ids that end a completion.")
     presence_penalty: float | None = Field(default=None, ge=-2.0, le=2.0, description="As OpenAI's.")
     frequency_penalty: float | None = Field(default=None, ge=-2.0, le=2.0, description="As OpenAI's.")

@@ -18,6 +18,9 @@ from batchgen.errors import SpecError
 from batchgen.spec import JobSpec
 from batchgen.storage import read_text
 
+# PyYAML's own, and what it lets through for a value such as 2024-13-45, which looks like a date and is none.
+YAML_ERRORS = (yaml.YAMLError, ValueError, AttributeError)
+
 
 def load_spec(url: str, overrides: Sequence[str] = ()) -> JobSpec:
     """The spec at a local path or URL. Raises SpecError, InputError."""
@@ -28,7 +31,7 @@ def parse_spec(text: str, overrides: Sequence[str] = (), *, source: str = "spec"
     """The spec in a YAML (or JSON) text. Local paths become absolute, because workers run elsewhere."""
     try:
         tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except YAML_ERRORS as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         raise SpecError(f"{source}{where}: not valid YAML; mend the syntax there") from error
@@ -59,13 +62,14 @@ def _set(tree: dict[str, Any], override: str) -> None:
             raise SpecError(f"--set {override}: {section} is not a section")
     try:
         tree[name] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except YAML_ERRORS as error:
         raise SpecError(f"--set {override}: the value is not valid YAML; quote it") from error
 
 
 def describe(error: ValidationError) -> str:
     """One sentence for the first thing wrong, and how many more there are."""
-    errors = error.errors(include_url=False, include_input=False)
+    # A misspelt field is told before the required one that it was meant to be.
+    errors = sorted(error.errors(include_url=False, include_input=False), key=lambda e: e["type"] != "extra_forbidden")
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return _describe_one(errors[0]) + more
 
@@ -122,15 +126,16 @@ def _absolute(path: str) -> str:
 
 def _with_absolute_paths(spec: JobSpec) -> JobSpec:
     paths = tuple(_absolute(path) for path in spec.input.paths)
-    engine, model = spec.engine, spec.model
+    engine, model, output = spec.engine, spec.model, spec.output
     if engine.kind == "simulated" and engine.call_log is not None:
         engine = engine.model_copy(update={"call_log": _absolute(engine.call_log)})
     if is_local(model.path) and Path(model.path).expanduser().is_dir():
         model = model.model_copy(update={"path": _absolute(model.path)})
+    lock_url = output.lock_url and _absolute(output.lock_url)
     return spec.model_copy(
         update={
             "input": spec.input.model_copy(update={"paths": paths}),
-            "output": spec.output.model_copy(update={"path": _absolute(spec.output.path)}),
+            "output": output.model_copy(update={"path": _absolute(output.path), "lock_url": lock_url}),
             "engine": engine,
             "model": model,
         }

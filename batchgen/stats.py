@@ -126,7 +126,7 @@ def describe_rows(rows: pa.Table) -> dict[str, Any]:
         "sketches": make_sketches(rows),
         "finish_reasons": count_values(rows["finish_reason"]),
         "error_types": count_values(rows["error_type"]),
-        "num_retries": (total(rows["num_attempts"]) or 0) - rows.num_rows,
+        "num_retries": total(pc.max_element_wise(pc.subtract(rows["num_attempts"], 1), 0)) or 0,
     }
 
 

@@ -33,20 +33,25 @@ class Window:
         except asyncio.CancelledError:
             if waiter.done() and not waiter.cancelled():
                 self.release(num_bytes)
+            else:
+                self._wake()  # those behind it may fit
             raise
 
     def release(self, num_bytes: int) -> None:
         """An answer arrived."""
         self._add(-1, -num_bytes)
+        self._wake()
+
+    def read_integral(self) -> float:
+        """Row-seconds in flight since the start."""
+        return self._integral + self.num_rows * (self._clock() - self._since)
+
+    def _wake(self) -> None:
         while self._waiters and (self._waiters[0][1].done() or self._fits(self._waiters[0][0])):
             wanted, waiter = self._waiters.popleft()
             if not waiter.done():
                 self._add(1, wanted)
                 waiter.set_result(None)
-
-    def read_integral(self) -> float:
-        """Row-seconds in flight since the start."""
-        return self._integral + self.num_rows * (self._clock() - self._since)
 
     def _fits(self, num_bytes: int) -> bool:
         return self.num_rows == 0 or (self.num_rows < self.max_rows and self.num_bytes + num_bytes <= self.max_bytes)

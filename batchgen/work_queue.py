@@ -231,8 +231,8 @@ class WorkQueue:
         return len(self._done)
 
     def count_open_rows(self) -> tuple[int, int]:
-        """(done, of these errors) rows of leases that are open now."""
-        held = [o for worker in self._workers.values() for o in worker.open.values()]
+        """(done, of these errors) rows of leases that are open now; not of shards that another worker has committed."""
+        held = [o for w in self._workers.values() for o in w.open.values() if o.lease.shard.number not in self._done]
         return sum(o.num_rows_done for o in held), sum(o.num_rows_error for o in held)
 
     def list_open(self) -> list[LostLease]:

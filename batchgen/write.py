@@ -136,13 +136,20 @@ def make_output_table(results: pa.Table, inputs: pa.Table, lease: Lease, n: int,
     expected = shard.num_rows * n
     if inputs.num_rows != shard.num_rows or not slots.combine_chunks().equals(pa.array(range(expected), pa.int64())):
         raise ValueError(f"{shard.id}: {results.num_rows} results for {expected} expected; a row is missing or twice")
-    taken = inputs.take(offsets)
+    taken = inputs if n == 1 else _take(inputs, offsets)
     files = pa.repeat(pa.scalar(shard.file.path), expected)
     columns = []
     for field in schema:
         source = files if field.name == "source_file" else (taken if field.name in taken.schema.names else results)
         columns.append(source if source is files else source[field.name].cast(field.type))
     return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _take(inputs: pa.Table, offsets: pa.ChunkedArray) -> pa.Table:
+    """Arrow can't take from views; the caller casts them back."""
+    large = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
+    fields = [field.with_type(large.get(field.type, field.type)) for field in inputs.schema]
+    return inputs.cast(pa.schema(fields)).take(offsets)
 
 
 def stats_to_json(stats: BatchStats) -> dict[str, Any]:

@@ -1,0 +1,324 @@
+"""Helpers for tests of whole jobs: a prompt dataset, a spec, a run here or as a process of its own, a check of its output.
+
+The checks read the output as a stranger would, with pyarrow and s3fs alone; of ours they use file names and words only.
+"""
+
+import contextlib
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import s3fs
+
+from batchgen.dispatch import Progress
+from batchgen.run import run_job
+from batchgen.spec import JobSpec
+from batchgen.spec_load import make_spec
+
+Tree = dict[str, Any]
+Key = tuple[str, int, int]
+
+DEFAULTS: Tree = {
+    "prompt": {"column": "prompt"},
+    "engine": {"kind": "simulated", "has_latency": False, "mean_tokens": 12, "sigma": 0.5},
+    "sampling": {"max_tokens": 32},
+    "output": {"rows_per_shard": 10, "journal_interval_s": 0.3},
+    "cluster": {
+        "pool": "inline",
+        "workers": {"min": 2, "max": 2},
+        "lease_ttl_s": 6,
+        "drain_s": 5,
+        "log_interval_s": 0.1,
+    },
+    "retry": {"backoff_s": 0.01},
+}
+# About 0.15 s a row and 100 rows/s with two workers: a few hundred rows are a job of seconds that can be killed half way.
+SLOW_ENGINE = {"has_latency": True, "slots": 8, "max_inflight": 12, "decode_tokens_per_s": 80, "sigma": 0.3}
+
+
+# ---- input -----------------------------------------------------------------------------------------------------------
+
+
+def make_prompts(num_rows: int, first: int = 0) -> pa.Table:
+    return pa.table(
+        {
+            "prompt": [f"question number {i} é" for i in range(first, first + num_rows)],
+            "key": [f"row-{i}" for i in range(first, first + num_rows)],
+        }
+    )
+
+
+def write_file(url: str | Path, table: pa.Table, **options: Any) -> str:
+    """One Parquet file, local or on S3; its name."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, **options)
+    put_file(str(url), sink.getvalue().to_pybytes())
+    return str(url)
+
+
+def put_file(url: str, data: bytes) -> None:
+    if url.startswith("s3://"):
+        open_s3().pipe_file(url.removeprefix("s3://"), data)
+    else:
+        Path(url).parent.mkdir(parents=True, exist_ok=True)
+        Path(url).write_bytes(data)
+
+
+def write_prompts(folder: str | Path, sizes: Sequence[int] = (30, 25)) -> list[tuple[str, int]]:
+    """One file a size; (name, rows) of each, in input order."""
+    files, first = [], 0
+    for number, size in enumerate(sizes):
+        name = write_file(f"{folder}/part-{number:03d}.parquet", make_prompts(size, first), row_group_size=16)
+        files.append((name, size))
+        first += size
+    return files
+
+
+# ---- spec ------------------------------------------------------------------------------------------------------------
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
+    merged = dict(copy.deepcopy(dict(base)))
+    for name, value in over.items():
+        old = merged.get(name)
+        merged[name] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def make_tree(inputs: str | Path | list[str], out: str | Path, calls: str | Path | None = None, **over: Any) -> Tree:
+    """A spec as plain values: `DEFAULTS`, these places, and what the test changes."""
+    paths = inputs if isinstance(inputs, list) else [str(inputs)]
+    places = {"input": {"paths": paths}, "output": {"path": str(out)}}
+    if calls is not None:
+        places["engine"] = {"call_log": str(calls)}
+    tree = merge(merge(DEFAULTS, places), over)
+    if set(over.get("prompt", {})) & {"messages", "template", "prompt_token_ids"}:
+        tree["prompt"].pop("column", None)
+    return tree
+
+
+# ---- a run in this process -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RecordingView:
+    said: list[str] = field(default_factory=list)
+    warned: list[str] = field(default_factory=list)
+    shown: list[Progress] = field(default_factory=list)
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+    def warn(self, message: str) -> None:
+        self.warned.append(message)
+
+    def show(self, progress: Progress) -> None:
+        self.shown.append(progress)
+
+
+def run(tree: Tree | JobSpec, limit: int | None = None) -> tuple[dict[str, Any], RecordingView]:
+    view = RecordingView()
+    spec = tree if isinstance(tree, JobSpec) else make_spec(tree)
+    return run_job(spec, view, limit=limit), view
+
+
+# ---- a run as a process of its own -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Ended:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def report(self) -> dict[str, Any]:
+        return dict(json.loads(self.out.splitlines()[-1]))
+
+
+class CliRun:
+    """A `batchgen` command under way. Its output goes to files: a full pipe must not stop it."""
+
+    def __init__(self, folder: Path, *args: str, env: Mapping[str, str] | None = None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"cli-{time.monotonic_ns()}"
+        self._out, self._err = folder / f"{name}.out", folder / f"{name}.err"
+        with self._out.open("wb") as out, self._err.open("wb") as err:
+            command = [sys.executable, "-m", "batchgen.cli", *args]
+            self.process = subprocess.Popen(command, stdout=out, stderr=err, env={**os.environ, **(env or {})})
+
+    @property
+    def err(self) -> str:
+        return self._err.read_text(errors="replace")
+
+    @property
+    def is_running(self) -> bool:
+        return self.process.poll() is None
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        self.process.kill()
+        self.process.wait(30)
+
+    def wait(self, timeout_s: float = 60) -> Ended:
+        code = self.process.wait(timeout_s)
+        return Ended(code, self._out.read_text(), self.err)
+
+
+@contextlib.contextmanager
+def running(folder: Path, tree: Tree, *args: str, env: Mapping[str, str] | None = None) -> Iterator[CliRun]:
+    """`batchgen run` on this spec; killed at the end when it still runs."""
+    job = CliRun(folder, "run", write_spec(folder, tree), "--json", *args, env=env)
+    try:
+        yield job
+    finally:
+        if job.is_running:
+            with contextlib.suppress(ProcessLookupError):
+                job.signal(signal.SIGCONT)
+            job.kill()
+
+
+def run_to_end(folder: Path, tree: Tree, *args: str, env: Mapping[str, str] | None = None) -> Ended:
+    with running(folder, tree, *args, env=env) as job:
+        return job.wait()
+
+
+def run_cli(folder: Path, *args: str, env: Mapping[str, str] | None = None) -> Ended:
+    return CliRun(folder, *args, env=env).wait()
+
+
+def write_spec(folder: Path, tree: Tree) -> str:
+    path = folder / f"spec-{time.monotonic_ns()}.yaml"
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(tree))  # JSON is YAML
+    return str(path)
+
+
+def wait_for(condition: Callable[[], Any], timeout_s: float = 30, what: str = "the condition") -> Any:
+    give_up_at = time.monotonic() + timeout_s
+    while time.monotonic() < give_up_at:
+        if value := condition():
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"{what} did not come within {timeout_s} s")
+
+
+# ---- engine calls ----------------------------------------------------------------------------------------------------
+
+
+def read_timed_calls(calls: Path) -> list[tuple[Key, float]]:
+    """(row and sample, Unix time) of each call to the engine."""
+    lines = [line for path in sorted(calls.glob("calls-*.jsonl")) for line in path.read_text().splitlines()]
+    return [((f[0], f[1], f[2]), f[4]) for f in map(json.loads, lines)]
+
+
+def count_calls(calls: Path) -> int:
+    return len(read_timed_calls(calls))
+
+
+def max_calls_within(calls: Path, span_s: float) -> int:
+    """The most calls in any stretch of this length."""
+    times = sorted(at for _, at in read_timed_calls(calls))
+    best, first = 0, 0
+    for last, at in enumerate(times):
+        while times[first] < at - span_s:
+            first += 1
+        best = max(best, last - first + 1)
+    return best
+
+
+# ---- output ----------------------------------------------------------------------------------------------------------
+
+
+def open_s3() -> s3fs.S3FileSystem:
+    return s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True)
+
+
+def list_output(out: str | Path, folder: str = "") -> list[str]:
+    """Names below a folder of the output, sorted."""
+    root = f"{out}/{folder}".rstrip("/")
+    if root.startswith("s3://"):
+        return sorted("s3://" + name for name in open_s3().find(root.removeprefix("s3://")))
+    return sorted(str(path) for path in Path(root).rglob("*") if path.is_file())
+
+
+def read_bytes(name: str) -> bytes:
+    if name.startswith("s3://"):
+        return bytes(open_s3().cat_file(name.removeprefix("s3://")))
+    return Path(name).read_bytes()
+
+
+def read_table(name: str) -> pa.Table:
+    return pq.read_table(pa.BufferReader(read_bytes(name)))
+
+
+def read_folder(out: str | Path, folder: str = "data") -> pa.Table:
+    return pa.concat_tables([read_table(name) for name in list_output(out, folder)])
+
+
+def read_rows(out: str | Path) -> list[dict[str, Any]]:
+    return list(read_folder(out).to_pylist())
+
+
+def list_keys(files: Sequence[tuple[str, int]], n: int = 1) -> list[Key]:
+    return [(name, row, sample) for name, size in files for row in range(size) for sample in range(n)]
+
+
+def get_key(row: Mapping[str, Any]) -> Key:
+    return row["source_file"], row["source_row"], row["sample_index"]
+
+
+def check_output(out: str | Path, files: Sequence[tuple[str, int]], n: int = 1) -> list[dict[str, Any]]:
+    """Every row of `files` (name, rows) and every sample exactly once, in input order, a generation or an error; its
+    batch in `batch_stats`, once. The rows."""
+    names = list_output(out, "data")
+    assert all(name.rpartition("/")[2].startswith("shard-") and name.endswith(".parquet") for name in names)
+    rows = read_rows(out)
+    assert [get_key(row) for row in rows] == list_keys(files, n)
+    for row in rows:
+        check_row(row)
+    batches = read_folder(out, "batch_stats")["batch_id"].to_pylist()
+    assert len(set(batches)) == len(batches)
+    assert {row["batch_id"] for row in rows} <= set(batches)
+    return rows
+
+
+def check_row(row: Mapping[str, Any]) -> None:
+    """A generation or an error, and nothing of the other."""
+    answer = ("text", "finish_reason", "completion_tokens", "latency_s")
+    error = ("error_type", "error_message", "is_retryable")
+    assert row["status"] in {"ok", "error"}
+    there, absent = (answer, error) if row["status"] == "ok" else (error, answer[:3])
+    assert [name for name in there if row[name] is None] == [], row
+    assert [name for name in absent if row[name] is not None] == [], row
+
+
+def check_conserved(out: str | Path, files: Sequence[tuple[str, int]], n: int = 1) -> dict[str, Any]:
+    """Manifest, report and data agree; the report."""
+    rows = read_rows(out)
+    num_error = sum(row["status"] == "error" for row in rows)
+    manifest = json.loads(read_bytes(f"{out}/manifest.json"))
+    report = dict(json.loads(read_bytes(f"{out}/report.json")))
+    num_input = sum(size for _, size in files)
+    assert manifest["num_input_rows"] * manifest["n"] == num_input * n == manifest["num_output_rows"] == len(rows)
+    assert (manifest["num_rows_ok"], manifest["num_rows_error"]) == (len(rows) - num_error, num_error)
+    assert (report["rows"]["ok"], report["rows"]["error"]) == (len(rows) - num_error, num_error)
+    assert [f"{out}/{file['path']}" for file in manifest["files"]] == list_output(out, "data")
+    assert sum(file["num_rows"] for file in manifest["files"]) == len(rows)
+    assert [file["num_bytes"] for file in manifest["files"]] == [
+        len(read_bytes(f"{out}/{file['path']}")) for file in manifest["files"]
+    ]
+    return report

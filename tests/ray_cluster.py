@@ -1,0 +1,121 @@
+"""A real Ray cluster on this machine, started and used with the commands that the README gives, token included."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+REPO = Path(__file__).parents[1]
+MARK = "BATCHGEN_TEST_CLUSTER"
+RAY = str(Path(sys.executable).parent / "ray")
+
+
+def find_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class RayCluster:
+    """`env` is what a user's shell holds: token authentication on, HOME with the token file."""
+
+    address: str
+    dashboard: str
+    env: dict[str, str]
+
+    def call(self, *args: str, timeout_s: float = 60) -> str:
+        done = subprocess.run([RAY, *args], env=self.env, cwd=REPO, capture_output=True, text=True, timeout=timeout_s)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        return done.stdout
+
+    def submit(self, *args: str) -> str:
+        """`ray job submit` of jobs/generate.py without waiting; the submission id."""
+        out = self.call(
+            *("job", "submit", "--no-wait", "--address", self.dashboard, "--working-dir", "."),
+            *("--", sys.executable, "jobs/generate.py", *args),
+        )
+        return re.findall(r"raysubmit_\w+", out)[0]
+
+    def get_status(self, submission: str) -> str:
+        out = self.call("job", "status", "--address", self.dashboard, submission)
+        return next(word for word in ("SUCCEEDED", "FAILED", "STOPPED", "RUNNING", "PENDING") if word in out.upper())
+
+    def wait(self, submission: str, timeout_s: float = 60) -> str:
+        """The status the job ends with."""
+        give_up_at = time.monotonic() + timeout_s
+        while (status := self.get_status(submission)) in ("RUNNING", "PENDING"):
+            assert time.monotonic() < give_up_at, self.read_logs(submission)[-3000:]
+            time.sleep(0.5)
+        return status
+
+    def read_logs(self, submission: str) -> str:
+        return self.call("job", "logs", "--address", self.dashboard, submission)
+
+    def add_node(self, **resources: float) -> int:
+        """A second raylet on this machine; its process id."""
+        before = set(self.list_raylets())
+        custom = "{" + ",".join(f'"{name}":{value}' for name, value in resources.items()) + "}"
+        self.call(
+            *("start", "--address", self.address, "--num-cpus", "1", "--resources", custom),
+            *("--dashboard-agent-listen-port", str(find_port()), "--disable-usage-stats"),
+        )
+        (raylet,) = set(self.list_raylets()) - before
+        return raylet
+
+    def list_raylets(self) -> list[int]:
+        return list_marked(self.env[MARK], "raylet/raylet")
+
+
+def list_marked(mark: str, command: str = "") -> list[int]:
+    """Ids of processes of one cluster, by the mark in their environment; only those whose command line holds a text."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            is_ours = mark.encode() in (folder / "environ").read_bytes()
+            if is_ours and command.encode() in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+        except OSError:
+            continue  # it ended meanwhile
+    return found
+
+
+@contextmanager
+def run_ray_cluster(home: Path, extra_env: Mapping[str, str], num_cpus: int = 3) -> Iterator[RayCluster]:
+    """Start a head as the README says; stop it whatever happens."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    env |= {
+        **extra_env,
+        MARK: uuid.uuid4().hex,
+        "HOME": str(home),
+        "RAY_AUTH_MODE": "token",
+        "PATH": f"{Path(RAY).parent}:{env['PATH']}",
+    }
+    port, dashboard = find_port(), find_port()
+    cluster = RayCluster(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", env)
+    cluster.call("get-auth-token", "--generate")
+    cluster.call(
+        *("start", "--head", "--node-ip-address", "127.0.0.1", "--port", str(port), "--disable-usage-stats"),
+        *("--dashboard-port", str(dashboard), "--ray-client-server-port", str(find_port())),
+        *("--dashboard-agent-listen-port", str(find_port()), "--num-cpus", str(num_cpus)),
+    )
+    try:
+        yield cluster
+    finally:
+        # By a mark in their environment: `ray stop` would end every Ray of this machine, other people's too.
+        stop_processes(list_marked(env[MARK]))
+
+
+def stop_processes(pids: list[int]) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, 9)
+        except ProcessLookupError:
+            continue  # it went with its parent

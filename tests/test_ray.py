@@ -1,0 +1,274 @@
+"""The job on a real Ray cluster, submitted as the README says, with actors, nodes and the driver killed for real."""
+
+import json
+import os
+import re
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from ray_cluster import MARK, RayCluster, list_marked, run_ray_cluster
+from s3_server import S3Proxy, S3Server, make_env
+
+from batchgen.engines.simulated import read_calls
+from batchgen.manifest import read_stats_table
+from batchgen.storage import Storage
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+
+SLOTS = 16
+WINDOW = 24
+INTERVAL_S = 1.0
+
+
+@pytest.fixture(scope="module")
+def proxy(s3_server: S3Server) -> Iterator[S3Proxy]:
+    with S3Proxy(s3_server.endpoint).running() as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def cluster(proxy: S3Proxy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
+    with run_ray_cluster(tmp_path_factory.mktemp("home"), make_env(proxy.endpoint)) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def s3(proxy: S3Proxy, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    return s3_url
+
+
+def write_inputs(url: str, num_files: int, rows: int) -> None:
+    storage = Storage(url)
+    for number in range(num_files):
+        prompts = [f"file {number} row {row}: tell me something" for row in range(rows)]
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.table({"prompt": prompts}), sink)
+        storage.create(f"part {number:03d}.parquet", memoryview(sink.getvalue()))
+
+
+def write_spec(path: Path, inputs: str, output: str, **changes: Any) -> str:
+    engine = {
+        "kind": "simulated",
+        "slots": SLOTS,
+        "max_inflight": WINDOW,
+        "mean_tokens": 40,
+        "sigma": 0.5,
+        "decode_tokens_per_s": 200,
+        "call_log": str(path / "calls"),
+    }
+    cluster = {
+        "workers": {"min": 2, "max": 2},
+        "lease_ttl_s": 6,
+        "log_interval_s": 1,
+        "cpus_per_worker": 1,
+    }
+    spec = {
+        "input": {"paths": inputs},
+        "prompt": {"column": "prompt"},
+        "engine": engine | changes.pop("engine", {}),
+        "output": {"path": output, "journal_interval_s": INTERVAL_S},
+        "cluster": cluster | changes.pop("cluster", {}),
+        **changes,
+    }
+    (path / "spec.yaml").write_text(yaml.safe_dump(spec))
+    return str(path / "spec.yaml")
+
+
+def wait_for(is_true: Callable[[], bool], what: str, timeout_s: float = 40) -> None:
+    give_up_at = time.monotonic() + timeout_s
+    while not is_true():
+        assert time.monotonic() < give_up_at, f"never happened: {what}"
+        time.sleep(0.05)
+
+
+def count_calls(path: Path) -> int:
+    return len(read_calls(str(path / "calls"))) if (path / "calls").exists() else 0
+
+
+def list_worker_pids(path: Path) -> list[int]:
+    """Processes that hold an engine, by the names of their call logs; the newest last, dead ones left out."""
+    logs = sorted((path / "calls").glob("calls-*.jsonl"), key=lambda log: log.stat().st_mtime)
+    pids = [int(re.findall(r"calls-(\d+)", log.name)[0]) for log in logs]
+    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+def read_rows(output: str) -> list[dict[str, Any]]:
+    """All output rows in the order of the files' names."""
+    storage = Storage(output)
+    rows: list[dict[str, Any]] = []
+    for info in storage.list_files("data", suffix=".parquet"):
+        with storage.open_read(info.path) as source:
+            rows += pq.read_table(source).to_pylist()
+    return rows
+
+
+def check_rows(rows: list[dict[str, Any]], num_files: int, num_rows: int) -> None:
+    """Every row exactly once, in input order, each a generation."""
+    keys = [(Path(row["source_file"]).name, row["source_row"]) for row in rows]
+    assert keys == [(f"part {f:03d}.parquet", r) for f in range(num_files) for r in range(num_rows)]
+    assert Counter(row["status"] for row in rows) == {"ok": num_files * num_rows}
+
+
+def check_stats(output: str) -> None:
+    """Every batch that has rows in data/ is in batch_stats, once."""
+    ids = read_stats_table(Storage(output))["batch_id"].to_pylist()
+    assert len(ids) == len(set(ids))
+    assert {row["batch_id"] for row in read_rows(output)} <= set(ids)
+
+
+def test_submitted_job_survives_kills_of_driver_and_worker(
+    cluster: RayCluster, proxy: S3Proxy, s3: str, tmp_path: Path
+) -> None:
+    """1,200 rows in 20 files on S3; SIGKILL of the driver and of a worker half way, while a PUT of a shard waits for its
+    reply; submitted again, every row is there exactly once, and what was generated again is bounded."""
+    num_files, num_rows = 20, 60
+    write_inputs(f"{s3}/in", num_files, num_rows)
+    output = f"{s3}/out"
+    spec = write_spec(tmp_path, f"{s3}/in", output)
+    cluster.submit(spec)
+    wait_for(lambda: count_calls(tmp_path) > num_files * num_rows * 0.4, "40 % of the calls")
+    held = proxy.hold_reply("data/shard", nth=1)
+    assert held.is_forwarded.wait(30), "no PUT of a shard came"
+
+    os.kill(list_worker_pids(tmp_path)[0], signal.SIGKILL)
+    holder = json.loads(Storage(output).read_bytes("_batchgen/lease/000000001.json"))
+    os.kill(holder["pid"], signal.SIGKILL)
+    killed_at = time.time()
+    held.release()
+    wait_for(lambda: not list_worker_pids(tmp_path), "the other actor ends with its driver")
+    committed = {info.path: info.version for info in Storage(output).list_files("data")}
+    assert committed
+
+    again = cluster.submit(spec)
+    assert cluster.wait(again, 90) == "SUCCEEDED", cluster.read_logs(again)[-3000:]
+    check_rows(read_rows(output), num_files, num_rows)
+    check_stats(output)
+    after = {info.path: info.version for info in Storage(output).list_files("data")}
+    assert committed.items() <= after.items()
+    assert Storage(output).info("_SUCCESS") is not None
+    assert not Storage(output).list_files("_batchgen/journal")
+    # Lost are at most the rows in flight and those finished since each worker's last flush (it takes part of a second).
+    extra = count_calls(tmp_path) - num_files * num_rows
+    late = count_calls_between(tmp_path, killed_at - INTERVAL_S - 1.0, killed_at + 1.0)
+    assert extra <= 2 * WINDOW + late
+
+
+def count_calls_between(path: Path, start: float, end: float) -> int:
+    times = [json.loads(line)[4] for log in (path / "calls").glob("*.jsonl") for line in log.read_text().splitlines()]
+    return sum(start <= at <= end for at in times)
+
+
+def test_lost_actor_and_stopped_actor_are_replaced_within_the_run(cluster: RayCluster, s3: str, tmp_path: Path) -> None:
+    """One actor is killed, another one stopped (it lives and says nothing): both are given up, the run ends well."""
+    write_inputs(f"{s3}/in", 10, 60)
+    output = f"{s3}/out"
+    spec = write_spec(tmp_path, f"{s3}/in", output, cluster={"worker_timeout_s": 5})
+    job = cluster.submit(spec)
+    wait_for(lambda: count_calls(tmp_path) > 150, "150 calls")
+    first, second = list_worker_pids(tmp_path)[:2]
+    os.kill(first, signal.SIGKILL)
+    os.kill(second, signal.SIGSTOP)
+    assert cluster.wait(job, 90) == "SUCCEEDED", cluster.read_logs(job)[-3000:]
+    check_rows(read_rows(output), 10, 60)
+    check_stats(output)
+    logs = cluster.read_logs(job)
+    assert logs.count("was lost") >= 2, logs[-2000:]
+    outcomes = Counter(read_stats_table(Storage(output))["outcome"].to_pylist())
+    assert outcomes["lost"] >= 2
+    assert outcomes["committed"] == 10 or outcomes["committed"] >= 8
+    wait_for(lambda: second not in list_worker_pids(tmp_path), "the stopped actor is ended too")
+
+
+def test_lost_node_and_workers_that_join_later(cluster: RayCluster, tmp_path: Path) -> None:
+    """Workers need a resource that only added nodes have: one joins late, one is lost with its node."""
+    inputs, output = tmp_path / "in", tmp_path / "out"
+    write_inputs(str(inputs), 8, 60)
+    changes = {"resources_per_worker": {"slot": 1}, "cpus_per_worker": 0, "workers": {"min": 2, "max": 2}}
+    spec = write_spec(tmp_path, str(inputs), str(output), cluster=changes)
+    first = cluster.add_node(slot=1)
+    job = cluster.submit(spec)
+    wait_for(lambda: count_calls(tmp_path) > 60, "60 calls by the worker of the first node")
+    assert len(list_worker_pids(tmp_path)) == 1
+    cluster.add_node(slot=1)
+    wait_for(lambda: len(list_worker_pids(tmp_path)) == 2, "the second worker joins")
+    os.kill(first, signal.SIGKILL)
+    assert cluster.wait(job, 120) == "SUCCEEDED", cluster.read_logs(job)[-3000:]
+    check_rows(read_rows(str(output)), 8, 60)
+    check_stats(str(output))
+
+
+def test_workers_that_cannot_start_stop_the_run_with_the_reason(cluster: RayCluster, tmp_path: Path) -> None:
+    write_inputs(str(tmp_path / "in"), 1, 5)
+    (tmp_path / "model").mkdir()
+    spec = write_spec(
+        tmp_path,
+        str(tmp_path / "in"),
+        str(tmp_path / "out"),
+        model={"path": str(tmp_path / "model")},
+    )
+    changed = yaml.safe_load(Path(spec).read_text()) | {"engine": {"kind": "transformers"}}
+    Path(spec).write_text(yaml.safe_dump(changed))
+    job = cluster.submit(spec)
+    assert cluster.wait(job, 90) == "FAILED"
+    logs = cluster.read_logs(job)
+    assert "workers in a row failed to start" in logs
+    assert "model.path" in logs
+    assert "Traceback" not in logs
+
+
+def test_cancel_drains_a_submitted_run(cluster: RayCluster, s3: str, tmp_path: Path) -> None:
+    """`batchgen cancel` from elsewhere: the run journals and stops as resumable; submitted again, it goes on."""
+    from typer.testing import CliRunner
+
+    from batchgen.cli import app
+
+    write_inputs(f"{s3}/in", 4, 60)
+    output = f"{s3}/out"
+    spec = write_spec(tmp_path, f"{s3}/in", output)
+    job = cluster.submit(spec)
+    wait_for(lambda: count_calls(tmp_path) > 80, "80 calls")
+    assert CliRunner().invoke(app, ["cancel", output]).exit_code == 0
+    assert cluster.wait(job) == "FAILED"
+    assert "cancelled by" in cluster.read_logs(job)
+    num_before = count_calls(tmp_path)
+    again = cluster.submit(spec)
+    assert cluster.wait(again) == "SUCCEEDED", cluster.read_logs(again)[-3000:]
+    check_rows(read_rows(output), 4, 60)
+    # A drain lets rows in flight finish and journals them, so nothing at all is generated twice.
+    assert count_calls(tmp_path) == 240
+    assert num_before < 240
+
+
+def test_driver_of_another_build_is_turned_away(cluster: RayCluster, tmp_path: Path) -> None:
+    """The driver's process says another build than its workers': nothing is generated."""
+    write_inputs(str(tmp_path / "in"), 1, 5)
+    spec = write_spec(tmp_path, str(tmp_path / "in"), str(tmp_path / "out"))
+    script = tmp_path / "other_build.py"
+    script.write_text(
+        "import batchgen.dispatch, sys\n"
+        "from batchgen.cli import app\n"
+        "batchgen.dispatch.build_id = lambda: '9.9.9+other'\n"
+        f"sys.exit(app(['run', {spec!r}]))\n"
+    )
+    import subprocess
+    import sys
+
+    env = {**cluster.env, "RAY_ADDRESS": cluster.address}
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 3, done.stderr[-2000:]
+    assert "install the same build" in done.stderr
+    assert count_calls(tmp_path) == 0
+
+
+def test_nothing_of_a_run_is_left_behind(cluster: RayCluster) -> None:
+    """After all these kills no actor holds a core or a name any more (runs last in this file)."""
+    wait_for(lambda: not list_marked(cluster.env[MARK], "ray::WorkerActor"), "all actors are gone")
