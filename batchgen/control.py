@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from batchgen.dispatch import Dispatcher, Progress
-from batchgen.driver_lease import is_dead_here, read_holder
+from batchgen.driver_lease import is_dead_here, make_cancel_path, read_holder
 from batchgen.errors import OutputError, StorageError
 from batchgen.manifest import read_json, write_json
 from batchgen.records import BatchStats
@@ -23,10 +23,6 @@ from batchgen.work_queue import LostLease
 from batchgen.write import stats_from_json, stats_to_json
 
 STATUS = "_batchgen/status.json"
-
-
-def make_cancel_path(epoch: int) -> str:
-    return f"_batchgen/cancel-{epoch:09d}.json"
 
 
 class StatusWriter:
@@ -80,14 +76,6 @@ def request_cancel(storage: Storage) -> int:
         raise OutputError(f"{storage.root}: no run is working on it; nothing to cancel")
     storage.put(make_cancel_path(holder.epoch), json.dumps({"requested_at": time.time()}).encode())
     return holder.epoch
-
-
-def is_cancel_requested(storage: Storage, epoch: int) -> bool:
-    """Did somebody ask this run to stop? A store that doesn't answer now is asked again at the next renewal."""
-    try:
-        return storage.info(make_cancel_path(epoch)) is not None
-    except StorageError:
-        return False
 
 
 def describe_status(storage: Storage, status: dict[str, Any]) -> list[str]:

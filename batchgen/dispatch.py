@@ -1,7 +1,6 @@
 """The one loop that carries decisions out: ask the queue, feed the pool, tell the queue.
 
-It moves descriptors only; rows go between store and workers. It renews the driver's lease and looks for a request to
-cancel at every renewal, keeps the journal's index and deletes segments that nobody needs, and collects what every batch
+It moves descriptors only; rows go between store and workers. It keeps the journal's index and deletes segments that nobody needs, and collects what every batch
 did. It ends when all shards are done, or by a RunStopped; then what is finished is in the journal.
 """
 
@@ -12,8 +11,7 @@ from typing import Protocol
 
 from batchgen import journal
 from batchgen.build import build_id
-from batchgen.driver_lease import DriverLease
-from batchgen.errors import Cancelled, NoWorkers, RunStopped, StorageError
+from batchgen.errors import NoWorkers, RunStopped, StorageError
 from batchgen.manifest import CommittedShard, add_batches
 from batchgen.records import (
     BatchStats,
@@ -87,19 +85,18 @@ class Progress:
 
 @dataclass(slots=True)
 class Dispatcher:
-    """One run's loop. `is_cancelled` is asked at every lease renewal, `should_stop` (a signal) at every turn;
-    `on_progress` at every turn."""
+    """One run's loop. `check` is called at every turn and raises RunStopped when the run must end: the folder is not ours
+    any more, or somebody asked for it."""
 
     spec: JobSpec
     storage: Storage
     queue: WorkQueue
     pool: WorkerPool
-    lease: DriverLease
+    epoch: int
     index: journal.JournalIndex
     num_rows: int
     num_rows_done_before: int
-    is_cancelled: Callable[[], bool]
-    should_stop: Callable[[], bool]
+    check: Callable[[], None]
     on_progress: Callable[[Progress], None]
     on_warning: Callable[[str], None]
     clock: Callable[[], float] = time.monotonic
@@ -119,13 +116,12 @@ class Dispatcher:
     _started: float = 0.0
     _ready_worker_s: float = 0.0
     _turned_at: float = 0.0
-    _renew_at: float = 0.0
 
     def run(self) -> None:
         """Until all shards are committed. Raises RunStopped; after LeaseLost don't drain: others own the folder."""
         self._started = self._turned_at = self.clock()
         while not self.queue.is_done:
-            self._renew()
+            self.check()
             self._scale()
             while (lease := self.queue.lease_next(self.clock())) is not None:
                 self.pool.assign(replace(lease, journal=self.index.get(lease.shard.number)))
@@ -144,16 +140,6 @@ class Dispatcher:
             self._note_lost(replace(lost, ended_at=self.clock()))
 
     # ---- one turn ----------------------------------------------------------------------------------------------------
-
-    def _renew(self) -> None:
-        if self.should_stop():
-            raise Cancelled("stopped by a signal")
-        if self.clock() < self._renew_at:
-            return
-        self._renew_at = self.clock() + self.lease.renew_interval_s
-        self.lease.renew()
-        if self.is_cancelled():
-            raise Cancelled("cancelled by: batchgen cancel")
 
     def _scale(self) -> None:
         now = self.clock()
@@ -250,7 +236,7 @@ class Dispatcher:
 
     def _find_segments(self, worker_id: str) -> None:
         """A segment may have been written whose news died with the worker."""
-        prefix = journal.make_worker_prefix(self.lease.epoch, worker_id)
+        prefix = journal.make_worker_prefix(self.epoch, worker_id)
         paths = [path for path in journal.list_segments(self.storage) if path.startswith(prefix)]
         new = [path for path in paths if not self.index.knows(path)]
         for refs in journal.read_indexes(self.storage, new, self.spec.fingerprint()):

@@ -49,6 +49,11 @@ def make_path(epoch: int) -> str:
     return f"{FOLDER}/{epoch:09d}.json"
 
 
+def make_cancel_path(epoch: int) -> str:
+    """The object that asks the run of this epoch to stop; it means nothing to any other run."""
+    return f"_batchgen/cancel-{epoch:09d}.json"
+
+
 def read_holder(storage: Storage) -> Holder | None:
     """The newest epoch's holder, live or not; None on a folder never used."""
     found = storage.list_files(FOLDER, suffix=".json")
@@ -104,6 +109,12 @@ class DriverLease:
     @property
     def renew_interval_s(self) -> float:
         return self._holder.ttl_s / 6
+
+    def check(self) -> None:
+        """Raises LeaseLost when the last renewal is older than half the time to live, whatever held it up."""
+        silent_s = self._clock() - self._renewed_at
+        if silent_s > self._holder.ttl_s / 2:
+            raise LeaseLost(f"could not renew the lease on {self._storage.root} for {silent_s:.0f} s")
 
     def renew(self) -> None:
         """Raises LeaseLost when another driver took over, or when the store was out of reach for half the lease."""

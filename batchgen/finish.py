@@ -10,16 +10,19 @@ from typing import Any
 from batchgen import manifest
 from batchgen.control import StatusWriter, read_lost_batches
 from batchgen.dispatch import Dispatcher
+from batchgen.hold import Hold
 from batchgen.job import Job
 from batchgen.records import BatchStats
 from batchgen.report import make_report, write_report
 
 
 def finish(
-    job: Job, dispatcher: Dispatcher | None, epoch: int, *, message: str | None = None, is_trial: bool = False
+    job: Job, dispatcher: Dispatcher | None, hold: Hold, *, message: str | None = None, is_trial: bool = False
 ) -> dict[str, Any]:
-    """Write everything that is written last; the report. `dispatcher` is None when nothing was left to do."""
-    spec, storage = job.spec, job.storage
+    """Write everything that is written last; the report. `dispatcher` is None when nothing was left to do. Raises
+    LeaseLost when the folder is not ours any more."""
+    spec, storage, epoch = job.spec, job.storage, hold.epoch
+    hold.check_lease()
     committed = {**job.committed, **(dispatcher.committed if dispatcher else {})}
     batches: dict[str, BatchStats] = dict(dispatcher.batches) if dispatcher else {}
     for shard in committed.values():
@@ -52,6 +55,7 @@ def finish(
     manifest.write_json(storage, "manifest.json", made)
     if dispatcher is not None:
         StatusWriter(storage, epoch, 0.0).update(dispatcher, state=report["state"], message=message)
+    hold.check_lease()
     if report["exit_code"] == 0 and report["rows"]["is_complete"] and not is_trial:
         manifest.write_json(storage, manifest.SUCCESS, {"epoch": epoch, "made_at": time.time()})
     return report

@@ -5,11 +5,12 @@ A probe decides: conditional writes work -> the driver's lease lies in the folde
 Ray, nothing does, and the run says what is and isn't promised.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
-from batchgen.driver_lease import DriverLease, acquire
-from batchgen.errors import OutputError
+from batchgen.driver_lease import DriverLease, acquire, make_cancel_path
+from batchgen.errors import Cancelled, LeaseLost, OutputError, StorageError
 from batchgen.job import Job
 from batchgen.storage import Storage
 from batchgen.store_probe import StoreAbilities, probe
@@ -17,18 +18,61 @@ from batchgen.store_probe import StoreAbilities, probe
 Say = Callable[[str], None]
 
 
+class Hold:
+    """The lease, kept alive by a thread of its own: whatever the run is busy with, it stays renewed, and a store that
+    hangs is noticed. The thread also looks whether somebody asked this run to stop."""
+
+    def __init__(self, lease: DriverLease, is_cancel_requested: Callable[[], bool]) -> None:
+        self.epoch = lease.epoch
+        self._lease, self._is_cancel_requested = lease, is_cancel_requested
+        self._is_over = threading.Event()
+        self._lost: LeaseLost | None = None
+        self._is_cancelled = False
+        self._thread = threading.Thread(target=self._keep, name="driver-lease", daemon=True)
+        self._thread.start()
+
+    def check_lease(self) -> None:
+        """Raises LeaseLost when the folder is not ours any more."""
+        if self._lost is not None:
+            raise self._lost
+        self._lease.check()
+
+    def check(self) -> None:
+        """Raises LeaseLost as above, Cancelled when the run was asked to stop."""
+        self.check_lease()
+        if self._is_cancelled:
+            raise Cancelled("cancelled by: batchgen cancel")
+
+    def release(self) -> None:
+        self._is_over.set()
+        self._thread.join(self._lease.renew_interval_s)
+        self._lease.release()
+
+    def _keep(self) -> None:
+        while not self._is_over.wait(self._lease.renew_interval_s):
+            try:
+                self._lease.renew()
+                self._is_cancelled = self._is_cancelled or self._is_cancel_requested()
+            except LeaseLost as error:
+                self._lost = error
+                return
+            except StorageError:
+                continue  # asked again at the next renewal
+
+
 @contextmanager
-def hold_folder(job: Job, say: Say, warn: Say) -> Iterator[tuple[DriverLease, Storage]]:
-    """(lease, storage that suits the store's abilities) while the folder is ours. Raises LeaseHeld, OutputError."""
+def hold_folder(job: Job, say: Say, warn: Say) -> Iterator[tuple[Hold, Storage]]:
+    """(hold, storage that suits the store's abilities) while the folder is ours. Raises LeaseHeld, OutputError."""
     spec, abilities = job.spec, probe(job.storage)
     storage = Storage(spec.output.path, is_exclusive=abilities.is_exclusive, can_replace=abilities.can_replace)
     with ExitStack() as stack:
         if not abilities.is_exclusive and spec.output.lock_url is None:
             _hold_by_cluster(job, abilities, stack, warn)
         lease = acquire(_open_lock(job, storage), spec.cluster.lease_ttl_s, on_wait=say)
-        # Released last, and also when planning fails: the next run must not wait for a lease that nobody uses.
-        stack.callback(lease.release)
-        yield lease, storage
+        hold = Hold(lease, lambda: storage.info(make_cancel_path(lease.epoch)) is not None)
+        # Also when planning fails: the next run must not wait for a lease that nobody uses.
+        stack.callback(hold.release)
+        yield hold, storage
 
 
 def _open_lock(job: Job, storage: Storage) -> Storage:

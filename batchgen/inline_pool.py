@@ -1,9 +1,11 @@
 """Workers as threads of this process, each with its own event loop: no Ray, no start-up. For small jobs and tests."""
 
 import asyncio
+import contextlib
 import queue
 import socket
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 
 from batchgen.errors import EngineDied
@@ -62,17 +64,20 @@ class _WorkerThread:
         self._leases: queue.SimpleQueue[Lease] = queue.SimpleQueue()
         self._is_stopping = threading.Event()
         self._drain_s: float | None = None
+        self._wake: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), name=setup.worker_id, daemon=True)
         self._thread.start()
 
     def assign(self, lease: Lease) -> None:
         self._leases.put(lease)
+        self._wake()
 
     def stop(self, *, drain_s: float | None = None) -> None:
         """Ask it to end, after draining for this long where given. The first call decides."""
         if not self._is_stopping.is_set():
             self._drain_s = drain_s
             self._is_stopping.set()
+            self._wake()
 
     def join(self) -> None:
         self._thread.join()
@@ -83,6 +88,13 @@ class _WorkerThread:
         except EngineDied as error:
             self._events.put(WorkerStartFailed(self._setup.worker_id, str(error)))
             return
+        loop = asyncio.get_running_loop()
+
+        def wake() -> None:
+            with contextlib.suppress(RuntimeError):  # it ended meanwhile: there is nothing left to wake
+                loop.call_soon_threadsafe(worker.wake)
+
+        self._wake = wake
         self._events.put(WorkerStarted(worker.info))
         try:
             await self._serve(worker)

@@ -12,6 +12,7 @@ import pyarrow as pa
 from batchgen import manifest
 from batchgen.engines import create_tokenizer
 from batchgen.errors import InputError, OutputError
+from batchgen.journal import JournalIndex, list_segments, read_indexes
 from batchgen.manifest import CommittedShard
 from batchgen.plan import Plan, list_changes, make_plan
 from batchgen.read import read_footers
@@ -115,7 +116,7 @@ def open_job(spec: JobSpec, storage: Storage) -> Job:
         warnings: list[str] = []
     else:
         files, passthrough, planned = saved
-        is_unique = None
+        is_unique = (manifest.read_json(storage, manifest.SPEC) or {}).get("is_unique_checked")
         warnings = check_frozen(files, found)
     plan = make_plan(spec, files, planned)
     make_output_schema(spec, passthrough)
@@ -184,11 +185,22 @@ def freeze(job: Job) -> None:
                 "fingerprint": spec.fingerprint(),
                 "fingerprint_fields": spec.fingerprint_fields(),
                 "spec": spec.model_dump(mode="json"),
+                "is_unique_checked": job.is_unique_checked,
             },
         )
         manifest.write_plan_files(storage, job.plan.files, job.passthrough)
     if job.new_shards:
         manifest.write_plan_shards(storage, job.plan.files, job.new_shards)
+
+
+def load_journal(job: Job) -> JournalIndex:
+    """What earlier runs journaled; segments whose shards are all committed are deleted here."""
+    index = JournalIndex()
+    for number in job.committed.keys() - {queued.shard.number for queued in job.todo}:
+        index.complete(number)
+    for refs in read_indexes(job.storage, list_segments(job.storage), job.spec.fingerprint()):
+        job.storage.delete_many(index.add(refs))
+    return index
 
 
 def render_first_prompt(job: Job) -> tuple[str, int]:

@@ -39,7 +39,8 @@ def _stats_type(name: str) -> pa.DataType:
     return pa.float64() if name in _FLOATS or name.endswith("_s") else pa.int64()
 
 
-_COUNTS = pa.map_(pa.string(), pa.int64())
+# Not an Arrow map: the library datasets can't read one.
+_COUNTS = pa.list_(pa.struct([("value", pa.string()), ("count", pa.int64())]))
 _PLAIN = [field.name for field in dataclasses.fields(BatchStats) if field.name not in ("latency", "sketches")]
 STATS_SCHEMA = pa.schema(
     [("format_version", pa.int32())]
@@ -128,7 +129,7 @@ def _to_parquet(table: pa.Table) -> pa.Buffer:
 def make_stats_row(stats: BatchStats) -> dict[str, Any]:
     row = {name: getattr(stats, name) for name in _PLAIN}
     for name in ("finish_reasons", "error_types"):
-        row[name] = None if row[name] is None else list(row[name].items())
+        row[name] = None if row[name] is None else [{"value": v, "count": c} for v, c in row[name].items()]
     return row | {"format_version": FORMAT_VERSION} | dict.fromkeys(LATENCY_FIELDS) | (stats.latency or {})
 
 

@@ -127,18 +127,18 @@ def _make_message(message: Any, number: int, column: str) -> dict[str, Any]:
         raise BadRow("bad_messages", f"{where}: role must be text")
     if not isinstance(content, str) and not (content is None and "tool_calls" in fields):
         raise BadRow("bad_messages", f"{where}: content must be text")
-    if not is_encodable(json.dumps(fields, ensure_ascii=False, default=str)):
-        raise BadRow("invalid_utf8", f"{where}: holds a lone surrogate")
+    _check_encodable(fields, where)
     return fields
 
 
-def is_encodable(text: str) -> bool:
+def _check_encodable(fields: dict[str, Any], where: str) -> None:
     """JSON escapes can smuggle in half of a surrogate pair, which no tokenizer and no UTF-8 file takes."""
     try:
-        text.encode()
+        json.dumps(fields, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
-        return False
-    return True
+        raise BadRow("invalid_utf8", f"{where}: holds a lone surrogate") from None
+    except RecursionError:
+        raise BadRow("bad_messages", f"{where}: is nested too deeply") from None
 
 
 def _make_token_ids(value: Any, column: str) -> tuple[int, ...]:

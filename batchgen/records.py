@@ -272,7 +272,7 @@ class FileFooter:
 
 @dataclass(frozen=True, slots=True)
 class ShardProgress:
-    """How far an open lease is, in input rows whose n samples are all finished; of these or others, failed samples."""
+    """How far an open lease is, in input rows whose n samples are all finished; and in failed samples, of any row."""
 
     batch_id: str
     num_rows_done: int

@@ -58,7 +58,7 @@ class ShardFiles:
             rows = pq.read_table(source, columns=self.result_schema.names).cast(self.result_schema)
         again = pc.equal(rows["status"], "error")
         if errors == "retryable":
-            again = pc.and_(again, rows["is_retryable"])
+            again = pc.and_kleene(again, rows["is_retryable"])  # of a generation it is null
         return rows.filter(pc.invert(again))
 
     def write_segment(self, path: str, rows: dict[int, pa.Table]) -> dict[int, JournalRef]:

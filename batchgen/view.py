@@ -5,6 +5,7 @@ Everything goes to standard error, so that standard output stays free for `--jso
 
 import time
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
@@ -33,6 +34,16 @@ def format_line(progress: Progress) -> str:
         f"  {rate:,.0f} tok/s  errors {progress.num_rows_error:,}  workers {workers}"
         f"  in flight {progress.num_inflight}/{progress.window}  ETA {format_eta(progress)}"
     )
+
+
+class View(Protocol):
+    """Whoever watches a run."""
+
+    def say(self, message: str) -> None: ...
+
+    def warn(self, message: str) -> None: ...
+
+    def show(self, progress: Progress) -> None: ...
 
 
 class LineView:

@@ -115,6 +115,10 @@ class Worker:
         events, self._events = self._events, []
         return [*events, self._make_heartbeat()]
 
+    def wake(self) -> None:
+        """End a poll that waits."""
+        self._wake.set()
+
     async def drain(self, timeout_s: float) -> list[PoolEvent]:
         """Send nothing more, give rows in flight this long to finish, end commits under way, journal what is finished."""
         self._stop()

@@ -1,0 +1,296 @@
+"""What a spec says, what it refuses and in which words, and what of it makes the data."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from makers import make_job_spec, make_tree
+from pydantic import BaseModel, ValidationError
+
+from batchgen.errors import InputError, SpecError
+from batchgen.spec import JobSpec, SimulatedEngineSpec, TransformersEngineSpec
+from batchgen.spec_load import describe, list_field_names, load_spec, make_spec, parse_spec
+
+TEXT = """
+input: {paths: /data/in.parquet}
+prompt: {column: prompt}
+engine: {kind: simulated}
+output: {path: /data/out}
+"""
+
+
+def refusal(**sections: Any) -> str:
+    with pytest.raises(SpecError) as error:
+        make_job_spec(**sections)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ---- what it is
+
+
+def test_a_spec_is_frozen_with_defaults_and_one_path_is_a_list_of_one() -> None:
+    spec = parse_spec(TEXT)
+    assert spec.input.paths == ("/data/in.parquet",)
+    assert (spec.sampling.temperature, spec.sampling.top_p, spec.sampling.n) == (1.0, 0.95, 1)
+    assert spec.model.path == "embedded"
+    for section in (spec, spec.input, spec.engine, spec.cluster.workers):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(section, next(iter(type(section).model_fields)), None)
+
+
+def test_a_resolved_spec_reads_back_as_itself() -> None:
+    spec = make_job_spec(sampling={"stop": ["a", "b"], "seed": 3}, input={"paths": ["/a", "s3://b/c"]})
+    assert make_spec(json.loads(spec.model_dump_json())) == spec
+
+
+def list_models(model: type[BaseModel]) -> list[type[BaseModel]]:
+    from batchgen.spec_load import _members
+
+    found = [member for field in model.model_fields.values() for member in _members(field.annotation)]
+    return [model, *(deeper for member in found for deeper in list_models(member))]
+
+
+@pytest.mark.parametrize("model", list_models(JobSpec), ids=lambda model: model.__name__)
+def test_every_section_refuses_unknown_fields_and_every_field_is_described(model: type[BaseModel]) -> None:
+    assert model.__doc__
+    assert model.model_config["extra"] == "forbid"
+    assert model.model_config["frozen"]
+    for name, field in model.model_fields.items():
+        is_section = any(name in parent.model_fields for parent in (JobSpec,)) and model is JobSpec
+        if not is_section and name not in {"kind", "workers"}:
+            assert field.description, f"{model.__name__}.{name} has no description"
+            assert field.description.endswith((".", "cut off.", '"')), field.description
+
+
+def test_the_json_schema_knows_every_section_and_tells_engines_apart_by_kind() -> None:
+    schema = JobSpec.model_json_schema()
+    assert set(schema["properties"]) == set(JobSpec.model_fields)
+    assert schema["required"] == ["input", "prompt", "engine", "output"]
+    assert schema["additionalProperties"] is False
+    assert set(schema["properties"]["engine"]["discriminator"]["mapping"]) == {"simulated", "transformers"}
+    json.dumps(schema)
+
+
+# ---- what it refuses
+
+
+@pytest.mark.parametrize(
+    ("sections", "sentence"),
+    [
+        ({"engin": {}}, "spec: engin: unknown field; did you mean 'engine'?"),
+        ({"sampling": {"temprature": 1}}, "spec: sampling.temprature: unknown field; did you mean 'temperature'?"),
+        ({"cluster": {"workers": {"maxx": 2}}}, "spec: cluster.workers.maxx: unknown field; did you mean 'max'?"),
+        ({"engine": {"kind": "simulated", "slot": 3}}, "spec: engine.slot: unknown field; did you mean 'slots'?"),
+        (
+            {"engine": {"kind": "transformers", "num_thread": 3}},
+            "spec: engine.num_thread: unknown field; did you mean 'num_threads'?",
+        ),
+        ({"input": {"paths": "a", "zzz": 1}}, "spec: input.zzz: unknown field; known here: check_unique, custom_id, "),
+        ({"prompt": {}}, "give exactly one of column, messages, prompt_token_ids, template; found none"),
+        ({"prompt": {"column": "a", "template": "{b}"}}, "found column and template"),
+        ({"prompt": {"column": "a", "messages": ""}}, "found column and messages"),
+        ({"prompt": {"messages": "m", "system": "s"}}, "system goes with a chat column or template"),
+        ({"prompt": {"column": "c", "chat": False, "system": "s"}}, "system goes with a chat column or template"),
+        ({"prompt": {"column": ["a"]}}, "spec: prompt.column: Input should be a valid string"),
+        ({"engine": {"max_inflight": 3}}, "spec: engine: Unable to extract tag using discriminator 'kind'"),
+        ({"engine": {"kind": "simulatd"}}, "'simulated', 'transformers'"),
+        ({"sampling": {"temperature": float("nan")}}, "spec: sampling.temperature: "),
+        ({"sampling": {"top_p": 0}}, "spec: sampling.top_p: Input should be greater than 0"),
+        ({"sampling": {"n": 0}}, "spec: sampling.n: "),
+        ({"sampling": {"seed": 2**63}}, "spec: sampling.seed: "),
+        ({"sampling": {"stop": [""]}}, "spec: sampling.stop.0: "),
+        ({"cluster": {"workers": {"min": 3, "max": 2}}}, "spec: cluster.workers: min (3) is above max (2)"),
+        ({"input": {"paths": []}}, "spec: input.paths: "),
+        ({"input": {"paths": "a", "limit": 0}}, "spec: input.limit: "),
+        ({"sampling": None}, "spec: sampling: Input should be a valid dictionary"),
+    ],
+)
+def test_a_wrong_field_is_refused_in_one_sentence(sections: dict[str, Any], sentence: str) -> None:
+    assert sentence in refusal(**sections)
+
+
+def test_an_unknown_engine_field_is_compared_with_that_engines_own_fields_only() -> None:
+    assert "num_threads" in TransformersEngineSpec.model_fields
+    assert "num_threads" not in SimulatedEngineSpec.model_fields
+    sentence = refusal(engine={"kind": "simulated", "num_threads": 1})
+    assert "engine.num_threads: unknown field" in sentence
+    assert "did you mean 'num_threads'" not in sentence
+    names = list_field_names(["engine"], ["engine", "transformers", "x"])
+    assert sorted(names) == sorted(TransformersEngineSpec.model_fields)
+
+
+def test_a_misspelt_required_field_is_named_before_the_missing_one() -> None:
+    assert "output.pth: unknown field; did you mean 'path'? (and 1 more)" in refusal(output={"pth": "/o"})
+
+
+def test_missing_sections_are_counted() -> None:
+    with pytest.raises(SpecError, match=r"^here: input: is required; add it \(and 3 more\)$"):
+        make_spec({}, source="here")
+
+
+def test_no_sentence_quotes_the_value() -> None:
+    sentence = refusal(prompt={"column": "c", "system": ["my secret prompt"]})
+    assert "secret" not in sentence
+    with pytest.raises(ValidationError) as error:
+        JobSpec.model_validate(make_tree(prompt={"column": ["my secret prompt"]}))
+    assert "secret" not in describe(error.value)
+
+
+# ---- YAML and overrides
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("input: {paths: a\nprompt: [", "job.yaml line 2: not valid YAML"),
+        ("a: b: c", "job.yaml line 1: not valid YAML"),
+        ("a:\n  - b\n c: d", "job.yaml line 3: not valid YAML"),
+        ("a: \0", "job.yaml: not valid YAML"),
+        ("a: 2024-13-45", "job.yaml: not valid YAML"),
+        ("a: !!python/object:os.system x", "job.yaml line 1: not valid YAML"),
+        ("", "must be a mapping"),
+        ("- a", "must be a mapping"),
+        ("just text", "must be a mapping"),
+    ],
+)
+def test_a_file_that_is_no_spec_is_refused_with_its_line(text: str, where: str) -> None:
+    with pytest.raises(SpecError) as error:
+        parse_spec(text, source="job.yaml")
+    assert where in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "field", "value"),
+    [
+        ("sampling.temperature=0.5", "sampling", "temperature", 0.5),
+        ("sampling.temperature=1e-3", "sampling", "temperature", 0.001),
+        ("sampling.stop=['a', 'b=c']", "sampling", "stop", ("a", "b=c")),
+        ("sampling.seed=", "sampling", "seed", None),
+        ("engine.slots=3", "engine", "slots", 3),
+        (" output.token_ids =true", "output", "token_ids", True),
+        ("prompt.column='yes'", "prompt", "column", "yes"),
+    ],
+)
+def test_an_override_is_read_as_yaml(override: str, section: str, field: str, value: object) -> None:
+    assert getattr(getattr(parse_spec(TEXT, [override]), section), field) == value
+
+
+def test_overrides_go_deep_and_the_last_one_wins() -> None:
+    spec = parse_spec(TEXT, ["cluster.workers.max=3", "cluster.workers.max=5"])
+    assert spec.cluster.workers.max == 5
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("sampling.temperature", "write section.key=value"),
+        ("=3", "write section.key=value"),
+        ("input.paths.x=3", "paths is not a section"),
+        ("sampling.stop=[", "the value is not valid YAML; quote it"),
+        ("sampling.seed=2024-13-45", "the value is not valid YAML; quote it"),
+        ("sampling.sed=3", "did you mean 'seed'?"),
+    ],
+)
+def test_a_wrong_override_is_refused(override: str, sentence: str) -> None:
+    with pytest.raises(SpecError, match="") as error:
+        parse_spec(TEXT, [override])
+    assert sentence in str(error.value)
+
+
+def test_local_paths_become_absolute_and_urls_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    spec = make_job_spec(
+        input={"paths": ["in/*.parquet", "s3://bucket/x", "/abs"]},
+        output={"path": "out", "lock_url": "lock"},
+        engine={"kind": "simulated", "call_log": "calls"},
+        model={"path": "model"},
+    )
+    assert spec.input.paths == (f"{tmp_path}/in/*.parquet", "s3://bucket/x", "/abs")
+    assert (spec.output.path, spec.output.lock_url) == (f"{tmp_path}/out", f"{tmp_path}/lock")
+    assert isinstance(spec.engine, SimulatedEngineSpec)
+    assert spec.engine.call_log == f"{tmp_path}/calls"
+    assert spec.model.path == f"{tmp_path}/model"
+    assert make_job_spec(model={"path": "org/name"}).model.path == "org/name"
+    assert make_job_spec(output={"path": "s3://b/o", "lock_url": "s3://b/l"}).output.lock_url == "s3://b/l"
+
+
+def test_a_spec_is_loaded_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(TEXT)
+    assert load_spec(str(path), ["sampling.n=2"]).sampling.n == 2
+    with pytest.raises(InputError):
+        load_spec(str(tmp_path / "none.yaml"))
+    path.write_text(TEXT + "\nsampling: {n: x}")
+    with pytest.raises(SpecError, match=f"{path}: sampling.n: "):
+        load_spec(str(path))
+    path.write_text(json.dumps(yaml.safe_load(TEXT)))
+    assert load_spec(str(path)) == parse_spec(TEXT)
+
+
+# ---- the fingerprint
+
+SAME = [
+    {"output": {"path": "/elsewhere", "rows_per_shard": 3, "compression_level": 9, "journal_interval_s": 1}},
+    {"output": {"path": "/data/out", "lock_url": "/lock"}},
+    {"engine": {"kind": "simulated", "max_inflight": 3, "slots": 2, "mean_tokens": 5, "failure_rate": 0.5}},
+    {"cluster": {"pool": "inline", "workers": {"min": 2, "max": 7}, "gpus_per_worker": 8}},
+    {"retry": {"max_attempts": 9, "errors": "all", "max_error_rate": 0.5}},
+    {"input": {"paths": ["/data/in.parquet"], "limit": 5, "check_unique": "never"}},
+    {"sampling": {"temperature": 1, "top_p": 0.95}},
+]
+OTHER = [
+    {"input": {"paths": ["/data/other.parquet"]}},
+    {"input": {"paths": ["/data/in.parquet", "/data/other.parquet"]}},
+    {"input": {"paths": ["/data/in.parquet"], "custom_id": "key"}},
+    {"input": {"paths": ["/data/in.parquet"], "passthrough": ["a"]}},
+    {"input": {"paths": ["/data/in.parquet"], "passthrough": ["b"]}},
+    {"prompt": {"column": "other"}},
+    {"prompt": {"template": "{prompt}"}},
+    {"prompt": {"messages": "prompt"}},
+    {"prompt": {"prompt_token_ids": "prompt"}},
+    {"prompt": {"column": "prompt", "chat": False}},
+    {"prompt": {"column": "prompt", "system": "Be brief."}},
+    {"prompt": {"column": "prompt", "sampling": "s"}},
+    {"prompt": {"column": "prompt", "on_overflow": "truncate_left"}},
+    {"model": {"path": "org/model"}},
+    {"model": {"revision": "v2"}},
+    {"model": {"max_model_len": 100}},
+    {"engine": {"kind": "transformers"}},
+    {"output": {"path": "/data/out", "token_ids": True}},
+    *(
+        {"sampling": {name: value}}
+        for name, value in {
+            "temperature": 0.5, "top_p": 0.5, "max_tokens": 9, "top_k": 5, "min_p": 0.1, "n": 2, "seed": 0,
+            "stop": ["x"], "stop_token_ids": [1], "presence_penalty": 1, "frequency_penalty": 1,
+            "repetition_penalty": 1.5, "logprobs": 0, "thinking": True,
+        }.items()
+    ),
+]  # fmt: skip
+
+
+def test_the_fingerprint_covers_what_makes_the_data_and_nothing_else() -> None:
+    plain = make_job_spec().fingerprint()
+    assert len(plain) == 32
+    assert int(plain, 16)
+    assert [sections for sections in SAME if make_job_spec(**sections).fingerprint() != plain] == []
+    others = [make_job_spec(**sections).fingerprint() for sections in OTHER]
+    assert len({plain, *others}) == len(others) + 1
+
+
+def test_the_fingerprint_names_every_sampling_and_prompt_field() -> None:
+    """A field that is added later counts unless somebody decides otherwise."""
+    fields = make_job_spec().fingerprint_fields()
+    spec = make_job_spec()
+    for section in ("prompt", "sampling", "model"):
+        assert set(fields[section]) == set(type(getattr(spec, section)).model_fields)
+    tried = {name for sections in OTHER for name in sections.get("sampling", {})}
+    assert tried == set(type(spec.sampling).model_fields)
+
+
+def test_the_fingerprint_is_the_same_in_every_release() -> None:
+    """A changed value would orphan every output folder there is: raise FINGERPRINT_VERSION only on purpose."""
+    assert make_job_spec().fingerprint() == "PINNED"
