@@ -26,10 +26,12 @@ STATUS = "_batchgen/status.json"
 
 
 class StatusWriter:
-    """Rewrites the status object at most every `interval_s` seconds."""
+    """Rewrites the status object at most every `interval_s` seconds. Batches that a killed run left in it are carried
+    on until `batch_stats` has them: when a run ends."""
 
     def __init__(self, storage: Storage, epoch: int, interval_s: float) -> None:
         self._storage, self._epoch, self._interval_s = storage, epoch, interval_s
+        self._earlier = read_lost_batches(storage)
         self._next = 0.0
 
     def update(self, dispatcher: Dispatcher, *, state: str = "running", message: str | None = None) -> None:
@@ -38,15 +40,17 @@ class StatusWriter:
         if now < self._next:
             return
         self._next = now + self._interval_s
-        open_leases = dispatcher.queue.list_open() if state == "running" else []
-        lost = [stats for stats in dispatcher.batches.values() if stats.outcome == "lost"]
+        lost: list[BatchStats] = []
+        if state == "running":
+            lost = [*self._earlier, *(stats for stats in dispatcher.batches.values() if stats.outcome == "lost")]
+            lost += make_open_stats(dispatcher.queue.list_open(), now)
         fields = {
             "epoch": self._epoch,
             "state": state,
             "message": message,
             "updated_at": time.time(),
             "progress": dataclasses.asdict(dispatcher.make_progress()),
-            "lost_batches": [stats_to_json(stats) for stats in (*lost, *make_open_stats(open_leases, now))],
+            "lost_batches": [stats_to_json(stats) for stats in lost],
         }
         with contextlib.suppress(StorageError):
             write_json(self._storage, STATUS, fields)
@@ -57,7 +61,7 @@ def read_status(storage: Storage) -> dict[str, Any] | None:
 
 
 def read_lost_batches(storage: Storage) -> list[BatchStats]:
-    """Batches that the last run lost or left open, as it said last."""
+    """Batches that runs lost or left open and that `batch_stats` may not have yet, as the last run said last."""
     status = read_status(storage)
     return [stats_from_json(fields) for fields in status["lost_batches"]] if status else []
 

@@ -1,7 +1,8 @@
 """The one loop that carries decisions out: ask the queue, feed the pool, tell the queue.
 
-It moves descriptors only; rows go between store and workers. It keeps the journal's index and deletes segments that nobody needs, and collects what every batch
-did. It ends when all shards are done, or by a RunStopped; then what is finished is in the journal.
+It moves descriptors only; rows go between store and workers. It keeps the journal's index, deletes segments that nobody
+needs, and collects what every batch did. It ends when all shards are done, or by a RunStopped; then what is finished is
+in the journal.
 """
 
 import time

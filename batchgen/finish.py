@@ -29,6 +29,7 @@ def finish(
         manifest.add_batches(batches, shard.footer.batches)
     manifest.add_batches(batches, read_lost_batches(storage))
     manifest.write_batch_stats(storage, epoch, batches)
+    manifest.add_batches(batches, manifest.read_batch_stats(storage))  # what earlier runs lost is in no file of data/
     manifest.write_committed(storage, committed.values())
     report = make_report(
         spec,

@@ -5,6 +5,7 @@ A probe decides: conditional writes work -> the driver's lease lies in the folde
 Ray, nothing does, and the run says what is and isn't promised.
 """
 
+import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -78,7 +79,8 @@ def hold_folder(job: Job, say: Say, warn: Say) -> Iterator[tuple[Hold, Storage]]
 def _open_lock(job: Job, storage: Storage) -> Storage:
     if storage.can_create_exclusively or job.spec.output.lock_url is None:
         return storage
-    lock = Storage(f"{job.spec.output.lock_url.rstrip('/')}/{job.spec.fingerprint()}")
+    name = hashlib.sha256(storage.root.encode()).hexdigest()[:16]
+    lock = Storage(f"{job.spec.output.lock_url.rstrip('/')}/{name}")
     if not probe(lock).is_exclusive:
         raise OutputError(f"output.lock_url: {lock.root} has no conditional writes either; choose a store that has")
     return lock

@@ -146,6 +146,17 @@ def read_stats_table(storage: Storage) -> pa.Table:
     return pa.concat_tables(tables)
 
 
+def read_batch_stats(storage: Storage) -> list[BatchStats]:
+    """The batches of batch_stats, without what it doesn't hold: their sketches."""
+    batches = []
+    for row in read_stats_table(storage).to_pylist():
+        fields = {name: row[name] for name in _PLAIN}
+        for name in ("finish_reasons", "error_types"):
+            fields[name] = None if row[name] is None else {c["value"]: c["count"] for c in row[name]}
+        batches.append(BatchStats(**fields, latency={name: row[name] for name in LATENCY_FIELDS}))
+    return batches
+
+
 def add_batches(known: dict[str, BatchStats], batches: Iterable[BatchStats]) -> None:
     """Take in what another source knows of batches; what is known already wins, field by field."""
     for stats in batches:

@@ -8,6 +8,8 @@ what happens after a loss is the queue's decision. Leases and events travel; row
 import asyncio
 import hashlib
 import logging
+import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,14 +17,15 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import AuthenticationError, RayActorError, RayError, RayTaskError
 
-from batchgen.errors import LeaseHeld
+from batchgen.errors import LeaseHeld, Refusal
 from batchgen.records import Lease, PoolEvent, WorkerLost, WorkerStarted, WorkerStartFailed
 from batchgen.spec import ClusterSpec
 from batchgen.worker import Worker, WorkerSetup, open_worker
 
 NAMESPACE = "batchgen"
+CONNECT_TIMEOUT_S = 10.0
 # How long one poll waits in the actor for news. Its reply is the heartbeat, so also how old a heartbeat gets.
 ACTOR_POLL_S = 2.0
 # A drained worker may need this much longer than its rows got, to journal and commit.
@@ -31,15 +34,25 @@ DRAIN_MARGIN_S = 30.0
 
 def connect(cluster: ClusterSpec) -> None:
     """Join the cluster: the given address, RAY_ADDRESS, a cluster that runs on this machine, or a fresh one, in that
-    order. A process that is connected already stays so."""
-    if not ray.is_initialized():
-        ray.init(
-            address=cluster.address,
-            namespace=NAMESPACE,
-            include_dashboard=False if cluster.address == "local" else None,
-            logging_level=logging.WARNING,
-            log_to_driver=False,
-        )
+    order. A process that is connected already stays so. Raises Refusal when there is no such cluster or no way in."""
+    if ray.is_initialized():
+        return
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    try:
+        _knock(address)
+        ray.init(address=cluster.address, namespace=NAMESPACE, logging_level=logging.WARNING, log_to_driver=False)
+    except (OSError, AuthenticationError) as error:
+        raise Refusal(
+            f"cluster.address: no Ray cluster lets us in at {address or 'this machine'}; start it, correct the address, or "
+            "set RAY_AUTH_MODE=token with the cluster's token file (ray get-auth-token)"
+        ) from error
+
+
+def _knock(address: str | None) -> None:
+    """Ray tries a dead HOST:PORT for minutes; a refused connection is known at once. Raises OSError."""
+    host, _, port = (address or "").rpartition(":")
+    if host and port.isdigit() and "://" not in host:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
 
 
 class WorkerActor:

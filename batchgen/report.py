@@ -128,7 +128,7 @@ def make_text_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     for name in LATENCIES:
         values = [_show(job["latency"][f"{name}_{key}_s"], "s") for key in QUANTILES]
-        lines.append((name.replace("_", " "), " / ".join(values) + "   p50 / p90 / p99 / max"))
+        lines.append((f"{name.replace('_', ' ')} {'/'.join(QUANTILES)}", ", ".join(values)))
     lines.append(("batches", ", ".join(f"{count} {name}" for name, count in job["batches"].items()) or "-"))
     lines.append(("finish reasons", _show_counts(job["finish_reasons"])))
     if rows["error"]:

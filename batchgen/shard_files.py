@@ -16,7 +16,7 @@ from batchgen import journal
 from batchgen.errors import AlreadyExists, Conflict
 from batchgen.manifest import CommittedShard, read_footer
 from batchgen.open_shard import OpenShard
-from batchgen.records import BatchStats, FileFooter, JournalRef, Lease, ShardCommitted, WorkerInfo
+from batchgen.records import BatchStats, FileFooter, JournalRef, Lease, ShardCommitted, WorkerInfo, parse_batch_id
 from batchgen.spec import JobSpec
 from batchgen.stats import count_rows, make_batch_stats, make_lost_stats
 from batchgen.storage import FileInfo, Storage
@@ -48,18 +48,23 @@ class ShardFiles:
             return None
         return CommittedShard(info, read_footer(self._storage, info.path))
 
-    def read_journal(self, lease: Lease) -> pa.Table:
-        """Rows that earlier attempts finished and journaled."""
-        return journal.read_rows(self._storage, lease.journal, self.result_schema)
+    def read_journal(self, lease: Lease, after_attempt: int) -> pa.Table:
+        """Rows that attempts later than this one finished and journaled. Those of the attempt that committed the file to
+        be replaced are in that file, and a segment of it that was not deleted must not bring its errors back."""
+        rows = journal.read_rows(self._storage, lease.journal, self.result_schema)
+        late = [parse_batch_id(batch_id)[2] > after_attempt for batch_id in rows["batch_id"].to_pylist()]
+        return rows.filter(pa.array(late, pa.bool_()))
 
-    def read_kept(self, lease: Lease, errors: str) -> pa.Table:
-        """Rows of the file to be replaced that stay as they are: all but the error rows to be tried again."""
+    def read_kept(self, lease: Lease, errors: str) -> tuple[pa.Table, int]:
+        """(rows of the file to be replaced that stay as they are: all but the error rows to be tried again; the attempt
+        that made it)."""
+        attempt = read_footer(self._storage, lease.shard.data_path).attempt
         with self._storage.open_read(lease.shard.data_path) as source:
             rows = pq.read_table(source, columns=self.result_schema.names).cast(self.result_schema)
         again = pc.equal(rows["status"], "error")
         if errors == "retryable":
             again = pc.and_kleene(again, rows["is_retryable"])  # of a generation it is null
-        return rows.filter(pc.invert(again))
+        return rows.filter(pc.invert(again)), attempt
 
     def write_segment(self, path: str, rows: dict[int, pa.Table]) -> dict[int, JournalRef]:
         return journal.write_segment(self._storage, path, rows, self._fingerprint)

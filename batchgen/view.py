@@ -28,11 +28,17 @@ def format_eta(progress: Progress) -> str:
 def format_line(progress: Progress) -> str:
     """One plain line: rows, tokens/s, errors, workers, window, time left."""
     rate = progress.num_tokens / progress.elapsed_s if progress.elapsed_s > 0 else 0.0
-    workers = f"{progress.num_workers} up" + (f" + {progress.num_starting} starting" if progress.num_starting else "")
-    return (
-        f"rows {progress.num_rows_done:,}/{progress.num_rows:,}  shards {progress.num_shards_done:,}/{progress.num_shards:,}"
-        f"  {rate:,.0f} tok/s  errors {progress.num_rows_error:,}  workers {workers}"
-        f"  in flight {progress.num_inflight}/{progress.window}  ETA {format_eta(progress)}"
+    starting = f" + {progress.num_starting} starting" if progress.num_starting else ""
+    return "  ".join(
+        [
+            f"rows {progress.num_rows_done:,}/{progress.num_rows:,}",
+            f"shards {progress.num_shards_done:,}/{progress.num_shards:,}",
+            f"{rate:,.0f} tok/s",
+            f"errors {progress.num_rows_error:,}",
+            f"workers {progress.num_workers} up{starting}",
+            f"in flight {progress.num_inflight}/{progress.window}",
+            f"ETA {format_eta(progress)}",
+        ]
     )
 
 

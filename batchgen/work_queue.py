@@ -220,7 +220,7 @@ class WorkQueue:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting) + len(self._delayed)
+        return len(self._waiting) + sum(number not in self._done for _, number in self._delayed)
 
     @property
     def num_shards(self) -> int:

@@ -174,12 +174,13 @@ class Worker:
         self._emit(ShardFailed(self.info.worker_id, lease.batch_id, lease.shard.number, str(error), is_fatal))
 
     async def _recover(self, shard: OpenShard) -> None:
-        lease = shard.lease
+        lease, replaced_attempt = shard.lease, 0
         if lease.replaces is not None:
-            kept = await asyncio.to_thread(self._files.read_kept, lease, self._spec.retry.errors)
+            kept, replaced_attempt = await asyncio.to_thread(self._files.read_kept, lease, self._spec.retry.errors)
             shard.recover(kept, are_copied=True)
         if lease.journal:
-            shard.recover(await asyncio.to_thread(self._files.read_journal, lease), are_copied=False)
+            saved = await asyncio.to_thread(self._files.read_journal, lease, replaced_attempt)
+            shard.recover(saved, are_copied=False)
 
     async def _read(self, shard: OpenShard) -> None:
         batches = iter_shard(shard.lease.shard, list_columns(self._spec))

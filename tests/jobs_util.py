@@ -149,13 +149,13 @@ class Ended:
 class CliRun:
     """A `batchgen` command under way. Its output goes to files: a full pipe must not stop it."""
 
-    def __init__(self, folder: Path, *args: str, env: Mapping[str, str] | None = None) -> None:
+    def __init__(self, folder: Path, *args: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         name = f"cli-{time.monotonic_ns()}"
         self._out, self._err = folder / f"{name}.out", folder / f"{name}.err"
         with self._out.open("wb") as out, self._err.open("wb") as err:
             command = [sys.executable, "-m", "batchgen.cli", *args]
-            self.process = subprocess.Popen(command, stdout=out, stderr=err, env={**os.environ, **(env or {})})
+            self.process = subprocess.Popen(command, stdout=out, stderr=err)
 
     @property
     def err(self) -> str:
@@ -179,9 +179,9 @@ class CliRun:
 
 
 @contextlib.contextmanager
-def running(folder: Path, tree: Tree, *args: str, env: Mapping[str, str] | None = None) -> Iterator[CliRun]:
-    """`batchgen run` on this spec; killed at the end when it still runs."""
-    job = CliRun(folder, "run", write_spec(folder, tree), "--json", *args, env=env)
+def running(folder: Path, tree: Tree | str, *args: str) -> Iterator[CliRun]:
+    """`batchgen run` on this spec (a tree, or where it lies); killed at the end when it still runs."""
+    job = CliRun(folder, "run", tree if isinstance(tree, str) else write_spec(folder, tree), "--json", *args)
     try:
         yield job
     finally:
@@ -191,13 +191,13 @@ def running(folder: Path, tree: Tree, *args: str, env: Mapping[str, str] | None 
             job.kill()
 
 
-def run_to_end(folder: Path, tree: Tree, *args: str, env: Mapping[str, str] | None = None) -> Ended:
-    with running(folder, tree, *args, env=env) as job:
+def run_to_end(folder: Path, tree: Tree | str, *args: str) -> Ended:
+    with running(folder, tree, *args) as job:
         return job.wait()
 
 
-def run_cli(folder: Path, *args: str, env: Mapping[str, str] | None = None) -> Ended:
-    return CliRun(folder, *args, env=env).wait()
+def run_cli(folder: Path, *args: str) -> Ended:
+    return CliRun(folder, *args).wait()
 
 
 def write_spec(folder: Path, tree: Tree) -> str:
@@ -244,7 +244,7 @@ def max_calls_within(calls: Path, span_s: float) -> int:
 
 
 def open_s3() -> s3fs.S3FileSystem:
-    return s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True)
+    return s3fs.S3FileSystem(endpoint_url=os.environ["AWS_ENDPOINT_URL"], use_listings_cache=False)
 
 
 def list_output(out: str | Path, folder: str = "") -> list[str]:

@@ -169,7 +169,8 @@ def test_lost_batches_are_accounted(tree: Tree, files: Files, out: Path, calls: 
     assert all(row["started_at"] is not None and row["wall_s"] is None for row in lost)
     assert all(row["completion_tokens"] is None for row in lost)  # unknown, not 0
     assert report["job"]["batches"] == {"committed": len(stats) - len(lost), "lost": len(lost)}
-    run(tree)
+    again, _ = run(tree)
+    assert again["job"] == report["job"]
     assert read_folder(out, "batch_stats").num_rows == len(stats)
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from batchgen.errors import InputError, SpecError
 from batchgen.spec import JobSpec, SimulatedEngineSpec, TransformersEngineSpec
-from batchgen.spec_load import describe, list_field_names, load_spec, make_spec, parse_spec
+from batchgen.spec_load import _members, describe, list_field_names, load_spec, make_spec, parse_spec
 
 TEXT = """
 input: {paths: /data/in.parquet}
@@ -47,8 +47,6 @@ def test_a_resolved_spec_reads_back_as_itself() -> None:
 
 
 def list_models(model: type[BaseModel]) -> list[type[BaseModel]]:
-    from batchgen.spec_load import _members
-
     found = [member for field in model.model_fields.values() for member in _members(field.annotation)]
     return [model, *(deeper for member in found for deeper in list_models(member))]
 
@@ -59,10 +57,9 @@ def test_every_section_refuses_unknown_fields_and_every_field_is_described(model
     assert model.model_config["extra"] == "forbid"
     assert model.model_config["frozen"]
     for name, field in model.model_fields.items():
-        is_section = any(name in parent.model_fields for parent in (JobSpec,)) and model is JobSpec
-        if not is_section and name not in {"kind", "workers"}:
+        is_section = bool(list(_members(field.annotation)))  # said by its own docstring
+        if not is_section and name != "kind":
             assert field.description, f"{model.__name__}.{name} has no description"
-            assert field.description.endswith((".", "cut off.", '"')), field.description
 
 
 def test_the_json_schema_knows_every_section_and_tells_engines_apart_by_kind() -> None:
@@ -195,7 +192,7 @@ def test_overrides_go_deep_and_the_last_one_wins() -> None:
     ],
 )
 def test_a_wrong_override_is_refused(override: str, sentence: str) -> None:
-    with pytest.raises(SpecError, match="") as error:
+    with pytest.raises(SpecError) as error:
         parse_spec(TEXT, [override])
     assert sentence in str(error.value)
 
@@ -293,4 +290,4 @@ def test_the_fingerprint_names_every_sampling_and_prompt_field() -> None:
 
 def test_the_fingerprint_is_the_same_in_every_release() -> None:
     """A changed value would orphan every output folder there is: raise FINGERPRINT_VERSION only on purpose."""
-    assert make_job_spec().fingerprint() == "PINNED"
+    assert make_job_spec().fingerprint() == "58c78d9eaf6b1f1fdd0ed7c49a758ada"

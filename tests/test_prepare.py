@@ -1,0 +1,153 @@
+"""Where prompt and tokenizer meet: overflow, room for the completion, samples, cells that can't be decoded."""
+
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from makers import make_job_spec
+
+from batchgen.engines.simulated import ByteTokenizer
+from batchgen.prepare import Prepared, Preparer
+from batchgen.records import Request, Result, RowId, Timing
+
+
+def prepare(
+    columns: dict[str, Any], max_model_len: int = 100, first_row: int = 0, **sections: Any
+) -> tuple[list[Prepared], list[str | None]]:
+    sections = {"prompt": {"column": "p", "chat": False}, **sections}
+    preparer = Preparer(make_job_spec(**sections), ByteTokenizer(), max_model_len, frozenset({"logprobs"}))
+    return preparer.prepare(pa.RecordBatch.from_pydict(columns), "/f", first_row)
+
+
+def one_request(*args: Any, **kwargs: Any) -> Request:
+    [item], _ = prepare(*args, **kwargs)
+    assert isinstance(item, Request)
+    return item
+
+
+def one_failure(*args: Any, **kwargs: Any) -> tuple[str, str]:
+    [item], _ = prepare(*args, **kwargs)
+    assert isinstance(item, Result)
+    assert (item.num_attempts, item.timing, item.generation) == (0, Timing(), None)
+    assert item.failure is not None
+    assert not item.failure.is_retryable
+    return item.failure.error_type, item.failure.message
+
+
+def test_rows_keep_their_order_number_and_key() -> None:
+    columns = {"p": ["a", None, "c"], "k": [1, 2, None]}
+    items, keys = prepare(columns, first_row=7, input={"paths": "x", "custom_id": "k"})
+    assert [item.row_id for item in items] == [RowId("/f", row, 0) for row in (7, 8, 9)]
+    assert [type(item) for item in items] == [Request, Result, Request]
+    assert keys == ["1", "2", None]
+    assert prepare({"p": ["a"]}, first_row=7)[1] == ["/f:7"]
+
+
+def test_every_sample_is_a_request_with_its_own_seed_and_one_prompt() -> None:
+    items, keys = prepare({"p": ["ab", None]}, sampling={"n": 3, "seed": 5})
+    assert [item.row_id.sample_index for item in items] == [0, 1, 2, 0, 1, 2]
+    requests = [item for item in items if isinstance(item, Request)]
+    assert {request.token_ids for request in requests} == {(97, 98)}
+    assert len({request.sampling.seed for request in requests}) == 3
+    assert [item.failure.error_type for item in items if isinstance(item, Result) and item.failure] == ["null_prompt"] * 3
+    assert len(keys) == 2
+
+
+def test_without_a_seed_the_requests_have_none() -> None:
+    assert one_request({"p": ["a"]}).sampling.seed is None
+
+
+@pytest.mark.parametrize(("length", "max_tokens", "clipped"), [(1, 10, 9), (9, 10, 1), (4, 6, 6), (4, 5, 5), (4, 7, 6)])
+def test_max_tokens_is_clipped_to_the_room_left(length: int, max_tokens: int, clipped: int) -> None:
+    request = one_request({"p": ["x" * length]}, 10, sampling={"max_tokens": max_tokens})
+    assert request.sampling.max_tokens == clipped
+    assert len(request.token_ids) == length
+
+
+@pytest.mark.parametrize("length", [10, 11, 5000])
+def test_a_prompt_that_leaves_no_room_is_a_bad_row(length: int) -> None:
+    error_type, message = one_failure({"p": ["x" * length]}, 10)
+    assert error_type == "prompt_too_long"
+    assert message.startswith(f"{length} prompt tokens; the model takes 10")
+    assert "xx" not in message
+
+
+@pytest.mark.parametrize(
+    ("max_model_len", "max_tokens", "kept"), [(10, 3, 7), (10, 5, 5), (10, 1000, 5), (2, 1000, 1), (3, 1, 2), (3, 2, 2)]
+)
+def test_truncate_left_keeps_the_end_and_room_for_the_answer(max_model_len: int, max_tokens: int, kept: int) -> None:
+    request = one_request(
+        {"p": ["abcdefghijklmnop"]},
+        max_model_len,
+        prompt={"column": "p", "chat": False, "on_overflow": "truncate_left"},
+        sampling={"max_tokens": max_tokens},
+    )
+    assert bytes(request.token_ids) == b"abcdefghijklmnop"[-kept:]
+    assert request.sampling.max_tokens == min(max_tokens, max_model_len - kept)
+    assert request.sampling.max_tokens >= 1
+
+
+def test_truncate_left_leaves_a_prompt_that_fits() -> None:
+    prompt = {"column": "p", "chat": False, "on_overflow": "truncate_left"}
+    request = one_request({"p": ["123456789"]}, 10, prompt=prompt, sampling={"max_tokens": 5})
+    assert (len(request.token_ids), request.sampling.max_tokens) == (9, 1)
+
+
+def test_a_cell_that_is_not_utf8_costs_its_own_row_only() -> None:
+    column = pa.array([b"good", b"\xff\xfe", None, "é".encode(), b"\xed\xa0\x80"], pa.binary())
+    for cells in (column, column.cast(pa.large_binary()), pa.Array.from_buffers(pa.string(), 5, column.buffers())):
+        items, keys = prepare({"p": cells})
+        kinds = [item.failure.error_type if isinstance(item, Result) and item.failure else "ok" for item in items]
+        assert kinds == ["ok", "invalid_utf8", "null_prompt", "ok", "invalid_utf8"]
+        assert len(keys) == 5
+
+
+def test_a_key_that_is_not_utf8_is_null_and_its_row_goes_on() -> None:
+    columns = {"p": ["a", "b"], "k": pa.array([b"\xff", b"ok"])}
+    items, keys = prepare(columns, input={"paths": "x", "custom_id": "k"})
+    assert keys == [None, "ok"]
+    assert all(isinstance(item, Request) for item in items)
+
+
+def test_a_date_that_python_cannot_hold_costs_its_own_row_only() -> None:
+    columns = {"d": pa.array([0, 2**30], pa.date32())}
+    items, _ = prepare(columns, prompt={"template": "on {d}", "chat": False})
+    assert isinstance(items[0], Request)
+    assert bytes(items[0].token_ids) == b"on 1970-01-01"
+    assert isinstance(items[1], Result)
+    assert items[1].failure is not None
+    assert items[1].failure.error_type == "bad_value"
+
+
+def test_nested_text_that_is_not_utf8_is_a_bad_row() -> None:
+    content = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff"]).buffers())
+    chat = pa.StructArray.from_arrays([pa.array(["user"]), content], names=["role", "content"])
+    cells = pa.ListArray.from_arrays([0, 1], chat)
+    assert one_failure({"m": cells}, prompt={"messages": "m"})[0] == "invalid_utf8"
+
+
+def test_a_chat_is_rendered_by_the_template_with_the_rows_own_thinking() -> None:
+    prompt = {"column": "p", "system": "s", "sampling": "o"}
+    plain = one_request({"p": ["hi"], "o": [None]}, prompt=prompt)
+    thinking = one_request({"p": ["hi"], "o": ['{"thinking": true}']}, prompt=prompt)
+    assert bytes(plain.token_ids) == b"<system>s\n<user>hi\n<assistant>"
+    assert bytes(thinking.token_ids) == bytes(plain.token_ids) + b"<think>"
+    assert (plain.sampling.thinking, thinking.sampling.thinking) == (False, True)
+
+
+def test_token_ids_outside_the_vocabulary_are_a_bad_row() -> None:
+    prompt = {"prompt_token_ids": "t"}
+    assert one_request({"t": [[0, 255]]}, prompt=prompt).token_ids == (0, 255)
+    error_type, message = one_failure({"t": [[0, 256]]}, prompt=prompt)
+    assert error_type == "bad_token_ids"
+    assert "vocabulary of 256" in message
+
+
+def test_what_the_engine_cannot_do_is_refused_for_the_row() -> None:
+    prompt = {"column": "p", "sampling": "o"}
+    assert one_failure({"p": ["a"], "o": ['{"logprobs": 1}']}, prompt=prompt)[0] == "bad_sampling"
+
+
+def test_a_lone_surrogate_never_reaches_the_tokenizer() -> None:
+    chat = r'[{"role": "user", "content": "hi", "name": "\ud800"}]'
+    assert one_failure({"m": [chat]}, prompt={"messages": "m"})[0] == "invalid_utf8"
