@@ -8,26 +8,24 @@ in the journal.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 from batchgen import journal
 from batchgen.build import build_id
 from batchgen.errors import NoWorkers, RunStopped, StorageError
-from batchgen.manifest import CommittedShard, add_batches
-from batchgen.records import (
-    BatchStats,
+from batchgen.events import (
     Heartbeat,
     JournalFlushed,
-    Lease,
     PoolEvent,
     ShardCommitted,
     ShardFailed,
-    WorkerInfo,
     WorkerLost,
+    WorkerPool,
     WorkerStarted,
     WorkerStartFailed,
-    make_data_path,
+    WorkerWarned,
 )
+from batchgen.manifest import CommittedShard, add_batches
+from batchgen.records import BatchStats, WorkerInfo, make_data_path
 from batchgen.scaling import Facts, choose_num_to_start
 from batchgen.spec import JobSpec
 from batchgen.stats import make_lost_stats
@@ -35,34 +33,6 @@ from batchgen.storage import FileInfo, Storage
 from batchgen.work_queue import LostLease, WorkQueue
 
 POLL_S = 0.5
-
-
-class WorkerPool(Protocol):
-    """Workers somewhere else. Calls return at once; what came of them arrives as events, in order for each worker.
-
-    A worker may be lost at any time, with everything it had not journaled; `WorkerLost` or `WorkerStartFailed` is then
-    its last event. `kill` of an unknown worker is a no-op.
-    """
-
-    def start_worker(self, worker_id: str) -> None: ...
-
-    def assign(self, lease: Lease) -> None: ...
-
-    def kill(self, worker_id: str) -> None:
-        """End the worker without mercy; no event follows."""
-        ...
-
-    def poll(self, timeout_s: float) -> list[PoolEvent]:
-        """Events of all workers: at once where there are some, else after at most this long."""
-        ...
-
-    def drain(self, timeout_s: float) -> list[PoolEvent]:
-        """All workers stop sending, finish what they can in this time, and journal it."""
-        ...
-
-    def close(self) -> None:
-        """End all workers. Twice is a no-op."""
-        ...
 
 
 @dataclass(slots=True)
@@ -114,6 +84,7 @@ class Dispatcher:
     _first_start_failure: str = ""
     _startups: list[float] = field(default_factory=list)
     _num_lost: int = 0
+    _proven: set[str] = field(default_factory=set)
     _started: float = 0.0
     _ready_worker_s: float = 0.0
     _turned_at: float = 0.0
@@ -146,6 +117,11 @@ class Dispatcher:
         now = self.clock()
         self._ready_worker_s += len(self._workers) * (now - self._turned_at)
         self._turned_at = now
+        if self._num_start_failures >= self.spec.retry.max_start_failures:
+            if not self._workers and not self._starting:
+                count, reason = self._num_start_failures, self._first_start_failure
+                raise NoWorkers(f"{count} workers in a row failed to start: {reason}")
+            return
         for _ in range(choose_num_to_start(self._make_facts(), self.spec.cluster)):
             self._num_workers_made += 1
             worker_id = f"worker-{self._num_workers_made:04d}"
@@ -184,6 +160,7 @@ class Dispatcher:
         match event:
             case Heartbeat():
                 self._beats[event.worker_id] = event
+                self._note_proof(event)
                 self.queue.renew(event, self.clock())
             case WorkerStarted(info):
                 self._greet(info)
@@ -191,6 +168,8 @@ class Dispatcher:
                 self._count_start_failure(worker_id, reason)
             case WorkerLost(worker_id, reason):
                 self._lose(worker_id, reason)
+            case WorkerWarned(worker_id, message):
+                self.on_warning(f"{worker_id}: {message}")
             case JournalFlushed(_, refs):
                 self._delete(self.index.add(dict(refs)))
             case ShardCommitted():
@@ -208,7 +187,6 @@ class Dispatcher:
                 f"{info.worker_id} on {info.node} runs batchgen {info.build}, the driver {build_id()}; "
                 "install the same build on all nodes, or submit with --working-dir ."
             )
-        self._num_start_failures = 0
         self._startups.append(self.clock() - started)
         self._workers[info.worker_id] = info
         self.queue.add_worker(info, self.clock())
@@ -218,8 +196,12 @@ class Dispatcher:
         self._num_start_failures += 1
         self._first_start_failure = self._first_start_failure or reason
         self.on_warning(f"{worker_id} failed to start: {reason}")
-        if self._num_start_failures >= self.spec.retry.max_start_failures:
-            raise NoWorkers(f"{self._num_start_failures} workers in a row failed to start: {self._first_start_failure}")
+
+    def _note_proof(self, beat: Heartbeat) -> None:
+        """A worker's first token shows that workers can start: earlier failures count no more."""
+        if beat.total_tokens > 0 and beat.worker_id not in self._proven:
+            self._proven.add(beat.worker_id)
+            self._num_start_failures, self._first_start_failure = 0, ""
 
     def _lose(self, worker_id: str, reason: str) -> None:
         if self._starting.pop(worker_id, None) is not None:
@@ -229,11 +211,14 @@ class Dispatcher:
             return
         self._num_lost += 1
         self.on_warning(f"{worker_id} was lost: {reason}")
-        if (beat := self._beats.pop(worker_id, None)) is not None:
-            self._tokens_before += beat.total_tokens
+        beat = self._beats.pop(worker_id, None)
+        self._tokens_before += beat.total_tokens if beat else 0
         for lost in self.queue.lose(worker_id, self.clock(), reason):
             self._note_lost(lost)
         self._find_segments(worker_id)
+        if beat is None or beat.total_tokens == 0:
+            # It came up and made no token: an engine that always dies so must not be started for ever.
+            self._count_start_failure(worker_id, reason)
 
     def _find_segments(self, worker_id: str) -> None:
         """A segment may have been written whose news died with the worker."""

@@ -23,6 +23,7 @@ from batchgen.errors import AlreadyExists, LeaseHeld, LeaseLost, NotFound, Stora
 from batchgen.storage import Storage
 
 FOLDER = "_batchgen/lease"
+MAX_RENEW_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,8 @@ class DriverLease:
 
     @property
     def renew_interval_s(self) -> float:
-        return self._holder.ttl_s / 6
+        """Often enough to be seen alive soon and to notice a request to cancel, six times a time to live at least."""
+        return min(MAX_RENEW_S, self._holder.ttl_s / 6)
 
     def check(self) -> None:
         """Raises LeaseLost when the last renewal is older than half the time to live, whatever held it up."""

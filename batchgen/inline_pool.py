@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from batchgen.errors import EngineDied
-from batchgen.records import Lease, PoolEvent, WorkerLost, WorkerStarted, WorkerStartFailed
+from batchgen.events import PoolEvent, WorkerLost, WorkerStarted, WorkerStartFailed
+from batchgen.records import Lease
 from batchgen.worker import Worker, WorkerSetup, open_worker
 
 POLL_S = 0.2

@@ -4,14 +4,15 @@ Opening the same job twice gives the same plan. New input files are left out wit
 ones that are missing or changed are refused by name.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 
 from batchgen import manifest
 from batchgen.engines import create_tokenizer
-from batchgen.errors import InputError, OutputError
+from batchgen.errors import InputError, OutputError, Refusal, StorageError
 from batchgen.journal import JournalIndex, list_segments, read_indexes
 from batchgen.manifest import CommittedShard
 from batchgen.plan import Plan, list_changes, make_plan
@@ -104,6 +105,16 @@ def _list_differences(old: object, new: object, path: str = "") -> list[str]:
     return [] if old == new else [path.lstrip(".")]
 
 
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Nothing was started yet: a store that can't be used is a reason to refuse, not to stop."""
+    try:
+        yield
+    except StorageError as error:
+        raise Refusal(str(error)) from error
+
+
+@refusing()
 def open_job(spec: JobSpec, storage: Storage) -> Job:
     """Plan, or read the plan that stands. Raises Refusal with one sentence for whatever can't work."""
     check_spec(spec)
@@ -135,7 +146,8 @@ def open_job(spec: JobSpec, storage: Storage) -> Job:
 
 def reopen(job: Job, storage: Storage) -> Job:
     """The job again, now that its folder is held: another run may have planned or committed meanwhile."""
-    if job.is_new and manifest.read_plan(storage) is not None:
+    saved = manifest.read_plan(storage)
+    if saved is not None and (job.is_new or len(saved[2]) != len(job.plan.shards) - len(job.new_shards)):
         return open_job(job.spec, storage)
     return replace(job, storage=storage, committed=manifest.load_committed(storage, job.spec.fingerprint()))
 

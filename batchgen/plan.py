@@ -64,18 +64,20 @@ def choose_rows_per_shard(spec: JobSpec, num_rows: int) -> int:
 
 
 def cut_file(row_group_rows: Sequence[int], start: int, end: int, wanted: int) -> list[int]:
-    """Row numbers that end each shard of rows start..end of a file. A row-group border within half a shard of the
-    wanted end is taken instead, so that no row group is decoded twice for a few rows."""
+    """Row numbers that end each shard of rows start..end of a file: equal pieces of at most `wanted` rows. A row-group
+    border near a piece's end is taken instead, so that no row group is decoded twice for a few rows: no shard gets less
+    than half its piece or more than half of `wanted` on top of it."""
     borders = list(accumulate(row_group_rows))
     ends: list[int] = []
-    while start + wanted < end:
-        goal = start + wanted
+    while start < end:
+        piece = math.ceil((end - start) / math.ceil((end - start) / wanted))
+        goal = start + piece
         after = bisect_left(borders, goal)
         around = borders[max(0, after - 1) : after + 1]
-        near = [border for border in around if start < border < end and abs(border - goal) <= wanted // 2]
-        start = min(near, key=lambda border: abs(border - goal)) if near else goal
+        near = [border for border in around if piece / 2 <= border - start <= piece + wanted / 2 and border < end]
+        start = min(near, key=lambda border: abs(border - goal)) if near and goal < end else goal
         ends.append(start)
-    return [*ends, end] if start < end else ends
+    return ends
 
 
 def make_plan(spec: JobSpec, files: Sequence[InputFile], planned: Sequence[Shard] = ()) -> Plan:

@@ -1,6 +1,6 @@
 """Which pool a spec wants. Each is imported only when it is used: Ray is not there on every machine that runs a job."""
 
-from batchgen.dispatch import WorkerPool
+from batchgen.events import WorkerPool
 from batchgen.worker import WorkerSetup
 
 

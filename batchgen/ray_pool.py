@@ -20,7 +20,8 @@ from ray.actor import ActorHandle
 from ray.exceptions import AuthenticationError, RayActorError, RayError, RayTaskError
 
 from batchgen.errors import LeaseHeld, Refusal
-from batchgen.records import Lease, PoolEvent, WorkerLost, WorkerStarted, WorkerStartFailed
+from batchgen.events import PoolEvent, WorkerLost, WorkerStarted, WorkerStartFailed
+from batchgen.records import Lease
 from batchgen.spec import ClusterSpec
 from batchgen.worker import Worker, WorkerSetup, open_worker
 

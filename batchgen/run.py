@@ -10,8 +10,9 @@ from typing import Any
 
 from batchgen import manifest
 from batchgen.control import StatusWriter
-from batchgen.dispatch import Dispatcher, Progress, WorkerPool
-from batchgen.errors import LeaseLost, RunStopped
+from batchgen.dispatch import Dispatcher, Progress
+from batchgen.errors import LeaseLost, RunStopped, StorageError
+from batchgen.events import WorkerPool
 from batchgen.finish import finish
 from batchgen.hold import Hold, hold_folder
 from batchgen.job import Job, freeze, limit_rows, load_journal, open_job, reopen
@@ -79,7 +80,7 @@ def dispatch(dispatcher: Dispatcher, view: View) -> str | None:
         dispatcher.run()
     except LeaseLost:
         raise
-    except RunStopped as stop:
+    except (RunStopped, StorageError) as stop:
         view.warn(f"stopping: {stop}")
         dispatcher.drain(dispatcher.spec.cluster.drain_s)
         return str(stop)

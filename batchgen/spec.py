@@ -224,7 +224,7 @@ class ClusterSpec(Section):
     )
     max_starting: int = Field(default=4, ge=1, description="Workers that may be starting at the same time (workers).")
     lease_ttl_s: float = Field(
-        default=30.0, gt=0, description="The driver's lease on the output folder lapses after this much silence (s)."
+        default=120.0, gt=0, description="The driver's lease on the output folder lapses after this much silence (s)."
     )
     start_timeout_s: float = Field(
         default=7200.0,

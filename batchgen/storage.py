@@ -203,7 +203,7 @@ def _absolute(url: str) -> str:
     if scheme in {"file", "local"} or not scheme:
         return os.path.abspath(rest if scheme else Path(url).expanduser())  # noqa: PTH100 - resolve() follows links
     if _PASSWORD.search(url):  # the URL is not repeated: it holds the secret
-        raise StorageError(f"cannot use a {scheme}:// URL with a password in it; leave credentials to the environment")
+        raise InputError(f"cannot use a {scheme}:// URL with a password in it; leave credentials to the environment")
     return f"{'s3' if scheme == 's3a' else scheme}://{rest.rstrip('/')}"
 
 

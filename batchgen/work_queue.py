@@ -11,7 +11,8 @@ import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from batchgen.records import Heartbeat, Lease, Shard, WorkerInfo
+from batchgen.events import Heartbeat
+from batchgen.records import Lease, Shard, WorkerInfo
 from batchgen.spec import ClusterSpec, RetrySpec
 
 # A neighbour may jump the longest-first order when it is at least this share of the longest waiting shard.

@@ -21,21 +21,13 @@ from batchgen.build import build_id
 from batchgen.engines import create_engine, list_refused
 from batchgen.engines.base import Engine
 from batchgen.errors import BatchgenError, EngineDied, InputChanged, InputError, StorageError
+from batchgen.events import Heartbeat, JournalFlushed, PoolEvent, ShardFailed, WorkerLost, WorkerWarned
 from batchgen.journal import make_segment_path
 from batchgen.open_shard import OpenShard
 from batchgen.prepare import Prepared, Preparer
 from batchgen.prompt import list_columns
 from batchgen.read import iter_shard
-from batchgen.records import (
-    Heartbeat,
-    JournalFlushed,
-    Lease,
-    PoolEvent,
-    Result,
-    ShardFailed,
-    WorkerInfo,
-    WorkerLost,
-)
+from batchgen.records import Lease, Result, WorkerInfo
 from batchgen.sender import Sender
 from batchgen.shard_files import ShardFiles, Spent, make_event
 from batchgen.spec import JobSpec
@@ -236,7 +228,8 @@ class Worker:
             rows: dict[int, pa.Table] = {shard.lease.shard.number: table for shard, (table, _) in taken.items()}
             try:
                 refs = await asyncio.to_thread(self._files.write_segment, path, rows)
-            except StorageError:
+            except StorageError as error:
+                self._emit(WorkerWarned(self._setup.worker_id, f"finished rows are not journaled yet: {error}"))
                 return
             for shard, (_, mark) in taken.items():
                 shard.set_flushed(mark)

@@ -52,8 +52,8 @@ SLOW_ENGINE = {"has_latency": True, "slots": 8, "max_inflight": 12, "decode_toke
 def make_prompts(num_rows: int, first: int = 0) -> pa.Table:
     return pa.table(
         {
-            "prompt": [f"question number {i} é" for i in range(first, first + num_rows)],
-            "key": [f"row-{i}" for i in range(first, first + num_rows)],
+            "prompt": pa.array([f"question number {i} é" for i in range(first, first + num_rows)], pa.string()),
+            "key": pa.array([f"row-{i}" for i in range(first, first + num_rows)], pa.string()),
         }
     )
 

@@ -1,6 +1,7 @@
 """Shards cover the planned rows exactly once, in order, one file each; the same input always gives the same ones."""
 
 from itertools import pairwise
+from math import ceil
 
 import pytest
 from hypothesis import given, settings
@@ -86,14 +87,17 @@ def test_a_file_is_cut_near_the_wanted_size_and_at_borders_where_they_are_near(
     end = data.draw(st.integers(start, total))
     borders = {sum(rows[:count]) for count in range(len(rows) + 1)}
     ends = cut_file(rows, start, end, wanted)
-    assert (ends[-1] if ends else start) == (end if start < end else start)
+    assert (ends[-1] if ends else start) == end
     for begin, cut in pairwise([start, *ends]):
-        assert 0 < cut - begin <= wanted + wanted // 2
-        if cut != end:
-            assert cut - begin >= wanted - wanted // 2
-            near = [border for border in borders if begin < border < end and abs(border - begin - wanted) <= wanted // 2]
-            assert cut in near if near else cut == begin + wanted
-            assert all(abs(cut - begin - wanted) <= abs(border - begin - wanted) for border in near)
+        piece = ceil((end - begin) / ceil((end - begin) / wanted))
+        assert piece / 2 <= cut - begin <= piece + wanted / 2, "much smaller or larger than an equal share"
+        near = [border for border in borders if piece / 2 <= border - begin <= piece + wanted / 2 and border < end]
+        near = [border for border in near if begin < border]
+        if begin + piece == end or not near:
+            assert cut == begin + piece
+        else:
+            assert cut in near
+            assert all(abs(cut - begin - piece) <= abs(border - begin - piece) for border in near)
 
 
 @pytest.mark.parametrize(
@@ -102,11 +106,12 @@ def test_a_file_is_cut_near_the_wanted_size_and_at_borders_where_they_are_near(
         ((100,), 100, [100]),
         ((60, 40), 100, [100]),  # fits in one: not cut for the sake of a border
         ((60, 60), 100, [60, 120]),
-        ((250,), 100, [100, 200, 250]),
+        ((250,), 100, [84, 167, 250]),  # equal shares, not two large ones and a rest
         ((90, 90, 90), 100, [90, 180, 270]),
         ((110, 110, 30), 100, [110, 220, 250]),
-        ((40, 200), 100, [100, 200, 240]),  # a border that would leave less than half is not taken
-        ((10,) * 10, 30, [30, 60, 90, 100]),
+        ((35, 205), 100, [80, 160, 240]),  # a border that would leave less than half is not taken
+        ((10,) * 10, 30, [20, 50, 70, 100]),
+        ((20, 90), 100, [55, 110]),
         ((0, 5, 0), 2, [2, 4, 5]),
         ((), 3, []),
         ((1, 1, 1), 1, [1, 2, 3]),

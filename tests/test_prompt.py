@@ -4,9 +4,9 @@ import json
 from typing import Any
 
 import pytest
-from makers import make_job_spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from makers import make_job_spec
 
 from batchgen.errors import BadRow, SpecError
 from batchgen.prompt import (

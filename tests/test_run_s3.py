@@ -146,7 +146,8 @@ def test_trial_run_replacement_and_no_more(kind: str, tree: Tree, files: Files, 
     assert count_calls(calls) == num_calls + len(failed)
 
 
-def test_killed_and_resumed(kind: str, tree: Tree, files: Files, out: str, calls: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("kind")
+def test_killed_and_resumed(tree: Tree, files: Files, out: str, calls: Path, tmp_path: Path) -> None:
     slow = merge(
         tree, {"engine": {**SLOW_ENGINE, "slots": 2, "max_inflight": 2}, "output": {"journal_interval_s": 0.1}}
     )
@@ -265,7 +266,7 @@ def test_endless_trouble_stops_the_run(
     assert count_calls(calls) == NUM_ROWS
 
 
-def test_input_that_changes_under_a_run_stops_it(tree: Tree, files: Files, out: str, calls: Path) -> None:
+def test_input_that_changes_under_a_run_stops_it(tree: Tree, files: Files) -> None:
     class Changer(RecordingView):
         def show(self, progress: Any) -> None:
             if not self.shown:

@@ -1,0 +1,115 @@
+"""What the driver and a pool of workers say to each other. Frozen values that pickle; rows are never in them."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from batchgen.records import BatchStats, FileFooter, JournalRef, Lease, ShardProgress, WorkerInfo
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStarted:
+    info: WorkerInfo
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStartFailed:
+    worker_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLost:
+    """The worker is gone (killed, node lost, engine dead). Its leases must be lent again."""
+
+    worker_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """Sent with every poll, idle or not. `total_tokens` only grows while the engine works; `integral` is the rows x
+    seconds in flight since the worker's start."""
+
+    worker_id: str
+    total_tokens: int
+    num_inflight: int
+    integral: float
+    shards: tuple[ShardProgress, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class JournalFlushed:
+    worker_id: str
+    refs: tuple[tuple[int, JournalRef], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerWarned:
+    """Something went wrong that the worker goes on after, e.g. the store refused a journal segment."""
+
+    worker_id: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShardCommitted:
+    """The shard's file exists. `stats` is what this attempt did, with outcome 'superseded' when another attempt's file
+    was there first; size, version and footer are of the file that stands."""
+
+    worker_id: str
+    batch_id: str
+    stats: BatchStats
+    num_bytes: int
+    version: str
+    footer: FileFooter
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFailed:
+    """The lease ended without a commit, e.g. the store failed or the input changed. `is_fatal` stops the run."""
+
+    worker_id: str
+    batch_id: str
+    shard_number: int
+    reason: str
+    is_fatal: bool
+
+
+PoolEvent = (
+    WorkerStarted
+    | WorkerStartFailed
+    | WorkerLost
+    | WorkerWarned
+    | Heartbeat
+    | JournalFlushed
+    | ShardCommitted
+    | ShardFailed
+)
+
+
+class WorkerPool(Protocol):
+    """Workers somewhere else. Calls return at once; what came of them arrives as events, in order for each worker.
+
+    A worker may be lost at any time, with everything it had not journaled; `WorkerLost` or `WorkerStartFailed` is then
+    its last event. `kill` of an unknown worker is a no-op.
+    """
+
+    def start_worker(self, worker_id: str) -> None: ...
+
+    def assign(self, lease: Lease) -> None: ...
+
+    def kill(self, worker_id: str) -> None:
+        """End the worker without mercy; no event follows."""
+        ...
+
+    def poll(self, timeout_s: float) -> list[PoolEvent]:
+        """Events of all workers: at once where there are some, else after at most this long."""
+        ...
+
+    def drain(self, timeout_s: float) -> list[PoolEvent]:
+        """All workers stop sending, finish what they can in this time, and journal it."""
+        ...
+
+    def close(self) -> None:
+        """End all workers. Twice is a no-op."""
+        ...
