@@ -1,0 +1,95 @@
+"""What the README, the job specs and the cluster file say is true of the code."""
+
+import json
+import re
+from pathlib import Path
+
+import jsonschema
+import pyarrow as pa
+import pytest
+import ray.autoscaler
+import yaml
+from typer.testing import CliRunner
+
+from batchgen.cli import app
+from batchgen.errors import SpecError
+from batchgen.manifest import STATS_SCHEMA
+from batchgen.spec_load import load_spec, make_spec, parse_spec
+from batchgen.validate import check_spec
+from batchgen.write import make_output_schema
+
+REPO = Path(__file__).parents[1]
+README = (REPO / "README.md").read_text()
+
+
+def read_example() -> str:
+    (example,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    return str(example)
+
+
+def test_the_example_spec_works() -> None:
+    check_spec(parse_spec(read_example()))
+
+
+def test_the_output_table_names_every_column_and_no_other() -> None:
+    tree = yaml.safe_load(read_example())
+    tree["sampling"]["logprobs"] = 1
+    tree["output"]["token_ids"] = True
+    columns = set(make_output_schema(make_spec(tree), pa.schema([])).names)
+    table = README[README.index("| column | type | what |") : README.index("`batch_stats` has")]
+    named = {
+        name
+        for row in table.splitlines()[2:]
+        if row.startswith("| `")
+        for name in re.findall(r"`(\w+)`", row.split("|")[1])
+    }
+    assert named == columns
+
+
+def test_every_batch_stats_column_is_documented() -> None:
+    documented = (REPO / "docs" / "batch_stats.md").read_text()
+    missing = [name for name in STATS_SCHEMA.names if f"`{name}`" not in documented]
+    assert not missing
+
+
+def test_every_command_of_the_readme_exists() -> None:
+    used = set(re.findall(r"^batchgen (\w+)", README, re.MULTILINE))
+    assert used
+    for command in used:
+        assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0, command
+
+
+def test_every_error_type_of_the_readme_occurs_in_the_code() -> None:
+    listed = re.findall(r"`(\w+)`", README[README.index("Error types of rows:") : README.index("A later\nrun")])
+    code = "".join(path.read_text() for path in (REPO / "batchgen").rglob("*.py"))
+    assert listed
+    for name in listed:
+        assert f'"{name}"' in code, name
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "jobs").glob("*.yaml")), ids=lambda path: path.name)
+def test_job_specs_work(path: Path) -> None:
+    spec = load_spec(str(path))
+    check_spec(spec)
+    with pytest.raises(SpecError, match="did you mean"):
+        load_spec(str(path), ["sampling.max_token=1"])
+
+
+def test_cluster_file_is_valid_for_the_cluster_launcher() -> None:
+    schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
+    cluster = yaml.safe_load((REPO / "cluster.yaml").read_text())
+    jsonschema.validate(cluster, schema)
+    starts = [*cluster["head_start_ray_commands"], *cluster["worker_start_ray_commands"]]
+    assert all("RAY_AUTH_MODE=token" in command for command in starts if "ray start" in command)
+
+
+def test_schema_command_documents_every_field() -> None:
+    schema = json.loads(CliRunner().invoke(app, ["schema"]).stdout)
+    for name, section in schema["$defs"].items():
+        for field, value in section["properties"].items():
+            assert "description" in value or "const" in value or "$ref" in value, f"{name}.{field}"
+
+
+def test_entry_points_stay_thin() -> None:
+    for path in (REPO / "jobs").glob("*.py"):
+        assert len(path.read_text().splitlines()) < 40, path.name
