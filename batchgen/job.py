@@ -17,9 +17,9 @@ from batchgen.journal import JournalIndex, list_segments, read_indexes
 from batchgen.manifest import CommittedShard
 from batchgen.plan import Plan, list_changes, make_plan
 from batchgen.read import read_footers
-from batchgen.records import InputFile, Shard
+from batchgen.records import InputFile, Shard, make_data_path
 from batchgen.spec import JobSpec
-from batchgen.storage import FileInfo, Storage, list_inputs
+from batchgen.storage import FileInfo, Storage, is_input, list_inputs
 from batchgen.validate import check_footer, check_spec, check_unique, make_passthrough_schema, render_first
 from batchgen.work_queue import QueuedShard
 from batchgen.write import make_output_schema
@@ -154,9 +154,12 @@ def reopen(job: Job, storage: Storage) -> Job:
 
 def find_inputs(spec: JobSpec) -> list[FileInfo]:
     """All input files, each once, in the order of input.paths and by name below each."""
+    output = Storage(spec.output.path)
+    for url in spec.input.paths:
+        if is_input(url, output.url(make_data_path(0))):
+            raise InputError(f"output.path: {output.root} lies inside the input {url}; choose a folder outside")
     found = {info.path: info for url in spec.input.paths for info in list_inputs(url)}
-    data = spec.output.path.rstrip("/") + "/"
-    inside = next((path for path in found if path.startswith(data)), None)
+    inside = next((path for path in found if path.startswith(f"{output.root.rstrip('/')}/")), None)
     if inside is not None:
         raise InputError(f"{inside}: lies inside output.path; choose an output folder outside the input")
     return list(found.values())

@@ -1,7 +1,7 @@
 """One leased shard while its worker works on it: which rows are finished, their results as Arrow, what is journaled.
 
 Invariants: each (row, sample) is finished at most once, later answers for it are dropped; results in `unflushed` are
-exactly those that a lost worker would cost. No I/O, no Ray, one thread (the worker's event loop).
+exactly those that a lost worker would cost. No I/O, no Ray, one thread (the worker's event loop) but for `make_parts`.
 """
 
 import asyncio
@@ -114,7 +114,7 @@ class OpenShard:
         self._num_flushed = mark
 
     def make_parts(self, output_schema: pa.Schema) -> Parts:
-        """The finished shard. Raises ValueError when a row is missing or twice."""
+        """The finished shard; may run in another thread. Raises ValueError when a row is missing or twice."""
         self._pack()
         generated = pa.Table.from_batches(self._batches, schema=self._schema)
         recovered = pa.concat_tables([self._schema.empty_table(), *self._recovered])
@@ -123,7 +123,10 @@ class OpenShard:
         return Parts(output, generated, recovered)
 
     def _slot(self, source_row: int, sample_index: int) -> int:
-        return (source_row - self.lease.shard.row_start) * self._n + sample_index
+        shard = self.lease.shard
+        if not (shard.row_start <= source_row < shard.row_end and 0 <= sample_index < self._n):
+            raise ValueError(f"{shard.id}: row {source_row}, sample {sample_index} is not a part of it")
+        return (source_row - shard.row_start) * self._n + sample_index
 
     def _mark(self, source_row: int, sample_index: int) -> bool:
         slot = self._slot(source_row, sample_index)
@@ -140,4 +143,6 @@ class OpenShard:
 
     def _check_ended(self) -> None:
         if self._num_finished == len(self._finished):
+            # Nothing is left to pack later: the commit makes its parts in a thread while the journal is flushed here.
+            self._pack()
             self._ended.set()

@@ -21,16 +21,20 @@ from batchgen.storage import FileInfo, open_input
 # One decoded batch: small enough for a worker with dozens of open shards, large enough that Arrow's overhead is nil.
 BATCH_BYTES = 8 * 2**20
 MAX_BATCH_ROWS = 1024
+# Behind a footer in plain text of a file with encrypted columns: nonce and tag (Parquet Modular Encryption, 5.2).
+# pyarrow 26 aborts the process when such a column's metadata is looked at, so that is no way to find out.
+SIGNATURE_BYTES = 28
 # Footers are small GETs; the store's latency is the cost, so many at a time.
 NUM_FOOTER_THREADS = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Footer:
-    """What planning needs of one file."""
+    """What planning needs of one file. `is_signed`: its footer can be read, but some of its columns are encrypted."""
 
     file: InputFile
     schema: pa.Schema
+    is_signed: bool = False
 
 
 def read_footer(info: FileInfo) -> Footer:
@@ -41,13 +45,16 @@ def read_footer(info: FileInfo) -> Footer:
         with open_input(info.path, info.version) as source:
             parquet = pq.ParquetFile(source)
             metadata, schema = parquet.metadata, parquet.schema_arrow
+            source.seek(info.num_bytes - 8)
+            footer_bytes = int.from_bytes(source.read(4), "little")
     except BatchgenError:
         raise
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{info.path}: {_why_unreadable(info)}") from error
     groups = tuple(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))
-    file = InputFile(info.path, info.num_bytes, info.version, metadata.num_rows, groups)
-    return Footer(file, schema)
+    # The sum, not the file's own total: some writers leave that at 0, and readers go by the groups.
+    file = InputFile(info.path, info.num_bytes, info.version, sum(groups), groups)
+    return Footer(file, schema, is_signed=footer_bytes - metadata.serialized_size == SIGNATURE_BYTES)
 
 
 def _why_unreadable(info: FileInfo) -> str:
@@ -79,7 +86,7 @@ def iter_shard(shard: Shard, columns: Sequence[str]) -> Generator[tuple[int, pa.
         with open_input(shard.file.path, shard.file.version) as source:
             parquet = pq.ParquetFile(source, pre_buffer="://" in shard.file.path)
             yield from _slice(_iter_groups(parquet, groups, columns), skipped, shard)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:  # Arrow says OSError of a broken page too; a store's errors are ours
         raise InputError(f"{shard.file.path}: rows from {shard.row_start} can't be decoded; write it again") from error
 
 

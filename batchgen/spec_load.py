@@ -4,6 +4,7 @@ Knows YAML and pydantic's errors, not what the fields mean. Values of overrides 
 """
 
 import difflib
+import os
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticSerializationError
 
 from batchgen.errors import SpecError
 from batchgen.spec import JobSpec
@@ -48,6 +49,11 @@ def make_spec(tree: dict[str, Any], *, source: str = "spec") -> JobSpec:
         spec = JobSpec.model_validate(tree)
     except ValidationError as error:
         raise SpecError(f"{source}: {describe(error)}") from error
+    try:
+        spec.model_dump_json()
+    except PydanticSerializationError:
+        reason = "holds half of a surrogate pair (\\ud800 to \\udfff), which is no text; write the character itself"
+        raise SpecError(f"{source}: {reason}") from None
     return _with_absolute_paths(spec)
 
 
@@ -121,7 +127,7 @@ def is_local(path: str) -> bool:
 
 
 def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute()) if is_local(path) else path
+    return os.path.abspath(Path(path).expanduser()) if is_local(path) else path  # noqa: PTH100 - resolve() follows links
 
 
 def _with_absolute_paths(spec: JobSpec) -> JobSpec:

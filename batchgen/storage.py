@@ -20,7 +20,7 @@ from batchgen.errors import AlreadyExists, Conflict, InputChanged, InputError, N
 from batchgen.store_base import ABSENT, Client, FileInfo, StoreFile
 from batchgen.store_local import LocalClient
 
-__all__ = ["FileInfo", "Storage", "list_inputs", "open_input", "read_text"]
+__all__ = ["FileInfo", "Storage", "is_input", "list_inputs", "open_input", "read_text"]
 
 _BLOCK_BYTES = 4 * 2**20
 _PARALLEL_DELETES = 16
@@ -133,6 +133,14 @@ def list_inputs(url: str) -> list[FileInfo]:
     except StorageError as error:
         raise InputError(f"the input can't be listed: {error}") from error
     return sorted(found, key=lambda info: info.path)
+
+
+def is_input(url: str, path: str) -> bool:
+    """Would `list_inputs(url)` list a file of this full name, were it there?"""
+    pattern, parts = _absolute(url).split("/"), _absolute(path).split("/")
+    fixed = next((number for number, part in enumerate(pattern) if _MAGIC.search(part)), len(pattern))
+    is_below = parts[: len(pattern)] == pattern
+    return (is_below or _matches(parts, pattern)) and not _is_hidden(parts[len(pattern) if is_below else fixed :])
 
 
 def open_input(path: str, version: str, *, block_bytes: int = _BLOCK_BYTES) -> BinaryIO:

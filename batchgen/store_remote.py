@@ -16,7 +16,7 @@ import aiohttp
 import fsspec
 from botocore import exceptions as botocore_errors
 
-from batchgen.errors import AlreadyExists, Conflict, NotFound
+from batchgen.errors import AlreadyExists, Conflict, NotFound, StorageError
 from batchgen.store_base import (
     ABSENT,
     FileInfo,
@@ -81,8 +81,14 @@ class FsspecClient:
     can_replace = False
 
     def __init__(self, protocol: str) -> None:
+        try:
+            with mapped(f"{protocol}://", "open"):
+                kind = fsspec.get_filesystem_class(protocol)
+        except ValueError as error:
+            raise StorageError(
+                f"no such kind of URL: {protocol}://; write a local path or a URL such as s3://"
+            ) from error
         with mapped(f"{protocol}://", "open"):
-            kind = fsspec.get_filesystem_class(protocol)
             self._fs: Any = self._open_fs(kind)
 
     def _open_fs(self, kind: Any) -> Any:

@@ -108,6 +108,16 @@ def check_footer(footer: Footer, spec: JobSpec) -> None:
         kind = footer.schema.field(column).type
         if not check(kind) and not types.is_null(kind):  # what an empty or all-null column is written as
             raise InputError(f"{footer.file.path}: column '{column}' ({field}) is {kind}; it must be {wanted}")
+    if footer.is_signed:
+        check_decrypted(footer.file, spec)
+
+
+def check_decrypted(file: InputFile, spec: JobSpec) -> None:
+    """Can the columns that we need be read, of a file of which some are encrypted? Raises InputError."""
+    try:
+        next(iter_shard(Shard(0, file, 0, file.num_rows), list_columns(spec)), None)
+    except InputError as error:
+        raise InputError(f"{file.path}: has encrypted columns, which are not supported; decrypt it first") from error
 
 
 def make_passthrough_schema(footers: Sequence[Footer], spec: JobSpec) -> pa.Schema:

@@ -131,12 +131,16 @@ def make_output_table(results: pa.Table, inputs: pa.Table, lease: Lease, n: int,
     passthrough). Raises ValueError when any (row, sample) is there twice or not at all."""
     shard = lease.shard
     results = results.sort_by([("source_row", "ascending"), ("sample_index", "ascending")])
-    offsets = pc.subtract(results["source_row"], shard.row_start)
-    slots = pc.add(pc.multiply(offsets, n), pc.cast(results["sample_index"], pa.int64()))
     expected = shard.num_rows * n
-    if inputs.num_rows != shard.num_rows or not slots.combine_chunks().equals(pa.array(range(expected), pa.int64())):
+    slots = pa.array(range(expected), pa.int64())
+    rows = pc.divide(slots, n)
+    samples = pc.subtract(slots, pc.multiply(rows, n))
+    if inputs.num_rows != shard.num_rows or not (
+        pc.subtract(results["source_row"], shard.row_start).combine_chunks().equals(rows)
+        and pc.cast(results["sample_index"], pa.int64()).combine_chunks().equals(samples)
+    ):
         raise ValueError(f"{shard.id}: {results.num_rows} results for {expected} expected; a row is missing or twice")
-    taken = inputs if n == 1 else _take(inputs, offsets)
+    taken = inputs if n == 1 else _take(inputs, rows)
     files = pa.repeat(pa.scalar(shard.file.path), expected)
     columns = []
     for field in schema:
@@ -145,11 +149,11 @@ def make_output_table(results: pa.Table, inputs: pa.Table, lease: Lease, n: int,
     return pa.Table.from_arrays(columns, schema=schema)
 
 
-def _take(inputs: pa.Table, offsets: pa.ChunkedArray) -> pa.Table:
+def _take(inputs: pa.Table, rows: pa.Array) -> pa.Table:
     """Arrow can't take from views; the caller casts them back."""
     large = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
     fields = [field.with_type(large.get(field.type, field.type)) for field in inputs.schema]
-    return inputs.cast(pa.schema(fields)).take(offsets)
+    return inputs.cast(pa.schema(fields)).take(rows)
 
 
 def stats_to_json(stats: BatchStats) -> dict[str, Any]:

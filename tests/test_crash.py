@@ -1,6 +1,6 @@
 """Runs that are killed, stopped, paused and doubled: real processes, real signals, the local disk.
 
-The engine takes 0.15 s a row, so that a job of some hundred rows lasts seconds and a kill meets it half way.
+The engine takes 0.1 s a row, so that a job of some hundred rows lasts seconds and a kill meets it half way.
 """
 
 import contextlib
@@ -119,17 +119,14 @@ class Reader:
 # ---- SIGKILL ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_killed_at_random_until_done(
-    tree: Tree, files: Files, out: Path, calls: Path, tmp_path: Path, seed: int
-) -> None:
-    moments, num_kills = random.Random(seed), 4
+def test_killed_at_random_until_done(tree: Tree, files: Files, out: Path, calls: Path, tmp_path: Path) -> None:
+    moments, num_kills = random.Random(1), 5
     with Reader(out).watching():
         for number in range(num_kills):
             with running(tmp_path, tree) as job:
                 if number:  # the first one is killed anywhere, perhaps before it began
                     wait_for_calls(job, calls, count_calls(calls) + 1)
-                time.sleep(moments.uniform(0.0, 0.7))
+                time.sleep(moments.uniform(0.0, 0.4))
                 job.kill()
         ended = run_to_end(tmp_path, tree)
     assert ended.code == 0, ended.err
@@ -156,9 +153,9 @@ def test_a_kill_costs_one_journal_interval(tree: Tree, files: Files, out: Path, 
 
 def test_lost_batches_are_accounted(tree: Tree, files: Files, out: Path, calls: Path, tmp_path: Path) -> None:
     """Also those that left nothing behind, over two kills."""
-    for epoch in (1, 2):
+    for _ in range(2):
         with running(tmp_path, merge(tree, {"output": {"rows_per_shard": 110, "journal_interval_s": 60}})) as job:
-            wait_for_calls(job, calls, epoch * 30)
+            wait_for_calls(job, calls, count_calls(calls) + 20)
             time.sleep(0.3)  # the status object is written at every log_interval_s (0.1)
             job.kill()
     report, _ = run(merge(tree, {"engine": {"has_latency": False}}))
@@ -290,7 +287,9 @@ def test_asked_to_stop_it_loses_no_finished_row(
     check_output(out, files)
     assert count_calls(calls) == 220
     stats = read_folder(out, "batch_stats").to_pylist()
-    assert sum(row["num_rows_from_journal"] or 0 for row in stats) == num_calls
+    num_journaled = sum(row["num_rows_from_journal"] or 0 for row in stats)
+    committed = [row for row in stats if row["epoch"] == 1 and row["outcome"] == "committed"]
+    assert num_journaled + sum(row["num_rows_ok"] for row in committed) == num_calls
 
 
 def test_a_stop_does_not_wait_for_rows_beyond_the_drain(

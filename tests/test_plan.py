@@ -29,7 +29,9 @@ files = st.lists(groups, min_size=1, max_size=5).map(
 some_files = files.filter(lambda found: sum(file.num_rows for file in found) > 0)
 
 
-def make_spec(rows_per_shard: int | None = None, limit: int | None = None, workers: int = 1, **sampling: int) -> JobSpec:
+def make_spec(
+    rows_per_shard: int | None = None, limit: int | None = None, workers: int = 1, **sampling: int
+) -> JobSpec:
     return make_job_spec(
         input={"paths": "/data", "limit": limit},
         output={"path": "/out", "rows_per_shard": rows_per_shard},

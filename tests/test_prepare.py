@@ -49,7 +49,9 @@ def test_every_sample_is_a_request_with_its_own_seed_and_one_prompt() -> None:
     requests = [item for item in items if isinstance(item, Request)]
     assert {request.token_ids for request in requests} == {(97, 98)}
     assert len({request.sampling.seed for request in requests}) == 3
-    assert [item.failure.error_type for item in items if isinstance(item, Result) and item.failure] == ["null_prompt"] * 3
+    assert [item.failure.error_type for item in items if isinstance(item, Result) and item.failure] == [
+        "null_prompt"
+    ] * 3
     assert len(keys) == 2
 
 

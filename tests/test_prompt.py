@@ -157,8 +157,12 @@ def test_a_whole_surrogate_pair_is_a_character() -> None:
 
 DEPTH = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["role", "content", "name", "tool_calls"]) | st.text(max_size=3), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "name", "tool_calls"]) | st.text(max_size=3), inner, max_size=3
+        )
+    ),
     max_leaves=8,
 )
 

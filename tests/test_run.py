@@ -3,7 +3,10 @@
 import datetime
 import decimal
 import json
+import sys
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +37,18 @@ from jobs_util import (
     write_prompts,
     write_spec,
 )
+from makers import make_job_spec, make_lease, make_ok, make_shard
 
+from batchgen import manifest
 from batchgen.control import request_cancel
 from batchgen.engines.simulated import read_calls
 from batchgen.errors import InputError
+from batchgen.job import open_job, reopen
+from batchgen.open_shard import OpenShard
 from batchgen.run import run_job
 from batchgen.spec_load import make_spec
 from batchgen.storage import Storage
+from batchgen.write import make_output_schema, make_result_schema
 
 COLUMNS = [
     *("custom_id", "source_file", "source_row", "sample_index"),
@@ -271,7 +279,7 @@ def test_trials_may_grow_and_shrink(tree: Tree, files: list[tuple[str, int]], ou
 def test_a_cancelled_run_goes_on_without_repeating(
     tree: Tree, files: list[tuple[str, int]], out: Path, calls: Path
 ) -> None:
-    slow = change(change(tree, "engine", **SLOW_ENGINE), "cluster", lease_ttl_s=1.2)
+    slow = change(change(tree, "engine", **SLOW_ENGINE | {"slots": 2}), "cluster", lease_ttl_s=0.6)
 
     class Canceller(RecordingView):
         def show(self, progress: Any) -> None:
@@ -295,6 +303,31 @@ def test_a_cancelled_run_goes_on_without_repeating(
     assert {row["outcome"] for row in stats.values()} == {"committed", "lost"}
     assert sum(row["num_rows_ok"] or 0 for row in stats.values() if row["outcome"] == "committed") < 55
     assert sum(row["num_rows_from_journal"] or 0 for row in stats.values()) > 0
+
+
+@pytest.fixture
+def restless_threads() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("restless_threads")
+def test_rows_are_journaled_while_their_shard_is_committed() -> None:
+    """The journal runs on the worker's event loop, the commit in a thread: no row may be taken twice."""
+    spec = make_job_spec()
+    schema, passthrough = make_result_schema(spec), pa.schema([])
+    for _ in range(40):
+        shard = OpenShard(make_lease(make_shard(row_end=250)), 1, schema)
+        shard.add_inputs(pa.record_batch({"x": range(250)}), ["id"] * 250, passthrough)
+        for row in range(250):
+            shard.add(make_ok(row))
+        with ThreadPoolExecutor(1) as commit:
+            made = commit.submit(shard.make_parts, make_output_schema(spec, passthrough))
+            while not made.done():
+                shard.take_unflushed()
+        assert made.result().output.num_rows == 250
 
 
 # ---- error rows ------------------------------------------------------------------------------------------------------
@@ -496,6 +529,18 @@ def test_new_files_are_left_out_with_a_warning(
     assert any("aaa new.parquet" in warning for warning in view.warned)
     check_output(out, files)
     assert count_calls(calls) == 55
+
+
+def test_a_plan_that_grew_meanwhile_is_read_again(tree: Tree, out: Path) -> None:
+    """Two runs open the same folder; the first one plans more rows and ends before the second one holds it."""
+    run(tree, limit=5)
+    storage = Storage(str(out))
+    opened = open_job(make_spec(tree), storage)
+    run(tree, limit=43)
+    job = reopen(opened, storage)
+    assert job.plan.shards[:-2] == tuple(manifest.read_plan(storage)[2])  # type: ignore[index]
+    run(tree)
+    assert open_job(make_spec(tree), storage).plan == job.plan
 
 
 @pytest.mark.parametrize("has_gone", [True, False])

@@ -136,6 +136,12 @@ def test_no_sentence_quotes_the_value() -> None:
     assert "secret" not in describe(error.value)
 
 
+def test_a_lone_surrogate_is_refused_before_it_kills_a_worker() -> None:
+    sentence = refusal(prompt={"template": "\ud800 {a}"})
+    assert "half of a surrogate pair" in sentence
+    sentence.encode()
+
+
 # ---- YAML and overrides
 
 
@@ -211,6 +217,7 @@ def test_local_paths_become_absolute_and_urls_stay(tmp_path: Path, monkeypatch: 
     assert isinstance(spec.engine, SimulatedEngineSpec)
     assert spec.engine.call_log == f"{tmp_path}/calls"
     assert spec.model.path == f"{tmp_path}/model"
+    assert make_job_spec(output={"path": "x/../out/"}).output.path == f"{tmp_path}/out", "one spelling for each place"
     assert make_job_spec(model={"path": "org/name"}).model.path == "org/name"
     assert make_job_spec(output={"path": "s3://b/o", "lock_url": "s3://b/l"}).output.lock_url == "s3://b/l"
 

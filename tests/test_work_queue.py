@@ -35,7 +35,9 @@ def make_queue(*costs: float, first_attempt: int = 1, max_shard_attempts: int = 
     return WorkQueue(shards, epoch=EPOCH, retry=RetrySpec(max_shard_attempts=max_shard_attempts), cluster=CLUSTER)
 
 
-def beat(worker_id: str, *leases: Lease, tokens: int = 0, rows: int = 0, errors: int = 0, inflight: int = 1) -> Heartbeat:
+def beat(
+    worker_id: str, *leases: Lease, tokens: int = 0, rows: int = 0, errors: int = 0, inflight: int = 1
+) -> Heartbeat:
     shards = tuple(ShardProgress(lease.batch_id, rows, errors) for lease in leases)
     return Heartbeat(worker_id, tokens, inflight, 0.0, shards)
 
