@@ -61,7 +61,7 @@ def make_dispatcher(job: Job, hold: Hold, pool: WorkerPool, view: View, check_si
     dispatcher = Dispatcher(
         spec=spec,
         storage=job.storage,
-        queue=WorkQueue(todo, epoch=hold.epoch, retry=spec.retry, cluster=spec.cluster),
+        queue=WorkQueue(todo, epoch=hold.epoch, retry=spec.retry, cluster=spec.cluster, n=spec.sampling.n),
         pool=pool,
         epoch=hold.epoch,
         index=load_journal(job),

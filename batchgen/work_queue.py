@@ -20,7 +20,7 @@ NEIGHBOUR_SHARE = 0.8
 # A worker holds leases for this many windows of unfinished rows: one in flight, half a one read and tokenised ahead.
 WINDOWS_AHEAD = 1.5
 MIN_OPEN_SHARDS = 2
-MAX_OPEN_SHARDS = 64
+MAX_OPEN_SHARDS = 1024
 BACKOFF_S = 1.0
 MAX_BACKOFF_S = 60.0
 
@@ -70,10 +70,12 @@ class _Worker:
 
 
 class WorkQueue:
-    """Shards in, leases out, facts back in."""
+    """Shards in, leases out, facts back in. `n`: requests a row."""
 
-    def __init__(self, shards: Iterable[QueuedShard], *, epoch: int, retry: RetrySpec, cluster: ClusterSpec) -> None:
-        self._epoch, self._retry, self._cluster = epoch, retry, cluster
+    def __init__(
+        self, shards: Iterable[QueuedShard], *, epoch: int, retry: RetrySpec, cluster: ClusterSpec, n: int = 1
+    ) -> None:
+        self._epoch, self._retry, self._cluster, self._n = epoch, retry, cluster, n
         self._all = {queued.shard.number: queued for queued in shards}
         self._waiting = set(self._all)
         self._heap = [(-queued.cost, number) for number, queued in self._all.items()]
@@ -166,7 +168,7 @@ class WorkQueue:
         num_open = len(worker.open)
         if num_open >= MAX_OPEN_SHARDS:
             return False
-        return num_open < MIN_OPEN_SHARDS or worker.num_unfinished < WINDOWS_AHEAD * worker.info.window
+        return num_open < MIN_OPEN_SHARDS or self._n * worker.num_unfinished < WINDOWS_AHEAD * worker.info.window
 
     def _pick(self, worker: _Worker) -> int:
         while self._heap[0][1] not in self._waiting:

@@ -316,12 +316,12 @@ def test_the_hungriest_worker_is_served_first() -> None:
 
 
 def test_a_worker_holds_one_and_a_half_windows_and_two_shards_at_least() -> None:
-    queue = make_queue(*[1.0] * 200)
+    queue = make_queue(*[1.0] * (MAX_OPEN_SHARDS + 50))
     queue.add_worker(make_worker_info("small", window=1), 0.0)
     assert len(lease_all(queue)) == MIN_OPEN_SHARDS
     queue.add_worker(make_worker_info("large", window=40), 0.0)
     assert len(lease_all(queue)) == 1.5 * 40 / ROWS
-    queue.add_worker(make_worker_info("huge", window=10_000), 0.0)
+    queue.add_worker(make_worker_info("huge", window=100_000), 0.0)
     assert len(lease_all(queue)) == MAX_OPEN_SHARDS
 
 
