@@ -39,7 +39,7 @@ DEFAULTS: Tree = {
         "workers": {"min": 2, "max": 2},
         "lease_ttl_s": 6,
         "drain_s": 5,
-        "log_interval_s": 0.1,
+        "log_interval_s": 1.0,
     },
     "retry": {"backoff_s": 0.01},
 }

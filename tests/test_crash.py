@@ -153,10 +153,11 @@ def test_a_kill_costs_one_journal_interval(tree: Tree, files: Files, out: Path, 
 
 def test_lost_batches_are_accounted(tree: Tree, files: Files, out: Path, calls: Path, tmp_path: Path) -> None:
     """Also those that left nothing behind, over two kills."""
+    unsaved = {"output": {"rows_per_shard": 110, "journal_interval_s": 60}, "cluster": {"log_interval_s": 0.1}}
     for _ in range(2):
-        with running(tmp_path, merge(tree, {"output": {"rows_per_shard": 110, "journal_interval_s": 60}})) as job:
+        with running(tmp_path, merge(tree, unsaved)) as job:
             wait_for_calls(job, calls, count_calls(calls) + 20)
-            time.sleep(0.3)  # the status object is written at every log_interval_s (0.1)
+            time.sleep(0.3)  # the status object is written at every log_interval_s
             job.kill()
     report, _ = run(merge(tree, {"engine": {"has_latency": False}}))
     check_output(out, files)
