@@ -36,15 +36,15 @@ LimitOption = Annotated[
 
 
 @contextmanager
-def refusals(debug: bool) -> Iterator[None]:
-    """One sentence and the exit code for whatever batchgen raises on purpose."""
+def refusals(debug: bool, *, is_run: bool = False) -> Iterator[None]:
+    """One sentence and the exit code for whatever batchgen raises on purpose. Only a run can have been under way."""
     try:
         yield
     except BatchgenError as error:
         if debug:
             raise
         typer.echo(f"batchgen: {error}", err=True)
-        raise typer.Exit(2 if isinstance(error, Refusal) else 3) from error
+        raise typer.Exit(3 if is_run and not isinstance(error, Refusal) else 2) from error
 
 
 def print_json(value: dict[str, Any], as_json: bool) -> None:
@@ -64,7 +64,7 @@ def validate(
     from batchgen.job import open_job, render_first_prompt
     from batchgen.spec_load import load_spec
     from batchgen.storage import Storage
-    from batchgen.store_probe import probe
+    from batchgen.stores.probe import probe
 
     with refusals(debug):
         job_spec = load_spec(spec, set or ())
@@ -132,7 +132,7 @@ def run(
     """Run the job, or go on with it. Start it again after anything: nothing is lost and nothing is done twice."""
     from batchgen.spec_load import load_spec
 
-    with refusals(debug):
+    with refusals(debug, is_run=True):
         report = watch_run(load_spec(spec, set or ()), limit)
     print_json(report, as_json)
     raise typer.Exit(report["exit_code"])

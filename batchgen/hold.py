@@ -14,7 +14,7 @@ from batchgen.driver_lease import DriverLease, acquire, make_cancel_path
 from batchgen.errors import Cancelled, LeaseLost, OutputError, StorageError
 from batchgen.job import Job
 from batchgen.storage import Storage
-from batchgen.store_probe import StoreAbilities, probe
+from batchgen.stores.probe import StoreAbilities, probe
 
 Say = Callable[[str], None]
 

@@ -249,7 +249,7 @@ def read_json(storage: Storage, path: str) -> dict[str, Any] | None:
 
 
 def write_json(storage: Storage, path: str, value: Mapping[str, Any]) -> None:
-    storage.put(path, json.dumps(value, indent=1, ensure_ascii=False).encode())
+    storage.put(path, json.dumps(value, ensure_ascii=False).encode())
 
 
 def make_manifest(

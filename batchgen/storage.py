@@ -1,6 +1,6 @@
 """The few file operations that we need, on a local disk, on S3 and on any other fsspec URL.
 
-The only door to files: what lies behind (`store_*.py`) is used by nobody else. All failures are ours, each a sentence
+The only door to files: what lies behind (`stores/`) is used by nobody else. All failures are ours, each a sentence
 with the URL and the mend. Writes are all or nothing. Nothing is cached: a listing is the store's present one. A
 `Storage` may be used from many threads, and pickles by its URL: clients are opened in the process that uses them.
 
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from batchgen.errors import AlreadyExists, Conflict, InputChanged, InputError, NotFound, StorageError
-from batchgen.store_base import ABSENT, Client, FileInfo, StoreFile
-from batchgen.store_local import LocalClient
+from batchgen.stores.base import ABSENT, Client, FileInfo, StoreFile
+from batchgen.stores.local import LocalClient
 
 __all__ = ["FileInfo", "Storage", "is_input", "list_inputs", "open_input", "read_text"]
 
@@ -221,10 +221,10 @@ def _open_client(url: str) -> Client:
     if not scheme:
         return LocalClient(url)
     if scheme == "s3":
-        from batchgen.store_s3 import S3Client
+        from batchgen.stores.s3 import S3Client
 
         return S3Client()
-    from batchgen.store_remote import FsspecClient, MemoryClient
+    from batchgen.stores.remote import FsspecClient, MemoryClient
 
     return MemoryClient() if scheme == "memory" else FsspecClient(scheme)
 

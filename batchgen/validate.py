@@ -145,7 +145,7 @@ def _find_clash(merged: pa.Schema, fields: Sequence[pa.Field]) -> str:
 
 def check_unique(files: Sequence[InputFile], spec: JobSpec) -> bool | None:
     """True when custom_id was checked, None when it was not (made by us, switched off, or too many rows for auto).
-    Raises InputError for a duplicate or a null key."""
+    Raises InputError for a key that is there more than once; null is a key like any other."""
     column, mode = spec.input.custom_id, spec.input.check_unique
     num_rows = sum(file.num_rows for file in files)
     if column is None or mode == "never" or (mode == "auto" and num_rows > MAX_UNIQUE_ROWS):

@@ -68,7 +68,7 @@ class LineView:
         self._write(f"batchgen: warning: {message}")
 
     def show(self, progress: Progress) -> None:
-        if self._clock() >= self._next or progress.num_rows_done == progress.num_rows:
+        if self._clock() >= self._next:
             self._next = self._clock() + self._interval_s
             self._write(f"batchgen: {format_line(progress)}")
 

@@ -157,7 +157,8 @@ def _take(inputs: pa.Table, rows: pa.Array) -> pa.Table:
 
 
 def stats_to_json(stats: BatchStats) -> dict[str, Any]:
-    return dataclasses.asdict(stats)
+    """Only what is known: most fields of a lost batch are not."""
+    return {name: value for name, value in dataclasses.asdict(stats).items() if value is not None}
 
 
 def stats_from_json(fields: Mapping[str, Any]) -> BatchStats:
@@ -165,7 +166,8 @@ def stats_from_json(fields: Mapping[str, Any]) -> BatchStats:
 
 
 def footer_to_json(footer: FileFooter) -> str:
-    return json.dumps(dataclasses.asdict(footer))
+    fields = {field.name: getattr(footer, field.name) for field in dataclasses.fields(footer)}
+    return json.dumps({**fields, "batches": [stats_to_json(batch) for batch in footer.batches]})
 
 
 def footer_from_json(text: str | bytes) -> FileFooter:

@@ -12,7 +12,7 @@ from batchgen.spec_load import load_spec
 
 def main() -> int:
     write_questions(Path("demo/prompts"))
-    with refusals(debug=False):
+    with refusals(debug=False, is_run=True):
         report = watch_run(load_spec("jobs/demo.yaml", sys.argv[1:]), limit=None)
     answers = read_answers(report["output"])
     console = Console()

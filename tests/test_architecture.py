@@ -25,11 +25,11 @@ LAYERS = [
     # pure decisions
     ["prompt", "plan", "work_queue", "scaling", "stats", "answer"],
     # the store seam
-    ["store_base"],
-    ["store_local", "store_remote"],
-    ["store_s3"],
+    ["stores", "stores.base"],
+    ["stores.local", "stores.remote"],
+    ["stores.s3"],
     ["storage"],
-    ["store_probe", "spec_load", "read", "write", "journal", "driver_lease"],
+    ["stores.probe", "spec_load", "read", "write", "journal", "driver_lease"],
     # the engine seam
     ["engines.base", "engines.sampling", "engines.hf_tokenizer"],
     ["engines.decode", "engines.hf_model", "engines.simulated"],
@@ -74,10 +74,10 @@ VENDORS = {
     "safetensors": {"engines.hf_model()"},
     "jinja2": {"engines.hf_tokenizer"},
     "tensorrt_llm": set(),
-    "fsspec": {"store_remote", "store_s3"},
-    "s3fs": {"store_s3"},
-    "aiohttp": {"store_remote"},
-    "botocore": {"store_remote"},
+    "fsspec": {"stores.remote", "stores.s3"},
+    "s3fs": {"stores.s3"},
+    "aiohttp": {"stores.remote"},
+    "botocore": {"stores.remote"},
     "yaml": {"spec_load"},
     "typer": {"cli"},
     "rich": {"view", "cli()"},
@@ -186,8 +186,8 @@ def test_whoever_loads_a_heavy_vendor_at_its_top_is_itself_loaded_lazily() -> No
     heavy = {module for module in SOURCES if {vendor for vendor, lazy in list_vendors(module) if not lazy} & HEAVY}
     assert heavy == {
         "ray_pool",
-        "store_remote",
-        "store_s3",
+        "stores.remote",
+        "stores.s3",
         "engines.sampling",
         "engines.decode",
         "engines.hf_tokenizer",

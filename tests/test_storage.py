@@ -18,10 +18,10 @@ import pytest
 from s3_server import S3Proxy
 from store_kinds import S3_KINDS, every, over, s3_only, sure
 
-from batchgen import store_s3
 from batchgen.errors import AlreadyExists, Conflict, NotFound, StorageError
 from batchgen.storage import Storage
-from batchgen.store_probe import StoreAbilities, probe
+from batchgen.stores import s3 as stores_s3
+from batchgen.stores.probe import StoreAbilities, probe
 
 
 def in_parallel(count: int, work: Callable[[int], Any]) -> list[Any]:
@@ -245,8 +245,8 @@ def test_a_disk_without_hard_links_is_found_out(tmp_path: Path, monkeypatch: pyt
 
 @s3_only
 def test_conditions_hold_for_multipart_uploads(store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_s3, "PART_BYTES", 5 * 2**20)
-    monkeypatch.setattr(store_s3, "_ONE_PUT_BYTES", 6 * 2**20)
+    monkeypatch.setattr(stores_s3, "PART_BYTES", 5 * 2**20)
+    monkeypatch.setattr(stores_s3, "_ONE_PUT_BYTES", 6 * 2**20)
     big = os.urandom(2**20) * 11
     version = store.create("big", big)
     assert store.read_versioned("big") == (big, version)

@@ -9,7 +9,7 @@ from s3_server import S3Proxy
 
 from batchgen.errors import InputError, OutputError, StorageError
 from batchgen.storage import Storage, list_inputs, read_text
-from batchgen.store_probe import probe
+from batchgen.stores.probe import probe
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from batchgen.errors import AlreadyExists, Conflict, StorageError
-from batchgen.store_base import ABSENT, FileInfo, StoreFile, make_error, make_read_error, mapped_os_errors
+from batchgen.stores.base import ABSENT, FileInfo, StoreFile, make_error, make_read_error, mapped_os_errors
 
 TEMPORARY_FOLDER = "_batchgen/tmp"
 _LOCK_NAME = "replace.lock"

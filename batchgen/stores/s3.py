@@ -17,7 +17,7 @@ import s3fs
 from fsspec.asyn import sync
 
 from batchgen.errors import AlreadyExists, Conflict, NotFound, StorageError
-from batchgen.store_base import (
+from batchgen.stores.base import (
     ABSENT,
     FileInfo,
     StoreFile,
@@ -27,7 +27,7 @@ from batchgen.store_base import (
     make_error,
     make_read_error,
 )
-from batchgen.store_remote import MAX_READ_TRIES, TRANSIENT, FsspecClient, explanation, mapped, vendor_errors
+from batchgen.stores.remote import MAX_READ_TRIES, TRANSIENT, FsspecClient, explanation, mapped, vendor_errors
 
 PART_BYTES = 50 * 2**20
 _ONE_PUT_BYTES = 2 * PART_BYTES

@@ -17,7 +17,7 @@ import fsspec
 from botocore import exceptions as botocore_errors
 
 from batchgen.errors import AlreadyExists, Conflict, NotFound, StorageError
-from batchgen.store_base import (
+from batchgen.stores.base import (
     ABSENT,
     FileInfo,
     StoreFile,

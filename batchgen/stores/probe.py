@@ -15,8 +15,9 @@ from typing import Final
 
 from batchgen.errors import AlreadyExists, Conflict, OutputError, StorageError
 from batchgen.storage import Storage
-from batchgen.store_base import error_code, is_unsupported
+from batchgen.stores.base import error_code, is_unsupported
 
+FOLDER: Final = "_batchgen/probe"
 _NUM_CREATORS: Final = 8
 _NUM_RACES: Final = 4
 _MAX_UNDECIDED: Final = 3
@@ -34,12 +35,12 @@ class StoreAbilities:
 def probe(storage: Storage) -> StoreAbilities:
     """Costs about 50 small requests. OutputError when nothing can be written, read back and deleted there at all."""
     bare = Storage(storage.root)
-    folder = f"_batchgen/probe-{uuid.uuid4().hex}"
+    prefix = f"{FOLDER}/{uuid.uuid4().hex}"
     try:
         bare.delete_leftovers(time.time())
-        _check_usable(bare, f"{folder}/plain")
-        missing = [_find_race_fault(bare, folder), _find_replace_fault(bare, f"{folder}/replaced")]
-        bare.delete_many([info.path for info in bare.list_files(folder)])
+        _check_usable(bare, f"{prefix}-plain")
+        missing = [_find_race_fault(bare, prefix), _find_replace_fault(bare, f"{prefix}-replaced")]
+        bare.delete_many(info.path for info in bare.list_files(FOLDER) if info.path.startswith(prefix))
     except StorageError as error:
         raise OutputError(f"{storage.root} can't be the output folder: {error}") from error
     reasons = [reason for reason in missing if reason]
@@ -50,15 +51,15 @@ def _check_usable(storage: Storage, path: str) -> None:
     content = uuid.uuid4().bytes
     storage.put(path, content)
     listed = [info.path for info in storage.list_files(path.rpartition("/")[0])]
-    if storage.read_bytes(path) != content or listed != [path]:
+    if storage.read_bytes(path) != content or path not in listed:
         raise StorageError(f"{storage.url(path)} was written and is not found again; use a store that is consistent")
 
 
-def _find_race_fault(storage: Storage, folder: str) -> str | None:
+def _find_race_fault(storage: Storage, prefix: str) -> str | None:
     undecided = 0
     races = 0
     while races < _NUM_RACES:
-        path = f"{folder}/race-{races}-{undecided}"
+        path = f"{prefix}-race-{races}-{undecided}"
         entries = [uuid.uuid4().bytes for _ in range(_NUM_CREATORS)]
         outcomes = _race(storage, path, entries)
         if failed := next((outcome for outcome in outcomes if isinstance(outcome, StorageError)), None):
