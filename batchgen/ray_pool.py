@@ -13,6 +13,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -38,20 +39,34 @@ def connect(cluster: ClusterSpec) -> None:
     order. A process that is connected already stays so. Raises Refusal when there is no such cluster or no way in."""
     if ray.is_initialized():
         return
-    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    address = find_address(cluster)
     try:
         _knock(address)
-        ray.init(address=cluster.address, namespace=NAMESPACE, logging_level=logging.WARNING, log_to_driver=False)
+        ray.init(address=address, namespace=NAMESPACE, logging_level=logging.WARNING, log_to_driver=False)
     except (OSError, AuthenticationError) as error:
         raise Refusal(
-            f"cluster.address: no Ray cluster lets us in at {address or 'this machine'}; start it, correct the address, or "
-            "set RAY_AUTH_MODE=token with the cluster's token file (ray get-auth-token)"
+            f"cluster.address: no Ray cluster lets us in at {address}; start it, correct the address, or set "
+            "RAY_AUTH_MODE=token with the cluster's token file (ray get-auth-token)"
         ) from error
 
 
-def _knock(address: str | None) -> None:
+def find_address(cluster: ClusterSpec) -> str:
+    """Where `connect` goes; 'local' is a fresh cluster. Ray finds a cluster of this machine by a file that outlives a
+    killed one, and then waits for it for minutes: so the address in it must answer."""
+    if address := cluster.address or os.environ.get("RAY_ADDRESS"):
+        return address
+    current = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+    try:
+        address = current.read_text().strip()
+        _knock(address)
+    except OSError:
+        return "local"
+    return address
+
+
+def _knock(address: str) -> None:
     """Ray tries a dead HOST:PORT for minutes; a refused connection is known at once. Raises OSError."""
-    host, _, port = (address or "").rpartition(":")
+    host, _, port = address.rpartition(":")
     if host and port.isdigit() and "://" not in host:
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
 

@@ -220,7 +220,8 @@ class ClusterSpec(Section):
         default="SPREAD", description="SPREAD puts actors on different nodes where it can; PACK fills nodes."
     )
     address: str | None = Field(
-        default=None, description="Ray address. Absent: RAY_ADDRESS, then a running local cluster, then a fresh one."
+        default=None,
+        description="Ray address; local: a fresh one. Absent: RAY_ADDRESS, then a running local cluster, then a fresh one.",
     )
     max_starting: int = Field(default=4, ge=1, description="Workers that may be starting at the same time (workers).")
     lease_ttl_s: float = Field(

@@ -2,9 +2,11 @@
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -91,8 +93,11 @@ def list_marked(mark: str, command: str = "") -> list[int]:
 def run_ray_cluster(home: Path, extra_env: Mapping[str, str], num_cpus: int = 3) -> Iterator[RayCluster]:
     """Start a head as the README says; stop it whatever happens."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    # Ray's own folder, short because socket names are: what a killed cluster leaves in it must mislead nobody.
+    folder = tempfile.mkdtemp(prefix="bg", dir="/tmp")
     env |= {
         **extra_env,
+        "RAY_TMPDIR": folder,
         MARK: uuid.uuid4().hex,
         "HOME": str(home),
         "RAY_AUTH_MODE": "token",
@@ -111,6 +116,7 @@ def run_ray_cluster(home: Path, extra_env: Mapping[str, str], num_cpus: int = 3)
     finally:
         # By a mark in their environment: `ray stop` would end every Ray of this machine, other people's too.
         stop_processes(list_marked(env[MARK]))
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def stop_processes(pids: list[int]) -> None:
