@@ -2,11 +2,14 @@
 
 A shard is a contiguous range of rows of one file, cut at row-group borders where that does not make it much smaller or
 larger than wanted. A limit plans a prefix of the rows; a later run without it extends the plan and keeps every shard.
+
+A row group can't be decoded in part from its middle: each shard that lies in it decodes it from its start, or fetches it
+whole from a remote store. So one large row group is cut into few pieces (`choose_min_rows`), whatever else is wanted.
 """
 
 import math
-from bisect import bisect_left
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -20,6 +23,11 @@ SHARDS_PER_WORKER = 4
 TARGET_BYTES = 128 * 2**20
 TARGET_S = 20 * 60
 BYTES_PER_TOKEN = 4.5
+# A row group is cut into this many shards: 2.5 times decoded on a local disk, 4 times fetched from a remote store ...
+PIECES_PER_GROUP = 4
+MAX_AMPLIFICATION = 4.0
+# ... unless they came out larger than this: a worker holds a shard's file in memory when it commits.
+MAX_BYTES = 2**30
 # Until a run has measured lengths: an answer takes about this share of max_tokens, and never more than EXPECTED_TOKENS.
 EXPECTED_SHARE = 0.25
 EXPECTED_TOKENS = 4_000
@@ -63,18 +71,47 @@ def choose_rows_per_shard(spec: JobSpec, num_rows: int) -> int:
     return max(wanted, math.ceil(num_rows / MAX_SHARDS))
 
 
-def cut_file(row_group_rows: Sequence[int], start: int, end: int, wanted: int) -> list[int]:
-    """Row numbers that end each shard of rows start..end of a file: equal pieces of at most `wanted` rows. A row-group
-    border near a piece's end is taken instead, so that no row group is decoded twice for a few rows: no shard gets less
-    than half its piece or more than half of `wanted` on top of it."""
+def choose_min_rows(spec: JobSpec, num_rows: int, group_rows: int) -> int:
+    """Rows that a shard within a row group of `group_rows` has at least, of a job of `num_rows`.
+
+    A quarter of the row group, which bounds read amplification at about 4. That gives up on 4 shards a worker, never
+    on one: with few shards a worker, there are as many for each, so that none waits for the last one of another. It
+    also gives way to memory (`MAX_BYTES`) and to an explicit `output.rows_per_shard`; `describe_amplification` warns.
+    """
+    if spec.output.rows_per_shard is not None:
+        return 0
+    workers = spec.cluster.workers.max
+    shards_each = PIECES_PER_GROUP * num_rows // (max(1, group_rows) * workers)
+    if shards_each >= SHARDS_PER_WORKER:
+        rows = math.ceil(group_rows / PIECES_PER_GROUP)
+    else:
+        rows = _share(num_rows, max(1, shards_each) * workers)
+    return min(rows, int(MAX_BYTES / (expected_tokens(spec) * BYTES_PER_TOKEN)))
+
+
+def _share(num_rows: int, num_shards: int) -> int:
+    """Rows of the largest of that many equal shards; of the smallest where the largest would make fewer shards."""
+    rows = max(1, math.ceil(num_rows / num_shards))
+    return rows if math.ceil(num_rows / rows) >= num_shards else max(1, num_rows // num_shards)
+
+
+def cut_file(
+    row_group_rows: Sequence[int], start: int, end: int, wanted: int, min_rows: Callable[[int], int] = lambda _: 0
+) -> list[int]:
+    """Row numbers that end each shard of rows start..end of a file: equal pieces of at most `wanted` rows, or of
+    `min_rows` of the row group they start in where that is more. A row-group border near a piece's end is taken instead,
+    so that no row group is decoded twice for a few rows: no shard gets less than half its piece or, beyond `min_rows`,
+    more than half of `wanted` on top of it."""
     borders = list(accumulate(row_group_rows))
     ends: list[int] = []
     while start < end:
-        piece = math.ceil((end - start) / math.ceil((end - start) / wanted))
+        size = max(wanted, min_rows(row_group_rows[bisect_right(borders, start)]))
+        piece = math.ceil((end - start) / math.ceil((end - start) / size))
+        most = max(size, piece + wanted / 2)
         goal = start + piece
         after = bisect_left(borders, goal)
         around = borders[max(0, after - 1) : after + 1]
-        near = [border for border in around if piece / 2 <= border - start <= piece + wanted / 2 and border < end]
+        near = [border for border in around if piece / 2 <= border - start <= most and border < end]
         start = min(near, key=lambda border: abs(border - goal)) if near and goal < end else goal
         ends.append(start)
     return ends
@@ -90,11 +127,15 @@ def make_plan(spec: JobSpec, files: Sequence[InputFile], planned: Sequence[Shard
         raise InputError(f"input.paths: {len(files)} files with no rows; nothing to generate")
     wanted = choose_rows_per_shard(spec, num_rows)
     limit = num_rows if spec.input.limit is None else min(spec.input.limit, num_rows)
-    shards = cut_files(files, planned, limit, wanted)
+
+    def min_rows(group_rows: int) -> int:
+        return choose_min_rows(spec, num_rows, group_rows)
+
+    shards = cut_files(files, planned, limit, wanted, min_rows)
     # Whole files and whole row groups make more shards than rows / wanted: larger ones, until they fit.
     while len(shards) > MAX_SHARDS and wanted < num_rows:
         wanted *= 2
-        shards = cut_files(files, planned, limit, wanted)
+        shards = cut_files(files, planned, limit, wanted, min_rows)
     if len(shards) > MAX_SHARDS:
         raise InputError(
             f"input.paths: {len(files)} files make {len(shards)} shards, more than {MAX_SHARDS}; merge small files first"
@@ -102,7 +143,9 @@ def make_plan(spec: JobSpec, files: Sequence[InputFile], planned: Sequence[Shard
     return Plan(files=tuple(files), shards=tuple(shards))
 
 
-def cut_files(files: Sequence[InputFile], planned: Sequence[Shard], limit: int, wanted: int) -> list[Shard]:
+def cut_files(
+    files: Sequence[InputFile], planned: Sequence[Shard], limit: int, wanted: int, min_rows: Callable[[int], int]
+) -> list[Shard]:
     """The planned shards, and after them those of the rows up to `limit` that they don't cover."""
     shards = list(planned)
     remaining = limit - sum(shard.num_rows for shard in shards)
@@ -110,7 +153,7 @@ def cut_files(files: Sequence[InputFile], planned: Sequence[Shard], limit: int, 
     for file in files:
         start = done.get(file.path, 0)
         end = min(file.num_rows, start + max(0, remaining))
-        for row_end in cut_file(file.row_group_rows, start, end, wanted):
+        for row_end in cut_file(file.row_group_rows, start, end, wanted, min_rows):
             shards.append(Shard(number=len(shards), file=file, row_start=start, row_end=row_end))
             start = row_end
         remaining -= max(0, end - done.get(file.path, 0))
@@ -118,19 +161,33 @@ def cut_files(files: Sequence[InputFile], planned: Sequence[Shard], limit: int, 
 
 
 def read_amplification(shards: Sequence[Shard]) -> float:
-    """Rows decoded for each row used: a shard decodes from the start of the row group that holds its first row."""
+    """Rows read for each row used. A shard decodes from the start of the row group that holds its first row; from a
+    remote store it fetches each of its row groups whole."""
     used = sum(shard.num_rows for shard in shards)
-    decoded = sum(_rows_decoded(shard) for shard in shards)
-    return decoded / used if used else 1.0
+    files = {shard.file.path: shard.file for shard in shards}
+    borders = {path: list(accumulate(file.row_group_rows)) for path, file in files.items()}
+    read = sum(_rows_read(shard, borders[shard.file.path], is_remote="://" in shard.file.path) for shard in shards)
+    return read / used if used else 1.0
 
 
-def _rows_decoded(shard: Shard) -> int:
-    start = 0
-    for rows in shard.file.row_group_rows:
-        if start + rows > shard.row_start:
-            break
-        start += rows
-    return shard.row_end - start
+def _rows_read(shard: Shard, borders: Sequence[int], *, is_remote: bool) -> int:
+    """`borders`: where each row group of the file ends."""
+    first = bisect_right(borders, shard.row_start)
+    start = borders[first - 1] if first else 0
+    end = borders[bisect_left(borders, shard.row_end)] if is_remote else shard.row_end
+    return end - start
+
+
+def describe_amplification(shards: Sequence[Shard]) -> str | None:
+    """One sentence with the mend when the input is read far more often than once; None when it isn't."""
+    amplification = read_amplification(shards)
+    if amplification <= MAX_AMPLIFICATION:
+        return None
+    rows = round(sum(shard.num_rows for shard in shards) / len(shards))
+    return (
+        f"the input is read {amplification:.1f} times over, because its row groups are much larger than a shard; "
+        f"write it with smaller row groups (about {rows:,} rows each)"
+    )
 
 
 def list_changes(

@@ -11,9 +11,11 @@ from makers import make_file, make_job_spec
 from batchgen import plan as plan_module
 from batchgen.errors import InputError
 from batchgen.plan import (
+    MAX_AMPLIFICATION,
     SHARDS_PER_WORKER,
     choose_rows_per_shard,
     cut_file,
+    describe_amplification,
     expected_tokens,
     list_changes,
     make_plan,
@@ -142,17 +144,92 @@ def test_amplification_counts_rows_decoded_for_rows_used() -> None:
     assert read_amplification([Shard(0, two, 0, 10), Shard(1, two, 10, 20)]) == 1.0
     assert read_amplification([Shard(0, two, 15, 20)]) == 10 / 5
     assert read_amplification([Shard(0, make_file("/c", (0, 0, 4)), 0, 4)]) == 1.0
+    assert read_amplification([Shard(0, make_file("/d", (0, 3, 0, 4, 0)), 1, 5)]) == 5 / 4
     assert read_amplification([]) == 1.0
+
+
+def test_a_remote_row_group_counts_whole_for_each_shard_that_lies_in_it() -> None:
+    """`read` asks pyarrow to fetch a remote row group's columns in one piece, before any row is decoded."""
+    file = make_file("s3://bucket/a", (100, 0, 50))
+    assert read_amplification([Shard(0, file, 0, 50), Shard(1, file, 50, 100)]) == 200 / 100
+    assert read_amplification([Shard(0, file, 90, 110)]) == 150 / 20
+    assert read_amplification([Shard(0, file, 0, 150)]) == 1.0
+
+
+def test_amplification_of_many_shards_and_row_groups_is_known_in_a_moment() -> None:
+    file = make_file("/a", (10,) * 20_000)
+    shards = [Shard(number, file, 5 * number, 5 * number + 5) for number in range(40_000)]
+    assert read_amplification(shards) == 1.5
+
+
+# ---- large row groups
+
+
+def make_large_plan(rows: tuple[int, ...], workers: int = 1, folder: str = "", **sampling: int) -> plan_module.Plan:
+    return make_plan(make_spec(workers=workers, **sampling), [make_file(f"{folder}/a", rows)])
+
+
+@pytest.mark.parametrize(
+    ("rows", "workers", "num_shards"),
+    [
+        ((1_000_000,), 1, 4),
+        ((1_000_000,), 2, 4),
+        ((1_000_000,), 3, 3),  # not 4: two workers would wait for the one with two
+        ((1_000_000,), 5, 5),  # more pieces than are good for reading, but every worker has work
+        ((1_000_003,), 4, 4),
+        ((1_048_576,) * 10, 3, 40),
+        ((1_048_576,) * 10, 40, 40),
+        ((1_048_576,) * 10, 80, 80),
+        ((10_000,) * 100, 4, 100),
+    ],
+)
+def test_a_large_row_group_is_cut_into_few_pieces(rows: tuple[int, ...], workers: int, num_shards: int) -> None:
+    plan = make_large_plan(rows, workers, "s3://bucket")
+    assert len(plan.shards) == num_shards
+    assert (read_amplification(plan.shards) <= MAX_AMPLIFICATION) == (workers <= 4 * len(rows))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(100, 300), st.integers(1, 8), st.data())
+def test_equal_row_groups_are_read_about_four_times_at_most(size: int, num_groups: int, data: st.DataObject) -> None:
+    workers = data.draw(st.integers(1, 4 * num_groups))
+    plan = make_large_plan((size,) * num_groups, workers, "s3://bucket")
+    assert read_amplification(plan.shards) <= MAX_AMPLIFICATION + 1
+
+
+def test_shards_of_long_answers_stay_small_enough_for_a_workers_memory() -> None:
+    plan = make_large_plan((1_000_000,), max_tokens=16_384)
+    assert len(plan.shards) == 17
+    assert max(shard.num_rows for shard in plan.shards) * 4_000 * 4.5 < 1.1 * 2**30
+
+
+def test_an_explicit_size_wins_over_row_groups_and_is_warned_of() -> None:
+    plan = make_plan(make_spec(1_000), [make_file("/a", (100_000,))])
+    assert len(plan.shards) == 100
+    warning = describe_amplification(plan.shards)
+    assert warning is not None
+    assert "read 50.5 times over" in warning
+    assert "row groups (about 1,000 rows each)" in warning
+    assert "\n" not in warning
+    assert describe_amplification(make_large_plan((100_000,)).shards) is None
+    assert describe_amplification([]) is None
 
 
 # ---- how large
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(1, 5_000), st.integers(1, 20))
-def test_every_worker_gets_at_least_four_shards_where_there_are_rows_for_them(num_rows: int, workers: int) -> None:
-    plan = make_plan(make_spec(workers=workers), [make_file("/a", (num_rows,))])
+@given(st.integers(1, 3_000), st.integers(1, 20))
+def test_every_worker_gets_at_least_four_shards_where_row_groups_allow_it(num_rows: int, workers: int) -> None:
+    plan = make_plan(make_spec(workers=workers), [make_file("/a", (1,) * num_rows)])
     assert len(plan.shards) >= min(num_rows, SHARDS_PER_WORKER * workers)
+
+
+@settings(max_examples=200, deadline=None)
+@given(some_files, st.integers(1, 30))
+def test_every_worker_gets_a_shard_whatever_the_row_groups(found: list[InputFile], workers: int) -> None:
+    plan = make_plan(make_spec(workers=workers), found)
+    assert len(plan.shards) >= min(plan.num_rows, workers)
 
 
 def test_rows_per_shard_follow_the_expected_output() -> None:
