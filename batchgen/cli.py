@@ -2,12 +2,12 @@
 
 Exit codes: 0 all rows done and the error rate within `retry.max_error_rate`; 1 done with too many errors; 2 refused
 before anything was started; 3 stopped and resumable. People read standard error; `--json` ends standard output with one
-JSON line for programs. A traceback is shown only with `--debug`.
+JSON line for programs, also on a refusal. A traceback is shown only with `--debug`.
 """
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -15,6 +15,7 @@ import typer
 
 from batchgen import __version__
 from batchgen.errors import BatchgenError, Refusal
+from batchgen.records import Shard
 
 app = typer.Typer(
     add_completion=False,
@@ -36,15 +37,18 @@ LimitOption = Annotated[
 
 
 @contextmanager
-def refusals(debug: bool, *, is_run: bool = False) -> Iterator[None]:
+def refusals(debug: bool, *, is_run: bool = False, as_json: bool = False) -> Iterator[None]:
     """One sentence and the exit code for whatever batchgen raises on purpose. Only a run can have been under way."""
     try:
         yield
     except BatchgenError as error:
+        exit_code = 3 if is_run and not isinstance(error, Refusal) else 2
+        state = "stopped" if exit_code == 3 else "refused"
+        print_json({"state": state, "message": str(error), "exit_code": exit_code}, as_json)
         if debug:
             raise
         typer.echo(f"batchgen: {error}", err=True)
-        raise typer.Exit(3 if is_run and not isinstance(error, Refusal) else 2) from error
+        raise typer.Exit(exit_code) from error
 
 
 def print_json(value: dict[str, Any], as_json: bool) -> None:
@@ -54,6 +58,14 @@ def print_json(value: dict[str, Any], as_json: bool) -> None:
 
 def say(text: str) -> None:
     typer.echo(text, err=True)
+
+
+def say_warnings(warnings: Iterable[str], shards: Sequence[Shard]) -> None:
+    """Those of the job, and what reading its shards costs."""
+    from batchgen.plan import describe_amplification
+
+    for warning in filter(None, [*warnings, describe_amplification(shards)]):
+        say(f"warning: {warning}")
 
 
 @app.command()
@@ -66,14 +78,13 @@ def validate(
     from batchgen.storage import Storage
     from batchgen.stores.probe import probe
 
-    with refusals(debug):
+    with refusals(debug, as_json=as_json):
         job_spec = load_spec(spec, set or ())
         storage = Storage(job_spec.output.path)
         job = open_job(job_spec, storage)
         abilities = probe(storage)
         text, num_tokens = render_first_prompt(job)
-    for warning in job.warnings:
-        say(f"warning: {warning}")
+    say_warnings(job.warnings, job.plan.shards)
     checked = "custom_id unique" if job.is_unique_checked else "custom_id not checked"
     say(f"ok: {len(job.plan.files):,} files, {job.plan.num_rows:,} rows, {len(job.plan.shards):,} shards, {checked}")
     if not abilities.is_exclusive:
@@ -98,7 +109,7 @@ def plan(
     from batchgen.spec_load import load_spec
     from batchgen.storage import Storage
 
-    with refusals(debug):
+    with refusals(debug, as_json=as_json):
         job_spec = limit_rows(load_spec(spec, set or ()), limit)
         job = open_job(job_spec, Storage(job_spec.output.path))
     sizes = [shard.num_rows for shard in job.plan.shards]
@@ -114,8 +125,7 @@ def plan(
         "shards_to_do": len(job.todo),
         "is_frozen": not job.is_new,
     }
-    for warning in job.warnings:
-        say(f"warning: {warning}")
+    say_warnings(job.warnings, job.plan.shards)
     for name, shown in value.items():
         say(f"{name.replace('_', ' '):20} {shown}")
     print_json(value, as_json)
@@ -132,7 +142,7 @@ def run(
     """Run the job, or go on with it. Start it again after anything: nothing is lost and nothing is done twice."""
     from batchgen.spec_load import load_spec
 
-    with refusals(debug, is_run=True):
+    with refusals(debug, is_run=True, as_json=as_json):
         report = watch_run(load_spec(spec, set or ()), limit)
     print_json(report, as_json)
     raise typer.Exit(report["exit_code"])
@@ -163,7 +173,7 @@ def status(out: OutArgument, as_json: JsonOption = False, debug: DebugOption = F
     from batchgen.errors import OutputError
     from batchgen.storage import Storage
 
-    with refusals(debug):
+    with refusals(debug, as_json=as_json):
         storage = Storage(out)
         found = read_status(storage)
         if found is None:
@@ -185,7 +195,7 @@ def report(out: OutArgument, as_json: JsonOption = False, debug: DebugOption = F
     from batchgen.storage import Storage
     from batchgen.view import print_rows
 
-    with refusals(debug):
+    with refusals(debug, as_json=as_json):
         storage = Storage(out)
         found = read_json(storage, REPORT_JSON)
         if found is None:
@@ -200,7 +210,7 @@ def cancel(out: OutArgument, as_json: JsonOption = False, debug: DebugOption = F
     from batchgen.control import request_cancel
     from batchgen.storage import Storage
 
-    with refusals(debug):
+    with refusals(debug, as_json=as_json):
         epoch = request_cancel(Storage(out))
     say(f"asked the run of epoch {epoch} to stop; it looks every few seconds")
     print_json({"epoch": epoch}, as_json)
