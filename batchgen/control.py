@@ -9,12 +9,13 @@ import contextlib
 import dataclasses
 import json
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from batchgen.dispatch import Dispatcher, Progress
 from batchgen.driver_lease import is_dead_here, make_cancel_path, read_holder
 from batchgen.errors import OutputError, StorageError
-from batchgen.manifest import read_json, write_json
+from batchgen.manifest import LOCK, read_json, write_json
 from batchgen.records import BatchStats
 from batchgen.stats import make_lost_stats
 from batchgen.storage import Storage
@@ -34,26 +35,32 @@ class StatusWriter:
         self._earlier = read_lost_batches(storage)
         self._next = 0.0
 
-    def update(self, dispatcher: Dispatcher, *, state: str = "running", message: str | None = None) -> None:
-        """`state`: running, stopped, finished. A store that fails now is tried again at the next turn."""
+    def update(self, dispatcher: Dispatcher) -> None:
+        """What the run does now, if the last time is long enough ago."""
         now = time.monotonic()
         if now < self._next:
             return
         self._next = now + self._interval_s
-        lost: list[BatchStats] = []
-        if state == "running":
-            lost = [*self._earlier, *(stats for stats in dispatcher.batches.values() if stats.outcome == "lost")]
-            lost += make_open_stats(dispatcher.queue.list_open(), now)
-        fields = {
-            "epoch": self._epoch,
-            "state": state,
-            "message": message,
-            "updated_at": time.time(),
-            "progress": dataclasses.asdict(dispatcher.make_progress()),
-            "lost_batches": [stats_to_json(stats) for stats in lost],
-        }
-        with contextlib.suppress(StorageError):
-            write_json(self._storage, STATUS, fields)
+        lost = [*self._earlier, *(stats for stats in dispatcher.batches.values() if stats.outcome == "lost")]
+        lost += make_open_stats(dispatcher.queue.list_open(), now)
+        write_status(self._storage, self._epoch, "running", dispatcher.make_progress(), lost)
+
+
+def write_status(
+    storage: Storage, epoch: int, state: str, progress: Progress, lost: Iterable[BatchStats], message: str | None = None
+) -> None:
+    """`state`: running, stopped, finished. `lost`: batches that `batch_stats` doesn't have yet. A store that fails now
+    keeps what it has: the next word, or the next run, replaces it."""
+    fields = {
+        "epoch": epoch,
+        "state": state,
+        "message": message,
+        "updated_at": time.time(),
+        "progress": dataclasses.asdict(progress),
+        "lost_batches": [stats_to_json(stats) for stats in lost],
+    }
+    with contextlib.suppress(StorageError):
+        write_json(storage, STATUS, fields)
 
 
 def read_status(storage: Storage) -> dict[str, Any] | None:
@@ -73,9 +80,15 @@ def make_open_stats(open_leases: list[LostLease], now: float) -> list[BatchStats
     ]
 
 
+def find_lock(storage: Storage) -> Storage:
+    """Where the lease of this folder lies: in it, or at the lock URL that its last run wrote down."""
+    lock = read_json(storage, LOCK)
+    return storage if lock is None else Storage(lock["root"])
+
+
 def request_cancel(storage: Storage) -> int:
     """Ask the run that holds the folder to stop; its epoch. Raises OutputError when none is running."""
-    holder = read_holder(storage)
+    holder = read_holder(find_lock(storage))
     if holder is None or holder.has_ended or is_dead_here(holder):
         raise OutputError(f"{storage.root}: no run is working on it; nothing to cancel")
     storage.put(make_cancel_path(holder.epoch), json.dumps({"requested_at": time.time()}).encode())
@@ -84,7 +97,7 @@ def request_cancel(storage: Storage) -> int:
 
 def describe_status(storage: Storage, status: dict[str, Any]) -> list[str]:
     """The status as lines for people: is the run alive, and how far did it get."""
-    holder = read_holder(storage)
+    holder = read_holder(find_lock(storage))
     is_gone = holder is None or holder.has_ended or is_dead_here(holder)
     age_s = time.time() - status["updated_at"]
     state = "ended without a word" if is_gone and status["state"] == "running" else status["state"]

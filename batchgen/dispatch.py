@@ -33,6 +33,7 @@ from batchgen.storage import FileInfo, Storage
 from batchgen.work_queue import LostLease, WorkQueue
 
 POLL_S = 0.5
+MAX_LEASES_PER_TURN = 1000
 
 
 @dataclass(slots=True)
@@ -95,8 +96,7 @@ class Dispatcher:
         while not self.queue.is_done:
             self.check()
             self._scale()
-            while (lease := self.queue.lease_next(self.clock())) is not None:
-                self.pool.assign(replace(lease, journal=self.index.get(lease.shard.number)))
+            self._lend()
             for event in self.pool.poll(POLL_S):
                 self._handle(event)
             self._give_up_silent()
@@ -106,10 +106,20 @@ class Dispatcher:
     def drain(self, timeout_s: float) -> None:
         """After a RunStopped: let workers journal, and take in what they still committed."""
         for event in self.pool.drain(timeout_s):
-            if isinstance(event, JournalFlushed | ShardCommitted):
+            if isinstance(event, JournalFlushed | ShardCommitted | WorkerWarned):
                 self._handle(event)
+            elif isinstance(event, ShardFailed):
+                self.on_warning(f"{event.batch_id} on {event.worker_id}: {event.reason}")
         for lost in self.queue.list_open():
-            self._note_lost(replace(lost, ended_at=self.clock()))
+            self._note_lost(replace(lost, ended_at=self.clock()), self._workers.get(lost.lease.worker_id))
+
+    def _lend(self) -> None:
+        """Not more than so many leases a turn, so that the first fill of a large cluster doesn't hold up the events."""
+        for _ in range(MAX_LEASES_PER_TURN):
+            lease = self.queue.lease_next(self.clock())
+            if lease is None:
+                return
+            self.pool.assign(replace(lease, journal=self.index.get(lease.shard.number)))
 
     # ---- one turn ----------------------------------------------------------------------------------------------------
 
@@ -207,14 +217,15 @@ class Dispatcher:
         if self._starting.pop(worker_id, None) is not None:
             self._count_start_failure(worker_id, reason)
             return
-        if self._workers.pop(worker_id, None) is None:
+        info = self._workers.pop(worker_id, None)
+        if info is None:
             return
         self._num_lost += 1
         self.on_warning(f"{worker_id} was lost: {reason}")
         beat = self._beats.pop(worker_id, None)
         self._tokens_before += beat.total_tokens if beat else 0
         for lost in self.queue.lose(worker_id, self.clock(), reason):
-            self._note_lost(lost)
+            self._note_lost(lost, info)
         self._find_segments(worker_id)
         if beat is None or beat.total_tokens == 0:
             # It came up and made no token: an engine that always dies so must not be started for ever.
@@ -228,11 +239,11 @@ class Dispatcher:
         for refs in journal.read_indexes(self.storage, new, self.spec.fingerprint()):
             self._delete(self.index.add(refs))
 
-    def _note_lost(self, lost: LostLease) -> None:
+    def _note_lost(self, lost: LostLease, info: WorkerInfo | None) -> None:
         now, wall = self.clock(), time.time()
         stats = make_lost_stats(
             lost.lease.batch_id,
-            info=self._workers.get(lost.lease.worker_id),
+            info=info,
             started_at=wall - (now - lost.started_at),
             wall_s=lost.ended_at - lost.started_at,
         )
@@ -255,7 +266,7 @@ class Dispatcher:
         lost = self.queue.fail(event.worker_id, event.batch_id, self.clock(), event.reason)
         if lost is not None:
             self.on_warning(f"{event.batch_id} on {event.worker_id}: {event.reason}")
-            self._note_lost(lost)
+            self._note_lost(lost, self._workers.get(event.worker_id))
 
     def _delete(self, paths: list[str]) -> None:
         """Segments of committed shards. One that stays costs a few bytes until the next run clears it."""

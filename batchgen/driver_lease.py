@@ -116,7 +116,10 @@ class DriverLease:
         """Raises LeaseLost when the last renewal is older than half the time to live, whatever held it up."""
         silent_s = self._clock() - self._renewed_at
         if silent_s > self._holder.ttl_s / 2:
-            raise LeaseLost(f"could not renew the lease on {self._storage.root} for {silent_s:.0f} s")
+            where = self._storage.root
+            raise LeaseLost(
+                f"could not renew the lease on {where} for {silent_s:.0f} s; start it again when the store answers"
+            )
 
     def renew(self) -> None:
         """Raises LeaseLost when another driver took over, or when the store was out of reach for half the lease."""

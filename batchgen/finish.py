@@ -5,13 +5,15 @@ the output and that no more than `retry.max_error_rate` of the rows are errors.
 """
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from batchgen import manifest
-from batchgen.control import StatusWriter, read_lost_batches
+from batchgen.control import read_lost_batches, write_status
 from batchgen.dispatch import Dispatcher
 from batchgen.hold import Hold
 from batchgen.job import Job
+from batchgen.manifest import CommittedShard
 from batchgen.records import BatchStats
 from batchgen.report import make_report, write_report
 
@@ -21,45 +23,55 @@ def finish(
 ) -> dict[str, Any]:
     """Write everything that is written last; the report. `dispatcher` is None when nothing was left to do. Raises
     LeaseLost when the folder is not ours any more."""
-    spec, storage, epoch = job.spec, job.storage, hold.epoch
+    storage = job.storage
     hold.check_lease()
     committed = {**job.committed, **(dispatcher.committed if dispatcher else {})}
-    batches: dict[str, BatchStats] = dict(dispatcher.batches) if dispatcher else {}
-    for shard in committed.values():
-        manifest.add_batches(batches, shard.footer.batches)
-    manifest.add_batches(batches, read_lost_batches(storage))
-    manifest.write_batch_stats(storage, epoch, batches)
-    manifest.add_batches(batches, manifest.read_batch_stats(storage))  # what earlier runs lost is in no file of data/
+    batches, unsettled = settle_batches(job, dispatcher, committed, hold.epoch)
     manifest.write_committed(storage, committed.values())
     report = make_report(
-        spec,
-        list(committed.values()),
+        job.spec,
+        [committed[shard.number] for shard in job.wanted if shard.number in committed],
         batches.values(),
-        epoch=epoch,
+        epoch=hold.epoch,
         state="stopped" if message else "finished",
         message=message,
-        num_input_rows=job.plan.num_rows if spec.input.limit is None else min(spec.input.limit, job.plan.num_rows),
-        num_planned_rows=job.plan.num_planned_rows,
+        num_input_rows=job.num_wanted_rows,
         elapsed_s=dispatcher.make_progress().elapsed_s if dispatcher else 0.0,
         is_unique_checked=job.is_unique_checked,
     )
-    report["exit_code"] = choose_exit_code(report, spec.retry.max_error_rate)
+    report["exit_code"] = choose_exit_code(report, job.spec.retry.max_error_rate)
     report["output"] = storage.root
-    write_report(storage, report, spec)
-    made = manifest.make_manifest(
-        committed.values(),
-        fingerprint=spec.fingerprint(),
-        epoch=epoch,
-        num_rows=job.plan.num_rows,
-        n=spec.sampling.n,
-    )
-    manifest.write_json(storage, "manifest.json", made)
+    write_report(storage, report, job.spec)
+    manifest.write_json(storage, "manifest.json", manifest.make_manifest(committed.values(), report))
     if dispatcher is not None:
-        StatusWriter(storage, epoch, 0.0).update(dispatcher, state=report["state"], message=message)
+        write_status(storage, hold.epoch, report["state"], dispatcher.make_progress(), unsettled, message)
     hold.check_lease()
-    if report["exit_code"] == 0 and report["rows"]["is_complete"] and not is_trial:
-        manifest.write_json(storage, manifest.SUCCESS, {"epoch": epoch, "made_at": time.time()})
+    mark_success(job, report, hold.epoch, is_trial=is_trial)
     return report
+
+
+def settle_batches(
+    job: Job, dispatcher: Dispatcher | None, committed: Mapping[int, CommittedShard], epoch: int
+) -> tuple[dict[str, BatchStats], list[BatchStats]]:
+    """(all batches that are known, those of them that batch_stats can't have yet). Writes batch_stats."""
+    batches = dict(dispatcher.batches) if dispatcher else {}
+    for shard in committed.values():
+        manifest.add_batches(batches, shard.footer.batches)
+    manifest.add_batches(batches, read_lost_batches(job.storage))
+    unsettled = [batch for batch in batches.values() if not manifest.is_settled(batch, committed)]
+    open_ids = {batch.batch_id for batch in unsettled}
+    settled = {batch_id: batch for batch_id, batch in batches.items() if batch_id not in open_ids}
+    manifest.write_batch_stats(job.storage, epoch, settled)
+    manifest.add_batches(batches, manifest.read_batch_stats(job.storage))  # older losses are in no file of data/
+    return batches, unsettled
+
+
+def mark_success(job: Job, report: dict[str, Any], epoch: int, *, is_trial: bool) -> None:
+    """`_SUCCESS` there or not, as the report says. A trial that went well leaves it as it is."""
+    if report["exit_code"] != 0 or not report["rows"]["is_complete"]:
+        job.storage.delete(manifest.SUCCESS)
+    elif not is_trial:
+        manifest.write_json(job.storage, manifest.SUCCESS, {"epoch": epoch, "made_at": time.time()})
 
 
 def choose_exit_code(report: dict[str, Any], max_error_rate: float) -> int:

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from batchgen.driver_lease import DriverLease, acquire, make_cancel_path
 from batchgen.errors import Cancelled, LeaseLost, OutputError, StorageError
 from batchgen.job import Job
+from batchgen.manifest import LOCK, write_json
 from batchgen.storage import Storage
 from batchgen.stores.probe import StoreAbilities, probe
 
@@ -83,6 +84,7 @@ def _open_lock(job: Job, storage: Storage) -> Storage:
     lock = Storage(f"{job.spec.output.lock_url.rstrip('/')}/{name}")
     if not probe(lock).is_exclusive:
         raise OutputError(f"output.lock_url: {lock.root} has no conditional writes either; choose a store that has")
+    write_json(storage, LOCK, {"root": lock.root})
     return lock
 
 

@@ -147,9 +147,10 @@ def open_job(spec: JobSpec, storage: Storage) -> Job:
 def reopen(job: Job, storage: Storage) -> Job:
     """The job again, now that its folder is held: another run may have planned or committed meanwhile."""
     saved = manifest.read_plan(storage)
+    committed = manifest.load_committed(storage, job.spec.fingerprint(), job.committed.values())
     if saved is not None and (job.is_new or len(saved[2]) != len(job.plan.shards) - len(job.new_shards)):
         return open_job(job.spec, storage)
-    return replace(job, storage=storage, committed=manifest.load_committed(storage, job.spec.fingerprint()))
+    return replace(job, storage=storage, committed=committed)
 
 
 def find_inputs(spec: JobSpec) -> list[FileInfo]:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchgen.errors import AlreadyExists, NotFound, OutputError
-from batchgen.records import BatchStats, FileFooter, InputFile, Shard
+from batchgen.records import BatchStats, FileFooter, InputFile, Shard, parse_batch_id
 from batchgen.stats import LATENCY_FIELDS, merge_stats
 from batchgen.storage import FileInfo, Storage
 from batchgen.write import FORMAT_VERSION, footer_from_json, footer_to_json, read_file_footer
@@ -26,6 +26,7 @@ SPEC = "_batchgen/spec.json"
 PLAN_FILES = "_batchgen/plan/files.parquet"
 PLAN_SHARDS = "_batchgen/plan/shards-{:06d}.parquet"
 COMMITTED = "_batchgen/committed.parquet"
+LOCK = "_batchgen/lock.json"
 SUCCESS = "_SUCCESS"
 NUM_FOOTER_THREADS = 32
 
@@ -60,10 +61,13 @@ class CommittedShard:
 # ---- what is committed -----------------------------------------------------------------------------------------------
 
 
-def load_committed(storage: Storage, fingerprint: str) -> dict[int, CommittedShard]:
-    """All committed shards by number. Raises OutputError for a file in data/ that is not this job's."""
+def load_committed(
+    storage: Storage, fingerprint: str, known_shards: Iterable[CommittedShard] = ()
+) -> dict[int, CommittedShard]:
+    """All committed shards by number; footers of `known_shards` are not read again where their file is unchanged. Raises
+    OutputError for a file in data/ that is not this job's."""
     infos = storage.list_files("data", suffix=".parquet")
-    known = _load_compacted(storage)
+    known = {(shard.info.path, shard.info.version): shard.footer for shard in known_shards} or _load_compacted(storage)
     unknown = [info for info in infos if (info.path, info.version) not in known]
     with ThreadPoolExecutor(NUM_FOOTER_THREADS, thread_name_prefix="footer") as threads:
         read = dict(
@@ -164,6 +168,15 @@ def add_batches(known: dict[str, BatchStats], batches: Iterable[BatchStats]) -> 
         known[stats.batch_id] = stats if ours is None else merge_stats(ours, stats)
 
 
+def is_settled(batch: BatchStats, committed: Mapping[int, CommittedShard]) -> bool:
+    """Is all said of this batch? Not of a lost one whose shard is to be done yet: the attempt that commits will say what
+    became of its journaled rows, and a line of batch_stats is never changed."""
+    if batch.outcome != "lost":
+        return True
+    standing = committed.get(parse_batch_id(batch.batch_id)[0])
+    return standing is not None and (batch.epoch, batch.attempt) <= (standing.footer.epoch, standing.footer.attempt)
+
+
 def write_batch_stats(storage: Storage, epoch: int, batches: Mapping[str, BatchStats]) -> None:
     """Add the batches that batch_stats doesn't have yet, as this run's one file."""
     have = set(read_stats_table(storage)["batch_id"].to_pylist())
@@ -252,23 +265,14 @@ def write_json(storage: Storage, path: str, value: Mapping[str, Any]) -> None:
     storage.put(path, json.dumps(value, ensure_ascii=False).encode())
 
 
-def make_manifest(
-    committed: Iterable[CommittedShard], *, fingerprint: str, epoch: int, num_rows: int, n: int
-) -> dict[str, Any]:
-    """Every data file with its rows, and the sum: rows in times n = rows out, ok plus error."""
+def make_manifest(committed: Iterable[CommittedShard], report: Mapping[str, Any]) -> dict[str, Any]:
+    """Every data file with its rows, beside the report's count of rows: input times n = output = ok plus error."""
     shards = sorted(committed, key=lambda shard: shard.info.path)
-    num_ok = sum(shard.footer.num_rows_ok for shard in shards)
-    num_error = sum(shard.footer.num_rows_error for shard in shards)
     return {
         "format_version": FORMAT_VERSION,
-        "fingerprint": fingerprint,
-        "epoch": epoch,
-        "num_input_rows": num_rows,
-        "n": n,
-        "num_output_rows": num_ok + num_error,
-        "num_rows_ok": num_ok,
-        "num_rows_error": num_error,
-        "is_complete": num_ok + num_error == num_rows * n,
+        "fingerprint": report["fingerprint"],
+        "epoch": report["epoch"],
+        "rows": report["rows"],
         "files": [
             {
                 "path": shard.info.path,

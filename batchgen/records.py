@@ -246,7 +246,7 @@ class BatchStats:
     mean_inflight: float | None = None
     window: int | None = None
     latency: dict[str, float | None] | None = None
-    sketches: dict[str, dict[str, int]] | None = None
+    sketches: dict[str, str] | None = None
     finish_reasons: dict[str, int] | None = None
     error_types: dict[str, int] | None = None
     num_retries: int | None = None

@@ -30,7 +30,6 @@ def make_report(
     state: str,
     message: str | None,
     num_input_rows: int,
-    num_planned_rows: int,
     elapsed_s: float,
     is_unique_checked: bool | None,
 ) -> dict[str, Any]:
@@ -47,22 +46,19 @@ def make_report(
         "engine": spec.engine.kind,
         "model": spec.model.path,
         "custom_id": "unique" if is_unique_checked else "not checked",
-        "rows": make_row_counts(spec, committed, num_input_rows, num_planned_rows),
+        "rows": make_row_counts(spec, committed, num_input_rows),
         "job": make_totals(everything),
         "run": {**make_totals(ours), "elapsed_s": elapsed_s, "tokens_per_s": _rate(ours, elapsed_s)},
     }
 
 
-def make_row_counts(
-    spec: JobSpec, committed: Sequence[CommittedShard], num_input_rows: int, num_planned_rows: int
-) -> dict[str, Any]:
+def make_row_counts(spec: JobSpec, committed: Sequence[CommittedShard], num_input_rows: int) -> dict[str, Any]:
     """Conservation: input rows x n = output rows = ok + error, once the job is complete."""
     num_ok = sum(shard.footer.num_rows_ok for shard in committed)
     num_error = sum(shard.footer.num_rows_error for shard in committed)
     done = num_ok + num_error
     return {
         "input": num_input_rows,
-        "planned": num_planned_rows,
         "n": spec.sampling.n,
         "output": done,
         "ok": num_ok,
@@ -92,7 +88,7 @@ def make_job_latency(batches: Sequence[BatchStats]) -> dict[str, float | None]:
     """{latency_p99_s: ...} over all rows of the batches; a maximum is a bucket's middle too."""
     latency: dict[str, float | None] = {}
     for name in LATENCIES:
-        merged = merge_sketches((batch.sketches or {}).get(name, {}) for batch in batches)
+        merged = merge_sketches((batch.sketches or {}).get(name, "") for batch in batches)
         latency |= {f"{name}_{key}_s": read_quantile(merged, q) for key, q in QUANTILES.items()}
     return latency
 

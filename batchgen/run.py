@@ -33,11 +33,11 @@ def run_job(spec: JobSpec, view: View, *, limit: int | None = None) -> dict[str,
         job = reopen(job, storage)
         for warning in job.warnings:
             view.warn(warning)
-        freeze(job)
         if not job.todo:
             view.say("nothing left to do: every planned row is committed")
             return finish(job, None, hold, is_trial=limit is not None)
         storage.delete(manifest.SUCCESS)
+        freeze(job)
         setup = WorkerSetup("", job.spec, hold.epoch, storage, job.passthrough)
         with closing(create_pool(setup)) as pool, stop_on_signal() as check_signal:
             dispatcher = make_dispatcher(job, hold, pool, view, check_signal)

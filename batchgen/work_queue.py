@@ -62,11 +62,12 @@ class _Worker:
     progress_at: float
     progress: tuple[int, int] = (0, 0)
     last_shard: int = -2
+    num_unfinished: int = 0
     open: dict[str, _Open] = field(default_factory=dict)
 
-    @property
-    def num_unfinished(self) -> int:
-        return sum(o.lease.shard.num_rows - o.num_rows_done for o in self.open.values())
+    def count(self) -> None:
+        """Keeps the sum that every lease is decided by; called whenever what is open changed, never in a decision."""
+        self.num_unfinished = sum(o.lease.shard.num_rows - o.num_rows_done for o in self.open.values())
 
 
 class WorkQueue:
@@ -82,6 +83,7 @@ class WorkQueue:
         heapq.heapify(self._heap)
         self._delayed: list[tuple[float, int]] = []
         self._num_lost: dict[int, int] = {}
+        self._most_done: dict[int, int] = {}
         self._num_failed: dict[int, int] = {}
         self._reasons: dict[int, str] = {}
         self._attempts = {number: queued.first_attempt for number, queued in self._all.items()}
@@ -102,6 +104,7 @@ class WorkQueue:
         for shard in beat.shards:
             if (lease := worker.open.get(shard.batch_id)) is not None:
                 lease.num_rows_done, lease.num_rows_error = shard.num_rows_done, shard.num_rows_error
+        worker.count()
         progress = (beat.total_tokens, sum(o.num_rows_done for o in worker.open.values()))
         if progress != worker.progress or (beat.num_inflight == 0 and not worker.open):
             worker.progress, worker.progress_at = progress, now
@@ -109,7 +112,7 @@ class WorkQueue:
     def complete(self, worker_id: str, batch_id: str, shard_number: int) -> bool:
         """The shard's file exists, whoever made it. False when that was known already."""
         if (worker := self._workers.get(worker_id)) is not None:
-            worker.open.pop(batch_id, None)
+            self._close(worker, batch_id)
         if shard_number in self._done:
             return False
         self._done.add(shard_number)
@@ -119,7 +122,7 @@ class WorkQueue:
     def fail(self, worker_id: str, batch_id: str, now: float, reason: str) -> LostLease | None:
         """The lease ended without a commit, its worker lives: lent again after a pause. None for a zombie's."""
         worker = self._workers.get(worker_id)
-        held = worker.open.pop(batch_id, None) if worker is not None else None
+        held = self._close(worker, batch_id) if worker is not None else None
         if held is None:
             return None
         number = held.lease.shard.number
@@ -135,11 +138,25 @@ class WorkQueue:
             return []
         lost = []
         for held in worker.open.values():
-            number = held.lease.shard.number
-            self._num_lost[number] = self._num_lost.get(number, 0) + 1
-            self._wait(number)
+            self._count_loss(held)
+            self._wait(held.lease.shard.number)
             lost.append(self._end(held, now, reason))
         return lost
+
+    def _count_loss(self, held: _Open) -> None:
+        """Only losses without progress count towards the last resort: a shard that gets further with every attempt is
+        held up by its workers' deaths, it does not cause them."""
+        number = held.lease.shard.number
+        if held.num_rows_done > self._most_done.get(number, 0):
+            self._most_done[number], self._num_lost[number] = held.num_rows_done, 0
+        else:
+            self._num_lost[number] = self._num_lost.get(number, 0) + 1
+
+    def _close(self, worker: _Worker, batch_id: str) -> _Open | None:
+        held = worker.open.pop(batch_id, None)
+        if held is not None:
+            worker.num_unfinished -= held.lease.shard.num_rows - held.num_rows_done
+        return held
 
     def _end(self, held: _Open, now: float, reason: str) -> LostLease:
         self._reasons[held.lease.shard.number] = reason
@@ -196,6 +213,7 @@ class WorkQueue:
         if not worker.open:
             worker.progress_at = now
         worker.open[lease.batch_id] = _Open(lease, now)
+        worker.num_unfinished += queued.shard.num_rows
         return lease
 
     def list_silent(self, now: float) -> list[tuple[str, str]]:

@@ -332,6 +332,31 @@ def check_row(row: Mapping[str, Any]) -> None:
     assert [name for name in absent if row[name] is not None] == [], row
 
 
+def read_stats(out: str | Path) -> dict[str, dict[str, Any]]:
+    rows = read_folder(out, "batch_stats").to_pylist()
+    assert len({row["batch_id"] for row in rows}) == len(rows)
+    return {row["batch_id"]: row for row in rows}
+
+
+def check_stats_add_up(out: str | Path, data: dict[str, bytes]) -> None:
+    """Every batch with rows in data/ is in batch_stats with at least those rows and tokens; exactly those where no file
+    was replaced. No batch whose rows stand without an attempt that failed to commit them is called lost."""
+    stats = read_stats(out)
+    rows = [row for content in data.values() for row in pq.read_table(pa.BufferReader(content)).to_pylist()]
+    was_replaced = any(row["num_rows_copied"] for row in stats.values())
+    for batch_id in {row["batch_id"] for row in rows}:
+        mine = [row for row in rows if row["batch_id"] == batch_id]
+        num_ok = sum(row["status"] == "ok" for row in mine)
+        tokens = sum(row["completion_tokens"] or 0 for row in mine)
+        said = (stats[batch_id]["num_rows_ok"], stats[batch_id]["completion_tokens"] or 0)
+        assert said == (num_ok, tokens) or (was_replaced and said >= (num_ok, tokens)), batch_id
+    made_files = {
+        pq.ParquetFile(pa.BufferReader(content)).schema_arrow.metadata[b"batchgen"] for content in data.values()
+    }
+    standing = {json.loads(footer)["batch_id"] for footer in made_files}
+    assert {stats[batch_id]["outcome"] for batch_id in standing} <= {"committed"}
+
+
 def check_conserved(out: str | Path, files: Sequence[tuple[str, int]], n: int = 1) -> dict[str, Any]:
     """Manifest, report and data agree; the report."""
     data = read_many(list_output(out, "data"))
@@ -340,9 +365,11 @@ def check_conserved(out: str | Path, files: Sequence[tuple[str, int]], n: int = 
     manifest = json.loads(read_bytes(f"{out}/manifest.json"))
     report = dict(json.loads(read_bytes(f"{out}/report.json")))
     num_input = sum(size for _, size in files)
-    assert manifest["num_input_rows"] * manifest["n"] == num_input * n == manifest["num_output_rows"] == len(statuses)
-    assert (manifest["num_rows_ok"], manifest["num_rows_error"]) == (num_ok, num_error)
+    assert manifest["rows"] == report["rows"]
+    assert (report["rows"]["input"], report["rows"]["n"], report["rows"]["output"]) == (num_input, n, len(statuses))
+    assert num_input * n == len(statuses)
     assert (report["rows"]["ok"], report["rows"]["error"]) == (num_ok, num_error)
+    check_stats_add_up(out, data)
     sizes = {name: len(content) for name, content in data.items()}
     assert {f"{out}/{file['path']}": file["num_bytes"] for file in manifest["files"]} == sizes
     assert sum(file["num_rows"] for file in manifest["files"]) == len(statuses)

@@ -29,6 +29,7 @@ from jobs_util import (
     read_bytes,
     read_folder,
     read_rows,
+    read_stats,
     read_table,
     run,
     run_cli,
@@ -81,12 +82,6 @@ def tree(tmp_path: Path, files: list[tuple[str, int]], out: Path, calls: Path) -
 
 def change(tree: Tree, section: str, **fields: Any) -> Tree:
     return {**tree, section: {**tree.get(section, {}), **fields}}
-
-
-def read_stats(out: Path) -> dict[str, dict[str, Any]]:
-    rows = read_folder(out, "batch_stats").to_pylist()
-    assert len({row["batch_id"] for row in rows}) == len(rows)
-    return {row["batch_id"]: row for row in rows}
 
 
 # ---- what comes out --------------------------------------------------------------------------------------------------
@@ -301,7 +296,9 @@ def test_a_cancelled_run_goes_on_without_repeating(
     assert list_output(out, "_batchgen/journal") == []
     stats = read_stats(out)
     assert {row["outcome"] for row in stats.values()} == {"committed", "lost"}
-    assert sum(row["num_rows_ok"] or 0 for row in stats.values() if row["outcome"] == "committed") < 55
+    lost = [row for row in stats.values() if row["outcome"] == "lost"]
+    assert all(row["worker"] and row["node"] and row["wall_s"] is not None for row in lost)
+    assert sum(row["num_rows_ok"] for row in stats.values()) == 55
     assert sum(row["num_rows_from_journal"] or 0 for row in stats.values()) > 0
 
 
@@ -328,6 +325,18 @@ def test_rows_are_journaled_while_their_shard_is_committed() -> None:
             while not made.done():
                 shard.take_unflushed()
         assert made.result().output.num_rows == 250
+
+
+def test_success_goes_when_the_verdict_changes(tree: Tree, files: list[tuple[str, int]], out: Path) -> None:
+    """`_SUCCESS` is the last run's verdict: stricter limits on the same dataset take it away."""
+    poisoned = change(tree, "engine", reject_text="number 7")
+    lenient, strict = change(poisoned, "retry", max_error_rate=0.9), change(poisoned, "retry", max_error_rate=0.0)
+    report, _ = run(lenient)
+    assert report["rows"]["error"] > 0
+    assert (report["exit_code"], (out / "_SUCCESS").exists()) == (0, True)
+    report, _ = run(strict)
+    assert (report["exit_code"], (out / "_SUCCESS").exists()) == (1, False)
+    check_conserved(out, files)
 
 
 # ---- error rows ------------------------------------------------------------------------------------------------------

@@ -84,6 +84,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.due: dict[int, float] = {}
         self.last_attempt = dict.fromkeys(self.costs, first_attempt - 1)
         self.num_lost: Counter[int] = Counter()
+        self.most_done: Counter[int] = Counter()
         self.num_failed: Counter[int] = Counter()
         self.reasons: dict[int, str] = {}
 
@@ -165,12 +166,18 @@ class QueueMachine(RuleBasedStateMachine):
         self.reasons[number] = "store"
         self.drop(lease)
 
+    def count_loss(self, number: int, rows_done: int) -> None:
+        if rows_done > self.most_done[number]:
+            self.most_done[number], self.num_lost[number] = rows_done, 0
+        else:
+            self.num_lost[number] += 1
+
     def lose(self, worker_id: str, reason: str) -> None:
         lost = self.queue.lose(worker_id, self.now, reason)
         worker = self.workers[worker_id]
         assert {one.lease.batch_id for one in lost} == worker.leases.keys()
         for lease in list(worker.leases.values()):
-            self.num_lost[lease.shard.number] += 1
+            self.count_loss(lease.shard.number, worker.rows.get(lease.batch_id, (0, 0))[0])
             self.reasons[lease.shard.number] = reason
             self.due.pop(lease.shard.number, None)
             self.drop(lease)
@@ -387,6 +394,22 @@ def test_the_last_resort_comes_after_so_many_lost_leases_and_failed_ones_do_not_
         found.append(must_lease(queue, 10.0).is_last_resort)
         queue.lose(f"w{number}", 10.0, "killed")
     assert found == [False, False, True]
+
+
+def test_losses_with_progress_are_the_workers_and_not_the_shards() -> None:
+    """A shard that gets further with every attempt is never given up; one that stands still is."""
+    queue = make_queue(1, max_shard_attempts=2)
+    for number, rows in enumerate([1, 2, 3, 4, 5, 5]):
+        queue.add_worker(make_worker_info(f"w{number}"), 0.0)
+        lease = must_lease(queue)
+        assert not lease.is_last_resort, rows
+        queue.renew(beat(f"w{number}", lease, rows=rows), 1.0)
+        queue.lose(f"w{number}", 2.0, "killed")
+    queue.add_worker(make_worker_info("x"), 3.0)
+    assert not must_lease(queue).is_last_resort
+    queue.lose("x", 3.0, "killed")
+    queue.add_worker(make_worker_info("y"), 3.0)
+    assert must_lease(queue).is_last_resort
 
 
 def test_a_hopeless_shard_is_named_until_somebody_commits_it() -> None:

@@ -47,7 +47,7 @@ def make_footer(**fields: Any) -> FileFooter:
         stats,
         num_gpus=8.0,
         latency={"ttft_p50_s": 0.25, "ttft_max_s": None},
-        sketches={"ttft": {"-70": 3}, "latency": {}},
+        sketches={"ttft": "-70:3", "latency": ""},
         finish_reasons={"stop": 2},
         error_types={},
         num_rows_ok=2,
