@@ -13,6 +13,7 @@ paused process; what such a zombie still commits is a whole shard file that eith
 import json
 import os
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -97,11 +98,13 @@ def _is_zombie(pid: int) -> bool:
 
 
 class DriverLease:
-    """Held by one driver. `renew` often (a sixth of the time to live is good); stop at LeaseLost."""
+    """Held by one driver. `renew` often (a sixth of the time to live is good); stop at LeaseLost. Renewing and releasing
+    may be asked for by two threads: they wait for each other, and nothing is written after the release."""
 
     def __init__(self, storage: Storage, holder: Holder, clock: Callable[[], float]) -> None:
         self._storage, self._holder, self._clock = storage, holder, clock
         self._renewed_at = clock()
+        self._writing = threading.Lock()
 
     @property
     def epoch(self) -> int:
@@ -123,11 +126,9 @@ class DriverLease:
 
     def renew(self) -> None:
         """Raises LeaseLost when another driver took over, or when the store was out of reach for half the lease."""
-        asked_at = self._clock()  # others may have seen the beat long before a slow store's reply
         try:
-            self._check_newer()
-            self._write(replace(self._holder, beat=self._holder.beat + 1))
-            self._renewed_at = asked_at
+            with self._writing:
+                self._renew()
         except StorageError as error:
             if self._clock() - self._renewed_at > self._holder.ttl_s / 2:
                 raise LeaseLost(f"could not renew the lease on {self._storage.root}: {error}") from error
@@ -135,9 +136,18 @@ class DriverLease:
     def release(self) -> None:
         """The run ended: the next one needs not wait. Does nothing when the lease was lost."""
         try:
-            self._write(replace(self._holder, has_ended=True))
+            with self._writing:
+                self._write(replace(self._holder, has_ended=True))
         except StorageError:
             return  # the next driver waits for the time to live instead; nothing is at stake
+
+    def _renew(self) -> None:
+        if self._holder.has_ended:
+            return
+        asked_at = self._clock()  # others may have seen the beat long before a slow store's reply
+        self._check_newer()
+        self._write(replace(self._holder, beat=self._holder.beat + 1))
+        self._renewed_at = asked_at
 
     def _check_newer(self) -> None:
         if self._storage.info(make_path(self.epoch + 1)) is not None:

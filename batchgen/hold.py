@@ -46,9 +46,10 @@ class Hold:
             raise Cancelled("cancelled by: batchgen cancel")
 
     def release(self) -> None:
+        """Waits for a renewal under way, which would undo it, however long the store takes."""
         self._is_over.set()
-        self._thread.join(self._lease.renew_interval_s)
         self._lease.release()
+        self._thread.join(self._lease.renew_interval_s)
 
     def _keep(self) -> None:
         while not self._is_over.wait(self._lease.renew_interval_s):

@@ -14,6 +14,7 @@ import pytest
 
 from batchgen.driver_lease import DriverLease, Holder, acquire, get_machine, is_dead_here, make_path, read_holder
 from batchgen.errors import LeaseHeld, LeaseLost, StorageError
+from batchgen.hold import Hold
 from batchgen.storage import Storage
 
 TTL_S = 60.0
@@ -41,6 +42,7 @@ class FaultyStorage(Storage):
     is_down = False
     write_s = 0.0
     clock: Clock | None = None
+    on_put: Callable[[], object] = staticmethod(lambda: None)
 
     def info(self, path: str):  # type: ignore[no-untyped-def]
         if self.is_down:
@@ -50,6 +52,7 @@ class FaultyStorage(Storage):
     def put(self, path: str, data: bytes | memoryview) -> str:
         if self.is_down:
             raise StorageError("the store is down")
+        self.on_put()
         version = super().put(path, data)
         if self.clock is not None:
             self.clock.now += self.write_s
@@ -338,6 +341,52 @@ def test_releasing_on_a_store_that_fails_is_no_error(storage: FaultyStorage) -> 
     lease.release()
     storage.is_down = False
     assert not must_read(storage).has_ended
+
+
+def test_a_late_renewal_does_not_undo_the_release(storage: FaultyStorage) -> None:
+    lease = take(storage)
+    is_writing, may_write = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        is_writing.set()
+        assert may_write.wait(10)
+
+    storage.on_put = wait
+    with ThreadPoolExecutor(2) as threads:
+        renewing = threads.submit(lease.renew)
+        assert is_writing.wait(10)
+        releasing = threads.submit(lease.release)
+        with pytest.raises(TimeoutError):
+            releasing.result(0.1)
+        may_write.set()
+        renewing.result()
+        releasing.result()
+    assert must_read(storage).has_ended
+    lease.renew()
+    assert must_read(storage).has_ended, "nothing is written after the release"
+
+
+def test_a_hold_waits_for_the_renewal_of_a_slow_store(storage: FaultyStorage) -> None:
+    """Longer than a renewal takes as a rule, which is as long as the thread is joined for."""
+    clock = Clock()
+    lease = acquire(storage, 0.3, clock=clock, sleep=clock.sleep)
+    is_writing, may_write = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        if threading.current_thread().name == "driver-lease":
+            is_writing.set()
+            assert may_write.wait(10)
+
+    storage.on_put = wait
+    hold = Hold(lease, lambda: False)
+    assert is_writing.wait(10)
+    with ThreadPoolExecutor(1) as threads:
+        releasing = threads.submit(hold.release)
+        with pytest.raises(TimeoutError):
+            releasing.result(0.2)
+        may_write.set()
+        releasing.result()
+    assert must_read(storage).has_ended
 
 
 # ---- dead or alive
