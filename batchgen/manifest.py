@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchgen.errors import AlreadyExists, NotFound, OutputError
+from batchgen.errors import AlreadyExists, LeaseLost, NotFound, OutputError
 from batchgen.records import BatchStats, FileFooter, InputFile, Shard, parse_batch_id
 from batchgen.stats import LATENCY_FIELDS, merge_stats
 from batchgen.storage import FileInfo, Storage
@@ -209,11 +209,15 @@ def write_plan_files(storage: Storage, files: Sequence[InputFile], passthrough: 
 
 
 def _create_once(storage: Storage, path: str, data: pa.Buffer) -> None:
-    """Create, or leave what is there: only the holder of the driver's lease writes plans, so it is our own."""
+    """Create, or find our own after a lost reply. Raises LeaseLost when it is another driver's: only the holder of the
+    lease writes plans, but where the store has no conditional writes two may think that they are."""
     try:
         storage.create(path, data)
     except AlreadyExists:
-        return
+        if storage.read_bytes(path) != data.to_pybytes():
+            raise LeaseLost(
+                f"{storage.url(path)}: another run planned this folder meanwhile; start again to go on with its plan"
+            ) from None
 
 
 def read_plan(storage: Storage) -> tuple[list[InputFile], pa.Schema, list[Shard]] | None:
