@@ -9,19 +9,23 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
+
+from batchgen.engine_spec import EngineSpec, Section, SimulatedEngineSpec, TransformersEngineSpec
+from batchgen.urls import check_url
+
+__all__ = ["EngineSpec", "JobSpec", "SimulatedEngineSpec", "TransformersEngineSpec"]
 
 FINGERPRINT_VERSION = 1
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+Url = Annotated[str, AfterValidator(check_url)]
 
 
 class InputSpec(Section):
     """Which rows."""
 
-    paths: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+    paths: Annotated[tuple[Url, ...], Field(min_length=1)] = Field(
         description="Parquet files, folders (searched recursively) or globs: local paths, s3:// or any fsspec URL. "
         "A single string is taken as a list of one."
     )
@@ -95,10 +99,16 @@ class ModelSpec(Section):
         description="A local folder or hub id of a Hugging Face checkpoint, or 'embedded': the tiny model that ships "
         "with batchgen and answers sums.",
     )
-    revision: str | None = Field(default=None, description="Hub revision (commit, tag or branch).")
+    revision: str | None = Field(default=None, description="Revision of a hub id (commit, tag or branch).")
     max_model_len: int | None = Field(
         default=None, ge=2, description="Prompt plus completion, tokens. The model's own limit when absent."
     )
+
+    @model_validator(mode="after")
+    def _has_revisions(self) -> "ModelSpec":
+        if self.revision is not None and (self.path == "embedded" or self.path.startswith(("/", ".", "~"))):
+            raise ValueError("revision goes with a hub id; leave it out")
+        return self
 
 
 class SamplingSpec(Section):
@@ -133,54 +143,10 @@ class SamplingSpec(Section):
     thinking: bool = Field(default=False, description="Ask the chat template for reasoning; kept in its own column.")
 
 
-class SimulatedEngineSpec(Section):
-    """An engine without a model: real time, seeded lengths, no GPU. For tests, dry runs and benchmarks."""
-
-    kind: Literal["simulated"]
-    max_inflight: int = Field(default=256, ge=1, description="Requests sent and not answered (requests).")
-    slots: int = Field(default=64, ge=1, description="Requests decoded at the same time (requests).")
-    prefill_tokens_per_s: float = Field(default=20_000.0, gt=0, description="Prefill rate of the engine (tokens/s).")
-    decode_tokens_per_s: float = Field(default=50.0, gt=0, description="Decode rate of one slot (tokens/s).")
-    has_latency: bool = Field(default=True, description="false: answer at once, whatever the rates say.")
-    mean_tokens: float = Field(default=200.0, gt=0, description="Mean of the lognormal completion length (tokens).")
-    sigma: float = Field(
-        default=0.8, ge=0.0, description="Its sigma (of the log). 0: every answer has the mean length."
-    )
-    startup_s: float = Field(default=0.0, ge=0, description="Time until the engine is ready (s).")
-    max_model_len: int = Field(default=131_072, ge=2, description="Prompt plus completion (tokens).")
-    reject_text: str | None = Field(
-        default=None, description="Refuse each prompt that contains this text: a stand-in for a poison row."
-    )
-    failure_rate: float = Field(
-        default=0.0, ge=0.0, le=1.0, description="Share of first attempts that fail and may be retried, seeded by row."
-    )
-    call_log: str | None = Field(
-        default=None, description="Local folder; every call appends a line here (row, sample, attempt), never text."
-    )
-
-
-class TransformersEngineSpec(Section):
-    """Any Hugging Face causal LM on this machine, decoded in batches. Needs the extra: pip install 'batchgen[local]'."""
-
-    kind: Literal["transformers"]
-    max_inflight: int = Field(default=128, ge=1, description="Requests sent and not answered (requests).")
-    max_batch_size: int = Field(default=64, ge=1, description="Requests decoded together (requests).")
-    num_threads: int = Field(
-        default=1, ge=1, description="Torch threads; a second one was measured to slow small models."
-    )
-    device: str = Field(default="auto", description="cpu, cuda, cuda:N; auto takes CUDA where there is one.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="auto: float32 on CPU (faster there than bfloat16), the checkpoint's on CUDA."
-    )
-
-
-EngineSpec = Annotated[SimulatedEngineSpec | TransformersEngineSpec, Field(discriminator="kind")]
-
-
 class OutputSpec(Section):
     """Where the dataset goes and which optional columns it has."""
 
-    path: str = Field(description="Folder to write to: local path, s3:// or any fsspec URL.")
+    path: Url = Field(description="Folder to write to: local path, s3:// or any fsspec URL.")
     token_ids: bool = Field(default=False, description="Add the column token_ids (generated ids).")
     rows_per_shard: int | None = Field(
         default=None, ge=1, description="Rows a shard (rows). Absent: from expected size and duration."
@@ -189,7 +155,7 @@ class OutputSpec(Section):
     journal_interval_s: float = Field(
         default=30.0, gt=0, description="Finished rows are made safe this often (s): what a crash can cost."
     )
-    lock_url: str | None = Field(
+    lock_url: Url | None = Field(
         default=None,
         description="Folder on a store with conditional writes, for the driver's lease, when the output's store has none.",
     )
@@ -216,8 +182,10 @@ class ClusterSpec(Section):
     gpus_per_worker: float = Field(default=0.0, ge=0, description="GPUs an actor reserves (GPUs).")
     cpus_per_worker: float = Field(default=1.0, ge=0, description="CPU cores an actor reserves (cores).")
     resources_per_worker: dict[str, float] = Field(default={}, description="Custom Ray resources an actor reserves.")
-    placement: Literal["SPREAD", "PACK", "DEFAULT"] = Field(
-        default="SPREAD", description="SPREAD puts actors on different nodes where it can; PACK fills nodes."
+    placement: Literal["SPREAD", "DEFAULT"] = Field(
+        default="SPREAD",
+        description="Ray's scheduling strategy. SPREAD puts actors on different nodes where it can; DEFAULT prefers "
+        "nodes already in use until they are about half full.",
     )
     address: str | None = Field(
         default=None,

@@ -136,6 +136,8 @@ def _with_absolute_paths(spec: JobSpec) -> JobSpec:
     if engine.kind == "simulated" and engine.call_log is not None:
         engine = engine.model_copy(update={"call_log": _absolute(engine.call_log)})
     if is_local(model.path) and Path(model.path).expanduser().is_dir():
+        if model.revision is not None:
+            raise SpecError(f"model.revision: goes with a hub id, and {model.path} is a folder here; leave it out")
         model = model.model_copy(update={"path": _absolute(model.path)})
     lock_url = output.lock_url and _absolute(output.lock_url)
     return spec.model_copy(

@@ -19,13 +19,13 @@ from typing import Any, BinaryIO, cast
 from batchgen.errors import AlreadyExists, Conflict, InputChanged, InputError, NotFound, StorageError
 from batchgen.stores.base import ABSENT, Client, FileInfo, StoreFile
 from batchgen.stores.local import LocalClient
+from batchgen.urls import has_password
 
 __all__ = ["FileInfo", "Storage", "is_input", "list_inputs", "open_input", "read_text"]
 
 _BLOCK_BYTES = 4 * 2**20
 _PARALLEL_DELETES = 16
 _SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*)://")
-_PASSWORD = re.compile(r"://[^/@]*:[^/@]*@")
 _MAGIC = re.compile(r"[*?[]")
 
 
@@ -210,7 +210,7 @@ def _absolute(url: str) -> str:
     rest = url[len(scheme) + 3 :]
     if scheme in {"file", "local"} or not scheme:
         return os.path.abspath(rest if scheme else Path(url).expanduser())  # noqa: PTH100 - resolve() follows links
-    if _PASSWORD.search(url):  # the URL is not repeated: it holds the secret
+    if has_password(url):  # the URL is not repeated: it holds the secret
         raise InputError(f"cannot use a {scheme}:// URL with a password in it; leave credentials to the environment")
     return f"{'s3' if scheme == 's3a' else scheme}://{rest.rstrip('/')}"
 

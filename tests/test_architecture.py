@@ -20,7 +20,7 @@ MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 300
 
 LAYERS = [
-    ["__init__", "records", "errors"],
+    ["__init__", "records", "errors", "urls", "engine_spec"],
     ["spec", "events", "build", "tasks", "window", "signals"],
     # pure decisions
     ["prompt", "plan", "work_queue", "scaling", "stats", "answer"],
@@ -50,7 +50,8 @@ LAYERS = [
     ["demo"],
     ["cli"],
 ]
-PURE = {"records", "events", "errors", "spec", "prompt", "plan", "work_queue", "scaling", "stats", "answer"}
+PURE = {"records", "events", "errors", "urls", "engine_spec", "spec", "prompt", "plan"}
+PURE |= {"work_queue", "scaling", "stats", "answer"}
 # What only does I/O: pure modules may not even import it from the standard library.
 EFFECTS = {
     "os",

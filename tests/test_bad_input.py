@@ -243,7 +243,7 @@ OTHER: dict[str, tuple[Tree, str]] = {
         {"input": {"passthrough": ["key"]}, "output": {"token_ids": True}},
         "input.passthrough, output.token_ids",
     ),
-    "model": ({"model": {"revision": "v2"}}, "model.revision"),
+    "model": ({"model": {"path": "org/model", "revision": "v2"}}, "model.path, model.revision"),
 }
 
 

@@ -1,6 +1,7 @@
 """What a spec says, what it refuses and in which words, and what of it makes the data."""
 
 import json
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +104,59 @@ def test_the_json_schema_knows_every_section_and_tells_engines_apart_by_kind() -
         ({"input": {"paths": []}}, "spec: input.paths: "),
         ({"input": {"paths": "a", "limit": 0}}, "spec: input.limit: "),
         ({"sampling": None}, "spec: sampling: Input should be a valid dictionary"),
+        ({"model": {"revision": "v2"}}, "spec: model: revision goes with a hub id; leave it out"),
+        ({"model": {"path": "/models/m", "revision": "v2"}}, "spec: model: revision goes with a hub id; leave it out"),
+        ({"cluster": {"placement": "PACK"}}, "spec: cluster.placement: Input should be 'SPREAD' or 'DEFAULT'"),
     ],
 )
 def test_a_wrong_field_is_refused_in_one_sentence(sections: dict[str, Any], sentence: str) -> None:
     assert sentence in refusal(**sections)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://host/in.parquet?X-Amz-Algorithm=AWS4&X-Amz-Credential=hunter2/2026/s3&X-Amz-Signature=hunter2",
+        "http://host/in.parquet?raw=hunter2",
+        "simplecache::https://host/in.parquet?hunter2",
+        "abfs://container@account/in?sv=2024&st=2026-01-01&sr=c&sig=hunter2",
+        "gs://bucket/in?GoogleAccessId=x&Signature=hunter2",
+        "s3://bucket/in?AWSAccessKeyId=hunter2&Expires=1",
+        "s3://bucket/in?a=1&access_token=hunter2",
+        "s3://name:hunter2@bucket/in",
+    ],
+)
+def test_a_url_with_a_secret_never_enters_a_spec(url: str) -> None:
+    """Nor the sentence that refuses it, nor the traceback of --debug."""
+    for sections, field in (
+        ({"input": {"paths": url}}, "input.paths.0"),
+        ({"input": {"paths": ["/a", url]}}, "input.paths.1"),
+        ({"output": {"path": url}}, "output.path"),
+        ({"output": {"path": "/o", "lock_url": url}}, "output.lock_url"),
+    ):
+        with pytest.raises(SpecError) as error:
+            make_job_spec(**sections)
+        assert str(error.value).startswith(f"spec: {field}: has a ")
+        assert "; leave credentials to the environment" in str(error.value)
+        assert "hunter2" not in "".join(traceback.format_exception(error.value))
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["s3://bucket/part-?.parquet", "s3://bucket/day=?/part-??.parquet", "s3://bucket/token=1/?.parquet",
+     "s3://bucket/?/secret=a&b", "gs://b/a?b&c", "/data/in?sig=1&token=2", "https://host/in.parquet", "s3://a/b#c%3F"],
+)  # fmt: skip
+def test_a_question_mark_may_be_a_wildcard_or_a_character(url: str) -> None:
+    assert make_job_spec(input={"paths": url}).input.paths == (url,)
+
+
+def test_a_revision_goes_with_a_hub_id_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert make_job_spec(model={"path": "org/name", "revision": "v2"}).model.revision == "v2"
+    (tmp_path / "org/name").mkdir(parents=True)
+    assert refusal(model={"path": "org/name", "revision": "v2"}) == (
+        "model.revision: goes with a hub id, and org/name is a folder here; leave it out"
+    )
 
 
 def test_an_unknown_engine_field_is_compared_with_that_engines_own_fields_only() -> None:
@@ -261,7 +311,7 @@ OTHER = [
     {"prompt": {"column": "prompt", "sampling": "s"}},
     {"prompt": {"column": "prompt", "on_overflow": "truncate_left"}},
     {"model": {"path": "org/model"}},
-    {"model": {"revision": "v2"}},
+    {"model": {"path": "org/model", "revision": "v2"}},
     {"model": {"max_model_len": 100}},
     {"engine": {"kind": "transformers"}},
     {"output": {"path": "/data/out", "token_ids": True}},
