@@ -44,7 +44,7 @@ def create_engine(spec: JobSpec) -> Engine:
     if spec.engine.kind == "simulated":
         from batchgen.engines.simulated import SimulatedEngine
 
-        return SimulatedEngine(spec.engine)
+        return SimulatedEngine(spec.engine, max_model_len=spec.model.max_model_len)
     from batchgen.engines.transformers import TransformersEngine
 
     return TransformersEngine(spec.model, spec.engine)

@@ -1,7 +1,8 @@
 """An engine without a model: continuous batching in real time, seeded lengths, faults on request, every call recorded.
 
 A request waits for a slot, is prefilled (prefills share one rate) and decodes at its slot's own rate. Length and text
-follow from the prompt, the seed and the sample alone, so a rerun repeats them. `call_log` gets one line a call, written
+follow from the prompt, the seed and the sample alone, so a rerun repeats them; or each answer is as long as its request
+allows, so that lengths measured elsewhere come in as a column of per-row sampling. `call_log` gets one line a call, written
 with O_APPEND in one piece, so that a test can count what was generated again even after SIGKILL. This is product, not
 test scaffolding: users test their own jobs with it.
 """
@@ -47,15 +48,16 @@ class ByteTokenizer:
 
 
 class SimulatedEngine:
-    """See the module. `kill` makes it die as a real one would: everything in flight and all later calls fail."""
+    """See the module. `max_model_len`: another limit (the model's), obeyed where it is smaller than the engine's own.
+    `kill` makes it die as a real one would: everything in flight and all later calls fail."""
 
     kind = "simulated"
     version = __version__
 
-    def __init__(self, spec: SimulatedEngineSpec) -> None:
+    def __init__(self, spec: SimulatedEngineSpec, *, max_model_len: int | None = None) -> None:
         self._spec = spec
         self.tokenizer: Tokenizer = ByteTokenizer()
-        self.max_model_len = spec.max_model_len
+        self.max_model_len = min(spec.max_model_len, max_model_len or spec.max_model_len)
         self.total_tokens = 0
         self._log_fd: int | None = None
         self._death: asyncio.Future[None] | None = None
@@ -109,7 +111,7 @@ class SimulatedEngine:
             num_tokens = self._choose_length(request)
             for step in range(STEPS_PER_ANSWER):
                 await asyncio.sleep(num_tokens / self._spec.decode_tokens_per_s / STEPS_PER_ANSWER)
-                self.total_tokens += num_tokens // STEPS_PER_ANSWER if step else num_tokens % STEPS_PER_ANSWER
+                self.total_tokens += num_tokens // STEPS_PER_ANSWER + (0 if step else num_tokens % STEPS_PER_ANSWER)
             return self._answer(request, queued_s=queued_s, ttft_s=ttft_s)
 
     def _check(self, request: Request) -> None:
@@ -128,6 +130,8 @@ class SimulatedEngine:
         return random.Random(digest.digest())
 
     def _choose_length(self, request: Request) -> int:
+        if self._spec.length == "max_tokens":
+            return request.sampling.max_tokens
         sigma = self._spec.sigma
         draw = self._random(request, "length").lognormvariate(0.0, sigma) if sigma else 1.0
         wanted = self._spec.mean_tokens * draw / math.exp(sigma * sigma / 2)
@@ -139,7 +143,7 @@ class SimulatedEngine:
             self.total_tokens += num_tokens
         words = self._random(request, "text")
         text = " ".join(words.choice(WORDS) for _ in range(max(1, num_tokens // 6)))
-        is_cut = num_tokens == request.sampling.max_tokens
+        is_cut = self._spec.length == "lognormal" and num_tokens == request.sampling.max_tokens
         thought = "considering</think>" if request.sampling.thinking else ""
         return Generation(
             text=thought + text,

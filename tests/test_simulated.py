@@ -1,0 +1,60 @@
+"""The simulated engine's lengths and limits. How a run behaves on it is in test_run.py."""
+
+import asyncio
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from jobs_util import make_tree, read_rows, run, write_file
+from makers import make_job_spec, make_request
+
+from batchgen.engines import create_engine
+from batchgen.engines.simulated import SimulatedEngine
+from batchgen.records import Generation
+from batchgen.spec import SimulatedEngineSpec
+
+
+def generate(engine: SimulatedEngine, max_tokens: int) -> Generation:
+    async def work() -> Generation:
+        await engine.open()
+        return await engine.generate(make_request(max_tokens=max_tokens))
+
+    return asyncio.run(work())
+
+
+@pytest.mark.parametrize("has_latency", [True, False])
+def test_answers_can_be_exactly_as_long_as_asked(has_latency: bool) -> None:
+    spec = SimulatedEngineSpec(
+        kind="simulated", length="max_tokens", has_latency=has_latency, decode_tokens_per_s=1e6, mean_tokens=3
+    )
+    for num_tokens in (1, 7, 5_000):
+        engine = SimulatedEngine(spec)
+        answer = generate(engine, num_tokens)
+        assert (answer.usage.completion_tokens, answer.finish_reason) == (num_tokens, "stop")
+        assert engine.total_tokens == num_tokens
+
+
+def test_lengths_are_drawn_and_cut_without_being_asked() -> None:
+    spec = SimulatedEngineSpec(kind="simulated", has_latency=False, mean_tokens=50, sigma=0)
+    assert generate(SimulatedEngine(spec), 1000).usage.completion_tokens == 50
+    cut = generate(SimulatedEngine(spec), 20)
+    assert (cut.usage.completion_tokens, cut.finish_reason) == (20, "length")
+
+
+def test_a_column_gives_the_lengths(tmp_path: Path) -> None:
+    lengths = [1, 40, 300, 12]
+    table = pa.table({"prompt": ["p"] * 4, "own": [{"max_tokens": length} for length in lengths]})
+    write_file(tmp_path / "in.parquet", table)
+    tree = make_tree(
+        tmp_path / "in.parquet", tmp_path / "out", prompt={"sampling": "own"}, engine={"length": "max_tokens"}
+    )
+    assert run(tree)[0]["exit_code"] == 0
+    rows = read_rows(tmp_path / "out")
+    assert [row["completion_tokens"] for row in rows] == lengths
+    assert {row["finish_reason"] for row in rows} == {"stop"}
+
+
+@pytest.mark.parametrize(("engine", "model", "used"), [(100, None, 100), (100, 60, 60), (100, 500, 100)])
+def test_the_smaller_limit_counts(engine: int, model: int | None, used: int) -> None:
+    spec = make_job_spec(engine={"kind": "simulated", "max_model_len": engine}, model={"max_model_len": model})
+    assert create_engine(spec).max_model_len == used
