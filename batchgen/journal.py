@@ -2,7 +2,7 @@
 
 A segment is one object for one flush of one worker, created if absent, never changed: a Parquet file with one row group
 for each shard it holds rows of, and an index of them in its footer. Rows may be in several segments (a row may be
-generated twice); the first one read wins, so what an attempt commits depends on the order of segment names only.
+generated twice); the first one that counts wins, so what an attempt commits depends on the order of segment names only.
 `JournalIndex` knows which segments still matter; a segment goes when every shard in it is committed.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchgen.errors import NotFound, StorageError
+from batchgen.errors import AlreadyExists, NotFound, StorageError
 from batchgen.records import JournalRef
 from batchgen.storage import Storage
 
@@ -46,15 +46,28 @@ def make_segment(rows: Mapping[int, pa.Table], fingerprint: str) -> pa.Buffer:
 
 
 def write_segment(storage: Storage, path: str, rows: Mapping[int, pa.Table], fingerprint: str) -> dict[int, JournalRef]:
-    """Write one segment; where each shard's rows lie in it. Raises StorageError; then nothing may be taken as saved."""
-    storage.create(path, make_segment(rows, fingerprint))
+    """Write one segment; where each shard's rows lie in it. Raises StorageError; then nothing may be taken as saved.
+
+    A name is used once, by one worker of one epoch: a segment that is there already with this very content is ours, and
+    only the reply to its write was lost."""
+    data = make_segment(rows, fingerprint)
+    try:
+        storage.create(path, memoryview(data))
+    except AlreadyExists:
+        if storage.read_bytes(path) != data.to_pybytes():
+            raise
     return {number: JournalRef(path, group) for group, number in enumerate(sorted(rows))}
 
 
 def read_index(storage: Storage, path: str, fingerprint: str) -> dict[int, JournalRef]:
-    """Where each shard's rows lie in one segment. Raises StorageError when it belongs to another job."""
-    with storage.open_read(path) as source:
-        metadata = pq.ParquetFile(source).schema_arrow.metadata
+    """Where each shard's rows lie in one segment. Raises StorageError when it is none, or belongs to another job."""
+    try:
+        with storage.open_read(path) as source:
+            metadata = pq.ParquetFile(source).schema_arrow.metadata or {}
+    except pa.ArrowInvalid as error:
+        raise StorageError(f"{storage.url(path)}: is not Parquet, so no journal segment; remove it") from error
+    if INDEX_KEY not in metadata:
+        raise StorageError(f"{storage.url(path)}: was not written by batchgen; remove it")
     index = json.loads(metadata[INDEX_KEY])
     if index["fingerprint"] != fingerprint:
         raise StorageError(f"{storage.url(path)}: was written by a job with another fingerprint; remove it")
@@ -73,7 +86,8 @@ def read_indexes(storage: Storage, paths: Sequence[str], fingerprint: str) -> li
 
 
 def read_rows(storage: Storage, refs: Sequence[JournalRef], schema: pa.Schema) -> pa.Table:
-    """Rows of one shard from its segments, each (source_row, sample_index) once: the first in order of `refs`.
+    """Rows of one shard from its segments, in order of `refs`: a (source_row, sample_index) may be there many times, and
+    `drop_repeated` keeps its first. Choose before that, or a row that doesn't count hides one that does.
 
     A segment that is gone means its shard was committed meanwhile: the commit finds that out, so it is skipped here.
     """
@@ -84,7 +98,7 @@ def read_rows(storage: Storage, refs: Sequence[JournalRef], schema: pa.Schema) -
                 tables.append(pq.ParquetFile(source).read_row_group(ref.row_group).cast(schema))
         except NotFound:
             continue
-    return drop_repeated(pa.concat_tables(tables)) if tables else schema.empty_table()
+    return pa.concat_tables(tables) if tables else schema.empty_table()
 
 
 def drop_repeated(rows: pa.Table) -> pa.Table:

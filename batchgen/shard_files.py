@@ -33,6 +33,14 @@ class Spent:
     mean_inflight: float | None
 
 
+def find_again(rows: pa.Table, errors: str) -> pa.ChunkedArray:
+    """For each row: is it an error that `errors` (as `retry.errors`) says to try again? Never null."""
+    if errors == "none":
+        return pc.and_(pc.is_valid(rows["status"]), False)
+    failed = pc.equal(rows["status"], "error")
+    return pc.and_(failed, pc.fill_null(rows["is_retryable"], False)) if errors == "retryable" else failed
+
+
 class ShardFiles:
     """Reads and commits shards of one job on one output folder."""
 
@@ -50,11 +58,16 @@ class ShardFiles:
         return CommittedShard(info, read_footer(self._storage, info.path))
 
     def read_journal(self, lease: Lease, after_attempt: int) -> pa.Table:
-        """Rows that attempts later than this one finished and journaled. Those of the attempt that committed the file to
-        be replaced are in that file, and a segment of it that was not deleted must not bring its errors back."""
+        """Rows that attempts later than this one finished and journaled, each once. Those of the attempt that committed
+        the file to be replaced are in that file, and a segment of it that was not deleted must not bring its errors back.
+        Errors of an earlier run are tried again as those of a committed shard are: what `retry.errors` names is left
+        out."""
         rows = journal.read_rows(self._storage, lease.journal, self.result_schema)
-        late = [parse_batch_id(batch_id)[2] > after_attempt for batch_id in rows["batch_id"].to_pylist()]
-        return rows.filter(pa.array(late, pa.bool_()))
+        batches = [parse_batch_id(batch_id) for batch_id in rows["batch_id"].to_pylist()]
+        is_late = pa.array([attempt > after_attempt for _, _, attempt in batches], pa.bool_())
+        is_old = pa.array([epoch < lease.epoch for _, epoch, _ in batches], pa.bool_())
+        is_again = pc.and_(is_old, find_again(rows, self._spec.retry.errors))
+        return journal.drop_repeated(rows.filter(pc.and_not(is_late, is_again)))
 
     def read_kept(self, lease: Lease, errors: str) -> tuple[pa.Table, int]:
         """(rows of the file to be replaced that stay as they are: all but the error rows to be tried again; the attempt
@@ -62,10 +75,7 @@ class ShardFiles:
         attempt = read_footer(self._storage, lease.shard.data_path).attempt
         with self._storage.open_read(lease.shard.data_path) as source:
             rows = pq.read_table(source, columns=self.result_schema.names).cast(self.result_schema)
-        again = pc.equal(rows["status"], "error")
-        if errors == "retryable":
-            again = pc.and_kleene(again, rows["is_retryable"])  # of a generation it is null
-        return rows.filter(pc.invert(again)), attempt
+        return rows.filter(pc.invert(find_again(rows, errors))), attempt
 
     def write_segment(self, path: str, rows: dict[int, pa.Table]) -> dict[int, JournalRef]:
         return journal.write_segment(self._storage, path, rows, self._fingerprint)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -62,6 +63,24 @@ def test_a_segment_is_created_once_and_never_changed(storage: Storage) -> None:
     assert list_texts(read_rows(storage, [JournalRef(path, 0)], SCHEMA)) == [(0, 0, "first")]
 
 
+def test_our_own_segment_after_a_lost_reply_is_written(storage: Storage) -> None:
+    path, rows = make_segment_path(1, "w", 1), {0: make_rows(make_ok(0))}
+    refs = write_segment(storage, path, rows, JOB)
+    assert write_segment(storage, path, rows, JOB) == refs == {0: JournalRef(path, 0)}
+
+
+@pytest.mark.parametrize("metadata", [None, {b"a": b"b"}])
+def test_a_file_that_is_no_segment_is_refused_by_name(storage: Storage, metadata: dict[bytes, bytes] | None) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"x": [1]}).replace_schema_metadata(metadata), sink)
+    storage.create(f"{FOLDER}/foreign.parquet", memoryview(sink.getvalue()))
+    storage.create(f"{FOLDER}/garbage.parquet", b"what is this")
+    with pytest.raises(StorageError, match=r"foreign\.parquet: was not written by batchgen; remove it"):
+        read_index(storage, f"{FOLDER}/foreign.parquet", JOB)
+    with pytest.raises(StorageError, match=r"garbage\.parquet: is not Parquet"):
+        read_index(storage, f"{FOLDER}/garbage.parquet", JOB)
+
+
 def test_a_segment_of_another_job_is_refused(storage: Storage) -> None:
     path = make_segment_path(1, "w", 1)
     write_segment(storage, path, {0: make_rows(make_ok(0))}, "0" * 32)
@@ -76,8 +95,9 @@ def test_the_first_segment_by_order_wins_and_repeated_rows_are_dropped(storage: 
     write_segment(storage, paths[0], {0: make_rows(make_ok(0, text="a"), make_ok(1, text="a"))}, JOB)
     write_segment(storage, paths[1], {0: make_rows(make_ok(1, text="b"), make_ok(2, text="b"))}, JOB)
     refs = [JournalRef(path, 0) for path in paths]
-    assert list_texts(read_rows(storage, refs, SCHEMA)) == [(0, 0, "a"), (1, 0, "a"), (2, 0, "b")]
-    assert list_texts(read_rows(storage, refs[::-1], SCHEMA)) == [(1, 0, "b"), (2, 0, "b"), (0, 0, "a")]
+    for order, texts in ((refs, ["0a", "1a", "2b"]), (refs[::-1], ["1b", "2b", "0a"])):
+        found = list_texts(drop_repeated(read_rows(storage, order, SCHEMA)))
+        assert [f"{row}{text}" for row, _, text in found] == texts
 
 
 def test_a_segment_that_is_gone_is_skipped(storage: Storage) -> None:
