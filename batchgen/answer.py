@@ -1,21 +1,36 @@
 """An engine's answer, or its error, becomes the result of a request. Pure; times are given."""
 
 from batchgen.errors import RowError
-from batchgen.records import Failure, Generation, Lease, Request, Result, Timing
+from batchgen.records import Failure, Generation, Lease, Request, Result, RowId, Timing
 
 
-def split_reasoning(text: str, *, thinking: bool, think_end: str = "</think>") -> tuple[str, str | None]:
+def split_reasoning(text: str, *, thinking: bool, think_end: str | None) -> tuple[str, str | None]:
     """(text, reasoning) of a completion. In thinking mode it starts inside the think block, and where the block never
-    ends (cut by max_tokens) all of it is reasoning."""
-    if not thinking:
+    ends (cut by max_tokens) all of it is reasoning. A model without a mark (`think_end` None) never reasons apart."""
+    if not thinking or think_end is None:
         return text, None
     reasoning, mark, answer = text.partition(think_end)
     return (answer, reasoning) if mark else ("", reasoning)
 
 
-def make_result(request: Request, generation: Generation, *, waited_s: float, latency_s: float) -> Result:
-    """The result of an answered request. `waited_s`: from ready to sent; the engine's own queue is added to it."""
-    text, reasoning = split_reasoning(generation.text, thinking=request.sampling.thinking)
+def make_encodable(text: str) -> str:
+    """The text as UTF-8 can hold it: halves of a surrogate pair are joined, those without the other half become U+FFFD.
+
+    An engine behind JSON may answer with either; Arrow refuses both."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def make_result(
+    request: Request, generation: Generation, *, think_end: str | None, waited_s: float, latency_s: float
+) -> Result:
+    """The result of an answered request. `think_end`: the model's mark. `waited_s`: from ready to sent; the engine's own
+    queue is added to it."""
+    whole = make_encodable(generation.text)
+    text, reasoning = split_reasoning(whole, thinking=request.sampling.thinking, think_end=think_end)
     return Result(
         request.row_id,
         num_attempts=request.attempt,
@@ -32,9 +47,22 @@ def make_failed(request: Request, error: RowError, *, waited_s: float, latency_s
         request.row_id,
         num_attempts=request.attempt,
         timing=Timing(queued_s=waited_s, latency_s=latency_s),
-        failure=Failure(error.error_type, error.message, error.is_retryable),
+        failure=Failure(error.error_type, make_encodable(error.message), error.is_retryable),
         prompt_tokens=len(request.token_ids),
     )
+
+
+def make_unreadable(row_id: RowId, reason: str) -> Result:
+    """The result of a sample whose row can't be read from its file. Reading it again would find the same."""
+    return Result(row_id, 0, Timing(), failure=Failure("unreadable_input", reason, is_retryable=False))
+
+
+def make_unstorable(result: Result, error: Exception) -> Result:
+    """What takes the place of a generation that no output file can hold. Only the error's kind is told: its text may
+    quote the answer."""
+    reason = f"the engine's answer has a value that its column can't hold ({type(error).__name__})"
+    failure = Failure("bad_answer", reason, is_retryable=False)
+    return Result(result.row_id, result.num_attempts, result.timing, failure=failure)
 
 
 def make_given_up(request: Request, lease: Lease) -> Result:

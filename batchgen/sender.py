@@ -108,7 +108,8 @@ class Sender:
         except EngineDied as error:
             self._on_death(str(error))
         else:
-            ready.shard.add(make_result(ready.request, generation, **ready.measure(sent)))
+            think_end = self._engine.tokenizer.think_end
+            ready.shard.add(make_result(ready.request, generation, think_end=think_end, **ready.measure(sent)))
         finally:
             self.window.release(ready.request.num_bytes)
 

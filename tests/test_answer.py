@@ -28,16 +28,37 @@ ANSWER = Generation("because</think>so", (1, 2), "stop", Usage(3, 2, 1), ttft_s=
 def test_reasoning_is_what_stands_before_the_first_mark(
     text: str, thinking: bool, expected: tuple[str, str | None]
 ) -> None:
-    assert split_reasoning(text, thinking=thinking) == expected
+    assert split_reasoning(text, thinking=thinking, think_end="</think>") == expected
 
 
 def test_the_mark_is_the_models_own() -> None:
     assert split_reasoning("a[/T]b</think>", thinking=True, think_end="[/T]") == ("b</think>", "a")
+    assert split_reasoning("all of it", thinking=True, think_end=None) == ("all of it", None)
+
+
+@pytest.mark.parametrize(
+    ("answer", "stored"),
+    [
+        ("fine é", "fine é"),
+        ("a\ud800b", "a\ufffdb"),
+        ("\udc00", "\ufffd"),
+        ("x\ud83d\ude00", "x\N{GRINNING FACE}"),
+        ("\ud800é", "\ufffdé"),
+    ],
+)
+def test_half_a_surrogate_pair_is_replaced_and_nothing_else_lost(answer: str, stored: str) -> None:
+    generation = dataclasses.replace(ANSWER, text=f"{answer}</think>{answer}")
+    request = make_request(thinking=True)
+    result = make_result(request, generation, think_end="</think>", waited_s=0.0, latency_s=0.0)
+    assert (result.text, result.reasoning) == (stored, stored)
+    failed = make_failed(request, RequestFailed("busy", answer), waited_s=0.0, latency_s=0.0)
+    assert failed.failure is not None
+    assert failed.failure.message == stored
 
 
 def test_an_answer_keeps_the_whole_generation_and_adds_both_waits() -> None:
     request = make_request(4, 1, attempt=3, thinking=True)
-    result = make_result(request, ANSWER, waited_s=2.0, latency_s=7.0)
+    result = make_result(request, ANSWER, think_end="</think>", waited_s=2.0, latency_s=7.0)
     assert (result.row_id, result.num_attempts, result.failure) == (request.row_id, 3, None)
     assert (result.text, result.reasoning) == ("so", "because")
     assert result.generation is ANSWER
@@ -46,7 +67,8 @@ def test_an_answer_keeps_the_whole_generation_and_adds_both_waits() -> None:
 
 def test_what_the_engine_does_not_tell_is_unknown() -> None:
     silent = dataclasses.replace(ANSWER, ttft_s=None, queued_s=None)
-    assert make_result(make_request(), silent, waited_s=2.0, latency_s=7.0).timing == Timing(2.0, None, 7.0)
+    result = make_result(make_request(), silent, think_end=None, waited_s=2.0, latency_s=7.0)
+    assert result.timing == Timing(2.0, None, 7.0)
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,11 @@ class Capabilities:
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back. Pure, thread-safe, called off the event loop."""
+    """Text to token ids and back. Pure, thread-safe, called off the event loop. `think_end`: the mark that ends the
+    reasoning of an answer; None where the model has none, and then `thinking` is never asked of it."""
 
     vocab_size: int
+    think_end: str | None
 
     def encode(self, text: str) -> list[int]:
         """Ids of a bare text, with the model's own beginning-of-text token where it has one."""

@@ -32,6 +32,7 @@ class ByteTokenizer:
     """One token a UTF-8 byte. Enough for lengths, budgets and templates."""
 
     vocab_size = 256
+    think_end: str | None = "</think>"
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
