@@ -6,16 +6,22 @@ exactly those that a lost worker would cost. No I/O, no Ray, one thread (the wor
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batchgen.records import Lease, Result, ShardProgress
-from batchgen.write import make_output_table, make_result_batch
+from batchgen.answer import make_unstorable
+from batchgen.records import Lease, Result, ShardProgress, TokenLogprob
+from batchgen.write import LOGPROBS_TYPE, make_output_table, make_result_batch
 
-# Results become Arrow this many at a time: Python objects of more rows than that never pile up.
+# Results become Arrow this many rows, or token ids and logprobs, at a time: Python objects of more never pile up, and the
+# event loop is never held longer than packing takes: 10 ms for so many logprobs.
 BATCH_ROWS = 256
+BATCH_VALUES = 2**16
+# A value of another type than its column's, or beyond its range. (pa.ArrowInvalid is a ValueError, and so on.)
+REFUSED_BY_ARROW = (TypeError, ValueError, OverflowError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,7 @@ class OpenShard:
         self._num_finished = 0
         self._recovered: list[pa.Table] = []
         self._buffer: list[Result] = []
+        self._num_values = 0
         self._batches: list[pa.RecordBatch] = []
         self._num_flushed = 0
         self._inputs: list[pa.Table] = []
@@ -64,13 +71,10 @@ class OpenShard:
             self.num_recovered += rows.num_rows
         self._check_ended()
 
-    def add_inputs(self, batch: pa.RecordBatch, custom_ids: Sequence[str | None], passthrough: pa.Schema) -> None:
-        """The next rows' custom_id and passthrough columns, kept until the commit joins them to the results."""
-        columns = [batch.column(field.name).cast(field.type) for field in passthrough]
-        fields = [pa.field("custom_id", pa.string()), *passthrough]
-        self._inputs.append(
-            pa.Table.from_arrays([pa.array(custom_ids, pa.string()), *columns], schema=pa.schema(fields))
-        )
+    def add_inputs(self, inputs: pa.Table) -> None:
+        """The next rows' custom_id and passthrough columns (`prepare.make_inputs`), kept until the commit joins them to the
+        results."""
+        self._inputs.append(inputs)
 
     def add(self, result: Result) -> None:
         """One request ended. A second answer for the same row and sample is dropped: the first stands."""
@@ -78,7 +82,8 @@ class OpenShard:
             return
         self.num_error += result.failure is not None
         self._buffer.append(result)
-        if len(self._buffer) >= BATCH_ROWS:
+        self._num_values += count_values(result)
+        if len(self._buffer) >= BATCH_ROWS or self._num_values >= BATCH_VALUES:
             self._pack()
         self._check_ended()
 
@@ -137,12 +142,82 @@ class OpenShard:
         return True
 
     def _pack(self) -> None:
-        if self._buffer:
-            self._batches.append(make_result_batch(self._buffer, self.lease.batch_id, self._schema))
-            self._buffer = []
+        if not self._buffer:
+            return
+        try:
+            batch = self._make_batch(self._buffer)
+        except REFUSED_BY_ARROW:
+            kept = [self._make_storable(result) for result in self._buffer]
+            self.num_error += sum(new is not old for new, old in zip(kept, self._buffer, strict=True))
+            batch = self._make_batch(kept)
+        self._batches.append(batch)
+        self._buffer, self._num_values = [], 0
+
+    def _make_batch(self, results: Sequence[Result]) -> pa.RecordBatch:
+        return make_flat_batch(results, self.lease.batch_id, self._schema)
+
+    def _make_storable(self, result: Result) -> Result:
+        """The result, or the failure that stands for a generation that Arrow refuses."""
+        try:
+            self._make_batch([result])
+        except REFUSED_BY_ARROW as error:
+            if result.generation is None or result.failure is not None:
+                raise
+            return make_unstorable(result, error)
+        return result
 
     def _check_ended(self) -> None:
         if self._num_finished == len(self._finished):
             # Nothing is left to pack later: the commit makes its parts in a thread while the journal is flushed here.
             self._pack()
             self._ended.set()
+
+
+# ---- results as Arrow ------------------------------------------------------------------------------------------------
+
+
+def count_values(result: Result) -> int:
+    """Token ids and logprobs of a result: what packing it takes time for."""
+    answer = result.generation
+    if answer is None:
+        return 0
+    logprobs = answer.logprobs or ()
+    return len(answer.token_ids) + len(logprobs) * (1 + len(logprobs[0].top) if logprobs else 1)
+
+
+def make_flat_batch(results: Sequence[Result], batch_id: str, schema: pa.Schema) -> pa.RecordBatch:
+    """As `make_result_batch`, the logprobs from flat arrays: a dict for each token took ten times as long."""
+    bare = [_without_logprobs(result) for result in results]
+    batch = make_result_batch(bare, batch_id, schema)
+    if (place := schema.get_field_index("logprobs")) < 0:
+        return batch
+    logprobs = [result.generation.logprobs if result.generation else None for result in results]
+    return batch.set_column(place, schema.field(place), make_logprobs(logprobs))
+
+
+def _without_logprobs(result: Result) -> Result:
+    answer = result.generation
+    return (
+        result
+        if answer is None or answer.logprobs is None
+        else replace(result, generation=replace(answer, logprobs=None))
+    )
+
+
+def make_logprobs(answers: Sequence[Sequence[TokenLogprob] | None]) -> pa.Array:
+    """The column `logprobs`; None is null."""
+    tokens = list(chain.from_iterable(answer for answer in answers if answer))
+    tops = [pair for token in tokens for pair in token.top]
+    top = pa.ListArray.from_arrays(
+        pa.array(accumulate((len(token.top) for token in tokens), initial=0), pa.int32()),
+        _make_struct([pair[0] for pair in tops], [pair[1] for pair in tops]),
+    )
+    values = _make_struct([token.token_id for token in tokens], [token.logprob for token in tokens], top)
+    ends = list(accumulate((len(answer or ()) for answer in answers), initial=0))
+    starts = [None if answer is None else start for answer, start in zip(answers, ends, strict=False)]
+    return pa.ListArray.from_arrays(pa.array([*starts, ends[-1]], pa.int32()), values, type=LOGPROBS_TYPE)
+
+
+def _make_struct(token_ids: Sequence[int], logprobs: Sequence[float], *more: pa.Array) -> pa.StructArray:
+    columns = [pa.array(token_ids, pa.int32()), pa.array(logprobs, pa.float32()), *more]
+    return pa.StructArray.from_arrays(columns, names=["token_id", "logprob", "top"][: len(columns)])

@@ -1,14 +1,14 @@
 """Input Parquet: footers for the plan, rows for a shard. Every read is conditional on the planned version of the file.
 
 A footer that can't be used raises `InputError` with the file's name and the mend. Rows come as Arrow batches under a
-byte bound; `decode_rows` turns the few columns that prompts need into Python values, a cell at a time where one of them
-can't be decoded. Knows nothing of prompts or specs.
+byte bound, or as `Unreadable` where their pages are corrupt; `decode_rows` turns the few columns that prompts need into
+Python values, a cell at a time where one of them can't be decoded. Knows nothing of prompts or specs.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,12 +18,15 @@ from batchgen.prompt import BadCell
 from batchgen.records import InputFile, Shard
 from batchgen.storage import FileInfo, open_input
 
-# One decoded batch: small enough for a worker with dozens of open shards, large enough that Arrow's overhead is nil.
-BATCH_BYTES = 8 * 2**20
-MAX_BATCH_ROWS = 1024
+# One batch: few enough rows that the first ones reach the engine at once, and that their prompts and token ids are small
+# beside what is in flight. Decoding 64 rows at a time costs 1 us a row, 1,024 at a time 0.1 us.
+BATCH_BYTES = 2**20
+MAX_BATCH_ROWS = 64
 # Behind a footer in plain text of a file with encrypted columns: nonce and tag (Parquet Modular Encryption, 5.2).
 # pyarrow 26 aborts the process when such a column's metadata is looked at, so that is no way to find out.
 SIGNATURE_BYTES = 28
+# What Arrow raises of bytes that are not what they should be. ArrowMemoryError is one too, and no fault of the file's.
+ARROW_ERRORS = (pa.ArrowException, OSError)
 # Footers are small GETs; the store's latency is the cost, so many at a time.
 NUM_FOOTER_THREADS = 32
 
@@ -35,6 +38,17 @@ class Footer:
     file: InputFile
     schema: pa.Schema
     is_signed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Rows of which there is no batch: their pages are corrupt."""
+
+    num_rows: int
+    reason: str
+
+
+Rows: TypeAlias = pa.RecordBatch | Unreadable
 
 
 def read_footer(info: FileInfo) -> Footer:
@@ -78,16 +92,33 @@ def read_footers(infos: Sequence[FileInfo]) -> list[Footer]:
         return list(threads.map(read_footer, infos))
 
 
-def iter_shard(shard: Shard, columns: Sequence[str]) -> Generator[tuple[int, pa.RecordBatch], None, None]:
-    """(source_row of the first row, batch) in order, exactly the shard's rows. Raises InputChanged when the file is no
-    longer the planned one, InputError when its pages are corrupt."""
-    groups, skipped = _groups_of(shard)
-    try:
-        with open_input(shard.file.path, shard.file.version) as source:
+def iter_shard(
+    shard: Shard, columns: Sequence[str], *, max_rows: int = MAX_BATCH_ROWS
+) -> Generator[tuple[int, Rows], None, None]:
+    """(source_row of the first row, at most `max_rows` of them) in order, exactly the shard's rows. What follows a
+    corrupt page in its row group is Unreadable. Raises InputChanged when the file is no longer the planned one."""
+    groups, first_row = _groups_of(shard)
+    with open_input(shard.file.path, shard.file.version) as source:
+        try:
             parquet = pq.ParquetFile(source, pre_buffer="://" in shard.file.path)
-            yield from _slice(_iter_groups(parquet, groups, columns), skipped, shard)
-    except (pa.ArrowException, OSError) as error:  # Arrow says OSError of a broken page too; a store's errors are ours
-        raise InputError(f"{shard.file.path}: rows from {shard.row_start} can't be decoded; write it again") from error
+        except ARROW_ERRORS as error:
+            if isinstance(error, MemoryError):
+                raise
+            raise InputError(f"{shard.file.path}: its footer can't be read; write it again") from error
+        for row, rows in _cut(_iter_groups(parquet, groups, columns, max_rows), first_row, shard):
+            step = _count_rows(rows, max_rows)
+            for start in range(0, rows.num_rows, step):
+                yield row + start, _slice(rows, start, step)
+
+
+def iter_batches(
+    shard: Shard, columns: Sequence[str], *, max_rows: int = MAX_BATCH_ROWS
+) -> Generator[tuple[int, pa.RecordBatch], None, None]:
+    """As `iter_shard`, where every row must be there: raises InputError for the first that is Unreadable."""
+    for row, rows in iter_shard(shard, columns, max_rows=max_rows):
+        if isinstance(rows, Unreadable):
+            raise InputError(f"{shard.file.path} row {row}: {rows.reason}; write the file again")
+        yield row, rows
 
 
 def _groups_of(shard: Shard) -> tuple[list[int], int]:
@@ -103,24 +134,54 @@ def _groups_of(shard: Shard) -> tuple[list[int], int]:
     return groups, first_row
 
 
-def _iter_groups(parquet: pq.ParquetFile, groups: list[int], columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+def _iter_groups(parquet: pq.ParquetFile, groups: list[int], columns: Sequence[str], max_rows: int) -> Iterator[Rows]:
+    """All rows of the groups. Behind a corrupt page the rest of its group is given up: pages can't be skipped."""
     for number in groups:
         group = parquet.metadata.row_group(number)
-        row_bytes = max(1, group.total_byte_size // max(1, group.num_rows))
-        batch_rows = max(1, min(MAX_BATCH_ROWS, BATCH_BYTES // row_bytes))
-        yield from parquet.iter_batches(batch_rows, row_groups=[number], columns=list(columns))
+        left = group.num_rows
+        # The size that the footer tells is that of values stored once, however many rows share them: the real one is
+        # known when few rows were decoded only.
+        row_bytes = max(1, group.total_byte_size // max(1, left))
+        try:
+            for batch in parquet.iter_batches(
+                max(1, min(max_rows, BATCH_BYTES // row_bytes)), row_groups=[number], columns=list(columns)
+            ):
+                left -= batch.num_rows
+                yield batch
+        except ARROW_ERRORS as error:  # OSError is said of broken pages too; a store's errors are ours
+            if isinstance(error, MemoryError):
+                raise
+            yield Unreadable(left, f"row group {number} can't be decoded from here on ({type(error).__name__})")
+        else:
+            if left > 0:
+                yield Unreadable(left, f"row group {number} holds fewer rows than the footer says")
 
 
-def _slice(batches: Iterator[pa.RecordBatch], row: int, shard: Shard) -> Iterator[tuple[int, pa.RecordBatch]]:
-    for batch in batches:
-        start, end = max(row, shard.row_start), min(row + batch.num_rows, shard.row_end)
+def _cut(groups: Iterator[Rows], row: int, shard: Shard) -> Iterator[tuple[int, Rows]]:
+    """What of the rows from number `row` on is the shard's."""
+    for rows in groups:
+        start, end = max(row, shard.row_start), min(row + rows.num_rows, shard.row_end)
         if start < end:
-            yield start, batch.slice(start - row, end - start)
-        row += batch.num_rows
+            yield start, _slice(rows, start - row, end - start)
+        row += rows.num_rows
         if row >= shard.row_end:
             return
     if row < shard.row_end:
         raise InputChanged(f"{shard.file.path}: holds {row} rows where {shard.file.num_rows} were planned")
+
+
+def _slice(rows: Rows, start: int, num_rows: int) -> Rows:
+    if isinstance(rows, Unreadable):
+        return Unreadable(min(num_rows, rows.num_rows - start), rows.reason)
+    return rows.slice(start, num_rows)
+
+
+def _count_rows(rows: Rows, max_rows: int) -> int:
+    """How many rows at a time keep to both bounds, by what they take decoded."""
+    if isinstance(rows, Unreadable):
+        return max_rows
+    fitting: int = rows.num_rows * BATCH_BYTES // max(1, rows.nbytes)
+    return max(1, min(max_rows, fitting))
 
 
 def decode_rows(batch: pa.RecordBatch, columns: Sequence[str]) -> list[dict[str, Any]]:
@@ -130,19 +191,39 @@ def decode_rows(batch: pa.RecordBatch, columns: Sequence[str]) -> list[dict[str,
 
 
 def _decode_column(column: pa.Array) -> list[Any]:
+    as_text = _nested_text if _holds_bytes(column.type) else _text
     try:
-        return [_text(value) for value in column.to_pylist()]
+        return [as_text(value) for value in column.to_pylist()]
     except (ValueError, OverflowError):
-        return [_decode_cell(cell) for cell in column]
+        return [_decode_cell(cell, as_text) for cell in column]
 
 
-def _decode_cell(cell: pa.Scalar) -> Any:
+def _decode_cell(cell: pa.Scalar, as_text: Callable[[Any], Any]) -> Any:
     try:
-        return _text(cell.as_py())
+        return as_text(cell.as_py())
     except UnicodeDecodeError:
         return BadCell("is not valid UTF-8")
     except (ValueError, OverflowError):  # a date beyond the year 9999, a struct with a field twice
         return BadCell("has a value that Python can't hold", "bad_value")
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    """Is there binary inside lists or structs? Else their values, long lists of ids mostly, need no second look."""
+    inner = [kind.field(number).type for number in range(kind.num_fields)] if pa.types.is_nested(kind) else []
+    return any(is_binary(child) or _holds_bytes(child) for child in inner)
+
+
+def is_binary(kind: pa.DataType) -> bool:
+    """Bytes of any length."""
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind)) or kind == pa.binary_view()
+
+
+def _nested_text(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_nested_text(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _nested_text(item) for name, item in value.items()}
+    return _text(value)
 
 
 def _text(value: Any) -> Any:

@@ -6,6 +6,7 @@ malformed messages) is not refused here: it becomes that row's error.
 
 import difflib
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -13,13 +14,18 @@ import pyarrow.compute as pc
 from batchgen.engines import check_supported
 from batchgen.engines.base import Tokenizer
 from batchgen.errors import BadRow, InputError, SpecError
+from batchgen.prepare import check_thinking
 from batchgen.prompt import list_columns, list_prompt_columns, list_row_columns, make_prompt, make_row_sampling
-from batchgen.read import Footer, decode_rows, iter_shard
+from batchgen.read import Footer, Unreadable, decode_rows, iter_batches, iter_shard
 from batchgen.records import InputFile, Shard
 from batchgen.spec import JobSpec
 from batchgen.write import list_reserved_names
 
 MAX_UNIQUE_ROWS = 10_000_000
+# Keys are small: so many of them are decoded at a time.
+KEY_ROWS = 8192
+# Batches of rows among which the first prompt is looked for.
+FIRST_BATCHES = 16
 
 types = pa.types
 TypeCheck = Callable[[pa.DataType], bool]
@@ -40,7 +46,10 @@ def is_list(kind: pa.DataType) -> bool:
 def is_messages(kind: pa.DataType) -> bool:
     """A list of structs with role and content, or JSON text."""
     if is_list(kind) and types.is_struct(kind.value_type):
-        return {"role", "content"} <= {field.name for field in kind.value_type}
+        parts = {field.name: field.type for field in kind.value_type}
+        return {"role", "content"} <= parts.keys() and all(
+            is_text(parts[name]) or types.is_null(parts[name]) for name in ("role", "content")
+        )
     return is_text(kind)
 
 
@@ -66,7 +75,12 @@ def list_checks(spec: JobSpec) -> list[tuple[str, str, TypeCheck, str]]:
     prompt = spec.prompt
     checks: list[tuple[str, str | None, TypeCheck, str]] = [
         ("prompt.column", prompt.column, is_text, "text"),
-        ("prompt.messages", prompt.messages, is_messages, "a list of structs with role and content, or JSON text"),
+        (
+            "prompt.messages",
+            prompt.messages,
+            is_messages,
+            "a list of structs with role and content as text, or JSON text",
+        ),
         ("prompt.prompt_token_ids", prompt.prompt_token_ids, is_token_ids, "a list of integers"),
         ("prompt.sampling", prompt.sampling, is_sampling, "a struct or JSON text"),
         ("input.custom_id", spec.input.custom_id, is_key, "text or integers"),
@@ -115,32 +129,69 @@ def check_footer(footer: Footer, spec: JobSpec) -> None:
 def check_decrypted(file: InputFile, spec: JobSpec) -> None:
     """Can the columns that we need be read, of a file of which some are encrypted? Raises InputError."""
     try:
-        next(iter_shard(Shard(0, file, 0, file.num_rows), list_columns(spec)), None)
+        next(iter_batches(Shard(0, file, 0, file.num_rows), list_columns(spec)), None)
     except InputError as error:
         raise InputError(f"{file.path}: has encrypted columns, which are not supported; decrypt it first") from error
 
 
 def make_passthrough_schema(footers: Sequence[Footer], spec: JobSpec) -> pa.Schema:
-    """One type for each passthrough column over all files. Raises InputError where files disagree too much."""
-    merged = pa.schema([])
+    """One type for each passthrough column over all files, to which every value of theirs goes unchanged. Raises
+    InputError where there is none."""
+    fields = [_merge_column(footers, name) for name in spec.input.passthrough]
+    return pa.schema([field.with_nullable(True).remove_metadata() for field in fields])
+
+
+def _merge_column(footers: Sequence[Footer], name: str) -> pa.Field:
+    merged, origin = pa.field(name, pa.null()), ""
     for footer in footers:
-        fields = [footer.schema.field(name).remove_metadata() for name in spec.input.passthrough]
-        try:
-            merged = pa.unify_schemas([merged, pa.schema(fields)], promote_options="permissive")
-        except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
-            name = _find_clash(merged, fields)
+        field = footer.schema.field(name)
+        kind = promote(merged.type, field.type)
+        if kind is None:
             raise InputError(
-                f"{footer.file.path}: passthrough column '{name}' has another type than in the files before; "
-                "write them with one type or leave it out of input.passthrough"
-            ) from error
-    return pa.schema([merged.field(name).with_nullable(True) for name in spec.input.passthrough])
+                f"{footer.file.path}: passthrough column '{name}' is {field.type}, another type than in {origin} "
+                f"({merged.type}); write them with one type or leave it out of input.passthrough"
+            )
+        if kind != merged.type or not origin:
+            merged, origin = field.with_type(kind), footer.file.path
+    return merged
 
 
-def _find_clash(merged: pa.Schema, fields: Sequence[pa.Field]) -> str:
-    clashes = [
-        field.name for field in fields if field.name in merged.names and merged.field(field.name).type != field.type
-    ]
-    return ", ".join(clashes)
+# From narrow to wide; each holds all values of those before it.
+WIDENINGS = (
+    (pa.int8(), pa.int16(), pa.int32(), pa.int64()),
+    (pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64()),
+    (pa.float16(), pa.float32(), pa.float64()),
+    (pa.string_view(), pa.string(), pa.large_string()),
+    (pa.binary_view(), pa.binary(), pa.large_binary()),
+)
+
+
+def promote(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
+    """The type that holds every value of both unchanged; None where there is none."""
+    if one == other or types.is_null(other):
+        return one
+    if types.is_null(one):
+        return other
+    if types.is_dictionary(one) or types.is_dictionary(other):
+        return promote(*(kind.value_type if types.is_dictionary(kind) else kind for kind in (one, other)))
+    for kinds in WIDENINGS:
+        if one in kinds and other in kinds:
+            return max(one, other, key=kinds.index)
+    return _promote_nested(one, other)
+
+
+def _promote_nested(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
+    if types.is_decimal128(one) and types.is_decimal128(other) and one.scale == other.scale:
+        return max(one, other, key=lambda kind: kind.precision)
+    plain_lists = (types.is_list, types.is_large_list)
+    if any(is_one(one) for is_one in plain_lists) and any(is_one(other) for is_one in plain_lists):
+        item = promote(one.value_type, other.value_type)
+        is_large = types.is_large_list(one) or types.is_large_list(other)
+        return item and (pa.large_list(item) if is_large else pa.list_(item))
+    if types.is_struct(one) and types.is_struct(other) and [f.name for f in one] == [f.name for f in other]:
+        kinds = [promote(mine.type, theirs.type) for mine, theirs in zip(one, other, strict=True)]
+        return None if None in kinds else pa.struct([(f.name, kind) for f, kind in zip(one, kinds, strict=True)])
+    return None
 
 
 def check_unique(files: Sequence[InputFile], spec: JobSpec) -> bool | None:
@@ -167,7 +218,7 @@ def check_unique(files: Sequence[InputFile], spec: JobSpec) -> bool | None:
 
 def _read_keys(file: InputFile, column: str) -> pa.Array:
     whole = Shard(0, file, 0, file.num_rows)
-    parts = [batch.column(column) for _, batch in iter_shard(whole, [column])]
+    parts = [batch.column(column) for _, batch in iter_batches(whole, [column], max_rows=KEY_ROWS)]
     chunks = pa.chunked_array(parts) if parts else pa.chunked_array([], pa.large_binary())
     if types.is_dictionary(chunks.type):
         chunks = chunks.cast(chunks.type.value_type)
@@ -188,17 +239,20 @@ def _locate(files: Sequence[InputFile], keys: pa.ChunkedArray, key: pa.Scalar) -
 
 
 def render_first(shards: Sequence[Shard], spec: JobSpec, tokenizer: Tokenizer) -> tuple[str, int]:
-    """(text, tokens) of the first prompt of the job that renders. Raises InputError when none of the first rows does."""
+    """(text, tokens) of the first prompt of the job that renders. Raises InputError when none of the first rows does,
+    SpecError when the model can't do what the job asks."""
+    check_thinking(spec, tokenizer)
     columns, reason = list_row_columns(spec), ""
-    for shard in shards[:1]:
-        for _, batch in iter_shard(shard, list_columns(spec)):
-            for row in decode_rows(batch, columns):
-                try:
-                    prompt, sampling = make_prompt(row, spec.prompt), make_row_sampling(row, spec)
-                    return _render(prompt.text, prompt.messages, prompt.token_ids, tokenizer, sampling.thinking)
-                except BadRow as error:
-                    reason = reason or str(error)
-            break
+    for _, rows in islice(iter_shard(shards[0], list_columns(spec)), FIRST_BATCHES):
+        if isinstance(rows, Unreadable):
+            reason = reason or rows.reason
+            continue
+        for row in decode_rows(rows, columns):
+            try:
+                prompt, sampling = make_prompt(row, spec.prompt), make_row_sampling(row, spec)
+                return _render(prompt.text, prompt.messages, prompt.token_ids, tokenizer, sampling.thinking)
+            except BadRow as error:
+                reason = reason or str(error)
     raise InputError(f"{shards[0].file.path}: none of its first rows makes a prompt; the first one: {reason}")
 
 

@@ -20,13 +20,13 @@ from batchgen.answer import make_given_up
 from batchgen.build import build_id
 from batchgen.engines import create_engine, list_refused
 from batchgen.engines.base import Engine
-from batchgen.errors import BatchgenError, EngineDied, InputChanged, InputError, StorageError
+from batchgen.errors import BatchgenError, EngineDied, InputChanged, Refusal, StorageError
 from batchgen.events import Heartbeat, JournalFlushed, PoolEvent, ShardFailed, WorkerLost, WorkerWarned
 from batchgen.journal import make_segment_path
 from batchgen.open_shard import OpenShard
-from batchgen.prepare import Prepared, Preparer
+from batchgen.prepare import Prepared, Preparer, make_inputs, make_unknown_inputs
 from batchgen.prompt import list_columns
-from batchgen.read import iter_shard
+from batchgen.read import MAX_BATCH_ROWS, Rows, Unreadable, iter_shard
 from batchgen.records import Lease, Result, WorkerInfo
 from batchgen.sender import Sender
 from batchgen.shard_files import ShardFiles, Spent, make_event
@@ -71,14 +71,13 @@ class Worker:
         started = time.monotonic()
         await self._engine.open()
         spec = self._spec
+        engine, refused = self._engine, list_refused(spec.engine.kind)
+        self._preparer = Preparer(spec, engine.tokenizer, engine.max_model_len, refused)
         self._sender = Sender(self._engine, spec.engine.max_inflight, spec.retry, self._die)
         self._window = self._sender.window
         self._wake = asyncio.Event()
         self._reading, self._flushing = asyncio.Lock(), asyncio.Lock()
         self._committing = asyncio.Semaphore(MAX_COMMITS)
-        self._preparer = Preparer(
-            spec, self._engine.tokenizer, self._engine.max_model_len, list_refused(spec.engine.kind)
-        )
         self._other_tasks.spawn(self._flush_often())
         self.info = WorkerInfo(
             worker_id=self._setup.worker_id,
@@ -151,7 +150,7 @@ class Worker:
             async with self._committing:
                 event = await asyncio.to_thread(self._files.commit, shard, self.info, Spent(started_at, wall_s, mean))
             self._emit(event)
-        except (StorageError, InputError) as error:
+        except (StorageError, Refusal) as error:
             await self._give_back(shard, error)
         finally:
             shard.close()
@@ -159,9 +158,10 @@ class Worker:
                 self._shards.pop(shard.lease.batch_id, None)
 
     async def _give_back(self, shard: OpenShard, error: BatchgenError) -> None:
-        """The store or the input failed: the lease ends here, its finished rows are journaled for the next one."""
+        """The store or the input failed, or rows show that the job can't work as asked (the model has no chat template):
+        the lease ends here, its finished rows are journaled for the next one."""
         await self._flush()
-        is_fatal = isinstance(error, InputChanged | InputError)
+        is_fatal = isinstance(error, InputChanged | Refusal)
         lease = shard.lease
         self._emit(ShardFailed(self.info.worker_id, lease.batch_id, lease.shard.number, str(error), is_fatal))
 
@@ -175,7 +175,9 @@ class Worker:
             shard.recover(saved, are_copied=False)
 
     async def _read(self, shard: OpenShard) -> None:
-        batches = iter_shard(shard.lease.shard, list_columns(self._spec))
+        # A row is n requests: what one step makes is bounded by both.
+        max_rows = max(1, MAX_BATCH_ROWS // self._spec.sampling.n)
+        batches = iter_shard(shard.lease.shard, list_columns(self._spec), max_rows=max_rows)
         try:
             while not shard.is_closed:
                 started = time.monotonic()
@@ -183,21 +185,27 @@ class Worker:
                 shard.read_s += time.monotonic() - started
                 if step is None:
                     return
-                batch, prepared, custom_ids = step
-                shard.add_inputs(batch, custom_ids, self._setup.passthrough)
+                inputs, prepared = step
+                shard.add_inputs(inputs)
                 for item in prepared:
                     await self._admit(shard, item)
         finally:
             batches.close()
 
     def _read_batch(
-        self, shard: OpenShard, batches: Iterator[tuple[int, pa.RecordBatch]]
-    ) -> tuple[pa.RecordBatch, list[Prepared], list[str | None]] | None:
+        self, shard: OpenShard, batches: Iterator[tuple[int, Rows]]
+    ) -> tuple[pa.Table, list[Prepared]] | None:
+        """(custom_id and passthrough columns, requests or failures) of the next few rows. In a thread."""
         step = next(batches, None)
         if step is None:
             return None
-        first_row, batch = step
-        return batch, *self._preparer.prepare(batch, shard.lease.shard.file.path, first_row)
+        first_row, rows = step
+        file, passthrough = shard.lease.shard.file.path, self._setup.passthrough
+        if isinstance(rows, Unreadable):
+            prepared = self._preparer.make_unreadable(rows, file, first_row)
+            return make_unknown_inputs(rows.num_rows, passthrough), prepared
+        prepared, custom_ids = self._preparer.prepare(rows, file, first_row)
+        return make_inputs(rows, custom_ids, passthrough, file), prepared
 
     async def _admit(self, shard: OpenShard, item: Prepared) -> None:
         """Queue one request for the window, after waiting for room to read ahead; failures end at once."""
@@ -250,9 +258,11 @@ class Worker:
             self._other_tasks.spawn(self._report_death(reason))
 
     async def _report_death(self, reason: str) -> None:
-        await self._sender.settle(0)
-        await self._flush()
-        self._emit(WorkerLost(self._setup.worker_id, reason))
+        try:
+            await self._sender.settle(0)
+            await self._flush()
+        finally:  # whatever kept us from saving, the driver must hear of the loss, or it waits for us
+            self._emit(WorkerLost(self._setup.worker_id, reason))
 
     def _emit(self, event: PoolEvent) -> None:
         self._events.append(event)
@@ -271,10 +281,17 @@ class Worker:
 async def open_worker(setup: WorkerSetup, node: str) -> Worker:
     """A worker that is up. Raises EngineDied with the reason, whatever kept the engine from starting."""
     try:
-        worker = Worker(setup, create_engine(setup.spec), node)
-        await worker.open()
+        engine = create_engine(setup.spec)
+        try:
+            worker = Worker(setup, engine, node)
+            await worker.open()
+        except Refusal:
+            await engine.close()  # it may be up already, and its tokenizer not fit for the job
+            raise
     except EngineDied:
         raise
+    except Refusal as error:  # its own sentence says all
+        raise EngineDied(str(error)) from error
     except Exception as error:
         raise EngineDied(f"{type(error).__name__}: {error}") from error
     return worker

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from makers import make_error, make_job_spec, make_lease, make_ok, make_rows, make_shard
 
-from batchgen.open_shard import BATCH_ROWS, OpenShard
-from batchgen.records import Lease, ShardProgress
-from batchgen.write import make_output_schema, make_result_schema
+from batchgen.open_shard import BATCH_ROWS, BATCH_VALUES, OpenShard, make_flat_batch
+from batchgen.prepare import make_inputs, make_unknown_inputs
+from batchgen.records import Generation, Lease, Result, ShardProgress, TokenLogprob, Usage
+from batchgen.write import make_output_schema, make_result_batch, make_result_schema
 
 SPEC = make_job_spec()
 PASSTHROUGH = pa.schema([("tag", pa.int64())])
@@ -28,7 +29,7 @@ def add_inputs(shard: OpenShard, *, in_batches_of: int = 2) -> None:
     for start in range(0, len(rows), in_batches_of):
         some = rows[start : start + in_batches_of]
         batch = pa.RecordBatch.from_pydict({"tag": pa.array(some, pa.int32())})
-        shard.add_inputs(batch, [f"id-{row}" for row in some], PASSTHROUGH)
+        shard.add_inputs(make_inputs(batch, [f"id-{row}" for row in some], PASSTHROUGH, "/f"))
 
 
 def has_ended(shard: OpenShard) -> bool:
@@ -107,6 +108,52 @@ def test_results_do_not_pile_up_as_python_objects() -> None:
     assert [batch.num_rows for batch in shard._batches] == [BATCH_ROWS, BATCH_ROWS]
 
 
+def make_logprobs(num_tokens: int, top: int) -> tuple[TokenLogprob, ...]:
+    return tuple(TokenLogprob(i, -0.5 * i, tuple((i + j, -1.0 * j) for j in range(top))) for i in range(num_tokens))
+
+
+def with_logprobs(row: int, logprobs: tuple[TokenLogprob, ...] | None) -> Result:
+    return make_ok(row, generation=Generation("fine", (7, 8), "stop", Usage(3, 2, 0), logprobs=logprobs))
+
+
+def test_logprobs_from_flat_arrays_are_the_same_column() -> None:
+    spec = make_job_spec(prompt={"column": "p", "sampling": "s"})
+    answers = [make_logprobs(3, 2), None, make_logprobs(0, 0), make_logprobs(2, 0), make_logprobs(1, 3)]
+    results = [*(with_logprobs(row, logprobs) for row, logprobs in enumerate(answers)), make_error(5)]
+    for chosen in (results, results[1:2], results[2:3], []):
+        expected = make_result_batch(chosen, BATCH_ID, make_result_schema(spec))
+        found = make_flat_batch(chosen, BATCH_ID, make_result_schema(spec))
+        found.validate(full=True)
+        assert found.equals(expected)
+
+
+def test_long_answers_are_packed_by_their_size() -> None:
+    spec = make_job_spec(prompt={"column": "p", "sampling": "s"})
+    shard = OpenShard(make_lease(make_shard(row_end=10)), 1, make_result_schema(spec))
+    logprobs = make_logprobs(BATCH_VALUES // 42 + 1, 20)  # half of what may wait
+    for row in range(5):
+        shard.add(with_logprobs(row, logprobs))
+    assert [batch.num_rows for batch in shard._batches] == [2, 2]
+
+
+def test_an_answer_that_arrow_refuses_becomes_its_rows_failure() -> None:
+    spec = make_job_spec(output={"path": "/o", "token_ids": True})
+    shard = OpenShard(make_lease(make_shard(row_end=3)), 1, make_result_schema(spec))
+    for row in range(3):
+        ids = (2**40,) if row == 1 else (1,)
+        shard.add(make_ok(row, generation=Generation("secret", ids, "stop", Usage(3, 1, 0))))
+    taken = shard.take_unflushed()
+    assert taken is not None
+    rows = taken[0].to_pylist()
+    assert [(row["status"], row["error_type"], row["text"]) for row in rows] == [
+        ("ok", None, "fine"),
+        ("error", "bad_answer", None),
+        ("ok", None, "fine"),
+    ]
+    assert "secret" not in rows[1]["error_message"]
+    assert shard.num_error == 1
+
+
 def test_recovered_rows_are_finished_not_generated_and_not_journaled_again() -> None:
     shard = open_shard(3)
     shard.recover(make_rows(make_ok(0, text="old"), make_error(1), batch_id="shard-000000000-e1-a0"), are_copied=False)
@@ -172,10 +219,12 @@ def test_inputs_are_cast_to_the_jobs_types_and_must_be_complete() -> None:
     shard = open_shard(2)
     for row in range(2):
         shard.add(make_ok(row))
-    shard.add_inputs(pa.RecordBatch.from_pydict({"tag": pa.array([7], pa.int8())}), ["a"], PASSTHROUGH)
+    shard.add_inputs(
+        make_inputs(pa.RecordBatch.from_pydict({"tag": pa.array([7], pa.int8())}), ["a"], PASSTHROUGH, "/f")
+    )
     with pytest.raises(ValueError, match="missing or twice"):
         shard.make_parts(OUTPUT)
-    shard.add_inputs(pa.RecordBatch.from_pydict({"tag": pa.array([None], pa.null())}), [None], PASSTHROUGH)
+    shard.add_inputs(make_unknown_inputs(1, PASSTHROUGH))
     assert shard.make_parts(OUTPUT).output.select(["custom_id", "tag"]).to_pydict() == {
         "custom_id": ["a", None],
         "tag": [7, None],
