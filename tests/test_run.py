@@ -46,6 +46,7 @@ from batchgen.engines.simulated import read_calls
 from batchgen.errors import InputError
 from batchgen.job import open_job, reopen
 from batchgen.open_shard import OpenShard
+from batchgen.prepare import make_inputs
 from batchgen.run import run_job
 from batchgen.spec_load import make_spec
 from batchgen.storage import Storage
@@ -317,7 +318,7 @@ def test_rows_are_journaled_while_their_shard_is_committed() -> None:
     schema, passthrough = make_result_schema(spec), pa.schema([])
     for _ in range(40):
         shard = OpenShard(make_lease(make_shard(row_end=250)), 1, schema)
-        shard.add_inputs(pa.record_batch({"x": range(250)}), ["id"] * 250, passthrough)
+        shard.add_inputs(make_inputs(pa.record_batch({"x": range(250)}), ["id"] * 250, passthrough, "/f"))
         for row in range(250):
             shard.add(make_ok(row))
         with ThreadPoolExecutor(1) as commit:
