@@ -28,6 +28,7 @@ from batchgen.worker import Worker, WorkerSetup, open_worker
 
 NAMESPACE = "batchgen"
 CONNECT_TIMEOUT_S = 10.0
+TOKEN_LOGGER = "ray._private.authentication.authentication_token_setup"
 # How long one poll waits in the actor for news. Its reply is the heartbeat, so also how old a heartbeat gets.
 ACTOR_POLL_S = 2.0
 # A drained worker may need this much longer than its rows got, to journal and commit.
@@ -40,6 +41,9 @@ def connect(cluster: ClusterSpec) -> None:
     if ray.is_initialized():
         return
     address = find_address(cluster)
+    if address == "local":
+        # A fresh cluster takes a token by itself, and warns that it did: nothing for anybody to do. Errors still show.
+        logging.getLogger(TOKEN_LOGGER).setLevel(logging.ERROR)
     try:
         _knock(address)
         ray.init(address=address, namespace=NAMESPACE, logging_level=logging.WARNING, log_to_driver=False)

@@ -184,7 +184,7 @@ def test_lost_actor_and_stopped_actor_are_replaced_within_the_run(cluster: RayCl
     assert logs.count("was lost") >= 2, logs[-2000:]
     outcomes = Counter(read_stats_table(Storage(output))["outcome"].to_pylist())
     assert outcomes["lost"] >= 2
-    assert outcomes["committed"] == 10 or outcomes["committed"] >= 8
+    assert outcomes["committed"] == 10, "a batch that was committed counts as committed, whatever became of its worker"
     wait_for(lambda: second not in list_worker_pids(tmp_path), "the stopped actor is ended too")
 
 
