@@ -83,10 +83,10 @@ def is_there(url: str) -> bool:
 
 
 def write_many_files(s3_url: str) -> Files:
-    """230 files in nested folders with odd names, every tenth without rows, and two that are not input."""
+    """230 files in nested folders with odd names, every fifth with rows, and two that are not input."""
     tables = {
         f"{s3_url}/in/day {number % 5} é/part#{number % 3}%20[x]/日本 {number:03d}+&=.parquet": make_prompts(
-            0 if number % 10 == 0 else 2, number
+            0 if number % 5 else 8, number
         )
         for number in range(228)
     }
