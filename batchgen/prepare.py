@@ -1,7 +1,8 @@
 """Rows of one Arrow batch become requests, or failures where the row is at fault. Runs off the event loop.
 
 This is where prompt and tokenizer meet: the chat template, the length check, the room left for the completion. Needs an
-engine's tokenizer and limit, not the engine.
+engine's tokenizer and limit, not the engine. For an engine without a tokenizer (a server that renders and counts itself)
+the row's prompt goes into the request as it is, and nothing is checked against a length.
 """
 
 from collections.abc import Iterable
@@ -24,8 +25,8 @@ class Preparer:
     """Makes requests for one job on one engine. `refused`: sampling fields that the engine can't honour."""
 
     spec: JobSpec
-    tokenizer: Tokenizer
-    max_model_len: int
+    tokenizer: Tokenizer | None
+    max_model_len: int | None
     refused: frozenset[str] = frozenset()
 
     def prepare(self, batch: pa.RecordBatch, file: str, first_row: int) -> tuple[list[Prepared], list[str | None]]:
@@ -42,20 +43,25 @@ class Preparer:
         row_ids = [RowId(file, number, sample) for sample in range(self.spec.sampling.n)]
         try:
             sampling = make_row_sampling(row, self.spec, self.refused)
-            token_ids = self._tokenize(make_prompt(row, self.spec.prompt), sampling)
+            prompt = make_prompt(row, self.spec.prompt)
+            token_ids = self._tokenize(prompt, sampling, self.tokenizer) if self.tokenizer is not None else None
         except BadRow as error:
             failure = Failure(error.error_type, error.message, is_retryable=False)
             return [Result(row_id, num_attempts=0, timing=Timing(), failure=failure) for row_id in row_ids]
-        sampling = replace(sampling, max_tokens=min(sampling.max_tokens, self.max_model_len - len(token_ids)))
+        if token_ids is not None and self.max_model_len is not None:
+            sampling = replace(sampling, max_tokens=min(sampling.max_tokens, self.max_model_len - len(token_ids)))
+        kept = prompt if token_ids is None else None
+        seeds = [make_seed(sampling.seed, row_id) for row_id in row_ids]
         return [
-            Request(row_id, token_ids, replace(sampling, seed=make_seed(sampling.seed, row_id))) for row_id in row_ids
+            Request(row_id, token_ids, replace(sampling, seed=seed), prompt=kept)
+            for row_id, seed in zip(row_ids, seeds, strict=True)
         ]
 
-    def _tokenize(self, prompt: Prompt, sampling: SamplingParams) -> tuple[int, ...]:
-        token_ids = self._encode(prompt, sampling)
+    def _tokenize(self, prompt: Prompt, sampling: SamplingParams, tokenizer: Tokenizer) -> tuple[int, ...]:
+        token_ids = encode(prompt, sampling, tokenizer)
         if not token_ids:
             raise BadRow("empty_prompt", "the prompt has no token")
-        if len(token_ids) < self.max_model_len:
+        if self.max_model_len is None or len(token_ids) < self.max_model_len:
             return token_ids
         if self.spec.prompt.on_overflow == "error":
             raise BadRow(
@@ -66,15 +72,15 @@ class Preparer:
         # Room for the completion asked for, but never more than half of the context.
         return token_ids[-(self.max_model_len - min(sampling.max_tokens, self.max_model_len // 2)) :]
 
-    def _encode(self, prompt: Prompt, sampling: SamplingParams) -> tuple[int, ...]:
-        if prompt.token_ids is not None:
-            bad = next((token for token in prompt.token_ids if token >= self.tokenizer.vocab_size), None)
-            if bad is not None:
-                raise BadRow(
-                    "bad_token_ids", f"token id {bad} is outside the vocabulary of {self.tokenizer.vocab_size}"
-                )
-            return prompt.token_ids
-        if prompt.messages is not None:
-            return tuple(self.tokenizer.encode_chat(prompt.messages, thinking=sampling.thinking))
-        assert prompt.text is not None
-        return tuple(self.tokenizer.encode(prompt.text))
+
+def encode(prompt: Prompt, sampling: SamplingParams, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The whole prompt as token ids. Raises BadRow for what the tokenizer does not take."""
+    if prompt.token_ids is not None:
+        bad = next((token for token in prompt.token_ids if token >= tokenizer.vocab_size), None)
+        if bad is not None:
+            raise BadRow("bad_token_ids", f"token id {bad} is outside the vocabulary of {tokenizer.vocab_size}")
+        return prompt.token_ids
+    if prompt.messages is not None:
+        return tuple(tokenizer.encode_chat(prompt.messages, thinking=sampling.thinking))
+    assert prompt.text is not None
+    return tuple(tokenizer.encode(prompt.text))

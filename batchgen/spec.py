@@ -2,20 +2,19 @@
 
 Every section refuses unknown fields. `fingerprint()` covers what makes the data (input, prompt, model, sampling, output
 columns); engine tuning, cluster, retry and limits may change between the runs of one job. Nothing secret belongs in a
-spec: credentials come from the environment. This module knows no files and no YAML: see `spec_load`.
+spec: credentials come from the environment. The engines' sections are in `engine_specs`. This module knows no files and
+no YAML: see `spec_load`.
 """
 
 import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from batchgen.engine_specs import EngineSpec, PromptForm, Section
 
 FINGERPRINT_VERSION = 1
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class InputSpec(Section):
@@ -86,6 +85,13 @@ class PromptSpec(Section):
             raise ValueError("system goes with a chat column or template; put it in the messages themselves instead")
         return self
 
+    @property
+    def form(self) -> PromptForm:
+        """What every row's `Prompt` holds."""
+        if self.prompt_token_ids is not None:
+            return "token_ids"
+        return "messages" if self.messages is not None or self.chat else "text"
+
 
 class ModelSpec(Section):
     """Which weights and tokenizer."""
@@ -131,50 +137,6 @@ class SamplingSpec(Section):
         default=None, ge=0, le=20, description="Return each token's logprob and this many of the likeliest ones."
     )
     thinking: bool = Field(default=False, description="Ask the chat template for reasoning; kept in its own column.")
-
-
-class SimulatedEngineSpec(Section):
-    """An engine without a model: real time, seeded lengths, no GPU. For tests, dry runs and benchmarks."""
-
-    kind: Literal["simulated"]
-    max_inflight: int = Field(default=256, ge=1, description="Requests sent and not answered (requests).")
-    slots: int = Field(default=64, ge=1, description="Requests decoded at the same time (requests).")
-    prefill_tokens_per_s: float = Field(default=20_000.0, gt=0, description="Prefill rate of the engine (tokens/s).")
-    decode_tokens_per_s: float = Field(default=50.0, gt=0, description="Decode rate of one slot (tokens/s).")
-    has_latency: bool = Field(default=True, description="false: answer at once, whatever the rates say.")
-    mean_tokens: float = Field(default=200.0, gt=0, description="Mean of the lognormal completion length (tokens).")
-    sigma: float = Field(
-        default=0.8, ge=0.0, description="Its sigma (of the log). 0: every answer has the mean length."
-    )
-    startup_s: float = Field(default=0.0, ge=0, description="Time until the engine is ready (s).")
-    max_model_len: int = Field(default=131_072, ge=2, description="Prompt plus completion (tokens).")
-    reject_text: str | None = Field(
-        default=None, description="Refuse each prompt that contains this text: a stand-in for a poison row."
-    )
-    failure_rate: float = Field(
-        default=0.0, ge=0.0, le=1.0, description="Share of first attempts that fail and may be retried, seeded by row."
-    )
-    call_log: str | None = Field(
-        default=None, description="Local folder; every call appends a line here (row, sample, attempt), never text."
-    )
-
-
-class TransformersEngineSpec(Section):
-    """Any Hugging Face causal LM on this machine, decoded in batches. Needs the extra: pip install 'batchgen[local]'."""
-
-    kind: Literal["transformers"]
-    max_inflight: int = Field(default=128, ge=1, description="Requests sent and not answered (requests).")
-    max_batch_size: int = Field(default=64, ge=1, description="Requests decoded together (requests).")
-    num_threads: int = Field(
-        default=1, ge=1, description="Torch threads; a second one was measured to slow small models."
-    )
-    device: str = Field(default="auto", description="cpu, cuda, cuda:N; auto takes CUDA where there is one.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="auto: float32 on CPU (faster there than bfloat16), the checkpoint's on CUDA."
-    )
-
-
-EngineSpec = Annotated[SimulatedEngineSpec | TransformersEngineSpec, Field(discriminator="kind")]
 
 
 class OutputSpec(Section):
@@ -284,7 +246,7 @@ class JobSpec(Section):
             "input": self.input.model_dump(mode="json", include={"paths", "custom_id", "passthrough"}),
             "prompt": self.prompt.model_dump(mode="json"),
             "model": self.model.model_dump(mode="json"),
-            "engine": {"kind": self.engine.kind},
+            "engine": self.engine.fingerprint_fields(),
             "sampling": self.sampling.model_dump(mode="json"),
             "output": self.output.model_dump(mode="json", include={"token_ids"}),
         }

@@ -5,6 +5,7 @@ malformed messages) is not refused here: it becomes that row's error.
 """
 
 import difflib
+import json
 from collections.abc import Callable, Sequence
 
 import pyarrow as pa
@@ -177,8 +178,9 @@ def _locate(files: Sequence[InputFile], keys: pa.ChunkedArray, key: pa.Scalar) -
     raise AssertionError("the key was counted, so it is in a file")
 
 
-def render_first(shards: Sequence[Shard], spec: JobSpec, tokenizer: Tokenizer) -> tuple[str, int]:
-    """(text, tokens) of the first prompt of the job that renders. Raises InputError when none of the first rows does."""
+def render_first(shards: Sequence[Shard], spec: JobSpec, tokenizer: Tokenizer | None) -> tuple[str, int | None]:
+    """(text, tokens) of the first prompt of the job that renders; without a tokenizer, what the server is sent and None.
+    Raises InputError when none of the first rows makes a prompt."""
     columns, reason = list_row_columns(spec), ""
     for shard in shards[:1]:
         for _, batch in iter_shard(shard, list_columns(spec)):
@@ -196,9 +198,11 @@ def _render(
     text: str | None,
     messages: Sequence[dict[str, object]] | None,
     token_ids: Sequence[int] | None,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     thinking: bool,
-) -> tuple[str, int]:
+) -> tuple[str, int | None]:
+    if tokenizer is None:
+        return text or json.dumps(messages or token_ids, ensure_ascii=False, indent=1, default=str), None
     if token_ids is not None:
         return tokenizer.decode(token_ids), len(token_ids)
     if messages is not None:
