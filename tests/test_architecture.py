@@ -21,7 +21,8 @@ MAX_FILE_LINES = 300
 
 LAYERS = [
     ["__init__", "records", "errors"],
-    ["spec", "build", "tasks", "window"],
+    ["engine_specs"],
+    ["spec", "events", "build", "tasks", "window", "signals"],
     # pure decisions
     ["prompt", "plan", "work_queue", "scaling", "stats", "answer"],
     # the store seam
@@ -31,26 +32,54 @@ LAYERS = [
     ["storage"],
     ["store_probe", "spec_load", "read", "write", "journal", "driver_lease"],
     # the engine seam
-    ["engines.base", "engines.sampling", "engines.hf_tokenizer"],
+    ["engines.base", "engines.sampling", "engines.hf_tokenizer", "engines.breaker", "engines.openai_wire"],
+    ["engines.openai_stream", "engines.openai_errors", "engines.openai_http"],
     ["engines.decode", "engines.hf_model", "engines.simulated"],
-    ["engines.transformers"],
+    ["engines.transformers", "engines.openai"],
     ["engines"],
     # one worker
     ["manifest", "open_shard", "prepare"],
+    ["engines.contract"],
     ["shard_files", "sender", "validate"],
     ["worker", "job"],
     # many workers
     ["inline_pool", "ray_pool", "dispatch"],
+    ["pools"],
     # one run
     ["hold", "view", "report"],
     ["control"],
     ["finish"],
     ["run"],
+    ["demo"],
     ["cli"],
 ]
-PURE = {"records", "errors", "spec", "prompt", "plan", "work_queue", "scaling", "stats", "answer"}
+PURE = {
+    "records",
+    "events",
+    "errors",
+    "engine_specs",
+    "spec",
+    "prompt",
+    "plan",
+    "work_queue",
+    "scaling",
+    "stats",
+    "answer",
+}
 # What only does I/O: pure modules may not even import it from the standard library.
-EFFECTS = {"os", "pathlib", "io", "socket", "subprocess", "threading", "asyncio", "time", "tempfile", "shutil", "random"}
+EFFECTS = {
+    "os",
+    "pathlib",
+    "io",
+    "socket",
+    "subprocess",
+    "threading",
+    "asyncio",
+    "time",
+    "tempfile",
+    "shutil",
+    "random",
+}
 
 # vendor -> the only modules that may import it. '()' after a name: only inside functions, so that it loads when used.
 VENDORS = {
@@ -62,17 +91,25 @@ VENDORS = {
     "tensorrt_llm": set(),
     "fsspec": {"store_remote", "store_s3"},
     "s3fs": {"store_s3"},
-    "aiohttp": {"store_remote"},
+    "aiohttp": {"store_remote", "engines.openai", "engines.openai_http"},
     "botocore": {"store_remote"},
     "yaml": {"spec_load"},
     "typer": {"cli"},
     "rich": {"view", "cli()"},
 }
 # Modules that import a heavy vendor at their top: whoever imports one of them does so lazily, or is one itself.
-HEAVY = {"ray", "torch", "transformers", "safetensors", "jinja2", "tensorrt_llm", "fsspec", "s3fs", "aiohttp", "botocore"}
-
-# Known debts, each with the length it has now: it may shrink, and goes from here once it is within the limit.
-LONG_FILES = {"records": 346, "dispatch": 330}
+HEAVY = {
+    "ray",
+    "torch",
+    "transformers",
+    "safetensors",
+    "jinja2",
+    "tensorrt_llm",
+    "fsspec",
+    "s3fs",
+    "aiohttp",
+    "botocore",
+}
 
 
 def name_of(path: Path) -> str:
@@ -111,9 +148,8 @@ def list_imports(module: str) -> list[tuple[str, bool]]:
 def list_ours(module: str) -> set[tuple[str, bool]]:
     """(module of ours, is lazy) that the module imports."""
     names = ((name.removeprefix("batchgen."), is_lazy) for name, is_lazy in list_imports(module))
-    ours = {(name, is_lazy) for name, is_lazy in names if name in SOURCES and name != "__init__"}
-    # `from batchgen.engines.base import X` runs engines/__init__.py too, but that is no dependency of ours on it.
-    return ours
+    # `from batchgen.engines.base import X` runs engines/__init__.py too, but that is no dependency on what is in it.
+    return {(name, is_lazy) for name, is_lazy in names if name in SOURCES and name != "__init__"}
 
 
 def list_vendors(module: str) -> set[tuple[str, bool]]:
@@ -170,6 +206,8 @@ def test_whoever_loads_a_heavy_vendor_at_its_top_is_itself_loaded_lazily() -> No
         "engines.sampling",
         "engines.decode",
         "engines.hf_tokenizer",
+        "engines.openai",
+        "engines.openai_http",
     }
     # hf_tokenizer needs jinja2 only, and what imports it at its top is imported lazily in turn.
     allowed = heavy | {"engines.hf_model", "engines.transformers"}
@@ -222,26 +260,16 @@ def test_a_module_says_what_it_is(module: str) -> None:
 @every_module
 def test_files_are_short(module: str) -> None:
     num_lines = len(SOURCES[module].splitlines())
-    if module in LONG_FILES:
-        assert num_lines > MAX_FILE_LINES, f"{module} has only {num_lines} lines now: take it out of LONG_FILES"
-    assert num_lines <= LONG_FILES.get(module, MAX_FILE_LINES), f"{module} has {num_lines} lines; split it"
+    assert num_lines <= MAX_FILE_LINES, f"{module} has {num_lines} lines; split it"
 
 
 @every_module
-def test_functions_are_short_and_public_ones_that_are_not_obvious_say_what_they_do(module: str) -> None:
+def test_functions_are_short(module: str) -> None:
     for node in ast.walk(TREES[module]):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
             num_lines = node.end_lineno - node.lineno + 1
             assert num_lines <= MAX_FUNCTION_LINES, f"{module}.{node.name} has {num_lines} lines; split it"
-            assert num_lines <= 12 or node.name.startswith("_") or ast.get_docstring(node), f"{module}.{node.name}"
-
-
-@every_module
-def test_public_classes_say_what_they_are(module: str) -> None:
-    for node in TREES[module].body:
-        if isinstance(node, ast.ClassDef) and not node.name.startswith("_") and len(node.body) > 3:
-            assert ast.get_docstring(node), f"{module}.{node.name} has no docstring"
 
 
 # Words of DESIGN section 6 that are said another way here, as parts of our own names.
