@@ -27,10 +27,13 @@ def make_encodable(text: str) -> str:
 def make_result(
     request: Request, generation: Generation, *, think_end: str | None, waited_s: float, latency_s: float
 ) -> Result:
-    """The result of an answered request. `think_end`: the model's mark. `waited_s`: from ready to sent; the engine's own
-    queue is added to it."""
-    whole = make_encodable(generation.text)
-    text, reasoning = split_reasoning(whole, thinking=request.sampling.thinking, think_end=think_end)
+    """The result of an answered request. `think_end`: the model's mark, for an engine that doesn't part the reasoning
+    from the text itself. `waited_s`: from ready to sent; the engine's own queue is added to it."""
+    text, reasoning = make_encodable(generation.text), generation.reasoning
+    if reasoning is None:
+        text, reasoning = split_reasoning(text, thinking=request.sampling.thinking, think_end=think_end)
+    else:
+        reasoning = make_encodable(reasoning)
     return Result(
         request.row_id,
         num_attempts=request.attempt,
@@ -41,6 +44,11 @@ def make_result(
     )
 
 
+def count_prompt(request: Request) -> int | None:
+    """Prompt tokens, where they were counted here."""
+    return None if request.token_ids is None else len(request.token_ids)
+
+
 def make_failed(request: Request, error: RowError, *, waited_s: float, latency_s: float) -> Result:
     """The result of a request that failed for good, or once too often."""
     return Result(
@@ -48,7 +56,7 @@ def make_failed(request: Request, error: RowError, *, waited_s: float, latency_s
         num_attempts=request.attempt,
         timing=Timing(queued_s=waited_s, latency_s=latency_s),
         failure=Failure(error.error_type, make_encodable(error.message), error.is_retryable),
-        prompt_tokens=len(request.token_ids),
+        prompt_tokens=count_prompt(request),
     )
 
 
@@ -69,4 +77,4 @@ def make_given_up(request: Request, lease: Lease) -> Result:
     """The result of a request whose shard lost its workers too often; another run tries it again."""
     reason = f"given up at attempt {lease.attempt}, the last one lost: {lease.reason}"
     failure = Failure("worker_lost", reason, is_retryable=True)
-    return Result(request.row_id, 0, Timing(), failure=failure, prompt_tokens=len(request.token_ids))
+    return Result(request.row_id, 0, Timing(), failure=failure, prompt_tokens=count_prompt(request))

@@ -89,7 +89,8 @@ def validate(
     say(f"ok: {len(job.plan.files):,} files, {job.plan.num_rows:,} rows, {len(job.plan.shards):,} shards, {checked}")
     if not abilities.is_exclusive:
         say(f"warning: the output's store has no conditional writes ({abilities.reason})")
-    say(f"first prompt, {num_tokens} tokens:")
+    size = "as the server gets it" if num_tokens is None else f"{num_tokens} tokens"
+    say(f"first prompt, {size}:")
     typer.echo(text)
     fields = {"files": len(job.plan.files), "rows": job.plan.num_rows, "shards": len(job.plan.shards)}
     print_json({**fields, "fingerprint": job_spec.fingerprint(), "first_prompt_tokens": num_tokens}, as_json)

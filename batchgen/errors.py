@@ -14,6 +14,7 @@
     │   ├── BadRow               the input row itself is at fault                      not retryable
     │   ├── RequestRejected      the engine will never take this request               not retryable
     │   └── RequestFailed        the engine failed on this request                     retryable
+    │       └── EngineUnavailable    it was not there or had no room; says nothing of the request
     ├── EngineDied               the engine can't go on; its worker is lost
     └── StorageError             the store failed after its own retries
         ├── NotFound             no such object
@@ -91,9 +92,20 @@ class RequestRejected(RowError):
 
 
 class RequestFailed(RowError):
-    """The engine failed on this request; another attempt may succeed."""
+    """The engine failed on this request; another attempt may succeed, but not before `retry_after_s` seconds where the
+    engine knows when."""
 
     is_retryable = True
+
+    def __init__(self, error_type: str, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(error_type, message)
+        self.args = (error_type, message, retry_after_s)
+        self.retry_after_s = retry_after_s
+
+
+class EngineUnavailable(RequestFailed):
+    """The engine did not take the request: it is absent, overloaded or restarting. Trying again costs the request no
+    attempt. The engine bounds how long this goes on: it raises EngineDied when it has been of no use for too long."""
 
 
 class EngineDied(BatchgenError):

@@ -219,8 +219,8 @@ def load_journal(job: Job) -> JournalIndex:
     return index
 
 
-def render_first_prompt(job: Job) -> tuple[str, int]:
-    """(text, tokens) of the first prompt, special tokens visible."""
+def render_first_prompt(job: Job) -> tuple[str, int | None]:
+    """(text, tokens) of the first prompt, special tokens visible; tokens None where a server counts them."""
     return render_first(job.plan.shards, job.spec, create_tokenizer(job.spec))
 
 

@@ -182,7 +182,7 @@ def count_values(result: Result) -> int:
     if answer is None:
         return 0
     logprobs = answer.logprobs or ()
-    return len(answer.token_ids) + len(logprobs) * (1 + len(logprobs[0].top) if logprobs else 1)
+    return len(answer.token_ids or ()) + len(logprobs) * (1 + len(logprobs[0].top) if logprobs else 1)
 
 
 def make_flat_batch(results: Sequence[Result], batch_id: str, schema: pa.Schema) -> pa.RecordBatch:
@@ -218,6 +218,6 @@ def make_logprobs(answers: Sequence[Sequence[TokenLogprob] | None]) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array([*starts, ends[-1]], pa.int32()), values, type=LOGPROBS_TYPE)
 
 
-def _make_struct(token_ids: Sequence[int], logprobs: Sequence[float], *more: pa.Array) -> pa.StructArray:
+def _make_struct(token_ids: Sequence[int | None], logprobs: Sequence[float], *more: pa.Array) -> pa.StructArray:
     columns = [pa.array(token_ids, pa.int32()), pa.array(logprobs, pa.float32()), *more]
     return pa.StructArray.from_arrays(columns, names=["token_id", "logprob", "top"][: len(columns)])

@@ -33,6 +33,7 @@ EXPECTED_SHARE = 0.25
 EXPECTED_TOKENS = 4_000
 # One engine's assumed rate, order of magnitude only: it decides shard size, nothing else.
 ENGINE_TOKENS_PER_S = {"simulated": 3_000.0, "transformers": 2_000.0}
+OTHER_TOKENS_PER_S = 5_000.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ def choose_rows_per_shard(spec: JobSpec, num_rows: int) -> int:
     else:
         tokens = expected_tokens(spec)
         by_bytes = TARGET_BYTES / (tokens * BYTES_PER_TOKEN)
-        by_time = TARGET_S * ENGINE_TOKENS_PER_S[spec.engine.kind] / tokens
+        by_time = TARGET_S * ENGINE_TOKENS_PER_S.get(spec.engine.kind, OTHER_TOKENS_PER_S) / tokens
         by_workers = num_rows // (SHARDS_PER_WORKER * spec.cluster.workers.max)
         wanted = max(1, min(int(by_bytes), int(by_time), by_workers))
     return max(wanted, math.ceil(num_rows / MAX_SHARDS))

@@ -2,7 +2,8 @@
 become what the output holds of them. Runs off the event loop.
 
 This is where prompt and tokenizer meet: the chat template, the length check, the room left for the completion. Needs an
-engine's tokenizer and limit, not the engine.
+engine's tokenizer and limit, not the engine. For an engine without a tokenizer (a server that renders and counts itself)
+the row's prompt goes into the request as it is, and nothing is checked against a length.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,9 +24,10 @@ CUSTOM_ID = pa.field("custom_id", pa.string())
 NO_MARKS = "the model's tokenizer has no think marks, so reasoning can't be told from the answer"
 
 
-def check_thinking(spec: JobSpec, tokenizer: Tokenizer) -> None:
-    """Raises SpecError where the job asks for reasoning that could not be cut from the answers."""
-    if spec.sampling.thinking and tokenizer.think_end is None:
+def check_thinking(spec: JobSpec, tokenizer: Tokenizer | None) -> None:
+    """Raises SpecError where the job asks for reasoning that could not be cut from the answers. A server does that
+    itself."""
+    if spec.sampling.thinking and tokenizer is not None and tokenizer.think_end is None:
         raise SpecError(f"sampling.thinking: {NO_MARKS}; leave it out or choose another model")
 
 
@@ -35,8 +37,8 @@ class Preparer:
     for a job that asks the model to think where it can't."""
 
     spec: JobSpec
-    tokenizer: Tokenizer
-    max_model_len: int
+    tokenizer: Tokenizer | None
+    max_model_len: int | None
     refused: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
@@ -62,22 +64,27 @@ class Preparer:
         row_ids = [RowId(file, number, sample) for sample in range(self.spec.sampling.n)]
         try:
             sampling = make_row_sampling(row, self.spec, self.refused)
-            if sampling.thinking and self.tokenizer.think_end is None:
+            if sampling.thinking and self.tokenizer is not None and self.tokenizer.think_end is None:
                 raise BadRow("bad_sampling", f"column '{self.spec.prompt.sampling}': thinking: {NO_MARKS}")
-            token_ids = self._tokenize(make_prompt(row, self.spec.prompt), sampling)
+            prompt = make_prompt(row, self.spec.prompt)
+            token_ids = self._tokenize(prompt, sampling, self.tokenizer) if self.tokenizer is not None else None
         except BadRow as error:
             failure = Failure(error.error_type, error.message, is_retryable=False)
             return [Result(row_id, num_attempts=0, timing=Timing(), failure=failure) for row_id in row_ids]
-        sampling = replace(sampling, max_tokens=min(sampling.max_tokens, self.max_model_len - len(token_ids)))
+        if token_ids is not None and self.max_model_len is not None:
+            sampling = replace(sampling, max_tokens=min(sampling.max_tokens, self.max_model_len - len(token_ids)))
+        kept = prompt if token_ids is None else None
+        seeds = [make_seed(sampling.seed, row_id) for row_id in row_ids]
         return [
-            Request(row_id, token_ids, replace(sampling, seed=make_seed(sampling.seed, row_id))) for row_id in row_ids
+            Request(row_id, token_ids, replace(sampling, seed=seed), prompt=kept)
+            for row_id, seed in zip(row_ids, seeds, strict=True)
         ]
 
-    def _tokenize(self, prompt: Prompt, sampling: SamplingParams) -> tuple[int, ...]:
-        token_ids = self._encode(prompt, sampling)
+    def _tokenize(self, prompt: Prompt, sampling: SamplingParams, tokenizer: Tokenizer) -> tuple[int, ...]:
+        token_ids = encode(prompt, sampling, tokenizer)
         if not token_ids:
             raise BadRow("empty_prompt", "the prompt has no token")
-        if len(token_ids) < self.max_model_len:
+        if self.max_model_len is None or len(token_ids) < self.max_model_len:
             return token_ids
         if self.spec.prompt.on_overflow == "error":
             raise BadRow(
@@ -88,18 +95,18 @@ class Preparer:
         # Room for the completion asked for, but never more than half of the context.
         return token_ids[-(self.max_model_len - min(sampling.max_tokens, self.max_model_len // 2)) :]
 
-    def _encode(self, prompt: Prompt, sampling: SamplingParams) -> tuple[int, ...]:
-        if prompt.token_ids is not None:
-            bad = next((token for token in prompt.token_ids if token >= self.tokenizer.vocab_size), None)
-            if bad is not None:
-                raise BadRow(
-                    "bad_token_ids", f"token id {bad} is outside the vocabulary of {self.tokenizer.vocab_size}"
-                )
-            return prompt.token_ids
-        if prompt.messages is not None:
-            return tuple(self.tokenizer.encode_chat(prompt.messages, thinking=sampling.thinking))
-        assert prompt.text is not None
-        return tuple(self.tokenizer.encode(prompt.text))
+
+def encode(prompt: Prompt, sampling: SamplingParams, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The whole prompt as token ids. Raises BadRow for what the tokenizer does not take."""
+    if prompt.token_ids is not None:
+        bad = next((token for token in prompt.token_ids if token >= tokenizer.vocab_size), None)
+        if bad is not None:
+            raise BadRow("bad_token_ids", f"token id {bad} is outside the vocabulary of {tokenizer.vocab_size}")
+        return prompt.token_ids
+    if prompt.messages is not None:
+        return tuple(tokenizer.encode_chat(prompt.messages, thinking=sampling.thinking))
+    assert prompt.text is not None
+    return tuple(tokenizer.encode(prompt.text))
 
 
 # ---- input columns ---------------------------------------------------------------------------------------------------

@@ -5,9 +5,11 @@ byte bound, or as `Unreadable` where their pages are corrupt; `decode_rows` turn
 Python values, a cell at a time where one of them can't be decoded. Knows nothing of prompts or specs.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, TypeAlias
 
 import pyarrow as pa
@@ -123,15 +125,9 @@ def iter_batches(
 
 def _groups_of(shard: Shard) -> tuple[list[int], int]:
     """Row groups that hold the shard's rows, and the row number the first of them starts at."""
-    groups: list[int] = []
-    first_row, start = 0, 0
-    for number, rows in enumerate(shard.file.row_group_rows):
-        if start + rows > shard.row_start and start < shard.row_end:
-            if not groups:
-                first_row = start
-            groups.append(number)
-        start += rows
-    return groups, first_row
+    borders = list(accumulate(shard.file.row_group_rows))
+    first, last = bisect_right(borders, shard.row_start), bisect_left(borders, shard.row_end)
+    return list(range(first, last + 1)), borders[first - 1] if first else 0
 
 
 def _iter_groups(parquet: pq.ParquetFile, groups: list[int], columns: Sequence[str], max_rows: int) -> Iterator[Rows]:

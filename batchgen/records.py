@@ -45,20 +45,37 @@ class Prompt:
     messages: tuple[dict[str, Any], ...] | None = None
     token_ids: tuple[int, ...] | None = None
 
+    @property
+    def num_bytes(self) -> int:
+        """Rough size in memory: a Python int and its slot for each token, a dict for each message."""
+        size = 36 * len(self.token_ids or ()) + 2 * len(self.text or "")
+        return size + sum(
+            400 + 2 * sum(len(str(value)) for value in message.values()) for message in self.messages or ()
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What an engine is sent. `token_ids` is the whole rendered prompt, special tokens included."""
+    """What an engine is sent. Exactly one is set: `token_ids`, the whole rendered prompt with its special tokens, for an
+    engine with a tokenizer on our side; `prompt`, the row's own, for one that renders and tokenises itself."""
 
     row_id: RowId
-    token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...] | None
     sampling: SamplingParams
     attempt: int = 1
+    prompt: Prompt | None = None
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """`token_ids`, for an engine whose requests have them. Raises ValueError for one that was not tokenised."""
+        if self.token_ids is None:
+            raise ValueError(f"{self.row_id}: this engine takes token ids, and the request has none")
+        return self.token_ids
 
     @property
     def num_bytes(self) -> int:
-        """Rough size in memory while it waits or is in flight: a Python int and its slot for each prompt token."""
-        return 36 * len(self.token_ids)
+        """Rough size in memory while it waits or is in flight."""
+        return (self.prompt or Prompt(token_ids=self.token_ids)).num_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,24 +99,28 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """One generated token: its natural-log probability and the `top` most likely ones (token id, logprob)."""
+    """One generated token: its natural-log probability and the `top` most likely ones (token id, logprob). An id is None
+    where a server tells tokens by their text only."""
 
-    token_id: int
+    token_id: int | None
     logprob: float
-    top: tuple[tuple[int, float], ...] = ()
+    top: tuple[tuple[int | None, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """An engine's answer to one request. `text` holds everything it generated; reasoning is cut from it later."""
+    """An engine's answer to one request. `text` holds everything it generated and reasoning is cut from it later, unless
+    the engine did that: then `reasoning` is set. `tool_calls` is JSON text, as the engine gave them."""
 
     text: str
-    token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...] | None
     finish_reason: str
     usage: Usage
     ttft_s: float | None = None
     queued_s: float | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
+    reasoning: str | None = None
+    tool_calls: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

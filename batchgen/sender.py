@@ -2,7 +2,8 @@
 
 The window stays full across shard borders: rows are read ahead up to a bound and sent in the order they were pushed. A
 retry waits outside the window, with full jitter, so that rows that failed together don't come back together. Invariant:
-every request pushed ends in its shard's `add` exactly once, unless the sender is stopped or the engine dies.
+every request pushed ends in its shard's `add` exactly once, unless the sender is stopped or the engine dies. Rows that
+wait for a retry count as read ahead: while the engine takes none, only so many are read and no more.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from batchgen.answer import make_failed, make_result
 from batchgen.engines.base import Engine
-from batchgen.errors import EngineDied, RequestFailed, RowError
+from batchgen.errors import EngineDied, EngineUnavailable, RequestFailed, RowError
 from batchgen.open_shard import OpenShard
 from batchgen.records import Request
 from batchgen.spec import RetrySpec
@@ -26,18 +27,32 @@ MAX_READY_BYTES = 128 * 2**20
 # Rows read and tokenised ahead of the window, in windows.
 READY_WINDOWS = 0.5
 MIN_READY_ROWS = 64
+# Rows that wait outside the window for a retry, in windows: enough to keep it full beside them, and no more.
+MAX_WAITING_WINDOWS = 2
+# An engine that refuses one request this often while it answers others is refusing the request.
+MAX_REFUSALS = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A request that waits for the window since `ready_at` (monotonic seconds)."""
+    """A request that waits for the window since `ready_at` (monotonic seconds). `num_refusals`: how often the engine had
+    no room for it, which are no attempts."""
 
     shard: OpenShard
     request: Request
     ready_at: float
+    num_refusals: int = 0
 
     def measure(self, sent: float) -> dict[str, float]:
         return {"waited_s": sent - self.ready_at, "latency_s": time.monotonic() - sent}
+
+
+def choose_delay_s(retry: RetrySpec, error: RequestFailed, num_tries: int) -> float:
+    """How long to wait before a try after `num_tries` of them: what the engine asks for and a little jitter, else full
+    jitter over a bound that doubles."""
+    if error.retry_after_s is not None:
+        return error.retry_after_s + random.uniform(0, retry.backoff_s)
+    return random.uniform(0, min(retry.max_backoff_s, retry.backoff_s * 2 ** min(num_tries - 1, 30)))
 
 
 class Sender:
@@ -48,6 +63,7 @@ class Sender:
         self.window = Window(max_inflight, MAX_INFLIGHT_BYTES)
         self._queue: asyncio.Queue[Ready] = asyncio.Queue()
         self._num_bytes = 0
+        self._num_waiting = 0
         self._room = asyncio.Event()
         self._is_stopped = False
         self._inflight = TaskGroup(on_death)
@@ -79,7 +95,9 @@ class Sender:
 
     def _is_full(self) -> bool:
         max_rows = max(MIN_READY_ROWS, READY_WINDOWS * self.window.max_rows)
-        return self._queue.qsize() >= max_rows or self._num_bytes >= MAX_READY_BYTES
+        max_waiting = max(MIN_READY_ROWS, MAX_WAITING_WINDOWS * self.window.max_rows)
+        is_wide = self._queue.qsize() >= max_rows or self._num_waiting >= max_waiting
+        return is_wide or self._num_bytes >= MAX_READY_BYTES
 
     def _put(self, ready: Ready) -> None:
         self._num_bytes += ready.request.num_bytes
@@ -108,19 +126,28 @@ class Sender:
         except EngineDied as error:
             self._on_death(str(error))
         else:
-            think_end = self._engine.tokenizer.think_end
+            think_end = self._engine.tokenizer.think_end if self._engine.tokenizer else None
             ready.shard.add(make_result(ready.request, generation, think_end=think_end, **ready.measure(sent)))
         finally:
             self.window.release(ready.request.num_bytes)
 
     def _fail(self, ready: Ready, error: RowError, sent: float) -> None:
-        request, retry = ready.request, self._retry
-        if not isinstance(error, RequestFailed) or request.attempt >= retry.max_attempts:
+        request = ready.request
+        is_refusal = isinstance(error, EngineUnavailable) and ready.num_refusals < MAX_REFUSALS
+        if not isinstance(error, RequestFailed) or (not is_refusal and request.attempt >= self._retry.max_attempts):
             ready.shard.add(make_failed(request, error, **ready.measure(sent)))
             return
-        longest = min(retry.max_backoff_s, retry.backoff_s * 2 ** (request.attempt - 1))
-        again = replace(request, attempt=request.attempt + 1)
-        asyncio.get_running_loop().call_later(random.uniform(0, longest), self._put_again, ready.shard, again)
+        if is_refusal:
+            again = replace(ready, num_refusals=ready.num_refusals + 1)
+            delay_s = choose_delay_s(self._retry, error, again.num_refusals)
+        else:
+            again = replace(ready, request=replace(request, attempt=request.attempt + 1))
+            delay_s = choose_delay_s(self._retry, error, request.attempt)
+        self._num_waiting += 1
+        self._num_bytes += request.num_bytes
+        asyncio.get_running_loop().call_later(delay_s, self._put_again, again)
 
-    def _put_again(self, shard: OpenShard, request: Request) -> None:
-        self._put(Ready(shard, request, time.monotonic()))
+    def _put_again(self, waited: Ready) -> None:
+        self._num_waiting -= 1
+        self._num_bytes -= waited.request.num_bytes
+        self._put(replace(waited, ready_at=time.monotonic()))

@@ -2,7 +2,8 @@
 
 Every section refuses unknown fields. `fingerprint()` covers what makes the data (input, prompt, model, sampling, output
 columns); engine tuning, cluster, retry and limits may change between the runs of one job. Nothing secret belongs in a
-spec: credentials come from the environment. This module knows no files and no YAML: see `spec_load`.
+spec: credentials come from the environment. The engines' sections are in `engine_specs`. This module knows no files and
+no YAML: see `spec_load`.
 """
 
 import hashlib
@@ -11,10 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from batchgen.engine_spec import EngineSpec, Section, SimulatedEngineSpec, TransformersEngineSpec
+from batchgen.engine_specs import EngineSpec, PromptForm, Section
 from batchgen.urls import check_url
-
-__all__ = ["EngineSpec", "JobSpec", "SimulatedEngineSpec", "TransformersEngineSpec"]
 
 FINGERPRINT_VERSION = 1
 
@@ -89,6 +88,13 @@ class PromptSpec(Section):
         if self.system is not None and not (has_text and self.chat):
             raise ValueError("system goes with a chat column or template; put it in the messages themselves instead")
         return self
+
+    @property
+    def form(self) -> PromptForm:
+        """What every row's `Prompt` holds."""
+        if self.prompt_token_ids is not None:
+            return "token_ids"
+        return "messages" if self.messages is not None or self.chat else "text"
 
 
 class ModelSpec(Section):
@@ -253,7 +259,7 @@ class JobSpec(Section):
             "input": self.input.model_dump(mode="json", include={"paths", "custom_id", "passthrough"}),
             "prompt": self.prompt.model_dump(mode="json"),
             "model": self.model.model_dump(mode="json"),
-            "engine": {"kind": self.engine.kind},
+            "engine": self.engine.fingerprint_fields(),
             "sampling": self.sampling.model_dump(mode="json"),
             "output": self.output.model_dump(mode="json", include={"token_ids"}),
         }

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, PydanticSerializationError
 
+from batchgen.engine_specs import SimulatedEngineSpec, find_section
 from batchgen.errors import SpecError
 from batchgen.spec import JobSpec
 from batchgen.storage import read_text
@@ -81,7 +82,7 @@ def describe(error: ValidationError) -> str:
 
 
 def _describe_one(error: ErrorDetails) -> str:
-    path = [str(part) for part in error["loc"] if part not in ENGINE_KINDS]
+    path = [str(part) for position, part in enumerate(error["loc"]) if not _is_kind(error["loc"], position)]
     where = ".".join(path) or "spec"
     if error["type"] == "extra_forbidden":
         names = list_field_names(path[:-1], [str(part) for part in error["loc"]])
@@ -91,6 +92,12 @@ def _describe_one(error: ErrorDetails) -> str:
     if error["type"] == "missing":
         return f"{where}: is required; add it"
     return f"{where}: {error['msg'].removeprefix('Value error, ')}"
+
+
+def _is_kind(location: Sequence[int | str], position: int) -> bool:
+    """Pydantic names the chosen engine's kind after `engine`; a spec has no such level."""
+    part = location[position]
+    return position == 1 and location[0] == "engine" and isinstance(part, str) and find_section(part) is not None
 
 
 def _members(annotation: Any) -> Iterable[type[BaseModel]]:
@@ -103,22 +110,15 @@ def _members(annotation: Any) -> Iterable[type[BaseModel]]:
         yield from _members(argument)
 
 
-ENGINE_KINDS = frozenset(
-    kind
-    for model in _members(JobSpec.model_fields["engine"].annotation)
-    for kind in typing.get_args(model.model_fields["kind"].annotation)
-)
-
-
 def list_field_names(path: Sequence[str], location: Sequence[str]) -> list[str]:
     """Field names of the section at `path`; of the chosen engine's own where `location` names its kind."""
+    if path[:1] == ["engine"] and len(location) > 1 and (section := find_section(location[1])) is not None:
+        return list(section.model_fields)
     models: list[type[BaseModel]] = [JobSpec]
     for name in path:
         fields = [model.model_fields[name] for model in models if name in model.model_fields]
         models = [member for field in fields for member in _members(field.annotation)]
-    kinds = [model for model in models if "kind" in model.model_fields]
-    chosen = [m for m in kinds if set(typing.get_args(m.model_fields["kind"].annotation)) & set(location)]
-    return [name for model in chosen or models for name in model.model_fields]
+    return [name for model in models for name in model.model_fields]
 
 
 def is_local(path: str) -> bool:
@@ -133,7 +133,7 @@ def _absolute(path: str) -> str:
 def _with_absolute_paths(spec: JobSpec) -> JobSpec:
     paths = tuple(_absolute(path) for path in spec.input.paths)
     engine, model, output = spec.engine, spec.model, spec.output
-    if engine.kind == "simulated" and engine.call_log is not None:
+    if isinstance(engine, SimulatedEngineSpec) and engine.call_log is not None:
         engine = engine.model_copy(update={"call_log": _absolute(engine.call_log)})
     if is_local(model.path) and Path(model.path).expanduser().is_dir():
         if model.revision is not None:

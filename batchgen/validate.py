@@ -5,6 +5,7 @@ malformed messages) is not refused here: it becomes that row's error.
 """
 
 import difflib
+import json
 from collections.abc import Callable, Sequence
 from itertools import islice
 
@@ -238,9 +239,9 @@ def _locate(files: Sequence[InputFile], keys: pa.ChunkedArray, key: pa.Scalar) -
     raise AssertionError("the key was counted, so it is in a file")
 
 
-def render_first(shards: Sequence[Shard], spec: JobSpec, tokenizer: Tokenizer) -> tuple[str, int]:
-    """(text, tokens) of the first prompt of the job that renders. Raises InputError when none of the first rows does,
-    SpecError when the model can't do what the job asks."""
+def render_first(shards: Sequence[Shard], spec: JobSpec, tokenizer: Tokenizer | None) -> tuple[str, int | None]:
+    """(text, tokens) of the first prompt of the job that renders; without a tokenizer, what the server is sent and None.
+    Raises InputError when none of the first rows makes a prompt, SpecError when the model can't do what the job asks."""
     check_thinking(spec, tokenizer)
     columns, reason = list_row_columns(spec), ""
     for _, rows in islice(iter_shard(shards[0], list_columns(spec)), FIRST_BATCHES):
@@ -260,9 +261,11 @@ def _render(
     text: str | None,
     messages: Sequence[dict[str, object]] | None,
     token_ids: Sequence[int] | None,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     thinking: bool,
-) -> tuple[str, int]:
+) -> tuple[str, int | None]:
+    if tokenizer is None:
+        return text or json.dumps(messages or token_ids, ensure_ascii=False, indent=1, default=str), None
     if token_ids is not None:
         return tokenizer.decode(token_ids), len(token_ids)
     if messages is not None:

@@ -48,6 +48,7 @@ ANSWER_FIELDS = [
 OPTIONAL_FIELDS = {
     "logprobs": pa.field("logprobs", LOGPROBS_TYPE),
     "token_ids": pa.field("token_ids", pa.list_(pa.int32())),
+    "tool_calls": pa.field("tool_calls", pa.string()),
 }
 STATUS_FIELDS = [
     pa.field("status", pa.string(), nullable=False),
@@ -66,6 +67,7 @@ def list_generated_fields(spec: JobSpec) -> list[pa.Field]:
     """Fields that a generation fills, the optional ones where the spec asks for them."""
     asked = {"logprobs": spec.sampling.logprobs is not None or spec.prompt.sampling is not None}
     asked["token_ids"] = spec.output.token_ids
+    asked["tool_calls"] = spec.engine.has_tool_calls
     return [*ANSWER_FIELDS, *(OPTIONAL_FIELDS[name] for name in OPTIONAL_FIELDS if asked[name]), *STATUS_FIELDS]
 
 
@@ -101,7 +103,8 @@ def make_result_row(result: Result, batch_id: str) -> dict[str, Any]:
         "completion_tokens": usage.completion_tokens if usage else None,
         "cached_tokens": usage.cached_tokens if usage else None,
         "logprobs": None if logprobs is None else [_make_logprob(token) for token in logprobs],
-        "token_ids": list(answer.token_ids) if answer else None,
+        "token_ids": list(answer.token_ids) if answer and answer.token_ids is not None else None,
+        "tool_calls": answer.tool_calls if answer else None,
         "status": "ok" if answer else "error",
         "error_type": failure.error_type if failure else None,
         "error_message": failure.message if failure else None,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import s3fs
+from openai_server import OpenAIServer, run_openai_server
 from s3_server import S3Proxy, S3Server, run_s3_server
 
 from batchgen.storage import Storage
@@ -29,6 +30,21 @@ s3fs.S3FileSystem._extra_tokenize_attributes = (*s3fs.S3FileSystem._extra_tokeni
 def s3_server() -> Iterator[S3Server]:
     with run_s3_server() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def openai_process() -> Iterator[OpenAIServer]:
+    with run_openai_server() as server:
+        yield server
+
+
+@pytest.fixture
+def openai_server(openai_process: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> OpenAIServer:
+    """A server that behaves, until it is told otherwise; no key is set."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    openai_process.reset()
+    return openai_process
 
 
 @pytest.fixture

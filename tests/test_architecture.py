@@ -20,7 +20,8 @@ MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 300
 
 LAYERS = [
-    ["__init__", "records", "errors", "urls", "engine_spec"],
+    ["__init__", "records", "errors", "urls"],
+    ["engine_specs"],
     ["spec", "events", "build", "tasks", "window", "signals"],
     # pure decisions
     ["prompt", "plan", "work_queue", "scaling", "stats", "answer"],
@@ -31,12 +32,14 @@ LAYERS = [
     ["storage"],
     ["stores.probe", "spec_load", "read", "write", "journal", "driver_lease"],
     # the engine seam
-    ["engines.base", "engines.sampling", "engines.hf_tokenizer"],
+    ["engines.base", "engines.sampling", "engines.hf_tokenizer", "engines.breaker", "engines.openai_wire"],
+    ["engines.openai_stream", "engines.openai_errors", "engines.openai_http"],
     ["engines.decode", "engines.hf_model", "engines.simulated"],
-    ["engines.transformers"],
+    ["engines.transformers", "engines.openai"],
     ["engines"],
     # one worker
     ["manifest", "open_shard", "prepare"],
+    ["engines.contract"],
     ["shard_files", "sender", "validate"],
     ["worker", "job"],
     # many workers
@@ -50,7 +53,7 @@ LAYERS = [
     ["demo"],
     ["cli"],
 ]
-PURE = {"records", "events", "errors", "urls", "engine_spec", "spec", "prompt", "plan"}
+PURE = {"records", "events", "errors", "urls", "engine_specs", "spec", "prompt", "plan"}
 PURE |= {"work_queue", "scaling", "stats", "answer"}
 # What only does I/O: pure modules may not even import it from the standard library.
 EFFECTS = {
@@ -77,7 +80,7 @@ VENDORS = {
     "tensorrt_llm": set(),
     "fsspec": {"stores.remote", "stores.s3"},
     "s3fs": {"stores.s3"},
-    "aiohttp": {"stores.remote"},
+    "aiohttp": {"stores.remote", "engines.openai", "engines.openai_http"},
     "botocore": {"stores.remote"},
     "yaml": {"spec_load"},
     "typer": {"cli"},
@@ -192,6 +195,8 @@ def test_whoever_loads_a_heavy_vendor_at_its_top_is_itself_loaded_lazily() -> No
         "engines.sampling",
         "engines.decode",
         "engines.hf_tokenizer",
+        "engines.openai",
+        "engines.openai_http",
     }
     # hf_tokenizer needs jinja2 only, and what imports it at its top is imported lazily in turn.
     allowed = heavy | {"engines.hf_model", "engines.transformers"}

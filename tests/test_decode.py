@@ -11,12 +11,13 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
+from batchgen.engine_specs import TransformersEngineSpec
 from batchgen.engines.decode import ADMIT_EVERY_STEPS, MAX_PREFILL_SCORES, DecodeBatch, probe
 from batchgen.engines.hf_model import load_model
 from batchgen.engines.hf_tokenizer import HFTokenizer
 from batchgen.engines.sampling import Row, make_row
 from batchgen.records import SamplingParams
-from batchgen.spec import ModelSpec, TransformersEngineSpec
+from batchgen.spec import ModelSpec
 
 EOS = frozenset({1})
 

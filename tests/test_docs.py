@@ -37,6 +37,7 @@ def test_the_output_table_names_every_column_and_no_other() -> None:
     tree = yaml.safe_load(read_example())
     tree["sampling"]["logprobs"] = 1
     tree["output"]["token_ids"] = True
+    tree["engine"] = {"kind": "openai", "base_urls": "http://localhost:1/v1", "extra_body": {"tools": [{}]}}
     columns = set(make_output_schema(make_spec(tree), pa.schema([])).names)
     table = README[README.index("| column | type | what |") : README.index("`batch_stats` has")]
     named = {

@@ -8,7 +8,7 @@ from makers import make_job_spec
 
 from batchgen.engines.simulated import ByteTokenizer
 from batchgen.prepare import Prepared, Preparer
-from batchgen.records import Request, Result, RowId, Timing
+from batchgen.records import Prompt, Request, Result, RowId, Timing
 
 
 def prepare(
@@ -53,6 +53,35 @@ def test_every_sample_is_a_request_with_its_own_seed_and_one_prompt() -> None:
         "null_prompt"
     ] * 3
     assert len(keys) == 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "columns", "expected"),
+    [
+        ({"column": "p", "chat": False}, {"p": ["ab"]}, Prompt(text="ab")),
+        ({"column": "p"}, {"p": ["ab"]}, Prompt(messages=({"role": "user", "content": "ab"},))),
+        ({"prompt_token_ids": "p"}, {"p": [[10**9]]}, Prompt(token_ids=(10**9,))),
+    ],
+)
+def test_without_a_tokenizer_the_prompt_goes_as_it_is(
+    prompt: dict[str, Any], columns: dict[str, Any], expected: Prompt
+) -> None:
+    spec = make_job_spec(prompt=prompt, sampling={"max_tokens": 10**6, "n": 2, "seed": 1})
+    items, _ = Preparer(spec, None, 100).prepare(pa.RecordBatch.from_pydict(columns), "/f", 0)
+    requests = [item for item in items if isinstance(item, Request)]
+    assert [(request.prompt, request.token_ids) for request in requests] == [(expected, None)] * 2
+    assert {request.sampling.max_tokens for request in requests} == {10**6}
+    assert len({request.sampling.seed for request in requests}) == 2
+    assert all(2 <= request.num_bytes < 1000 for request in requests)
+    with pytest.raises(ValueError, match="takes token ids, and the request has none"):
+        _ = requests[0].ids
+
+
+def test_without_a_known_limit_a_prompt_is_neither_cut_nor_refused() -> None:
+    preparer = Preparer(make_job_spec(prompt={"column": "p", "chat": False}), ByteTokenizer(), None)
+    [item], _ = preparer.prepare(pa.RecordBatch.from_pydict({"p": ["x" * 5000]}), "/f", 0)
+    assert isinstance(item, Request)
+    assert (len(item.ids), item.prompt, item.sampling.max_tokens) == (5000, None, 1024)
 
 
 def test_without_a_seed_the_requests_have_none() -> None:

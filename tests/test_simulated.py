@@ -8,10 +8,10 @@ import pytest
 from jobs_util import make_tree, read_rows, run, write_file
 from makers import make_job_spec, make_request
 
+from batchgen.engine_specs import SimulatedEngineSpec
 from batchgen.engines import create_engine
 from batchgen.engines.simulated import SimulatedEngine
 from batchgen.records import Generation
-from batchgen.spec import SimulatedEngineSpec
 
 
 def generate(engine: SimulatedEngine, max_tokens: int) -> Generation:

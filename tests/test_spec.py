@@ -10,8 +10,9 @@ import yaml
 from makers import make_job_spec, make_tree
 from pydantic import BaseModel, ValidationError
 
+from batchgen.engine_specs import SimulatedEngineSpec, TransformersEngineSpec
 from batchgen.errors import InputError, SpecError
-from batchgen.spec import JobSpec, SimulatedEngineSpec, TransformersEngineSpec
+from batchgen.spec import JobSpec
 from batchgen.spec_load import _members, describe, list_field_names, load_spec, make_spec, parse_spec
 
 TEXT = """
@@ -68,11 +69,15 @@ def test_the_json_schema_knows_every_section_and_tells_engines_apart_by_kind() -
     assert set(schema["properties"]) == set(JobSpec.model_fields)
     assert schema["required"] == ["input", "prompt", "engine", "output"]
     assert schema["additionalProperties"] is False
-    assert set(schema["properties"]["engine"]["discriminator"]["mapping"]) == {"simulated", "transformers"}
+    assert set(schema["properties"]["engine"]["discriminator"]["mapping"]) == {"simulated", "transformers", "openai"}
     json.dumps(schema)
 
 
 # ---- what it refuses
+
+
+def openai(**fields: Any) -> dict[str, Any]:
+    return {"engine": {"kind": "openai", "base_urls": "http://node:8000/v1", **fields}}
 
 
 @pytest.mark.parametrize(
@@ -94,7 +99,23 @@ def test_the_json_schema_knows_every_section_and_tells_engines_apart_by_kind() -
         ({"prompt": {"column": "c", "chat": False, "system": "s"}}, "system goes with a chat column or template"),
         ({"prompt": {"column": ["a"]}}, "spec: prompt.column: Input should be a valid string"),
         ({"engine": {"max_inflight": 3}}, "spec: engine: Unable to extract tag using discriminator 'kind'"),
-        ({"engine": {"kind": "simulatd"}}, "'simulated', 'transformers'"),
+        ({"engine": {"kind": "simulatd"}}, "spec: engine: unknown kind 'simulatd'; did you mean 'simulated'?"),
+        ({"engine": {"kind": "openai"}}, "spec: engine.base_urls: is required; add it"),
+        (openai(base_urls=[]), "spec: engine.base_urls: "),
+        (openai(base_urls="node:8000"), "spec: engine.base_urls: each must be a URL as in http://host:8000/v1"),
+        (
+            openai(base_urls="http://me:pass@node/v1"),
+            "engine.base_urls: no user, password or query belongs in a base URL",
+        ),
+        (
+            openai(base_urls="http://node/v1?key=x"),
+            "engine.base_urls: no user, password or query belongs in a base URL",
+        ),
+        (openai(base_urls=["http://a", "http://a"]), "engine.base_urls: names a server twice"),
+        (openai(extra_body={"messages": []}), "engine.extra_body: messages is not for extra_body"),
+        (openai(send_token_ids=True), "engine: send_token_ids needs api: completions"),
+        (openai(extra_bod={}), "engine.extra_bod: unknown field; did you mean 'extra_body'?"),
+        ({"engine": {"kind": "zzz"}}, "unknown kind 'zzz'; known here: simulated, transformers, openai"),
         ({"sampling": {"temperature": float("nan")}}, "spec: sampling.temperature: "),
         ({"sampling": {"top_p": 0}}, "spec: sampling.top_p: Input should be greater than 0"),
         ({"sampling": {"n": 0}}, "spec: sampling.n: "),
@@ -314,6 +335,11 @@ OTHER = [
     {"model": {"path": "org/model", "revision": "v2"}},
     {"model": {"max_model_len": 100}},
     {"engine": {"kind": "transformers"}},
+    openai(),
+    openai(model="m"),
+    openai(api="completions"),
+    openai(api="completions", send_token_ids=True),
+    openai(extra_body={"tools": []}),
     {"output": {"path": "/data/out", "token_ids": True}},
     *(
         {"sampling": {name: value}}
@@ -333,6 +359,12 @@ def test_the_fingerprint_covers_what_makes_the_data_and_nothing_else() -> None:
     assert [sections for sections in SAME if make_job_spec(**sections).fingerprint() != plain] == []
     others = [make_job_spec(**sections).fingerprint() for sections in OTHER]
     assert len({plain, *others}) == len(others) + 1
+
+
+def test_an_engines_address_and_tuning_make_no_data() -> None:
+    plain = make_job_spec(**openai()).fingerprint()
+    tuned = openai(base_urls=["http://a/", "http://b"], max_inflight=1, api_key_env="K", give_up_s=1, measure_ttft=True)
+    assert make_job_spec(**tuned).fingerprint() == plain
 
 
 def test_the_fingerprint_names_every_sampling_and_prompt_field() -> None:

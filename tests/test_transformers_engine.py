@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
+from batchgen.engine_specs import TransformersEngineSpec
 from batchgen.engines.transformers import TransformersEngine
 from batchgen.errors import EngineDied, RequestFailed, RequestRejected
 from batchgen.records import Generation, Request, RowId, SamplingParams
-from batchgen.spec import ModelSpec, TransformersEngineSpec
+from batchgen.spec import ModelSpec
 
 T = TypeVar("T")
 WAYS = {

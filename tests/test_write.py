@@ -219,8 +219,11 @@ def test_passthrough_columns_keep_values_and_type(column: pa.Array, n: int) -> N
     assert read.schema.names.index("mine") == read.schema.names.index("sample_index") + 1
 
 
+WITH_TOOLS = {"kind": "openai", "base_urls": "http://localhost:1/v1", "extra_body": {"tools": [{"type": "function"}]}}
+
+
 def test_reserved_names_are_all_that_the_output_can_have_of_its_own() -> None:
-    spec = make_job_spec(output={"path": "/o", "token_ids": True}, sampling={"logprobs": 2})
+    spec = make_job_spec(output={"path": "/o", "token_ids": True}, sampling={"logprobs": 2}, engine=WITH_TOOLS)
     assert list_reserved_names() == set(make_output_schema(spec, NOTHING).names)
 
 

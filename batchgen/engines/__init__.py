@@ -1,17 +1,21 @@
 """Engines: what generates. One file each, its vendor imported there and nowhere else.
 
-`ENGINES` is the capability table: what a spec may ask of each kind. It is read before any engine is imported, so a spec
-that asks for too much is refused on a laptop without torch. `create_engine` and `create_tokenizer` import lazily.
+`ENGINES` is the table of the built-in kinds, and entry points of the group `batchgen.engines` add to it: the section
+that a spec gives each, what it may ask of it, how one is made. It is read before any engine is imported, so a spec that
+asks for too much is refused on a laptop without torch. The functions in the table import lazily.
 """
 
-from batchgen.engines.base import Capabilities, Engine, Tokenizer
-from batchgen.errors import SpecError
-from batchgen.spec import JobSpec
+from typing import Any
 
-ENGINES: dict[str, Capabilities] = {
-    "simulated": Capabilities(is_seeded=True, has_logprobs=False, has_sampling=True),
-    "transformers": Capabilities(is_seeded=True, has_logprobs=True, has_sampling=True),
-}
+from batchgen.engine_specs import (
+    OpenAIEngineSpec,
+    SimulatedEngineSpec,
+    TransformersEngineSpec,
+    list_entry_points,
+)
+from batchgen.engines.base import Capabilities, Engine, EngineKind, Tokenizer
+from batchgen.errors import SpecError
+from batchgen.spec import JobSpec, ModelSpec
 
 # Sampling fields that not every engine can honour -> the capability each needs.
 NEEDS = {
@@ -23,39 +27,108 @@ NEEDS = {
     "frequency_penalty": "has_sampling",
     "repetition_penalty": "has_sampling",
 }
+FORM_MENDS = {
+    "text": "prompt.chat: false makes bare text of every row; set prompt.chat: true",
+    "messages": "chat prompts need engine.api: chat, or a tokenizer here (engine.send_token_ids: true)",
+    "token_ids": "prompt_token_ids needs engine.api: completions",
+}
+
+
+def _create_simulated(model: ModelSpec, section: SimulatedEngineSpec) -> Engine:
+    from batchgen.engines.simulated import SimulatedEngine
+
+    return SimulatedEngine(section, max_model_len=model.max_model_len)
+
+
+def _create_byte_tokenizer(_: ModelSpec, __: SimulatedEngineSpec) -> Tokenizer:
+    from batchgen.engines.simulated import ByteTokenizer
+
+    return ByteTokenizer()
+
+
+def _create_transformers(model: ModelSpec, section: TransformersEngineSpec) -> Engine:
+    from batchgen.engines.transformers import TransformersEngine
+
+    return TransformersEngine(model, section)
+
+
+def _create_hf_tokenizer(model: ModelSpec, _: TransformersEngineSpec | OpenAIEngineSpec) -> Tokenizer:
+    from batchgen.engines.hf_tokenizer import HFTokenizer
+
+    return HFTokenizer(model)
+
+
+def _create_openai(model: ModelSpec, section: OpenAIEngineSpec) -> Engine:
+    from batchgen.engines.openai import OpenAIEngine
+
+    return OpenAIEngine(model, section)
+
+
+ENGINES: dict[str, EngineKind[Any]] = {
+    "simulated": EngineKind(
+        SimulatedEngineSpec,
+        Capabilities(is_seeded=True, has_logprobs=False, has_sampling=True),
+        _create_simulated,
+        _create_byte_tokenizer,
+    ),
+    "transformers": EngineKind(
+        TransformersEngineSpec,
+        Capabilities(is_seeded=True, has_logprobs=True, has_sampling=True),
+        _create_transformers,
+        _create_hf_tokenizer,
+    ),
+    # All of it is sent, and is as good as the server: top_k, min_p and repetition_penalty are no fields of OpenAI's own
+    # API (vLLM, SGLang and trtllm-serve take them), and its logprobs name tokens by text: token_id is null unless the
+    # server is told to give ids (vLLM: extra_body {return_tokens_as_token_ids: true}).
+    "openai": EngineKind(
+        OpenAIEngineSpec,
+        Capabilities(is_seeded=True, has_logprobs=True, has_sampling=True),
+        _create_openai,
+        _create_hf_tokenizer,
+    ),
+}
+
+
+def get_engine_kind(kind: str) -> EngineKind[Any]:
+    """The kind's line of the table. Raises SpecError when the package that had it is not installed here."""
+    if kind in ENGINES:
+        return ENGINES[kind]
+    entry = list_entry_points().get(kind)
+    if entry is None:
+        raise SpecError(f"engine.kind: '{kind}' is not installed here; install the package that has it on every node")
+    found = entry.load()
+    if not isinstance(found, EngineKind):
+        raise SpecError(f"engine.kind: the entry point '{kind}' ({entry.value}) is no EngineKind; mend that package")
+    return found
 
 
 def list_refused(kind: str) -> frozenset[str]:
     """Names of all sampling fields that this kind of engine can't honour."""
-    return frozenset(name for name, need in NEEDS.items() if not getattr(ENGINES[kind], need))
+    capabilities = get_engine_kind(kind).capabilities
+    return frozenset(name for name, need in NEEDS.items() if not getattr(capabilities, need))
 
 
 def check_supported(spec: JobSpec) -> None:
-    """Raises SpecError when the sampling section asks what the chosen engine can't do."""
-    for name in sorted(list_refused(spec.engine.kind)):
+    """Raises SpecError when sampling or prompt section ask what the chosen engine can't do."""
+    kind = spec.engine.kind
+    for name in sorted(list_refused(kind)):
         if getattr(spec.sampling, name) is not None:
             raise SpecError(
-                f"sampling.{name}: the engine '{spec.engine.kind}' can't honour it; leave it out or choose another engine"
+                f"sampling.{name}: the engine '{kind}' can't honour it; leave it out or choose another engine"
             )
+    if spec.prompt.form not in spec.engine.prompt_forms:
+        raise SpecError(f"prompt: the engine '{kind}' can't be sent it; {FORM_MENDS[spec.prompt.form]}")
+    if spec.prompt.on_overflow == "truncate_left" and not spec.engine.has_tokenizer:
+        raise SpecError(f"prompt.on_overflow: the engine '{kind}' counts no tokens here; use error")
 
 
 def create_engine(spec: JobSpec) -> Engine:
     """The engine of the spec, not opened yet."""
-    if spec.engine.kind == "simulated":
-        from batchgen.engines.simulated import SimulatedEngine
-
-        return SimulatedEngine(spec.engine, max_model_len=spec.model.max_model_len)
-    from batchgen.engines.transformers import TransformersEngine
-
-    return TransformersEngine(spec.model, spec.engine)
+    return get_engine_kind(spec.engine.kind).create(spec.model, spec.engine)
 
 
-def create_tokenizer(spec: JobSpec) -> Tokenizer:
-    """The tokenizer alone: enough to show a rendered prompt or count its tokens, without weights or a GPU."""
-    if spec.engine.kind == "simulated":
-        from batchgen.engines.simulated import ByteTokenizer
-
-        return ByteTokenizer()
-    from batchgen.engines.hf_tokenizer import HFTokenizer
-
-    return HFTokenizer(spec.model)
+def create_tokenizer(spec: JobSpec) -> Tokenizer | None:
+    """The tokenizer alone: enough to show a rendered prompt or count its tokens, without weights or a GPU. None where
+    prompts go to a server unrendered."""
+    create = get_engine_kind(spec.engine.kind).create_tokenizer
+    return create(spec.model, spec.engine) if create is not None and spec.engine.has_tokenizer else None

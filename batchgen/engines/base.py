@@ -1,21 +1,31 @@
-"""The engine seam: the smallest thing a worker needs.
+"""The engine seam: the smallest thing a worker needs, and what is known of a kind of engine before one is made.
 
-An engine lives on one event loop. `generate` may be called as often as the worker's window allows; the engine batches
-as it likes. What may be lost: everything in flight, when `EngineDied` is raised. Cancelling the coroutine cancels the
-request; an engine that can't stop it drops the answer. `open` may take minutes and must be awaited first; `close`
-twice is a no-op.
+An engine lives on one event loop and never blocks it. `generate` may be called as often as the worker's window allows;
+the engine batches as it likes. What may be lost: everything in flight, when `EngineDied` is raised. Cancelling the
+coroutine cancels the request; an engine that can't stop it drops the answer. `open` may take minutes and must be
+awaited first; `close` ends whatever is still in flight and twice is a no-op. `engines.contract` checks all of this on
+any engine.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
+from batchgen.engine_specs import EngineSection
 from batchgen.records import Generation, Request
+from batchgen.spec import ModelSpec
+
+SectionT = TypeVar("SectionT", bound=EngineSection)
 
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What an engine can honour. A spec that asks for more is refused at validation."""
+    """What an engine can honour. A spec that asks for more is refused at validation.
+
+    `is_seeded`: a seed can be asked for, and the same request with the same seed draws the same tokens, as far as the
+    engine's arithmetic allows. `has_logprobs`: of the drawn tokens and the likeliest ones. `has_sampling`: top_k, min_p
+    and the three penalties.
+    """
 
     is_seeded: bool
     has_logprobs: bool
@@ -48,23 +58,41 @@ class Tokenizer(Protocol):
 
 
 class Engine(Protocol):
-    """One engine, made for one spec."""
+    """One engine, made for one spec. Without a tokenizer its requests carry the row's prompt, else token ids.
+    `max_model_len` is None where only a server knows it. All are there once `open` has returned."""
 
     kind: str
     version: str
-    tokenizer: Tokenizer
-    max_model_len: int
     total_tokens: int
 
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+
+    @property
+    def max_model_len(self) -> int | None: ...
+
     async def open(self) -> None:
-        """Load the model. Raises EngineDied with the reason when that is impossible."""
+        """Load the model. Raises EngineDied with the reason when that is impossible, SpecError when the spec asks for
+        what is not to be had here."""
         ...
 
     async def generate(self, request: Request) -> Generation:
-        """Raises RequestRejected (never again), RequestFailed (worth another try) or EngineDied. `total_tokens` grows
-        while it works, so that a long answer shows as progress."""
+        """Raises RequestRejected (never again), RequestFailed (worth another try), EngineUnavailable (it never took the
+        request) or EngineDied. `total_tokens` grows while it works, so that a long answer shows as progress."""
         ...
 
     async def close(self) -> None:
-        """Give everything back."""
+        """Give everything back. What is in flight, and every later `generate`, gets EngineDied."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineKind(Generic[SectionT]):
+    """All that is known of a kind of engine: what an entry point of the group `batchgen.engines` loads, under the name
+    that `spec` gives to `kind`. Only its functions import the vendor. `create` returns an engine that is not open;
+    `create_tokenizer` is what `validate` shows a rendered prompt with, and absent where the engine has none."""
+
+    spec: type[SectionT]
+    capabilities: Capabilities
+    create: Callable[[ModelSpec, SectionT], Engine]
+    create_tokenizer: Callable[[ModelSpec, SectionT], Tokenizer] | None = None

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from batchgen.engine_specs import TransformersEngineSpec
 from batchgen.engines.hf_tokenizer import resolve_model, unloadable
 from batchgen.errors import EngineDied, SpecError
-from batchgen.spec import ModelSpec, TransformersEngineSpec
+from batchgen.spec import ModelSpec
 
 
 def load_model(model: ModelSpec, engine: TransformersEngineSpec) -> Any:

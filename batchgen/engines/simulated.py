@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from batchgen import __version__
+from batchgen.engine_specs import SimulatedEngineSpec
 from batchgen.engines.base import Tokenizer
 from batchgen.errors import EngineDied, RequestFailed, RequestRejected
 from batchgen.records import Generation, Request, Usage
-from batchgen.spec import SimulatedEngineSpec
 
 WORDS = ("amber", "brook", "cedar", "delta", "ember", "fjord", "grove", "heath", "inlet", "jetty", "knoll", "larch")
 STEPS_PER_ANSWER = 20
@@ -82,22 +82,24 @@ class SimulatedEngine:
     async def generate(self, request: Request) -> Generation:
         if self._death is None:
             raise EngineDied("the simulated engine is not open")
+        if self._death.done():
+            self._death.result()
         self._record(request)
         self._check(request)
-        if not self._spec.has_latency and not self._death.done():
+        if not self._spec.has_latency:
             return self._answer(request, queued_s=0.0, ttft_s=0.0)
         work = asyncio.ensure_future(self._work(request))
         try:
             waited: list[asyncio.Future[Any]] = [work, self._death]
             await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            if not work.done():
-                work.cancel()
+            work.cancel()  # of no effect on one that has ended
         if self._death.done():
             self._death.result()
         return work.result()
 
     async def close(self) -> None:
+        self.kill("the engine was closed")
         if self._log_fd is not None:
             os.close(self._log_fd)
             self._log_fd = None
@@ -107,7 +109,7 @@ class SimulatedEngine:
         async with self._slots:
             queued_s = time.monotonic() - started
             async with self._prefill:
-                await asyncio.sleep(len(request.token_ids) / self._spec.prefill_tokens_per_s)
+                await asyncio.sleep(len(request.ids) / self._spec.prefill_tokens_per_s)
             ttft_s = time.monotonic() - started
             num_tokens = self._choose_length(request)
             for step in range(STEPS_PER_ANSWER):
@@ -117,7 +119,7 @@ class SimulatedEngine:
 
     def _check(self, request: Request) -> None:
         reject = self._spec.reject_text
-        if reject is not None and reject.encode() in bytes(token & 255 for token in request.token_ids):
+        if reject is not None and reject.encode() in bytes(token & 255 for token in request.ids):
             raise RequestRejected("rejected", "the simulated engine refuses this prompt (engine.reject_text)")
         if request.attempt == 1 and self._random(request, "failure").random() < self._spec.failure_rate:
             raise RequestFailed("engine_error", "the simulated engine failed on purpose (engine.failure_rate)")
@@ -127,7 +129,7 @@ class SimulatedEngine:
         row = request.row_id
         text = f"{purpose}\0{request.sampling.seed}\0{row.source_file}\0{row.source_row}\0{row.sample_index}"
         digest = hashlib.blake2b(text.encode(), digest_size=8)
-        digest.update(bytes(token & 255 for token in request.token_ids))
+        digest.update(bytes(token & 255 for token in request.ids))
         return random.Random(digest.digest())
 
     def _choose_length(self, request: Request) -> int:
@@ -144,13 +146,15 @@ class SimulatedEngine:
             self.total_tokens += num_tokens
         words = self._random(request, "text")
         text = " ".join(words.choice(WORDS) for _ in range(max(1, num_tokens // 6)))
-        is_cut = self._spec.length == "lognormal" and num_tokens == request.sampling.max_tokens
+        stopped = min((text.partition(mark)[0] for mark in request.sampling.stop), key=len, default=text)
+        is_whole = num_tokens == request.sampling.max_tokens and stopped == text
+        is_cut = self._spec.length == "lognormal" and is_whole
         thought = "considering</think>" if request.sampling.thinking else ""
         return Generation(
-            text=thought + text,
-            token_ids=tuple(text.encode()[:num_tokens]),
+            text=thought + stopped,
+            token_ids=tuple(stopped.encode()[:num_tokens]),
             finish_reason="length" if is_cut else "stop",
-            usage=Usage(prompt_tokens=len(request.token_ids), completion_tokens=num_tokens, cached_tokens=0),
+            usage=Usage(prompt_tokens=len(request.ids), completion_tokens=num_tokens, cached_tokens=0),
             queued_s=queued_s,
             ttft_s=ttft_s,
         )

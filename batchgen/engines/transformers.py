@@ -20,12 +20,13 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from batchgen.engine_specs import TransformersEngineSpec
 from batchgen.engines.base import Tokenizer
 from batchgen.engines.hf_model import find_max_model_len, list_eos_ids, load_model
 from batchgen.engines.hf_tokenizer import HFTokenizer
 from batchgen.errors import BatchgenError, EngineDied, RequestFailed, RequestRejected, SpecError
 from batchgen.records import Generation, Request, Usage
-from batchgen.spec import ModelSpec, TransformersEngineSpec
+from batchgen.spec import ModelSpec
 
 if TYPE_CHECKING:
     from batchgen.engines.decode import DecodeBatch
@@ -104,15 +105,16 @@ class TransformersEngine:
     def _make_job(self, request: Request) -> Job:
         from batchgen.engines.sampling import make_row
 
-        room = self.max_model_len - len(request.token_ids)
+        ids = request.ids
+        room = self.max_model_len - len(ids)
         if room < 1:
             raise RequestRejected(
                 "prompt_too_long",
-                f"the prompt has {len(request.token_ids)} tokens; with one to generate, {self.max_model_len} fit",
+                f"the prompt has {len(ids)} tokens; with one to generate, {self.max_model_len} fit",
             )
-        if not request.token_ids or not all(0 <= token_id < self._vocab_size for token_id in request.token_ids):
+        if not ids or not all(0 <= token_id < self._vocab_size for token_id in ids):
             raise RequestRejected("bad_token_ids", f"token ids must be given and lie in 0 .. {self._vocab_size - 1}")
-        row = make_row(request.token_ids, request.sampling, min(request.sampling.max_tokens, room), self._eos_ids)
+        row = make_row(ids, request.sampling, min(request.sampling.max_tokens, room), self._eos_ids)
         loop = asyncio.get_running_loop()
         return Job(request, row, loop, loop.create_future(), time.monotonic())
 

@@ -1,0 +1,119 @@
+"""The table of engines, entry points included, and what it refuses before any engine is made."""
+
+from importlib.metadata import EntryPoint
+from typing import Any
+
+import pytest
+from makers import make_job_spec
+
+from batchgen import engine_specs
+from batchgen.engine_specs import BUILT_IN, EngineSection, SimulatedEngineSpec
+from batchgen.engines import ENGINES, check_supported, create_engine, create_tokenizer, get_engine_kind, list_refused
+from batchgen.engines.base import Capabilities, EngineKind
+from batchgen.errors import SpecError
+
+
+def openai(**fields: Any) -> dict[str, Any]:
+    return {"kind": "openai", "base_urls": "http://node:8000/v1", **fields}
+
+
+COMPLETIONS, IDS = openai(api="completions"), openai(api="completions", send_token_ids=True)
+BARE = {"column": "c", "chat": False}
+
+
+def test_every_built_in_kind_is_in_the_table_with_its_section() -> None:
+    assert {kind: line.spec for kind, line in ENGINES.items()} == BUILT_IN
+    for kind, section in BUILT_IN.items():
+        assert section.model_fields["kind"].annotation.__args__ == (kind,)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "engine"),
+    [
+        ({"column": "c"}, openai()),
+        ({"messages": "c"}, openai()),
+        (BARE, COMPLETIONS),
+        ({"prompt_token_ids": "c"}, COMPLETIONS),
+        ({"column": "c"}, IDS),
+        ({"column": "c", "on_overflow": "truncate_left"}, IDS),
+        ({"prompt_token_ids": "c"}, {"kind": "transformers"}),
+    ],
+)
+def test_prompts_that_an_engine_takes(prompt: dict[str, Any], engine: dict[str, Any]) -> None:
+    check_supported(make_job_spec(prompt=prompt, engine=engine))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "engine", "sentence"),
+    [
+        (BARE, openai(), "prompt: the engine 'openai' can't be sent it; prompt.chat: false makes bare text"),
+        ({"prompt_token_ids": "c"}, openai(), "prompt_token_ids needs engine.api: completions"),
+        ({"column": "c"}, COMPLETIONS, "chat prompts need engine.api: chat, or a tokenizer here"),
+        (
+            {"column": "c", "on_overflow": "truncate_left"},
+            openai(),
+            "prompt.on_overflow: the engine 'openai' counts no",
+        ),
+    ],
+)
+def test_prompts_that_it_can_not_be_sent(prompt: dict[str, Any], engine: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(SpecError, match=sentence):
+        check_supported(make_job_spec(prompt=prompt, engine=engine))
+
+
+def test_only_an_engine_with_a_tokenizer_makes_one() -> None:
+    assert create_tokenizer(make_job_spec(engine=openai())) is None
+    assert create_tokenizer(make_job_spec(engine=IDS)) is not None
+
+
+# ---- engines of other packages
+
+
+class OtherSpec(EngineSection):
+    kind: str = "other"
+    size: int = 1
+
+
+class OtherEntryPoint(EntryPoint):
+    """An installed one whose object lies here."""
+
+    def load(self) -> Any:
+        return OTHER if self.value == "right" else object()
+
+
+def make_nothing(*_: object) -> Any:
+    return "an engine"
+
+
+OTHER = EngineKind(OtherSpec, Capabilities(is_seeded=False, has_logprobs=False, has_sampling=False), make_nothing)
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = [OtherEntryPoint(name, value, "batchgen.engines") for name, value in INSTALLED.items()]
+    monkeypatch.setattr(engine_specs, "entry_points", lambda group: entries if group == "batchgen.engines" else [])
+
+
+INSTALLED = {"other": "right", "broken": "wrong", "simulated": "right"}
+
+
+@pytest.mark.usefixtures("installed")
+def test_an_entry_point_adds_a_kind_and_replaces_none() -> None:
+    assert get_engine_kind("other") is OTHER
+    assert get_engine_kind("simulated").spec is SimulatedEngineSpec
+    assert list_refused("other") == {
+        "seed",
+        "logprobs",
+        "top_k",
+        "min_p",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+    }
+    with pytest.raises(SpecError, match=r"the entry point 'broken' \(wrong\) is no EngineKind"):
+        get_engine_kind("broken")
+
+
+def test_a_kind_that_was_there_when_the_spec_was_made_may_be_missing_on_a_node() -> None:
+    with pytest.raises(SpecError, match="'other' is not installed here; install the package"):
+        create_engine(make_job_spec().model_copy(update={"engine": OtherSpec()}))
