@@ -104,6 +104,12 @@ class TransformersEngineSpec(EngineSection):
     num_threads: int = Field(
         default=1, ge=1, description="Torch threads; a second one was measured to slow small models."
     )
+    cache_gib: float | None = Field(
+        default=None,
+        gt=0,
+        description="Memory for the KV cache (GiB); requests are admitted by it. Absent: 60 % of the GPU's free memory, or "
+        "a quarter of the machine's, 4 GiB at most.",
+    )
     device: str = Field(default="auto", description="cpu, cuda, cuda:N; auto takes CUDA where there is one.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto: float32 on CPU (faster there than bfloat16), the checkpoint's on CUDA."

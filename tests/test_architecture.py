@@ -50,7 +50,7 @@ LAYERS = [
     ["control"],
     ["finish"],
     ["run"],
-    ["demo"],
+    ["demo", "bench_decode"],
     ["cli"],
 ]
 PURE = {"records", "events", "errors", "urls", "engine_specs", "spec", "prompt", "plan"}
@@ -73,8 +73,8 @@ EFFECTS = {
 # vendor -> the only modules that may import it. '()' after a name: only inside functions, so that it loads when used.
 VENDORS = {
     "ray": {"ray_pool"},
-    "torch": {"engines.sampling", "engines.decode", "engines.hf_model()", "engines.transformers()"},
-    "transformers": {"engines.hf_model()", "engines.hf_tokenizer()"},
+    "torch": {"bench_decode()", "engines.sampling", "engines.decode", "engines.hf_model()", "engines.transformers()"},
+    "transformers": {"bench_decode()", "engines.hf_model()", "engines.hf_tokenizer()"},
     "safetensors": {"engines.hf_model()"},
     "jinja2": {"engines.hf_tokenizer"},
     "tensorrt_llm": set(),

@@ -37,6 +37,7 @@ def run(batch: DecodeBatch, rows: Sequence[Row]) -> None:
     """Until every row has ended, with the engine's own order of prefills and steps."""
     waiting = deque(rows)
     while waiting or batch.rows:
+        waiting.extendleft(batch.preempt())
         group = batch.pick(waiting)
         if group:
             batch.admit(group)
@@ -44,8 +45,10 @@ def run(batch: DecodeBatch, rows: Sequence[Row]) -> None:
             batch.step()
 
 
-def make_batch(model: Any, tokenizer: HFTokenizer, max_rows: int = 64, can_join: bool = True) -> DecodeBatch:
-    return DecodeBatch(model, tokenizer.decode, max_rows=max_rows, can_join=can_join)
+def make_batch(
+    model: Any, tokenizer: HFTokenizer, max_rows: int = 64, can_join: bool = True, max_cells: int = 1 << 30
+) -> DecodeBatch:
+    return DecodeBatch(model, tokenizer.decode, max_rows=max_rows, max_cells=max_cells, can_join=can_join)
 
 
 def one(model: Any, tokenizer: HFTokenizer, text: str = "What is 17 + 25?", **sampling: Any) -> Row:
@@ -95,6 +98,7 @@ def test_rows_that_join_a_running_batch_do_not_widen_it_for_ever(model: Any, tok
     rows = [make_row((0, 3, 25, 4, 6), SamplingParams(seed=seed), 5 + seed % 7, frozenset()) for seed in range(60)]
     waiting, widest = deque(rows), 0
     while waiting or batch.rows:
+        waiting.extendleft(batch.preempt())
         group = batch.pick(waiting)
         _ = batch.admit(group) if group else batch.step()
         widest = max(widest, 0 if batch._mask is None else batch._mask.shape[1])
@@ -116,7 +120,7 @@ def test_a_sliding_window_model_takes_rows_only_between_batches(tokenizer: HFTok
         sliding_window=8,
     )
     sliding = Gemma2ForCausalLM(config).eval()
-    assert not probe(sliding)
+    assert not probe(sliding)[0]
     alone, together = wild_rows(6), wild_rows(6)
     run(make_batch(sliding, tokenizer, 1, can_join=False), alone)
     run(make_batch(sliding, tokenizer, 4, can_join=False), together)
@@ -232,7 +236,7 @@ def test_a_stop_string_of_several_bytes_a_character(tokenizer: HFTokenizer) -> N
     spelled = tokenizer.encode("ab漢字🙂cd")[1:]
     script = Scripted(spelled)
     row = make_row((7,), SamplingParams(temperature=0.0, stop=("字🙂",)), 50, EOS)
-    run(DecodeBatch(script, tokenizer.decode, max_rows=1, can_join=False), [row])
+    run(DecodeBatch(script, tokenizer.decode, max_rows=1, max_cells=1 << 20, can_join=False), [row])
     assert (row.text, row.finish_reason) == ("ab漢", "stop")
     assert row.out == spelled[: len(row.out)]
     assert len(row.out) < len(spelled)
@@ -293,3 +297,36 @@ def test_without_a_seed_two_runs_differ_and_with_one_they_do_not(model: Any, tok
     assert say(None) != say(None)
     assert say(11) == say(11) != say(12)
     assert len(say(2**63 - 1)) == 40
+
+
+@pytest.mark.parametrize("can_join", [True, False])
+def test_a_tight_cache_preempts_and_changes_nothing(model: Any, tokenizer: HFTokenizer, can_join: bool) -> None:
+    """Rows that leave for want of room come back with their tokens, their draws and their penalties."""
+    free, tight = wild_rows(24), wild_rows(24)
+    for row in (*free, *tight):
+        row.token_ids, row.max_tokens, row.end_ids = row.token_ids[:20], row.max_tokens + 60, frozenset()
+    run(make_batch(model, tokenizer, max_rows=24), free)
+    max_cells = 3 * max(len(row.token_ids) + row.max_tokens for row in tight)
+    batch = make_batch(model, tokenizer, max_rows=24, max_cells=max_cells, can_join=can_join)
+    waiting, widest = deque(tight), 0
+    while waiting or batch.rows:
+        waiting.extendleft(batch.preempt())
+        group = batch.pick(waiting)
+        _ = batch.admit(group) if group else batch.step()
+        widest = max(widest, count_cells(batch))
+    assert [row.out for row in tight] == [row.out for row in free]
+    assert [row.text for row in tight] == [row.text for row in free]
+    assert widest <= max_cells
+    assert batch.num_preempted > 0
+
+
+def count_cells(batch: DecodeBatch) -> int:
+    return 0 if batch._mask is None else int(batch._mask.numel())
+
+
+def test_one_row_alone_is_never_preempted(model: Any, tokenizer: HFTokenizer) -> None:
+    (row,) = wild_rows(1)
+    batch = make_batch(model, tokenizer, max_cells=len(row.token_ids) + row.max_tokens)
+    run(batch, [row])
+    assert row.is_done
+    assert batch.num_preempted == 0

@@ -2,7 +2,9 @@
 transformers; knows no thread, queue or clock, and belongs to one thread.
 
 `DecodeBatch` holds the rows that are decoded together, left-padded. `admit` prefills rows and lets them join what is
-running; `step` gives each row one more token. Both return the rows that ended, which have left the batch.
+running; `step` gives each row one more token. Both return the rows that ended, which have left the batch. The cache never
+holds more than `max_cells` tokens, padding counted: rows are admitted by that, and when growing answers reach it, the row
+with the least to lose leaves and comes back later, its tokens kept and prefilled again.
 
 Invariants: the cache is as wide as the mask, and the mask as the longest live row; a row's tokens come from its own
 logits and its own random generator, so its neighbours decide nothing. (Matrix products of another batch size may round
@@ -21,32 +23,39 @@ from batchgen.engines.sampling import Decode, Row, accept
 MAX_PREFILL_SCORES = 1 << 24
 # A newcomer waits for at most this many steps when only few slots are free: each prefill stops the others for a step.
 ADMIT_EVERY_STEPS = 8
+# Room that a newcomer leaves for everybody's next tokens, or admission and preemption would chase each other.
+HEADROOM_TOKENS = 32
 # The tensors of a cache layer that rows can be moved in and out of, with the axis that counts tokens.
 CACHE_AXES = {"keys": -2, "values": -2, "indexer_keys": 1}
 
 
 class DecodeBatch:
     """`decode` turns token ids into text. `can_join`: the model's cache is a plain one, so that rows may join a running
-    batch; else (sliding windows, state spaces) new rows wait until the batch is empty. See `can_join_cache`."""
+    batch; else (sliding windows, state spaces) new rows wait until the batch is empty. See `can_join_cache`. A row that
+    needs more than `max_cells` on its own must not be given."""
 
-    def __init__(self, model: Any, decode: Decode, *, max_rows: int, can_join: bool) -> None:
+    def __init__(self, model: Any, decode: Decode, *, max_rows: int, max_cells: int, can_join: bool) -> None:
         self._model = model
         self._decode = decode
         self._max_rows = max_rows
+        self.max_cells = max_cells
         self._can_join = can_join
         self._cache: Any = None
         self._mask: Any = None
         self._steps_since_admission = 0
         self.rows: list[Row] = []
         self.num_tokens = 0
+        self.num_preempted = 0
 
     def pick(self, waiting: deque[Row]) -> list[Row]:
         """Takes from the front of `waiting` the rows to admit now: none, or one prefill's worth."""
         group: list[Row] = []
         longest = 0
         while waiting and (group or self._is_time_to_admit()) and len(self.rows) + len(group) < self._max_rows:
-            longest = max(longest, len(waiting[0].token_ids))
+            longest = max(longest, len(waiting[0].token_ids) + len(waiting[0].out))
             if group and (len(group) + 1) * longest**2 > MAX_PREFILL_SCORES:
+                break
+            if (self.rows or group) and not self._has_room(len(group) + 1, longest):
                 break
             row = waiting.popleft()
             if not row.is_cancelled:
@@ -54,10 +63,11 @@ class DecodeBatch:
         return group
 
     def admit(self, group: list[Row]) -> list[Row]:
-        """Prefills the rows, gives each its first token and takes them in."""
-        width = max(len(row.token_ids) for row in group)
-        ids = [[0] * (width - len(row.token_ids)) + list(row.token_ids) for row in group]
-        mask = [[0] * (width - len(row.token_ids)) + [1] * len(row.token_ids) for row in group]
+        """Prefills the rows, gives each its first token (its next, if it was preempted) and takes them in."""
+        known = [[*row.token_ids, *row.out] for row in group]
+        width = max(len(tokens) for tokens in known)
+        ids = [[0] * (width - len(tokens)) + tokens for tokens in known]
+        mask = [[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in known]
         with torch.inference_mode():
             mask_tensor = self._tensor(mask)
             logits, cache = forward(self._model, self._tensor(ids), mask_tensor, None)
@@ -65,6 +75,18 @@ class DecodeBatch:
             self._join(group, cache, mask_tensor)
             self._steps_since_admission = 0
             return self._drop_done()
+
+    def preempt(self) -> list[Row]:
+        """Rows that leave, unfinished, because the next step would not fit: those with the fewest tokens generated. To be
+        admitted again, before all others."""
+        left: list[Row] = []
+        while len(self.rows) > 1 and len(self.rows) * (self._width() + 1) > self.max_cells:
+            index = min(range(len(self.rows)), key=lambda each: len(self.rows[each].out))
+            left.append(self.rows[index])
+            with torch.inference_mode():
+                self._keep([each for each in range(len(self.rows)) if each != index])
+        self.num_preempted += len(left)
+        return left
 
     def step(self) -> list[Row]:
         """One more token for each row. A no-op on an empty batch."""
@@ -84,6 +106,13 @@ class DecodeBatch:
             return True
         num_free = self._max_rows - len(self.rows)
         return self._can_join and (4 * num_free >= self._max_rows or self._steps_since_admission >= ADMIT_EVERY_STEPS)
+
+    def _width(self) -> int:
+        return 0 if self._mask is None else int(self._mask.shape[1])
+
+    def _has_room(self, num_new: int, longest: int) -> bool:
+        width = max(self._width(), longest) + HEADROOM_TOKENS
+        return (len(self.rows) + num_new) * width <= self.max_cells
 
     def _tensor(self, values: list[list[int]]) -> Any:
         return torch.tensor(values, dtype=torch.long, device=self._model.device)
@@ -108,15 +137,19 @@ class DecodeBatch:
         if len(live) == len(self.rows):
             return []
         ended = [row for row in self.rows if row.is_done]
+        self._keep(live)
+        return ended
+
+    def _keep(self, live: list[int]) -> None:
+        """Drops all rows but these from batch and cache."""
         self.rows = [self.rows[index] for index in live]
         if not live:
             self._cache = self._mask = None
-            return ended
+            return
         chosen = torch.tensor(live, device=self._mask.device)
         self._cache.batch_select_indices(chosen)
         self._mask = self._mask[chosen]
         self._trim()
-        return ended
 
     def _trim(self) -> None:
         """Cuts the columns that are padding to every row, or the batch would widen for ever while others join it."""
@@ -181,11 +214,18 @@ def widen(tensor: Any, axis: int, width: int) -> Any:
     return torch.cat([tensor.new_zeros(shape), tensor], dim=axis)
 
 
-def probe(model: Any) -> bool:
-    """Runs the model on two tokens. True: rows may join a running batch. AttributeError: its cache can't drop rows."""
+def count_bytes(cache: Any) -> int:
+    """Memory of the tensors that we know of a cache."""
+    named: list[Any] = [getattr(layer, name, None) for layer in cache.layers for name in CACHE_AXES]
+    return sum(tensor.numel() * tensor.element_size() for tensor in named if torch.is_tensor(tensor))
+
+
+def probe(model: Any) -> tuple[bool, int]:
+    """(may rows join a running batch, cache bytes a token), from running the model on two rows of two tokens.
+    AttributeError: its cache can't drop rows."""
     with torch.inference_mode():
         ids = torch.zeros((2, 2), dtype=torch.long, device=model.device)
         _, cache = forward(model, ids, torch.ones_like(ids), None)
-        can_join = can_join_cache(cache, 2)
+        can_join, cell_bytes = can_join_cache(cache, 2), max(1, count_bytes(cache) // ids.numel())
         cache.batch_select_indices(torch.tensor([0], device=model.device))
-        return can_join
+        return can_join, cell_bytes

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchgen.engine_specs import TransformersEngineSpec
 from batchgen.engines.base import Tokenizer
-from batchgen.engines.hf_model import find_max_model_len, list_eos_ids, load_model
+from batchgen.engines.hf_model import find_cache_bytes, find_max_model_len, list_eos_ids, load_model
 from batchgen.engines.hf_tokenizer import HFTokenizer
 from batchgen.errors import BatchgenError, EngineDied, RequestFailed, RequestRejected, SpecError
 from batchgen.records import Generation, Request, Usage
@@ -128,6 +128,8 @@ class TransformersEngine:
         self._vocab_size: int = model.get_input_embeddings().num_embeddings
         self._eos_ids = list_eos_ids(model, tokenizer.eos_id)
         self._batch: DecodeBatch = make_batch(self._model_spec, self._spec, model, tokenizer.decode)
+        # One row alone must always fit, or it could never be finished.
+        self.max_model_len = min(self.max_model_len, self._batch.max_cells)
 
     def _run(self) -> None:
         """The thread. Whatever ends it, nobody is left waiting."""
@@ -162,12 +164,14 @@ class TransformersEngine:
     def _turn(self, waiting: "deque[Row]") -> None:
         """One prefill of newcomers, or one step for all."""
         started_at = time.monotonic()
+        waiting.extendleft(self._batch.preempt())
         group = self._batch.pick(waiting)
         ended = self._batch.admit(group) if group else self._batch.step()
         self.total_tokens = self._batch.num_tokens
         now = time.monotonic()
         for job in self._list_jobs(group):
-            job.admitted_at, job.first_token_at = started_at, now
+            if not job.first_token_at:  # else it was preempted and is back
+                job.admitted_at, job.first_token_at = started_at, now
         for job in self._list_jobs(ended):
             answer(job, make_answer(job))
 
@@ -189,14 +193,15 @@ def make_batch(model_spec: ModelSpec, engine: TransformersEngineSpec, model: Any
     from batchgen.engines.decode import DecodeBatch, probe
 
     try:
-        can_join = probe(model)
+        can_join, cell_bytes = probe(model)
     # A model that takes other arguments, or whose cache is no `Cache`.
     except (TypeError, AttributeError) as error:
         raise SpecError(
             f"model.path: {model_spec.path} keeps its state in a way that engine.kind 'transformers' can't batch "
             f"({type(error).__name__}); choose a model with an attention cache"
         ) from error
-    return DecodeBatch(model, decode, max_rows=engine.max_batch_size, can_join=can_join)
+    max_cells = find_cache_bytes(engine, model.device) // cell_bytes
+    return DecodeBatch(model, decode, max_rows=engine.max_batch_size, max_cells=max_cells, can_join=can_join)
 
 
 def make_answer(job: Job) -> "Generation | BatchgenError":
