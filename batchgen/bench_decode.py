@@ -5,6 +5,7 @@ exactly the wanted number of tokens for each request; only those count. On a GPU
 memory-bandwidth roofline: the time that reading the weights once a step and the live cache takes at measured bandwidth.
 """
 
+import inspect
 import random
 import time
 from collections import deque
@@ -122,11 +123,12 @@ def run_continuous(model: Any, work: Workload, max_rows: int) -> Measured:
 
     longest = max(len(ids) + length for ids, length in zip(work.prompts, work.lengths, strict=True))
     page = 32
+    # The page's name changed between the library's releases.
+    sized = "page_size" if "page_size" in inspect.signature(ContinuousBatchingConfig).parameters else "block_size"
     options = ContinuousBatchingConfig(
-        page_size=page,
+        **{sized: page},
         num_blocks=max_rows * (longest // page + 2),
         max_batch_tokens=max(1024, 2 * max_rows),
-        max_requests_per_batch=max_rows,
     )
     config = GenerationConfig(do_sample=True, temperature=1.0, top_p=0.95, eos_token_id=-1, pad_token_id=0)
     started = time.perf_counter()

@@ -215,10 +215,11 @@ def check_output_without_stats(out: Path, num_rows: int, good: dict[Any, Any]) -
 def test_the_second_driver_is_told_who_works_here(
     tree: Tree, files: Files, out: Path, calls: Path, tmp_path: Path
 ) -> None:
-    tree = merge(tree, {"cluster": {"lease_ttl_s": 3}})
-    with running(tmp_path, tree) as first:
+    # So slow that it never ends before the second one has started, however busy the machine is.
+    endless = merge(tree, {"cluster": {"lease_ttl_s": 3}, "engine": {"decode_tokens_per_s": 5}})
+    with running(tmp_path, endless) as first:
         wait_for_calls(first, calls, 10)
-        second = run_to_end(tmp_path, tree)
+        second = run_to_end(tmp_path, endless)
         assert second.code == 2
         assert f"process {first.process.pid} on" in second.err
         assert "Traceback" not in second.err
@@ -231,7 +232,8 @@ def test_the_second_driver_is_told_who_works_here(
 
 
 def test_two_drivers_started_at_once(tree: Tree, files: Files, out: Path, calls: Path, tmp_path: Path) -> None:
-    tree = merge(tree, {"cluster": {"lease_ttl_s": 3}})
+    # Long enough that neither has ended before the other looks.
+    tree = merge(tree, {"cluster": {"lease_ttl_s": 3}, "engine": {"decode_tokens_per_s": 40}})
     with running(tmp_path, tree) as one, running(tmp_path, tree) as other:
         codes = sorted([one.wait().code, other.wait().code])
     assert codes == [0, 2], one.err + other.err
