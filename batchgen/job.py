@@ -5,8 +5,9 @@ ones that are missing or changed are refused by name.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pyarrow as pa
 
@@ -222,6 +223,16 @@ def load_journal(job: Job) -> JournalIndex:
 def render_first_prompt(job: Job) -> tuple[str, int | None]:
     """(text, tokens) of the first prompt, special tokens visible; tokens None where a server counts them."""
     return render_first(job.plan.shards, job.spec, create_tokenizer(job.spec))
+
+
+def check_renders(job: Job) -> None:
+    """Raises SpecError when the model can't render what the job asks for, before a worker finds that out. Only where the
+    model can be looked at from here: its folder may be on the cluster's nodes alone. Bad rows are no reason: they become
+    error rows."""
+    path = job.spec.model.path
+    if path == "embedded" or Path(path).is_dir():
+        with suppress(InputError):
+            render_first_prompt(job)
 
 
 def limit_rows(spec: JobSpec, limit: int | None) -> JobSpec:

@@ -15,7 +15,7 @@ from batchgen.errors import LeaseLost, RunStopped, StorageError
 from batchgen.events import WorkerPool
 from batchgen.finish import finish
 from batchgen.hold import Hold, hold_folder
-from batchgen.job import Job, freeze, limit_rows, load_journal, open_job, reopen
+from batchgen.job import Job, check_renders, freeze, limit_rows, load_journal, open_job, reopen
 from batchgen.pools import create_pool
 from batchgen.signals import stop_on_signal
 from batchgen.spec import JobSpec
@@ -29,6 +29,8 @@ def run_job(spec: JobSpec, view: View, *, limit: int | None = None) -> dict[str,
     """Run the job until it is done or stopped; the report. `limit`: only the first rows, as a trial that the full run
     keeps. Raises Refusal before anything was started, LeaseLost when another driver took the folder over."""
     job = open_job(limit_rows(spec, limit), Storage(spec.output.path))
+    if job.is_new:
+        check_renders(job)
     with hold_folder(job, view.say, view.warn) as (hold, storage):
         job = reopen(job, storage)
         for warning in job.warnings:

@@ -4,6 +4,7 @@ The commands run through the real command line, in this process.
 """
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from jobs_util import (
 )
 from typer.testing import CliRunner
 
+import batchgen
 from batchgen.cli import app
 from batchgen.validate import is_scalar
 from batchgen.write import list_reserved_names
@@ -215,6 +217,17 @@ def test_passthrough_of_two_types(tmp_path: Path, tree: Tree) -> None:
 
 
 # ---- the output ------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_cannot_render_a_chat(tmp_path: Path, tree: Tree) -> None:
+    """Known before any worker loads the weights; the same model takes bare text."""
+    model = tmp_path / "model"
+    shutil.copytree(Path(batchgen.__file__).parent / "embedded", model)
+    (model / "chat_template.jinja").unlink()
+    asked = {**tree, "engine": {"kind": "transformers"}, "model": {"path": str(model)}}
+    check_refused(tmp_path, asked, "chat template", "prompt.chat: false")
+    report, _ = run(merge(asked, {"prompt": {"chat": False}, "sampling": {"max_tokens": 2}}))
+    assert (report["exit_code"], report["rows"]["ok"]) == (0, 4)
 
 
 @pytest.mark.parametrize("where", ["under a file", "in /proc", "a file"])
