@@ -1,4 +1,4 @@
-"""The demo's questions and what came of them: sums that the embedded model was trained on, and the share it got right."""
+"""The demo's questions and what came of them: what the embedded model was trained on, and the share it got right."""
 
 import json
 import random
@@ -10,27 +10,26 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-PHRASES = {
-    "+": ("What is {a} + {b}?", "Compute {a} + {b}.", "{a} + {b} = ?", "Add {a} and {b}."),
-    "-": ("What is {a} - {b}?", "Compute {a} - {b}.", "{a} - {b} = ?", "Subtract {b} from {a}."),
-}
+from batchgen.demo_questions import CHAT_MIX, THINKING_MIX, make_question
+
 NUM_FILES = 6
 ROWS_PER_FILE = 500
 THINKING_SHARE = 0.3
+# A few of the workings take 700 tokens; the job's own limit is for the short answers.
+THINKING = json.dumps({"thinking": True, "max_tokens": 1000})
 SCHEMA = pa.schema([("id", pa.string()), ("question", pa.string()), ("answer", pa.string()), ("sampling", pa.string())])
 
 
 def make_questions(seed: int, num_rows: int) -> list[dict[str, str | None]]:
-    """Sums and differences of 0 to 99, never negative; three in ten ask the model to think first."""
+    """Sums and differences to answer at once, and three in ten questions of all kinds to think about first: their
+    answers take from 10 to several hundred tokens."""
     rng = random.Random(seed)
     rows: list[dict[str, str | None]] = []
     for number in range(num_rows):
-        sign = rng.choice("+-")
-        low, high = sorted((rng.randrange(100), rng.randrange(100)))
-        question = rng.choice(PHRASES[sign]).format(a=high, b=low)
-        answer = high + low if sign == "+" else high - low
-        thinking = json.dumps({"thinking": True}) if rng.random() < THINKING_SHARE else None
-        rows.append({"id": f"sum-{seed}-{number}", "question": question, "answer": str(answer), "sampling": thinking})
+        sampling = THINKING if rng.random() < THINKING_SHARE else None
+        question = make_question(rng, THINKING_MIX if sampling else CHAT_MIX, held_out=None)
+        row_id = f"{question.kind}-{seed}-{number}"
+        rows.append({"id": row_id, "question": question.text, "answer": question.answer, "sampling": sampling})
     return rows
 
 
@@ -38,7 +37,7 @@ def write_questions(folder: Path) -> None:
     """Six Parquet files of 500 questions; files that are there stay as they are."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(NUM_FILES):
-        path = folder / f"sums-{number}.parquet"
+        path = folder / f"questions-{number}.parquet"
         if not path.exists():
             pq.write_table(pa.Table.from_pylist(make_questions(number, ROWS_PER_FILE), schema=SCHEMA), path)
 

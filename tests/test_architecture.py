@@ -25,6 +25,8 @@ LAYERS = [
     ["spec", "events", "build", "tasks", "window", "signals"],
     # pure decisions
     ["prompt", "plan", "work_queue", "scaling", "stats", "answer"],
+    # the embedded model's questions, and how it was made
+    ["demo_questions", "training", "training.recipe", "training.muon"],
     # the store seam
     ["stores", "stores.base"],
     ["stores.local", "stores.remote"],
@@ -37,6 +39,8 @@ LAYERS = [
     ["engines.decode", "engines.hf_model", "engines.simulated"],
     ["engines.transformers", "engines.openai"],
     ["engines"],
+    ["training.rows", "training.save", "training.accuracy"],
+    ["training.train"],
     # one worker
     ["manifest", "open_shard", "prepare"],
     ["engines.contract"],
@@ -73,8 +77,9 @@ EFFECTS = {
 # vendor -> the only modules that may import it. '()' after a name: only inside functions, so that it loads when used.
 VENDORS = {
     "ray": {"ray_pool"},
-    "torch": {"bench_decode()", "engines.sampling", "engines.decode", "engines.hf_model()", "engines.transformers()"},
-    "transformers": {"bench_decode()", "engines.hf_model()", "engines.hf_tokenizer()"},
+    "torch": {"engines.sampling", "engines.decode", "engines.hf_model()", "engines.transformers()", "bench_decode()"}
+    | {"training.muon()", "training.train()", "training.save()", "training.accuracy()"},
+    "transformers": {"bench_decode()", "engines.hf_model()", "engines.hf_tokenizer()", "training.train()"},
     "safetensors": {"engines.hf_model()"},
     "jinja2": {"engines.hf_tokenizer"},
     "tensorrt_llm": set(),

@@ -211,12 +211,12 @@ def test_a_stop_token_ends_a_row_and_is_not_kept(model: Any, tokenizer: HFTokeni
 @pytest.mark.parametrize(
     ("stop", "text"),
     [
-        (("12",), "7+5+0="),
-        (("; 1",), "7+5+0=12"),
-        (("never", "</think>"), "7+5+0=12; 1+2+1=4"),
-        (("2; 1+2", "+0"), "7+5"),
-        (("", "=1"), "7+5+0"),
-        (("never",), "7+5+0=12; 1+2+1=4</think>42"),
+        (("25",), "17+"),
+        (("=4",), "17+25"),
+        (("never", "</think>"), "17+25=42"),
+        (("5=42", "+2"), "17"),
+        (("", "=42"), "17+25"),
+        (("never",), "17+25=42</think>42"),
     ],
 )
 def test_a_stop_string_ends_a_row_and_is_not_in_its_text(
@@ -278,7 +278,7 @@ def test_logprobs_zero_gives_the_chosen_alone(model: Any, tokenizer: HFTokenizer
 
 def test_penalties_change_what_is_said(model: Any, tokenizer: HFTokenizer) -> None:
     def babble(**penalty: float) -> list[int]:
-        row = make_row((7, 8, 9), SamplingParams(temperature=0.0, **penalty), 60, frozenset())
+        row = make_row((22, 23), SamplingParams(temperature=0.0, **penalty), 60, frozenset())
         run(make_batch(model, tokenizer), [row])
         return row.out
 
