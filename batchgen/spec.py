@@ -227,7 +227,9 @@ class RetrySpec(Section):
     backoff_s: float = Field(default=1.0, ge=0, description="First wait before a retry; doubles, with jitter (s).")
     max_backoff_s: float = Field(default=60.0, ge=0, description="Longest wait (s).")
     max_shard_attempts: int = Field(
-        default=4, ge=1, description="Leases of one shard lost in one run before its missing rows become error rows."
+        default=4,
+        ge=1,
+        description="Leases of one shard lost without progress before its missing rows become error rows (leases).",
     )
     max_start_failures: int = Field(
         default=3, ge=1, description="Workers in a row that fail to start before the run stops (workers)."
