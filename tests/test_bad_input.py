@@ -289,7 +289,7 @@ SPECS: dict[str, tuple[Tree, list[str]]] = {
     "misspelt field": ({"sampling": {"temprature": 1}}, ["sampling.temprature", "did you mean 'temperature'"]),
     "misspelt section": ({"promt": {}}, ["promt", "did you mean 'prompt'"]),
     "field of an engine": ({"engine": {"slot": 1}}, ["engine.slot", "did you mean 'slots'"]),
-    "unknown engine": ({"engine": {"kind": "magic"}}, ["engine", "'simulated'"]),
+    "unknown engine": ({"engine": {"kind": "magic"}}, ["engine", "unknown kind 'magic'", "known here: simulated"]),
     "no paths": ({"input": {"paths": []}}, ["input.paths"]),
     "out of range": ({"sampling": {"top_p": 1.5}}, ["sampling.top_p", "less than or equal to 1"]),
     "wrong kind of value": ({"sampling": {"max_tokens": "many"}}, ["sampling.max_tokens", "integer"]),

@@ -21,6 +21,8 @@ NOW = RetrySpec(backoff_s=0.0, max_attempts=3)
 class Script:
     """Raises what `answer` returns for a call's number, or answers."""
 
+    tokenizer = None
+
     def __init__(self, answer: Callable[[int], BatchgenError | None]) -> None:
         self.num_calls, self._answer = 0, answer
 
