@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from collections import Counter
@@ -17,6 +18,7 @@ import yaml
 from ray_cluster import MARK, RayCluster, list_marked, run_ray_cluster
 from s3_server import S3Proxy, S3Server, make_env
 
+import batchgen
 from batchgen.engines.simulated import read_calls
 from batchgen.manifest import read_stats_table
 from batchgen.storage import Storage
@@ -208,7 +210,9 @@ def test_lost_node_and_workers_that_join_later(cluster: RayCluster, tmp_path: Pa
 
 def test_workers_that_cannot_start_stop_the_run_with_the_reason(cluster: RayCluster, tmp_path: Path) -> None:
     write_inputs(str(tmp_path / "in"), 1, 5)
-    (tmp_path / "model").mkdir()
+    # A model that renders prompts but has no weights: only a worker that loads it can tell.
+    shutil.copytree(Path(batchgen.__file__).parent / "embedded", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
     spec = write_spec(
         tmp_path,
         str(tmp_path / "in"),
