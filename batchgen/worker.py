@@ -292,8 +292,7 @@ async def open_worker(setup: WorkerSetup, node: str) -> Worker:
         raise
     except Refusal as error:  # its own sentence says all
         raise EngineDied(str(error)) from error
-    except (
-        Exception
-    ) as error:  # a vendor may fail with anything; no row was sent yet, so it is this worker's reason alone
+    # A vendor may fail with anything; no row was sent yet, so it is this worker's reason alone.
+    except Exception as error:
         raise EngineDied(f"{type(error).__name__}: {error}") from error
     return worker
