@@ -13,8 +13,6 @@ from typing import Annotated, Any, Literal, cast
 from urllib.parse import urlsplit
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     GetPydanticSchema,
     SerializeAsAny,
@@ -25,41 +23,9 @@ from pydantic import (
     model_validator,
 )
 
+from batchgen.sections import EVERY_FORM, EngineSection, PromptForm
+
 ENTRY_POINT_GROUP = "batchgen.engines"
-PromptForm = Literal["text", "messages", "token_ids"]
-EVERY_FORM: frozenset[PromptForm] = frozenset({"text", "messages", "token_ids"})
-
-
-class Section(BaseModel):
-    """Refused input is not quoted: it may be a prompt or a secret."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
-
-
-class EngineSection(Section):
-    """What every engine's section has. A subclass gives `kind` a Literal of its own."""
-
-    kind: str
-    max_inflight: int = Field(default=128, ge=1, description="Requests sent and not answered (requests).")
-
-    def fingerprint_fields(self) -> dict[str, Any]:
-        """The fields that make the data, `kind` among them, as plain JSON values. Tuning stays out."""
-        return {"kind": self.kind}
-
-    @property
-    def has_tokenizer(self) -> bool:
-        """Are prompts rendered and tokenised on our side? If not, the engine gets each row's prompt as it is."""
-        return True
-
-    @property
-    def prompt_forms(self) -> frozenset[PromptForm]:
-        """Which forms of prompt the engine takes, as it is set up here."""
-        return EVERY_FORM
-
-    @property
-    def has_tool_calls(self) -> bool:
-        """May answers call tools? Then the output has the column `tool_calls`."""
-        return False
 
 
 class SimulatedEngineSpec(EngineSection):

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from batchgen.engine_specs import EngineSpec, PromptForm, Section
+from batchgen.engine_specs import EngineSpec
+from batchgen.sections import PromptForm, Section
 from batchgen.urls import check_url
 
 FINGERPRINT_VERSION = 1

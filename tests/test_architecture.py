@@ -21,6 +21,8 @@ MAX_FILE_LINES = 300
 
 LAYERS = [
     ["__init__", "records", "errors", "urls"],
+    ["sections"],
+    ["tensorrt_llm_spec"],
     ["engine_specs"],
     ["spec", "events", "build", "tasks", "window", "signals"],
     # pure decisions
@@ -35,6 +37,7 @@ LAYERS = [
     ["stores.probe", "spec_load", "read", "write", "journal", "driver_lease"],
     # the engine seam
     ["engines.base", "engines.sampling", "engines.hf_tokenizer", "engines.breaker", "engines.openai_wire"],
+    ["engines.trtllm_wire"],
     ["engines.openai_stream", "engines.openai_errors", "engines.openai_http"],
     ["engines.decode", "engines.hf_model", "engines.simulated"],
     ["engines.transformers", "engines.openai"],
@@ -57,7 +60,8 @@ LAYERS = [
     ["demo", "bench_decode"],
     ["cli"],
 ]
-PURE = {"records", "events", "errors", "urls", "engine_specs", "spec", "prompt", "plan"}
+PURE = {"records", "events", "errors", "urls", "sections", "engine_specs", "tensorrt_llm_spec"}
+PURE |= {"spec", "prompt", "plan"}
 PURE |= {"work_queue", "scaling", "stats", "answer"}
 # What only does I/O: pure modules may not even import it from the standard library.
 EFFECTS = {

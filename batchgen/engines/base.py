@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from batchgen.engine_specs import EngineSection
 from batchgen.records import Generation, Request
+from batchgen.sections import EngineSection
 from batchgen.spec import ModelSpec
 
 SectionT = TypeVar("SectionT", bound=EngineSection)
