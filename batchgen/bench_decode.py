@@ -28,13 +28,18 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """`num_steps` and `roofline_s` are known for our own loop only."""
+    """`cpu_s` is of all threads of this process, so that a busy machine shows. `roofline_s` is known for our own loop
+    on a GPU only."""
 
     name: str
-    tokens_per_s: float
-    seconds: float
+    num_tokens: int
+    wall_s: float
+    cpu_s: float
     roofline_s: float | None = None
-    error: str | None = None
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / self.wall_s
 
 
 def make_workload(num_requests: int, mean: float, sigma: float, max_tokens: int, seed: int = 0) -> Workload:
@@ -81,27 +86,23 @@ def run_ours(model: Any, work: Workload, max_rows: int) -> Measured:
     waiting = deque(make_row(ids, sampling, length, frozenset()) for ids, length in pairs)
     batch = DecodeBatch(model, lambda _: "", max_rows=max_rows, max_cells=1 << 40, can_join=True)
     weights, cell = count_weight_bytes(model), count_cell_bytes(model)
-    num_bytes, started = 0, time.perf_counter()
+    num_bytes, start = 0, read_clocks()
     while waiting or batch.rows:
         group = batch.pick(waiting)
         _ = batch.admit(group) if group else batch.step()
         num_bytes += weights + cell * sum(len(row.token_ids) + len(row.out) for row in batch.rows)
     synchronize(model)
-    seconds = time.perf_counter() - started
+    clocks = read_clocks(start)
     bandwidth = measure_bandwidth(model)
-    return Measured(
-        f"this loop, {max_rows} rows",
-        sum(work.lengths) / seconds,
-        seconds,
-        num_bytes / bandwidth if bandwidth else None,
-    )
+    roofline_s = num_bytes / bandwidth if bandwidth else None
+    return Measured(f"this loop, {max_rows} rows", batch.num_tokens, *clocks, roofline_s)
 
 
 def run_generate(model: Any, work: Workload, max_rows: int) -> Measured:
     """`generate` over padded batches in order of arrival; each batch lasts as long as its longest answer."""
     import torch
 
-    started = time.perf_counter()
+    start = read_clocks()
     for first in range(0, len(work.prompts), max_rows):
         prompts = work.prompts[first : first + max_rows]
         width = max(map(len, prompts))
@@ -113,8 +114,7 @@ def run_generate(model: Any, work: Workload, max_rows: int) -> Measured:
                 input_ids=ids, attention_mask=mask, max_new_tokens=longest, do_sample=True, temperature=1.0, top_p=0.95
             )
     synchronize(model)
-    seconds = time.perf_counter() - started
-    return Measured(f"generate, batches of {max_rows}", sum(work.lengths) / seconds, seconds)
+    return Measured(f"generate, batches of {max_rows}", sum(work.lengths), *read_clocks(start))
 
 
 def run_continuous(model: Any, work: Workload, max_rows: int) -> Measured:
@@ -131,7 +131,7 @@ def run_continuous(model: Any, work: Workload, max_rows: int) -> Measured:
         max_batch_tokens=max(1024, 2 * max_rows),
     )
     config = GenerationConfig(do_sample=True, temperature=1.0, top_p=0.95, eos_token_id=-1, pad_token_id=0)
-    started = time.perf_counter()
+    start = read_clocks()
     with model.continuous_batching_context_manager(
         generation_config=config, continuous_batching_config=options
     ) as manager:
@@ -146,8 +146,7 @@ def run_continuous(model: Any, work: Workload, max_rows: int) -> Measured:
             if done >= sum(work.lengths):
                 break
     synchronize(model)
-    seconds = time.perf_counter() - started
-    return Measured(f"continuous batching, {max_rows} rows", sum(work.lengths) / seconds, seconds)
+    return Measured(f"continuous batching, {max_rows} rows", done, *read_clocks(start))
 
 
 WAYS: dict[str, Callable[[Any, Workload, int], Measured]] = {
@@ -155,6 +154,11 @@ WAYS: dict[str, Callable[[Any, Workload, int], Measured]] = {
     "generate": run_generate,
     "continuous": run_continuous,
 }
+
+
+def read_clocks(since: tuple[float, float] = (0.0, 0.0)) -> tuple[float, float]:
+    """(wall, CPU) seconds since an earlier reading."""
+    return time.perf_counter() - since[0], time.process_time() - since[1]
 
 
 def count_weight_bytes(model: Any) -> int:

@@ -24,12 +24,15 @@ def main() -> None:
     for rows in options.rows:
         for way in options.ways:
             WAYS[way](model, make_workload(rows, 16, 0.1, 32), rows)  # warms up kernels and allocator
-            runs = [WAYS[way](model, work, rows) for _ in range(options.repeats)]
-            rates = [run.tokens_per_s for run in runs]
-            roofline = [run.roofline_s / run.seconds for run in runs if run.roofline_s]
-            share = f", {statistics.median(roofline):.0%} of the roofline" if roofline else ""
-            spread = f"({min(rates):,.0f} to {max(rates):,.0f})"
-            print(f"{runs[0].name}: {statistics.median(rates):,.0f} tokens/s {spread}{share}", flush=True)
+        # In turn, so that whatever else the machine does meets all of them.
+        runs = [[WAYS[way](model, work, rows) for way in options.ways] for _ in range(options.repeats)]
+        for same in zip(*runs, strict=True):
+            rates = sorted(run.tokens_per_s for run in same)
+            cpu = statistics.median(run.num_tokens / run.cpu_s for run in same)
+            roofline = [run.roofline_s / run.wall_s for run in same if run.roofline_s]
+            share = f", {statistics.median(roofline):.1%} of the roofline" if roofline else ""
+            spread = f"({rates[0]:,.0f} to {rates[-1]:,.0f}; {cpu:,.0f} a CPU second)"
+            print(f"{same[0].name}: {statistics.median(rates):,.0f} tokens/s {spread}{share}", flush=True)
 
 
 if __name__ == "__main__":

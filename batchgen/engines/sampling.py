@@ -1,8 +1,8 @@
 """What one request wants of its tokens: its state while it is decoded, the penalties, the draw, and where it ends.
 
-Pure but for the rows it is given. Imports torch. A draw takes one uniform number from the row's own generator for each
-token, and nothing from its neighbours. The order of the filters is temperature, top_k, top_p, min_p; ties go to the
-lower token id.
+Pure but for the rows it is given. Imports torch. A draw takes its uniform numbers from the row's own generator, as many as
+the row's own logits make it take, and nothing from its neighbours. The order of the filters is temperature, top_k, top_p,
+min_p; ties go to the lower token id.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +14,10 @@ import torch
 from batchgen.records import SamplingParams, TokenLogprob
 
 Decode = Callable[[Sequence[int]], str]
+
+# After this many draws in vain a row's vocabulary is sorted. With top_p 0.95 one in twenty is in vain.
+MAX_DRAWS = 8
+TINY = 1e-30
 
 
 @dataclass(slots=True, eq=False)
@@ -118,15 +122,99 @@ def draw(logits: Any, rows: Sequence[Row]) -> list[int]:
 
 
 def draw_sampled(logits: Any, rows: Sequence[Row]) -> Any:
-    """One token id a row, [rows]. Sums are float64: a float32 sum over a large vocabulary loses its tail."""
-    scores, order = logits.sort(dim=-1, descending=True, stable=True)
-    temperature = column([row.sampling.temperature for row in rows], logits.device)
-    # The best score is taken off first, or a tiny temperature would overflow.
-    shares = torch.softmax((scores - scores[:, :1]).double() / temperature, dim=-1)
+    """One token id a row, [rows].
+
+    Nothing is sorted, for sorting a whole vocabulary costs more than a small model's layers: a token is drawn from all of
+    them and drawn again while top_k or top_p would not have kept it, which gives the filtered distribution exactly. A
+    filter that keeps so little that this takes long is a rare case, and for it we sort."""
+    weights = make_weights(logits, [row.sampling.temperature for row in rows])
+    tokens = torch.zeros(len(rows), dtype=torch.long, device=logits.device)
+    left = list(range(len(rows)))
+    odds = make_odds(weights, rows)
+    for _ in range(MAX_DRAWS):
+        drawn, is_kept = try_draw(odds, [rows[index] for index in left])
+        tokens[torch.tensor(left, device=logits.device)] = drawn
+        again = [number for number, kept in enumerate(is_kept.tolist()) if not kept]
+        if not again:
+            return tokens
+        left = [left[number] for number in again]
+        odds = odds.select(again)
+    tokens[torch.tensor(left, device=logits.device)] = draw_sorted(weights[left], [rows[index] for index in left])
+    return tokens
+
+
+def make_weights(logits: Any, temperatures: list[float]) -> Any:
+    """What each token weighs in the draw, 1 for the likeliest, [rows, vocabulary]. The best score is taken off first, or
+    a tiny temperature would overflow."""
+    scores = logits - logits.amax(-1, keepdim=True)
+    return (scores / column(temperatures, logits.device).float().clamp(min=TINY)).exp()
+
+
+@dataclass(frozen=True, slots=True)
+class Odds:
+    """What a draw is made from. `among` [rows, vocabulary]: weights after top_k (ties of the last one included); `sums`
+    the running sum of those that min_p keeps too; `mass` [rows, 1] the weight that top_p takes its share of. Sums are
+    float64: a float32 sum over a large vocabulary loses its tail."""
+
+    among: Any
+    sums: Any
+    mass: Any
+
+    def select(self, chosen: list[int]) -> "Odds":
+        return Odds(self.among[chosen], self.sums[chosen], self.mass[chosen])
+
+
+def make_odds(weights: Any, rows: Sequence[Row]) -> Odds:
+    among = weights
+    mass = None
+    limits = [row.sampling.top_k or weights.shape[1] for row in rows]
+    if min(limits) < weights.shape[1]:
+        best = weights.topk(max(limit for limit in limits if limit < weights.shape[1]), dim=-1).values
+        among, mass = keep_best(weights, best, limits)
+    kept = among
+    if any(row.sampling.min_p for row in rows):
+        kept = among * (among >= column([row.sampling.min_p or 0.0 for row in rows], weights.device))
+    sums = kept.cumsum(dim=-1, dtype=torch.float64)
+    if mass is None:
+        mass = sums[:, -1:] if kept is among else among.sum(-1, keepdim=True, dtype=torch.float64)
+    return Odds(among, sums, mass)
+
+
+def keep_best(weights: Any, best: Any, limits: list[int]) -> tuple[Any, Any]:
+    """(weights with zero below each row's top_k, the weight of exactly that many). `best` falls along a row; a limit
+    beyond it is none."""
+    is_limited = torch.tensor([limit <= best.shape[1] for limit in limits], device=weights.device)[:, None]
+    last = torch.tensor([min(limit, best.shape[1]) - 1 for limit in limits], device=weights.device)[:, None]
+    among = weights * ((weights >= best.gather(1, last)) | ~is_limited)
+    mass = best.double().cumsum(-1).gather(1, last)
+    return among, torch.where(is_limited, mass, weights.sum(-1, keepdim=True, dtype=torch.float64))
+
+
+def try_draw(odds: Odds, rows: Sequence[Row]) -> tuple[Any, Any]:
+    """(a token id for each row, whether its filters keep it), both [rows]."""
+    size = odds.among.shape[1]
+    uniform = torch.cat([torch.rand(1, generator=row.generator, dtype=torch.float64) for row in rows])
+    goal = uniform.to(odds.sums.device)[:, None] * odds.sums[:, -1:]
+    drawn = torch.searchsorted(odds.sums, goal, right=True).clamp(max=size - 1)
+    if all(row.sampling.top_p >= 1.0 and row.sampling.top_k is None for row in rows):
+        return drawn[:, 0], torch.ones(len(rows), dtype=torch.bool)
+    weight = odds.among.gather(1, drawn)
+    is_lower = torch.arange(size, device=drawn.device)[None, :] < drawn
+    is_ahead = (odds.among > weight) | ((odds.among == weight) & is_lower)
+    ahead = (odds.among * is_ahead).sum(-1, keepdim=True, dtype=torch.float64)
+    is_kept = ahead < column([row.sampling.top_p for row in rows], ahead.device) * odds.mass
+    is_kept &= is_ahead.sum(-1, keepdim=True) < column([row.sampling.top_k or size for row in rows], ahead.device)
+    return drawn[:, 0], (is_kept | ~odds.mass.isfinite())[:, 0]
+
+
+def draw_sorted(weights: Any, rows: Sequence[Row]) -> Any:
+    """One token id a row, [rows], by sorting the vocabulary: as sure as it is slow."""
+    ordered, order = weights.sort(dim=-1, descending=True, stable=True)
+    shares = ordered.double() / ordered.sum(-1, keepdim=True, dtype=torch.float64)
     shares = shares * keep_likeliest(shares, rows)
     sums = shares.cumsum(dim=-1)
     uniform = torch.cat([torch.rand(1, generator=row.generator, dtype=torch.float64) for row in rows])
-    place = (sums <= uniform.to(logits.device)[:, None] * sums[:, -1:]).sum(dim=-1, keepdim=True)
+    place = (sums <= uniform.to(weights.device)[:, None] * sums[:, -1:]).sum(dim=-1, keepdim=True)
     return order.gather(1, place.clamp(max=order.shape[1] - 1))[:, 0]
 
 
