@@ -168,6 +168,8 @@ class Server:
         if any(order.kind == "loading" and order.times > 0 for order in self.orders):
             self.take_order("")
             return refuse(503, "unavailable", "still loading")
+        if any(order.kind == "unlisted" for order in self.orders):
+            return web.json_response({"object": "list", "data": []})
         return web.json_response({"data": [{"id": MODEL, "owned_by": "tests", "max_model_len": 1024}]})
 
     async def complete(self, request: web.Request) -> web.StreamResponse:

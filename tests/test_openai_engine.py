@@ -148,6 +148,11 @@ def test_what_the_server_says_of_itself(server: OpenAIServer) -> None:
     assert use(server, work) == ("tests", 1024)
 
 
+def test_a_server_that_lists_no_model_is_asked_all_the_same(server: OpenAIServer) -> None:
+    server.misbehave("unlisted", times=1, match="nothing that is sent")
+    assert ask(server, chat("What is 17 + 25?"), open_timeout_s=2.0).text == "42"
+
+
 def test_connections_are_pooled_and_requests_bounded(server: OpenAIServer) -> None:
     async def work(engine: OpenAIEngine) -> list[Generation]:
         for number in range(5):

@@ -155,14 +155,13 @@ class OpenAIEngine:
         return None
 
     def _note_models(self, data: bytes, url: str) -> str | None:
-        """vLLM says how long its context is; everybody says who serves."""
+        """vLLM says how long its context is; everybody says who serves. An empty list tells nothing: `transformers serve`
+        never lists a local folder, and a Dynamo without its model yet answers 404, which costs a row no attempt."""
         try:
             value = parse_json(data)
         except ValueError:
             return f"{url} answered what is not JSON"
         models = value.get("data") if isinstance(value, dict) else None
-        if models == []:
-            return f"{url} has no model yet"
         found = [m for m in models if isinstance(m, dict)] if isinstance(models, list) else []
         ours = next((model for model in found if model.get("id") == self._model), None)
         if ours is not None:
