@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from makers import make_error, make_file, make_job_spec, make_lease, make_ok, make_request, make_shard, make_worker_info
 
 from batchgen import errors, events, records
+from batchgen.batches import BatchStats, FileFooter
 from batchgen.errors import BatchgenError, RowError
 from batchgen.events import (
     Heartbeat,
@@ -25,8 +26,6 @@ from batchgen.events import (
     WorkerWarned,
 )
 from batchgen.records import (
-    BatchStats,
-    FileFooter,
     JournalRef,
     Prompt,
     RowId,
