@@ -190,12 +190,12 @@ def parse_calls(block: str) -> list[Call]:
 
 
 def parse_arguments(body: str) -> dict[str, Any] | None:
-    """None where a parameter is malformed or there twice."""
+    """None where a parameter is malformed, not closed (it would swallow the next one) or there twice."""
     arguments: dict[str, Any] = {}
     position = 0 if body.strip() else len(body)
     while position < len(body):
         found = PARAMETER.match(body, position)
-        if found is None or found[1] in arguments:
+        if found is None or DSML in found[3] or found[1] in arguments:
             return None
         try:
             arguments[found[1]] = found[3] if found[2] == "true" else json.loads(found[3], parse_constant=float_of)
