@@ -1,7 +1,26 @@
 """An engine's answer, or its error, becomes the result of a request. Pure; times are given."""
 
+from dataclasses import dataclass, replace
+from typing import Protocol
+
 from batchgen.errors import RowError
 from batchgen.records import Failure, Generation, Lease, Request, Result, RowId, Timing
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """An answer taken apart. `tool_calls`: OpenAI's list as JSON text; None where it calls none, or where the calls can't
+    be read, and then `text` holds them as they were written."""
+
+    text: str
+    reasoning: str | None
+    tool_calls: str | None = None
+
+
+class Parse(Protocol):
+    """`Tokenizer.parse`."""
+
+    def __call__(self, text: str, *, thinking: bool, has_tools: bool) -> Parsed: ...
 
 
 def split_reasoning(text: str, *, thinking: bool, think_end: str | None) -> tuple[str, str | None]:
@@ -25,15 +44,17 @@ def make_encodable(text: str) -> str:
 
 
 def make_result(
-    request: Request, generation: Generation, *, think_end: str | None, waited_s: float, latency_s: float
+    request: Request, generation: Generation, *, parse: Parse | None, waited_s: float, latency_s: float
 ) -> Result:
-    """The result of an answered request. `think_end`: the model's mark, for an engine that doesn't part the reasoning
-    from the text itself. `waited_s`: from ready to sent; the engine's own queue is added to it."""
-    text, reasoning = make_encodable(generation.text), generation.reasoning
-    if reasoning is None:
-        text, reasoning = split_reasoning(text, thinking=request.sampling.thinking, think_end=think_end)
-    else:
-        reasoning = make_encodable(reasoning)
+    """The result of an answered request. `parse`: the model's own, for what the engine didn't take apart itself; None
+    where that is a server's business. `waited_s`: from ready to sent; the engine's own queue is added to it."""
+    text = make_encodable(generation.text)
+    reasoning = None if generation.reasoning is None else make_encodable(generation.reasoning)
+    if parse is not None:
+        thinking = request.sampling.thinking and reasoning is None
+        parsed = parse(text, thinking=thinking, has_tools=request.has_tools and generation.tool_calls is None)
+        text, reasoning = parsed.text, parsed.reasoning if reasoning is None else reasoning
+        generation = add_tool_calls(generation, parsed.tool_calls)
     return Result(
         request.row_id,
         num_attempts=request.attempt,
@@ -42,6 +63,15 @@ def make_result(
         text=text,
         reasoning=reasoning,
     )
+
+
+def add_tool_calls(generation: Generation, tool_calls: str | None) -> Generation:
+    """The generation with calls that were read from its text. As OpenAI says it, an answer that stopped because it calls
+    is no 'stop'; one that was cut off is still that."""
+    if tool_calls is None:
+        return generation
+    finish_reason = "tool_calls" if generation.finish_reason == "stop" else generation.finish_reason
+    return replace(generation, tool_calls=make_encodable(tool_calls), finish_reason=finish_reason)
 
 
 def count_prompt(request: Request) -> int | None:

@@ -12,11 +12,11 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from batchgen.batches import BatchStats
 from batchgen.dispatch import Dispatcher, Progress
 from batchgen.driver_lease import is_dead_here, make_cancel_path, read_holder
 from batchgen.errors import OutputError, StorageError
 from batchgen.manifest import LOCK, read_json, write_json
-from batchgen.records import BatchStats
 from batchgen.stats import make_lost_stats
 from batchgen.storage import Storage
 from batchgen.view import format_line

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from batchgen import journal
+from batchgen.batches import BatchStats
 from batchgen.build import build_id
 from batchgen.errors import NoWorkers, RunStopped, StorageError
 from batchgen.events import (
@@ -25,7 +26,7 @@ from batchgen.events import (
     WorkerWarned,
 )
 from batchgen.manifest import CommittedShard, add_batches
-from batchgen.records import BatchStats, WorkerInfo, make_data_path
+from batchgen.records import WorkerInfo, make_data_path
 from batchgen.scaling import Facts, choose_num_to_start
 from batchgen.spec import JobSpec
 from batchgen.stats import make_lost_stats

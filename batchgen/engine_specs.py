@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from batchgen.sections import EVERY_FORM, EngineSection, PromptForm
+from batchgen.sections import EVERY_FORM, EngineSection, GuidedForm, PromptForm
 
 ENTRY_POINT_GROUP = "batchgen.engines"
 
@@ -175,6 +175,11 @@ class OpenAIEngineSpec(EngineSection):
         if self.send_token_ids:
             return EVERY_FORM
         return frozenset({"messages"}) if self.api == "chat" else frozenset({"text", "token_ids"})
+
+    @property
+    def guided_forms(self) -> frozenset[GuidedForm]:
+        """OpenAI's API has a field for schemas only; another's field, for the whole job, goes into `extra_body`."""
+        return frozenset() if "response_format" in self.extra_body else frozenset({"json_schema"})
 
     @property
     def has_tool_calls(self) -> bool:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-from batchgen.records import BatchStats, FileFooter, JournalRef, Lease, ShardProgress, WorkerInfo
+from batchgen.batches import BatchStats, FileFooter
+from batchgen.records import JournalRef, Lease, ShardProgress, WorkerInfo
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from batchgen import manifest
+from batchgen.batches import BatchStats
 from batchgen.control import read_lost_batches, write_status
 from batchgen.dispatch import Dispatcher
 from batchgen.hold import Hold
 from batchgen.job import Job
 from batchgen.manifest import CommittedShard
-from batchgen.records import BatchStats
 from batchgen.report import make_report, write_report
 
 

@@ -16,8 +16,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchgen.batches import BatchStats, FileFooter
 from batchgen.errors import AlreadyExists, LeaseLost, NotFound, OutputError
-from batchgen.records import BatchStats, FileFooter, InputFile, Shard, parse_batch_id
+from batchgen.records import InputFile, Shard, parse_batch_id
 from batchgen.stats import LATENCY_FIELDS, merge_stats
 from batchgen.storage import FileInfo, Storage
 from batchgen.write import FORMAT_VERSION, footer_from_json, footer_to_json, read_file_footer

@@ -21,6 +21,7 @@ from batchgen.spec import JobSpec
 
 Prepared = Request | Result
 CUSTOM_ID = pa.field("custom_id", pa.string())
+NO_TOOLS = "the model's chat template shows no tools"
 NO_MARKS = "the model's tokenizer has no think marks, so reasoning can't be told from the answer"
 
 
@@ -31,10 +32,16 @@ def check_thinking(spec: JobSpec, tokenizer: Tokenizer | None) -> None:
         raise SpecError(f"sampling.thinking: {NO_MARKS}; leave it out or choose another model")
 
 
+def check_tools(spec: JobSpec, tokenizer: Tokenizer | None) -> None:
+    """Raises SpecError where the job gives tools that the model would never see. A server sees to that itself."""
+    if spec.prompt.tools is not None and tokenizer is not None and not tokenizer.can_use_tools:
+        raise SpecError(f"prompt.tools: {NO_TOOLS}; leave it out or choose another model")
+
+
 @dataclass(frozen=True, slots=True)
 class Preparer:
     """Makes requests for one job on one engine. `refused`: sampling fields that the engine can't honour. Raises SpecError
-    for a job that asks the model to think where it can't."""
+    for a job that asks the model to think, or to use tools, where it can't."""
 
     spec: JobSpec
     tokenizer: Tokenizer | None
@@ -43,6 +50,7 @@ class Preparer:
 
     def __post_init__(self) -> None:
         check_thinking(self.spec, self.tokenizer)
+        check_tools(self.spec, self.tokenizer)
 
     def prepare(self, batch: pa.RecordBatch, file: str, first_row: int) -> tuple[list[Prepared], list[str | None]]:
         """(n requests or failures for each row, in order; custom_id of each row)."""
@@ -76,7 +84,7 @@ class Preparer:
         kept = prompt if token_ids is None else None
         seeds = [make_seed(sampling.seed, row_id) for row_id in row_ids]
         return [
-            Request(row_id, token_ids, replace(sampling, seed=seed), prompt=kept)
+            Request(row_id, token_ids, replace(sampling, seed=seed), prompt=kept, has_tools=prompt.tools is not None)
             for row_id, seed in zip(row_ids, seeds, strict=True)
         ]
 
@@ -104,7 +112,7 @@ def encode(prompt: Prompt, sampling: SamplingParams, tokenizer: Tokenizer) -> tu
             raise BadRow("bad_token_ids", f"token id {bad} is outside the vocabulary of {tokenizer.vocab_size}")
         return prompt.token_ids
     if prompt.messages is not None:
-        return tuple(tokenizer.encode_chat(prompt.messages, thinking=sampling.thinking))
+        return tuple(tokenizer.encode_chat(prompt.messages, thinking=sampling.thinking, tools=prompt.tools))
     assert prompt.text is not None
     return tuple(tokenizer.encode(prompt.text))
 

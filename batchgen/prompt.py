@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from batchgen.errors import BadRow, SpecError
-from batchgen.records import Prompt, RowId, SamplingParams
+from batchgen.records import Guided, Prompt, RowId, SamplingParams
 from batchgen.spec import JobSpec, PromptSpec, SamplingSpec
 
 
@@ -54,8 +54,8 @@ def list_prompt_columns(prompt: PromptSpec) -> tuple[str, ...]:
 
 
 def list_row_columns(spec: JobSpec) -> tuple[str, ...]:
-    """Columns read as Python values: the prompt's, custom_id and per-row sampling. Each once, in that order."""
-    names = [*list_prompt_columns(spec.prompt), spec.input.custom_id, spec.prompt.sampling]
+    """Columns read as Python values: the prompt's, custom_id, per-row sampling and tools. Each once, in that order."""
+    names = [*list_prompt_columns(spec.prompt), spec.input.custom_id, spec.prompt.sampling, spec.prompt.tools]
     return tuple(dict.fromkeys(name for name in names if name is not None))
 
 
@@ -127,18 +127,53 @@ def _make_message(message: Any, number: int, column: str) -> dict[str, Any]:
         raise BadRow("bad_messages", f"{where}: role must be text")
     if not isinstance(content, str) and not (content is None and "tool_calls" in fields):
         raise BadRow("bad_messages", f"{where}: content must be text")
-    _check_encodable(fields, where)
+    _check_encodable(fields, where, "bad_messages")
     return fields
 
 
-def _check_encodable(fields: dict[str, Any], where: str) -> None:
+def _check_encodable(fields: dict[str, Any], where: str, error_type: str) -> None:
     """JSON escapes can smuggle in half of a surrogate pair, which no tokenizer and no UTF-8 file takes."""
     try:
         json.dumps(fields, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
         raise BadRow("invalid_utf8", f"{where}: holds a lone surrogate") from None
-    except RecursionError:
-        raise BadRow("bad_messages", f"{where}: is nested too deeply") from None
+    except (RecursionError, TypeError):  # a key that is no text
+        raise BadRow(error_type, f"{where}: is nested too deeply, or no JSON") from None
+
+
+def make_tools(value: Any, column: str) -> tuple[dict[str, Any], ...] | None:
+    """OpenAI's tool definitions from a list of structs or its JSON text; None where there are none. A struct's null
+    fields are left out, for all structs of a column have the same fields; in JSON a null is meant."""
+    value = _parse_json(value, column, "bad_tools") if isinstance(value, str) else drop_nulls(value)
+    if value is None or value == []:
+        return None
+    if not isinstance(value, list):
+        raise BadRow("bad_tools", f"column '{column}' must be a list of tool definitions")
+    return tuple(_make_tool(tool, f"column '{column}', tool {number}") for number, tool in enumerate(value))
+
+
+def _make_tool(tool: Any, where: str) -> dict[str, Any]:
+    function = tool.get("function") if isinstance(tool, dict) else None
+    if not isinstance(function, dict) or tool.get("type") != "function":
+        raise BadRow("bad_tools", f"{where}: must be a struct with type 'function' and a function")
+    if not isinstance(function.get("name"), str) or not function["name"]:
+        raise BadRow("bad_tools", f"{where}: its function must have a name")
+    parameters = function.get("parameters")
+    if isinstance(parameters, str):  # a column of structs has one type for all, which two schemas don't
+        parameters = _parse_json(parameters, where.partition("'")[2].partition("'")[0], "bad_tools")
+        function = {**function, "parameters": parameters}
+    if not isinstance(parameters, dict | None):
+        raise BadRow("bad_tools", f"{where}: the parameters of its function must be a JSON schema")
+    made = {**tool, "function": function}
+    _check_encodable(made, where, "bad_tools")
+    return made
+
+
+def drop_nulls(value: Any) -> Any:
+    """The value without the null fields of its structs."""
+    if isinstance(value, dict):
+        return {name: drop_nulls(field) for name, field in value.items() if field is not None}
+    return [drop_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _make_token_ids(value: Any, column: str) -> tuple[int, ...]:
@@ -153,8 +188,9 @@ def _make_token_ids(value: Any, column: str) -> tuple[int, ...]:
 
 def make_prompt(row: Row, prompt: PromptSpec) -> Prompt:
     """What the row asks. Raises BadRow."""
+    tools = None if prompt.tools is None else make_tools(get_cell(row, prompt.tools), prompt.tools)
     if prompt.messages is not None:
-        return Prompt(messages=make_messages(get_cell(row, prompt.messages), prompt.messages))
+        return Prompt(messages=make_messages(get_cell(row, prompt.messages), prompt.messages), tools=tools)
     if prompt.prompt_token_ids is not None:
         return Prompt(token_ids=_make_token_ids(get_cell(row, prompt.prompt_token_ids), prompt.prompt_token_ids))
     text = _make_text(row, prompt)
@@ -163,12 +199,13 @@ def make_prompt(row: Row, prompt: PromptSpec) -> Prompt:
     if not prompt.chat:
         return Prompt(text=text)
     system = ({"role": "system", "content": prompt.system},) if prompt.system is not None else ()
-    return Prompt(messages=(*system, {"role": "user", "content": text}))
+    return Prompt(messages=(*system, {"role": "user", "content": text}), tools=tools)
 
 
 def make_sampling_params(sampling: SamplingSpec) -> SamplingParams:
     """The job's parameters for every row that overrides nothing."""
-    return SamplingParams(**sampling.model_dump(exclude={"n"}))
+    guided = None if sampling.guided is None else Guided(**sampling.guided.model_dump())
+    return SamplingParams(**sampling.model_dump(exclude={"n", "guided"}), guided=guided)
 
 
 def make_row_sampling(row: Row, spec: JobSpec, refused: frozenset[str] = frozenset()) -> SamplingParams:
@@ -182,12 +219,18 @@ def make_row_sampling(row: Row, spec: JobSpec, refused: frozenset[str] = frozens
     if not isinstance(overrides, dict):
         raise BadRow("bad_sampling", f"column '{column}' must be a struct or a JSON object")
     given = {name: field for name, field in overrides.items() if field is not None}
+    if isinstance(value, dict) and "guided" in given:
+        given["guided"] = drop_nulls(given["guided"])
     for name in sorted(given.keys() & (refused | {"n"})):
         raise BadRow("bad_sampling", f"column '{column}': {name} can't be set for a row")
     try:
-        return make_sampling_params(SamplingSpec.model_validate({**spec.sampling.model_dump(), **given}))
+        sampling = SamplingSpec.model_validate({**spec.sampling.model_dump(), **given})
     except ValidationError as error:
         raise BadRow("bad_sampling", f"column '{column}': {_describe(error)}") from None
+    if sampling.guided is not None and sampling.guided.form not in spec.engine.guided_forms:
+        reason = f"guided.{sampling.guided.form} can't be honoured by the engine '{spec.engine.kind}'"
+        raise BadRow("bad_sampling", f"column '{column}': {reason}")
+    return make_sampling_params(sampling)
 
 
 def _describe(error: ValidationError) -> str:
@@ -195,7 +238,7 @@ def _describe(error: ValidationError) -> str:
     first = error.errors(include_input=False, include_url=False)[0]
     if first["type"] == "extra_forbidden" or not first["loc"]:
         return f"has a field that is none of {', '.join(SamplingSpec.model_fields)}"
-    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg'].removeprefix('Value error, ')}"
 
 
 def make_seed(seed: int | None, row_id: RowId) -> int | None:

@@ -19,6 +19,15 @@ class RowId:
 
 
 @dataclass(frozen=True, slots=True)
+class Guided:
+    """What an answer is held to; exactly one is set. `json_schema` is JSON text, `grammar` EBNF."""
+
+    json_schema: str | None = None
+    regex: str | None = None
+    grammar: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """Resolved sampling of one request, in OpenAI's and TensorRT-LLM's words. None: the engine's neutral value."""
 
@@ -35,35 +44,39 @@ class SamplingParams:
     repetition_penalty: float | None = None
     logprobs: int | None = None
     thinking: bool = False
+    guided: Guided | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a row asks, before the tokenizer: exactly one of text, messages, token_ids is set."""
+    """What a row asks, before the tokenizer: exactly one of text, messages, token_ids is set, and `tools` (OpenAI's
+    definitions) with messages only."""
 
     text: str | None = None
     messages: tuple[dict[str, Any], ...] | None = None
     token_ids: tuple[int, ...] | None = None
+    tools: tuple[dict[str, Any], ...] | None = None
 
     @property
     def num_bytes(self) -> int:
-        """Rough size in memory: a Python int and its slot for each token, a dict for each message."""
+        """Rough size in memory: a Python int and its slot for each token, a dict for each message and tool."""
         size = 36 * len(self.token_ids or ()) + 2 * len(self.text or "")
-        return size + sum(
-            400 + 2 * sum(len(str(value)) for value in message.values()) for message in self.messages or ()
-        )
+        parts = (*(self.messages or ()), *(self.tools or ()))
+        return size + sum(400 + 2 * sum(len(str(value)) for value in part.values()) for part in parts)
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
     """What an engine is sent. Exactly one is set: `token_ids`, the whole rendered prompt with its special tokens, for an
-    engine with a tokenizer on our side; `prompt`, the row's own, for one that renders and tokenises itself."""
+    engine with a tokenizer on our side; `prompt`, the row's own, for one that renders and tokenises itself. `has_tools`:
+    the answer may call tools."""
 
     row_id: RowId
     token_ids: tuple[int, ...] | None
     sampling: SamplingParams
     attempt: int = 1
     prompt: Prompt | None = None
+    has_tools: bool = False
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -234,61 +247,6 @@ class WorkerInfo:
     num_gpus: float
     window: int
     startup_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class BatchStats:
-    """One row of `batch_stats`. Latencies are seconds: `latency` holds exact quantiles over the rows that the batch
-    itself generated, `sketches` the same latencies as mergeable histograms. `wall_s` runs from the lease's arrival to
-    its end. Rates are those of a shared engine: a worker serves several shards at once."""
-
-    batch_id: str
-    shard: str
-    attempt: int
-    epoch: int
-    outcome: str
-    worker: str | None = None
-    node: str | None = None
-    engine_kind: str | None = None
-    engine_version: str | None = None
-    num_gpus: float | None = None
-    started_at: float | None = None
-    wall_s: float | None = None
-    num_rows_ok: int | None = None
-    num_rows_error: int | None = None
-    num_rows_retryable: int | None = None
-    num_rows_from_journal: int | None = None
-    num_rows_copied: int | None = None
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    cached_tokens: int | None = None
-    tokens_per_s: float | None = None
-    tokens_per_s_per_gpu: float | None = None
-    mean_inflight: float | None = None
-    window: int | None = None
-    latency: dict[str, float | None] | None = None
-    sketches: dict[str, str] | None = None
-    finish_reasons: dict[str, int] | None = None
-    error_types: dict[str, int] | None = None
-    num_retries: int | None = None
-    read_s: float | None = None
-    write_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class FileFooter:
-    """What a shard file says of itself."""
-
-    format_version: int
-    fingerprint: str
-    shard: int
-    attempt: int
-    epoch: int
-    batch_id: str
-    num_rows_ok: int
-    num_rows_error: int
-    num_rows_retryable: int
-    batches: tuple[BatchStats, ...]
 
 
 @dataclass(frozen=True, slots=True)

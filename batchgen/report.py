@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from batchgen import __version__
+from batchgen.batches import BatchStats
 from batchgen.manifest import CommittedShard
-from batchgen.records import BatchStats
 from batchgen.spec import JobSpec
 from batchgen.stats import LATENCIES, QUANTILES, merge_sketches, read_quantile
 from batchgen.storage import Storage

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 PromptForm = Literal["text", "messages", "token_ids"]
+GuidedForm = Literal["json_schema", "regex", "grammar"]
 EVERY_FORM: frozenset[PromptForm] = frozenset({"text", "messages", "token_ids"})
 
 
@@ -35,6 +36,11 @@ class EngineSection(Section):
         return EVERY_FORM
 
     @property
+    def guided_forms(self) -> frozenset[GuidedForm]:
+        """What answers can be held to, as it is set up here, by an engine that can guide them at all."""
+        return frozenset({"json_schema", "regex", "grammar"})
+
+    @property
     def has_tool_calls(self) -> bool:
-        """May answers call tools? Then the output has the column `tool_calls`."""
+        """Does the section itself give tools to every request? Then the output has the column `tool_calls`."""
         return False

@@ -126,8 +126,8 @@ class Sender:
         except EngineDied as error:
             self._on_death(str(error))
         else:
-            think_end = self._engine.tokenizer.think_end if self._engine.tokenizer else None
-            ready.shard.add(make_result(ready.request, generation, think_end=think_end, **ready.measure(sent)))
+            parse = self._engine.tokenizer.parse if self._engine.tokenizer else None
+            ready.shard.add(make_result(ready.request, generation, parse=parse, **ready.measure(sent)))
         finally:
             self.window.release(ready.request.num_bytes)
 

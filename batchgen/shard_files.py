@@ -13,11 +13,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchgen import journal
+from batchgen.batches import BatchStats, FileFooter
 from batchgen.errors import AlreadyExists, Conflict
 from batchgen.events import ShardCommitted
 from batchgen.manifest import CommittedShard, read_footer
 from batchgen.open_shard import OpenShard
-from batchgen.records import BatchStats, FileFooter, JournalRef, Lease, WorkerInfo, parse_batch_id
+from batchgen.records import JournalRef, Lease, WorkerInfo, parse_batch_id
 from batchgen.spec import JobSpec
 from batchgen.stats import count_rows, make_batch_stats, make_lost_stats
 from batchgen.storage import FileInfo, Storage

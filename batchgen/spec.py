@@ -13,11 +13,13 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from batchgen.engine_specs import EngineSpec
+from batchgen.guided_spec import GuidedSpec
 from batchgen.sections import PromptForm, Section
 from batchgen.urls import check_url
 
 FINGERPRINT_VERSION = 1
-
+# Fields younger than the version. One that asks for nothing is left out, so that older jobs keep their fingerprint.
+YOUNGER = {"tools", "guided"}
 
 Url = Annotated[str, AfterValidator(check_url)]
 
@@ -64,6 +66,11 @@ class PromptSpec(Section):
         default=None, description='Text with columns in braces: "Summarise: {text}". Double the braces to print one.'
     )
     system: str | None = Field(default=None, description="System message put before every column or template prompt.")
+    tools: str | None = Field(
+        default=None,
+        description="Column with the tools that a row's answer may call: a list of OpenAI's tool definitions (structs, or "
+        "JSON text); null: none. Adds the column tool_calls.",
+    )
     chat: bool = Field(
         default=True,
         description="Send a column or template prompt as a user message through the model's chat template; "
@@ -88,6 +95,8 @@ class PromptSpec(Section):
         has_text = self.column is not None or self.template is not None
         if self.system is not None and not (has_text and self.chat):
             raise ValueError("system goes with a chat column or template; put it in the messages themselves instead")
+        if self.tools is not None and self.form != "messages":
+            raise ValueError("tools go with chat prompts; bare text and token ids hold them already")
         return self
 
     @property
@@ -148,6 +157,7 @@ class SamplingSpec(Section):
         default=None, ge=0, le=20, description="Return each token's logprob and this many of the likeliest ones."
     )
     thinking: bool = Field(default=False, description="Ask the chat template for reasoning; kept in its own column.")
+    guided: GuidedSpec | None = Field(default=None, description="Hold every answer to a JSON schema, regex or grammar.")
 
 
 class OutputSpec(Section):
@@ -243,6 +253,11 @@ class RetrySpec(Section):
     )
 
 
+def _dump(section: Section) -> dict[str, Any]:
+    fields = section.model_dump(mode="json")
+    return {name: value for name, value in fields.items() if value is not None or name not in YOUNGER}
+
+
 class JobSpec(Section):
     """A whole job."""
 
@@ -260,10 +275,10 @@ class JobSpec(Section):
         return {
             "version": FINGERPRINT_VERSION,
             "input": self.input.model_dump(mode="json", include={"paths", "custom_id", "passthrough"}),
-            "prompt": self.prompt.model_dump(mode="json"),
+            "prompt": _dump(self.prompt),
             "model": self.model.model_dump(mode="json"),
             "engine": self.engine.fingerprint_fields(),
-            "sampling": self.sampling.model_dump(mode="json"),
+            "sampling": _dump(self.sampling),
             "output": self.output.model_dump(mode="json", include={"token_ids"}),
         }
 

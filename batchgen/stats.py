@@ -13,7 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batchgen.records import BatchStats, Lease, WorkerInfo, parse_batch_id
+from batchgen.batches import BatchStats
+from batchgen.records import Lease, WorkerInfo, parse_batch_id
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 LATENCIES = ("queued", "ttft", "per_token", "latency")

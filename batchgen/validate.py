@@ -15,10 +15,10 @@ import pyarrow.compute as pc
 from batchgen.engines import check_supported
 from batchgen.engines.base import Tokenizer
 from batchgen.errors import BadRow, InputError, SpecError
-from batchgen.prepare import check_thinking
+from batchgen.prepare import check_thinking, check_tools
 from batchgen.prompt import list_columns, list_prompt_columns, list_row_columns, make_prompt, make_row_sampling
 from batchgen.read import Footer, Unreadable, decode_rows, iter_batches, iter_shard
-from batchgen.records import InputFile, Shard
+from batchgen.records import InputFile, Prompt, Shard
 from batchgen.spec import JobSpec
 from batchgen.write import list_reserved_names
 
@@ -54,6 +54,11 @@ def is_messages(kind: pa.DataType) -> bool:
     return is_text(kind)
 
 
+def is_tools(kind: pa.DataType) -> bool:
+    """A list of structs, or JSON text."""
+    return bool(is_list(kind) and types.is_struct(kind.value_type)) or is_text(kind)
+
+
 def is_token_ids(kind: pa.DataType) -> bool:
     return is_list(kind) and bool(types.is_integer(kind.value_type))
 
@@ -84,6 +89,7 @@ def list_checks(spec: JobSpec) -> list[tuple[str, str, TypeCheck, str]]:
         ),
         ("prompt.prompt_token_ids", prompt.prompt_token_ids, is_token_ids, "a list of integers"),
         ("prompt.sampling", prompt.sampling, is_sampling, "a struct or JSON text"),
+        ("prompt.tools", prompt.tools, is_tools, "a list of structs or JSON text"),
         ("input.custom_id", spec.input.custom_id, is_key, "text or integers"),
     ]
     if prompt.template is not None:
@@ -243,6 +249,7 @@ def render_first(shards: Sequence[Shard], spec: JobSpec, tokenizer: Tokenizer | 
     """(text, tokens) of the first prompt of the job that renders; without a tokenizer, what the server is sent and None.
     Raises InputError when none of the first rows makes a prompt, SpecError when the model can't do what the job asks."""
     check_thinking(spec, tokenizer)
+    check_tools(spec, tokenizer)
     columns, reason = list_row_columns(spec), ""
     for _, rows in islice(iter_shard(shards[0], list_columns(spec)), FIRST_BATCHES):
         if isinstance(rows, Unreadable):
@@ -251,25 +258,21 @@ def render_first(shards: Sequence[Shard], spec: JobSpec, tokenizer: Tokenizer | 
         for row in decode_rows(rows, columns):
             try:
                 prompt, sampling = make_prompt(row, spec.prompt), make_row_sampling(row, spec)
-                return _render(prompt.text, prompt.messages, prompt.token_ids, tokenizer, sampling.thinking)
+                return _render(prompt, tokenizer, sampling.thinking)
             except BadRow as error:
                 reason = reason or str(error)
     raise InputError(f"{shards[0].file.path}: none of its first rows makes a prompt; the first one: {reason}")
 
 
-def _render(
-    text: str | None,
-    messages: Sequence[dict[str, object]] | None,
-    token_ids: Sequence[int] | None,
-    tokenizer: Tokenizer | None,
-    thinking: bool,
-) -> tuple[str, int | None]:
+def _render(prompt: Prompt, tokenizer: Tokenizer | None, thinking: bool) -> tuple[str, int | None]:
+    messages, tools = prompt.messages, prompt.tools
     if tokenizer is None:
-        return text or json.dumps(messages or token_ids, ensure_ascii=False, indent=1, default=str), None
-    if token_ids is not None:
-        return tokenizer.decode(token_ids), len(token_ids)
+        sent = {"messages": messages, "tools": tools} if tools else messages or prompt.token_ids
+        return prompt.text or json.dumps(sent, ensure_ascii=False, indent=1, default=str), None
+    if prompt.token_ids is not None:
+        return tokenizer.decode(prompt.token_ids), len(prompt.token_ids)
     if messages is not None:
-        rendered = tokenizer.render_chat(messages, thinking=thinking)
-        return rendered, len(tokenizer.encode_chat(messages, thinking=thinking))
-    assert text is not None
-    return text, len(tokenizer.encode(text))
+        rendered = tokenizer.render_chat(messages, thinking=thinking, tools=tools)
+        return rendered, len(tokenizer.encode_chat(messages, thinking=thinking, tools=tools))
+    assert prompt.text is not None
+    return prompt.text, len(tokenizer.encode(prompt.text))

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batchgen.records import BatchStats, FileFooter, Lease, Result
+from batchgen.batches import BatchStats, FileFooter
+from batchgen.records import Lease, Result
 from batchgen.spec import JobSpec
 
 FORMAT_VERSION = 1
@@ -67,7 +68,7 @@ def list_generated_fields(spec: JobSpec) -> list[pa.Field]:
     """Fields that a generation fills, the optional ones where the spec asks for them."""
     asked = {"logprobs": spec.sampling.logprobs is not None or spec.prompt.sampling is not None}
     asked["token_ids"] = spec.output.token_ids
-    asked["tool_calls"] = spec.engine.has_tool_calls
+    asked["tool_calls"] = spec.engine.has_tool_calls or spec.prompt.tools is not None
     return [*ANSWER_FIELDS, *(OPTIONAL_FIELDS[name] for name in OPTIONAL_FIELDS if asked[name]), *STATUS_FIELDS]
 
 

@@ -20,9 +20,9 @@ MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 300
 
 LAYERS = [
-    ["__init__", "records", "errors", "urls"],
+    ["__init__", "records", "batches", "errors", "urls"],
     ["sections"],
-    ["tensorrt_llm_spec"],
+    ["tensorrt_llm_spec", "guided_spec"],
     ["engine_specs"],
     ["spec", "events", "build", "tasks", "window", "signals"],
     # pure decisions
@@ -37,7 +37,9 @@ LAYERS = [
     ["stores.probe", "spec_load", "read", "write", "journal", "driver_lease"],
     # the engine seam
     ["engines.base", "engines.sampling", "engines.hf_tokenizer", "engines.breaker", "engines.openai_wire"],
-    ["engines.trtllm_wire"],
+    ["engines.trtllm_wire", "engines.deepseek_turns"],
+    ["engines.deepseek_v32"],
+    ["engines.deepseek_tokenizer"],
     ["engines.openai_stream", "engines.openai_errors", "engines.openai_http"],
     ["engines.decode", "engines.hf_model", "engines.simulated"],
     ["engines.transformers", "engines.openai"],
@@ -61,7 +63,7 @@ LAYERS = [
     ["cli"],
 ]
 PURE = {"records", "events", "errors", "urls", "sections", "engine_specs", "tensorrt_llm_spec"}
-PURE |= {"spec", "prompt", "plan"}
+PURE |= {"spec", "prompt", "plan", "guided_spec", "batches", "engines.deepseek_turns", "engines.deepseek_v32"}
 PURE |= {"work_queue", "scaling", "stats", "answer"}
 # What only does I/O: pure modules may not even import it from the standard library.
 EFFECTS = {
@@ -92,6 +94,7 @@ VENDORS = {
     "aiohttp": {"stores.remote", "engines.openai", "engines.openai_http"},
     "botocore": {"stores.remote"},
     "yaml": {"spec_load"},
+    "jsonschema": {"guided_spec()"},
     "typer": {"cli"},
     "rich": {"view", "cli()"},
 }
@@ -208,7 +211,7 @@ def test_whoever_loads_a_heavy_vendor_at_its_top_is_itself_loaded_lazily() -> No
         "engines.openai_http",
     }
     # hf_tokenizer needs jinja2 only, and what imports it at its top is imported lazily in turn.
-    allowed = heavy | {"engines.hf_model", "engines.transformers"}
+    allowed = heavy | {"engines.hf_model", "engines.transformers", "engines.deepseek_tokenizer"}
     grown = {module for module in SOURCES if {other for other, lazy in list_ours(module) if not lazy} & allowed}
     assert grown <= allowed, f"{sorted(grown - allowed)} would load a heavy vendor with themselves"
 

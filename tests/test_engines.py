@@ -62,6 +62,39 @@ def test_prompts_that_it_can_not_be_sent(prompt: dict[str, Any], engine: dict[st
         check_supported(make_job_spec(prompt=prompt, engine=engine))
 
 
+TOOLS = {"column": "c", "tools": "t"}
+
+
+@pytest.mark.parametrize(
+    ("sections", "sentence"),
+    [
+        (
+            {"engine": {"kind": "simulated"}, "sampling": {"guided": {"regex": "a"}}},
+            r"sampling\.guided: the engine 'simu",
+        ),
+        (
+            {"engine": openai(), "sampling": {"guided": {"regex": "a"}}},
+            r"guided\.regex: .* 'openai' takes json_schema; ",
+        ),
+        ({"engine": openai(), "sampling": {"guided": {"grammar": "a"}}}, r"goes into engine\.extra_body"),
+        (
+            {"engine": openai(extra_body={"response_format": {}}), "sampling": {"guided": {"json_schema": {}}}},
+            "takes none of them beside its own response_format",
+        ),
+        ({"engine": openai(extra_body={"tools": [{}]}), "prompt": TOOLS}, r"prompt\.tools: the engine's section gives"),
+    ],
+)
+def test_guides_and_tools_that_it_can_not_be_sent(sections: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(SpecError, match=sentence):
+        check_supported(make_job_spec(**{"prompt": {"column": "c"}, **sections}))
+
+
+@pytest.mark.parametrize("extra_body", [{}, {"structured_outputs": {"regex": "a"}}])
+def test_guides_and_tools_that_it_takes(extra_body: dict[str, Any]) -> None:
+    guided = {"guided": {"json_schema": {"type": "object"}}}
+    check_supported(make_job_spec(engine=openai(extra_body=extra_body), prompt=TOOLS, sampling=guided))
+
+
 def test_only_an_engine_with_a_tokenizer_makes_one() -> None:
     assert create_tokenizer(make_job_spec(engine=openai())) is None
     assert create_tokenizer(make_job_spec(engine=IDS)) is not None
@@ -110,6 +143,7 @@ def test_an_entry_point_adds_a_kind_and_replaces_none() -> None:
         "presence_penalty",
         "frequency_penalty",
         "repetition_penalty",
+        "guided",
     }
     with pytest.raises(SpecError, match=r"the entry point 'broken' \(wrong\) is no EngineKind"):
         get_engine_kind("broken")

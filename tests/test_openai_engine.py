@@ -18,7 +18,7 @@ from batchgen.engine_specs import OpenAIEngineSpec
 from batchgen.engines.openai import OpenAIEngine
 from batchgen.errors import BatchgenError, EngineDied, EngineUnavailable, RequestFailed, RequestRejected
 from batchgen.job import open_job, render_first_prompt
-from batchgen.records import Generation, Prompt, Request, RowId, SamplingParams
+from batchgen.records import Generation, Guided, Prompt, Request, RowId, SamplingParams
 from batchgen.spec import ModelSpec
 from batchgen.spec_load import make_spec
 from batchgen.storage import Storage
@@ -563,6 +563,62 @@ def test_the_first_prompt_is_shown_as_the_server_gets_it(tmp_path: Path, server:
     tree, _ = make_job(tmp_path, server, 2)
     text, num_tokens = render_first_prompt(open_job(make_spec(tree), Storage(tree["output"]["path"])))
     assert (json.loads(text), num_tokens) == ([{"role": "user", "content": "What is 0 + 0?"}], None)
+
+
+SCHEMA = {"type": "object", "properties": {"b": {"type": "string"}, "a": {"type": "number"}}}
+
+
+@pytest.mark.parametrize("api", ["chat", "completions"])
+def test_an_answer_is_held_to_a_schema_in_openais_words(server: OpenAIServer, api: str) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=3, guided=Guided(json_schema=json.dumps(SCHEMA)))
+    prompt = Prompt(text="1") if api == "completions" else chat("1").prompt
+    ask(server, Request(RowId("f", 0, 0), None, params, prompt=prompt), api=api)
+    [body] = server.read()["bodies"]
+    assert body["response_format"] == {
+        "type": "json_schema",
+        "json_schema": {"name": "answer", "schema": SCHEMA, "strict": True},
+    }
+    assert list(body["response_format"]["json_schema"]["schema"]["properties"]) == ["b", "a"]
+
+
+@pytest.mark.parametrize("guided", [Guided(regex="a"), Guided(grammar="a")])
+def test_a_regex_or_grammar_never_reaches_a_server_that_would_drop_it(server: OpenAIServer, guided: Guided) -> None:
+    with pytest.raises(RequestRejected) as caught:
+        ask(server, chat("1", guided=guided))
+    assert caught.value.error_type == "bad_sampling"
+    assert server.read()["num_calls"] == 0
+
+
+def test_tools_go_with_their_row_and_calls_come_back_in_a_column(tmp_path: Path, server: OpenAIServer) -> None:
+    tree, _ = make_job(tmp_path, server, 0)
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+    columns = {"q": ["one", "two", "three"], "tools": [json.dumps([tool]), None, f"[{SECRET}"]}
+    tree["input"] = {"paths": [write_file(tmp_path / "tools.parquet", pa.table(columns))]}
+    tree["prompt"] = {"column": "q", "tools": "tools"}
+    calls = [{"id": "c", "type": "function", "function": {"name": "add", "arguments": "{}"}}]
+    choice = {"finish_reason": "tool_calls", "message": {"content": None, "tool_calls": calls}}
+    server.misbehave("body", match="one", body=json.dumps({"choices": [choice]}))
+    run({**tree, "retry": {"max_error_rate": 1.0}})
+    one, two, three = read_rows(tmp_path / "out")
+    assert (json.loads(one["tool_calls"]), one["finish_reason"], one["text"]) == (calls, "tool_calls", "")
+    assert (two["tool_calls"], two["status"]) == (None, "ok")
+    assert (three["error_type"], three["error_message"]) == ("bad_tools", "column 'tools' is not valid JSON")
+    bodies = {body["messages"][0]["content"]: body.get("tools") for body in server.read()["bodies"]}
+    assert bodies == {"one": [tool], "two": None}
+
+
+def test_a_row_may_ask_for_a_schema_and_for_no_regex(tmp_path: Path, server: OpenAIServer) -> None:
+    tree, _ = make_job(tmp_path, server, 0)
+    asked = [None, {"guided": {"json_schema": {"type": "number"}}}, {"guided": {"regex": "a"}}]
+    columns = {"q": ["one", "two", "three"], "s": [value and json.dumps(value) for value in asked]}
+    tree["input"] = {"paths": [write_file(tmp_path / "guided.parquet", pa.table(columns))]}
+    tree["prompt"] = {"column": "q", "sampling": "s"}
+    tree["sampling"] = {**tree.get("sampling", {}), "guided": {"json_schema": SCHEMA}}
+    run({**tree, "retry": {"max_error_rate": 1.0}})
+    rows = read_rows(tmp_path / "out")
+    assert [row["error_type"] for row in rows] == [None, None, "bad_sampling"]
+    sent = {b["messages"][0]["content"]: b["response_format"]["json_schema"] for b in server.read()["bodies"]}
+    assert {question: form["schema"] for question, form in sent.items()} == {"one": SCHEMA, "two": {"type": "number"}}
 
 
 def test_tool_calls_have_a_column_when_there_are_tools(tmp_path: Path, server: OpenAIServer) -> None:

@@ -1,5 +1,6 @@
 """Where prompt and tokenizer meet: overflow, room for the completion, samples, cells that can't be decoded."""
 
+import json
 from typing import Any
 
 import pyarrow as pa
@@ -7,6 +8,7 @@ import pytest
 from makers import make_job_spec
 
 from batchgen.engines.simulated import ByteTokenizer
+from batchgen.errors import SpecError
 from batchgen.prepare import Prepared, Preparer
 from batchgen.records import Prompt, Request, Result, RowId, Timing
 
@@ -164,6 +166,41 @@ def test_a_chat_is_rendered_by_the_template_with_the_rows_own_thinking() -> None
     assert bytes(plain.token_ids) == b"<system>s\n<user>hi\n<assistant>"
     assert bytes(thinking.token_ids) == bytes(plain.token_ids) + b"<think>"
     assert (plain.sampling.thinking, thinking.sampling.thinking) == (False, True)
+
+
+TOOLS = json.dumps([{"type": "function", "function": {"name": "f"}}])
+
+
+def test_a_rows_tools_are_shown_to_the_model_and_told_to_who_reads_the_answer() -> None:
+    prompt = {"column": "p", "tools": "t"}
+    items, _ = prepare({"p": ["hi", "hi", "hi"], "t": [TOOLS, None, "[1]"]}, prompt=prompt)
+    with_tools, without, broken = items
+    assert isinstance(with_tools, Request)
+    assert isinstance(without, Request)
+    assert bytes(with_tools.ids) == b"<tools>" + TOOLS.encode() + b"\n<user>hi\n<assistant>"
+    assert bytes(without.ids) == b"<user>hi\n<assistant>"
+    assert (with_tools.has_tools, without.has_tools) == (True, False)
+    assert isinstance(broken, Result)
+    assert broken.failure is not None
+    assert broken.failure.error_type == "bad_tools"
+
+
+def test_tools_go_to_a_server_as_they_are() -> None:
+    preparer = Preparer(make_job_spec(prompt={"column": "p", "tools": "t"}), None, None)
+    [item], _ = preparer.prepare(pa.RecordBatch.from_pydict({"p": ["hi"], "t": [TOOLS]}), "/f", 0)
+    assert isinstance(item, Request)
+    assert item.prompt == Prompt(messages=({"role": "user", "content": "hi"},), tools=tuple(json.loads(TOOLS)))
+    assert item.num_bytes > Prompt(messages=({"role": "user", "content": "hi"},)).num_bytes + 400
+
+
+class ToollessTokenizer(ByteTokenizer):
+    can_use_tools = False
+
+
+def test_tools_that_the_model_would_never_see_are_refused_before_the_start() -> None:
+    with pytest.raises(SpecError, match=r"prompt\.tools: the model's chat template shows no tools"):
+        Preparer(make_job_spec(prompt={"column": "p", "tools": "t"}), ToollessTokenizer(), 100)
+    Preparer(make_job_spec(prompt={"column": "p"}), ToollessTokenizer(), 100)
 
 
 def test_token_ids_outside_the_vocabulary_are_a_bad_row() -> None:

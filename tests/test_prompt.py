@@ -21,8 +21,9 @@ from batchgen.prompt import (
     make_row_sampling,
     make_sampling_params,
     make_seed,
+    make_tools,
 )
-from batchgen.records import Prompt, RowId, SamplingParams
+from batchgen.records import Guided, Prompt, RowId, SamplingParams
 from batchgen.spec import PromptSpec, SamplingSpec
 
 SECRET = "Xyzzy"
@@ -179,6 +180,70 @@ def test_whatever_a_row_holds_it_is_a_chat_or_a_bad_row(value: Any) -> None:
             json.dumps(messages, ensure_ascii=False).encode()
 
 
+# ---- tools
+
+SCHEMA = {"type": "object", "properties": {"a": {"default": None}}}
+TOOL = {"type": "function", "function": {"name": "f", "description": "é", "parameters": SCHEMA}}
+
+
+@pytest.mark.parametrize("value", [None, [], "[]", "null"])
+def test_a_row_may_have_no_tools(value: Any) -> None:
+    assert make_tools(value, "t") is None
+    assert make_prompt({"p": "hi", "t": value}, PromptSpec(column="p", tools="t")).tools is None
+
+
+def test_tools_come_as_json_or_as_structs_that_all_have_the_same_fields() -> None:
+    assert make_tools(json.dumps([TOOL]), "t") == (TOOL,), "in JSON a null is meant"
+    struct = {
+        "type": "function",
+        "strict": None,
+        "function": {"name": "f", "parameters": json.dumps(SCHEMA), "x": None},
+    }
+    assert make_tools([struct], "t") == ({"type": "function", "function": {"name": "f", "parameters": SCHEMA}},)
+    for prompt in (PromptSpec(column="p", tools="t"), PromptSpec(messages="m", tools="t")):
+        row = {"p": "hi", "m": [{"role": "user", "content": "hi"}], "t": [TOOL]}
+        assert make_prompt(row, prompt).messages == ({"role": "user", "content": "hi"},)
+        assert [tool["function"]["name"] for tool in make_prompt(row, prompt).tools or ()] == ["f"]
+
+
+@pytest.mark.parametrize(
+    ("value", "error_type"),
+    [
+        (f"{{{SECRET}", "bad_tools"),
+        ("[" * 100_000, "bad_tools"),
+        ("{}", "bad_tools"),
+        (7, "bad_tools"),
+        ([SECRET], "bad_tools"),
+        ([{"function": {"name": SECRET}}], "bad_tools"),
+        ([{"type": SECRET, "function": {"name": "f"}}], "bad_tools"),
+        ([{"type": "function", "function": SECRET}], "bad_tools"),
+        ([{"type": "function", "function": {}}], "bad_tools"),
+        ([{"type": "function", "function": {"name": ""}}], "bad_tools"),
+        ([{"type": "function", "function": {"name": "f", "parameters": [SECRET]}}], "bad_tools"),
+        ([{"type": "function", "function": {"name": "f", "parameters": f"{{{SECRET}"}}], "bad_tools"),
+        (r'[{"type": "function", "function": {"name": "Xyzzy \ud800"}}]', "invalid_utf8"),
+        (BadCell("is not valid UTF-8"), "invalid_utf8"),
+    ],
+)
+def test_malformed_tools_are_a_bad_row(value: Any, error_type: str) -> None:
+    found, message = bad(make_prompt, {"p": "hi", "t": value}, PromptSpec(column="p", tools="t"))
+    assert found == error_type
+    assert message.startswith("column 't'")
+
+
+@settings(max_examples=60, deadline=None)
+@given(DEPTH)
+def test_whatever_a_row_gives_it_is_tools_or_a_bad_row(value: Any) -> None:
+    function = {"type": "function", "function": {"name": "f", "more": value}}
+    for cell in (value, json.dumps(value), [value], [function], [{"type": "function", "function": value}]):
+        try:
+            tools = make_tools(cell, "t")
+        except BadRow as error:
+            error.message.encode()
+        else:
+            json.dumps(tools, ensure_ascii=False).encode()
+
+
 # ---- token ids
 
 
@@ -247,8 +312,35 @@ def test_a_row_overrides_what_it_names(as_json: bool) -> None:
 
 
 @pytest.mark.parametrize(
+    "guided", [{"json_schema": {"type": "object"}}, {"json_schema": '{"type": "object"}', "regex": None}]
+)
+def test_a_row_may_be_held_to_a_form_of_its_own(guided: Any) -> None:
+    spec = make_job_spec(prompt={"column": "p", "sampling": "s"}, sampling={"guided": {"regex": "a"}})
+    assert make_row_sampling({"s": None}, spec).guided == Guided(regex="a")
+    for cell in ({"guided": guided}, json.dumps({"guided": guided})):
+        assert make_row_sampling({"s": cell}, spec).guided == Guided(json_schema='{"type":"object"}')
+
+
+def test_a_row_is_refused_a_form_that_the_server_has_no_field_for() -> None:
+    server = {"kind": "openai", "base_urls": "http://a/v1"}
+    spec = make_job_spec(prompt={"column": "p", "sampling": "s"}, engine=server)
+    assert make_row_sampling({"s": {"guided": {"json_schema": {}}}}, spec).guided == Guided(json_schema="{}")
+    reason = bad(make_row_sampling, {"s": {"guided": {"regex": SECRET}}}, spec)[1]
+    assert reason == "column 's': guided.regex can't be honoured by the engine 'openai'"
+
+
+@pytest.mark.parametrize(
     ("value", "reason"),
     [
+        ({"guided": SECRET}, "guided: Input should be a valid dictionary"),
+        ({"guided": {}}, "guided: give exactly one of json_schema, regex, grammar; found none"),
+        ({"guided": {"regex": "a", "grammar": SECRET}}, "guided: give exactly one of"),
+        ({"guided": {"json_schema": SECRET}}, "guided.json_schema: is not JSON"),
+        (
+            {"guided": {"json_schema": {"type": SECRET}}},
+            "guided.json_schema: is no valid JSON Schema: what stands under",
+        ),
+        ({"guided": {SECRET: "a"}}, "has a field that is none of"),
         ("", "is not valid JSON"),
         (f"{{{SECRET}", "is not valid JSON"),
         ("[" * 100_000, "is not valid JSON"),

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from makers import make_error, make_file, make_job_spec, make_lease, make_ok, make_request, make_shard, make_worker_info
 
-from batchgen import errors, events, records
+from batchgen import batches, errors, events, records
+from batchgen.batches import BatchStats, FileFooter
 from batchgen.errors import BatchgenError, RowError
 from batchgen.events import (
     Heartbeat,
@@ -25,8 +26,7 @@ from batchgen.events import (
     WorkerWarned,
 )
 from batchgen.records import (
-    BatchStats,
-    FileFooter,
+    Guided,
     JournalRef,
     Prompt,
     RowId,
@@ -43,8 +43,8 @@ STATS = BatchStats("shard-000000001-e1-a1", "shard-000000001", 1, 1, "committed"
 FOOTER = FileFooter(1, "f", 1, 1, 1, STATS.batch_id, 1, 2, 3, (STATS,))
 REF = JournalRef("_batchgen/journal/x.parquet", 2)
 VALUES: list[Any] = [
-    make_request(1, 2, seed=3, stop=("a",)),
-    Prompt(messages=({"role": "user", "content": "é"},)),
+    make_request(1, 2, seed=3, stop=("a",), guided=Guided(regex="a+")),
+    Prompt(messages=({"role": "user", "content": "é"},), tools=({"type": "function"},)),
     make_ok(1),
     make_error(1),
     TokenLogprob(1, -0.5, ((1, -0.5),)),
@@ -91,7 +91,7 @@ def test_a_record_pickles_and_is_frozen(value: Any) -> None:
 
 def test_no_record_is_left_out() -> None:
     tried = {type(part) for value in VALUES for part in list_parts(value)}
-    assert set(list_types(records)) | set(list_types(events)) == tried
+    assert set(list_types(records)) | set(list_types(batches)) | set(list_types(events)) == tried
     assert set(get_args(PoolEvent)) <= tried
     assert set(get_args(PoolEvent)) == set(list_types(events))
 

@@ -1,5 +1,6 @@
 """What a spec says, what it refuses and in which words, and what of it makes the data."""
 
+import datetime
 import json
 import traceback
 from pathlib import Path
@@ -12,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from batchgen.engine_specs import SimulatedEngineSpec, TransformersEngineSpec
 from batchgen.errors import InputError, SpecError
-from batchgen.spec import JobSpec
+from batchgen.spec import YOUNGER, JobSpec
 from batchgen.spec_load import _members, describe, list_field_names, load_spec, make_spec, parse_spec
 
 TEXT = """
@@ -127,6 +128,29 @@ def openai(**fields: Any) -> dict[str, Any]:
         ({"sampling": None}, "spec: sampling: Input should be a valid dictionary"),
         ({"model": {"revision": "v2"}}, "spec: model: revision goes with a hub id; leave it out"),
         ({"model": {"path": "/models/m", "revision": "v2"}}, "spec: model: revision goes with a hub id; leave it out"),
+        ({"prompt": {"column": "c", "chat": False, "tools": "t"}}, "spec: prompt: tools go with chat prompts"),
+        ({"prompt": {"prompt_token_ids": "c", "tools": "t"}}, "spec: prompt: tools go with chat prompts"),
+        (
+            {"sampling": {"guided": {}}},
+            "sampling.guided: give exactly one of json_schema, regex, grammar; found none",
+        ),
+        ({"sampling": {"guided": {"regex": "a", "grammar": "b"}}}, "found regex and grammar"),
+        ({"sampling": {"guided": {"regexp": "a"}}}, "sampling.guided.regexp: unknown field; did you mean 'regex'?"),
+        ({"sampling": {"guided": {"regex": ""}}}, "spec: sampling.guided.regex: "),
+        *(
+            ({"sampling": {"guided": {"json_schema": schema}}}, f"spec: sampling.guided.json_schema: {sentence}")
+            for schema, sentence in [
+                (3, "must be a JSON Schema object"),
+                ("[1]", "must be a JSON Schema object"),
+                ("{", "is not JSON; write a JSON Schema"),
+                ({"enum": [float("nan")]}, "is not JSON; write a JSON Schema"),
+                ({"const": "\ud800"}, "is not JSON; write a JSON Schema"),
+                ({"const": datetime.date(2026, 1, 2)}, "is not JSON; write a JSON Schema"),
+                ({"type": "strin"}, "is no valid JSON Schema: what stands under 'type' is wrong"),
+                ({"properties": {"a": {"minimum": "x"}}}, "is no valid JSON Schema: what stands under 'minimum' is"),
+                ({"$schema": "http://json-schema.org/draft-04/schema#", "required": []}, "is no valid JSON Schema: "),
+            ]
+        ),
         ({"cluster": {"placement": "PACK"}}, "spec: cluster.placement: Input should be 'SPREAD' or 'DEFAULT'"),
     ],
 )
@@ -330,6 +354,7 @@ OTHER = [
     {"prompt": {"column": "prompt", "chat": False}},
     {"prompt": {"column": "prompt", "system": "Be brief."}},
     {"prompt": {"column": "prompt", "sampling": "s"}},
+    {"prompt": {"column": "prompt", "tools": "t"}},
     {"prompt": {"column": "prompt", "on_overflow": "truncate_left"}},
     {"model": {"path": "org/model"}},
     {"model": {"path": "org/model", "revision": "v2"}},
@@ -346,7 +371,7 @@ OTHER = [
         for name, value in {
             "temperature": 0.5, "top_p": 0.5, "max_tokens": 9, "top_k": 5, "min_p": 0.1, "n": 2, "seed": 0,
             "stop": ["x"], "stop_token_ids": [1], "presence_penalty": 1, "frequency_penalty": 1,
-            "repetition_penalty": 1.5, "logprobs": 0, "thinking": True,
+            "repetition_penalty": 1.5, "logprobs": 0, "thinking": True, "guided": {"regex": "a"},
         }.items()
     ),
 ]  # fmt: skip
@@ -361,6 +386,16 @@ def test_the_fingerprint_covers_what_makes_the_data_and_nothing_else() -> None:
     assert len({plain, *others}) == len(others) + 1
 
 
+def test_a_schema_is_the_same_however_it_is_written() -> None:
+    schema = {"type": "object", "properties": {"b": {"type": "string"}, "a": {"enum": ["é", None]}}}
+    made = [make_job_spec(sampling={"guided": {"json_schema": form}}) for form in (schema, json.dumps(schema))]
+    assert made[0].sampling.guided is not None
+    text = made[0].sampling.guided.json_schema
+    assert text == '{"type":"object","properties":{"b":{"type":"string"},"a":{"enum":["é",null]}}}'
+    assert made[0].fingerprint() == made[1].fingerprint()
+    assert make_spec(json.loads(made[0].model_dump_json())) == made[0]
+
+
 def test_an_engines_address_and_tuning_make_no_data() -> None:
     plain = make_job_spec(**openai()).fingerprint()
     tuned = openai(base_urls=["http://a/", "http://b"], max_inflight=1, api_key_env="K", give_up_s=1, measure_ttft=True)
@@ -372,7 +407,7 @@ def test_the_fingerprint_names_every_sampling_and_prompt_field() -> None:
     fields = make_job_spec().fingerprint_fields()
     spec = make_job_spec()
     for section in ("prompt", "sampling", "model"):
-        assert set(fields[section]) == set(type(getattr(spec, section)).model_fields)
+        assert set(fields[section]) == set(type(getattr(spec, section)).model_fields) - YOUNGER
     tried = {name for sections in OTHER for name in sections.get("sampling", {})}
     assert tried == set(type(spec.sampling).model_fields)
 
@@ -380,3 +415,11 @@ def test_the_fingerprint_names_every_sampling_and_prompt_field() -> None:
 def test_the_fingerprint_is_the_same_in_every_release() -> None:
     """A changed value would orphan every output folder there is: raise FINGERPRINT_VERSION only on purpose."""
     assert make_job_spec().fingerprint() == "58c78d9eaf6b1f1fdd0ed7c49a758ada"
+    spec = make_job_spec(
+        input={"paths": ["/data/in.parquet"], "custom_id": "id"},
+        prompt={"messages": "m", "sampling": "s"},
+        model={"path": "org/model"},
+        sampling={"n": 2, "seed": 7, "stop": ["x"], "thinking": True},
+        **openai(base_urls="http://a/v1", extra_body={"tools": [{}]}),
+    )
+    assert spec.fingerprint() == "c354dc1b670de47d99cd4546b5868630"

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from makers import make_error, make_job_spec, make_lease, make_ok, make_rows, make_worker_info
 
-from batchgen.records import BatchStats, Generation, Result, RowId, Timing, Usage
+from batchgen.batches import BatchStats
+from batchgen.records import Generation, Result, RowId, Timing, Usage
 from batchgen.stats import (
     LATENCIES,
     LATENCY_FIELDS,

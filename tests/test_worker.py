@@ -1,6 +1,7 @@
 """One worker with a real engine object and real files: what it says when things go wrong."""
 
 import asyncio
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from makers import make_error, make_job_spec, make_lease, make_ok, make_rows
 
+from batchgen.engines.deepseek_tokenizer import create_deepseek_tokenizer
 from batchgen.engines.hf_tokenizer import HFTokenizer
 from batchgen.engines.simulated import ByteTokenizer, SimulatedEngine
 from batchgen.errors import EngineDied, InputError, SpecError
@@ -89,6 +91,62 @@ def test_a_lone_surrogate_in_an_answer_costs_nothing_else(tmp_path: Path) -> Non
     engine = ChangingEngine(spec, lambda answer: replace(answer, text="half \ud800 of it"))
     assert isinstance(asyncio.run(run_lease(make_worker(spec, engine), lease)), ShardCommitted)
     assert [(row["status"], row["text"]) for row in read_output(spec)] == [("ok", "half \ufffd of it")] * 2
+
+
+CALLS = (
+    'Let me see.\n\n<｜DSML｜function_calls>\n<｜DSML｜invoke name="f">\n<｜DSML｜parameter name="a" string="false">1'
+    "</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜function_calls>"
+)
+TOOLS = json.dumps([{"type": "function", "function": {"name": "f"}}])
+
+
+class CallingEngine(ChangingEngine):
+    """Calls a tool in every answer; that of row 1 is cut off."""
+
+    async def generate(self, request: Request) -> Generation:
+        answer = await super().generate(request)
+        thought = "I think.</think>" if request.sampling.thinking else ""
+        calls = CALLS[:-5] if request.row_id.source_row == 1 else CALLS
+        return replace(answer, text=thought + calls, finish_reason="stop")
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_calls_in_deepseeks_format_get_a_column_and_broken_ones_stay_in_the_text(
+    tmp_path: Path, thinking: bool
+) -> None:
+    spec = make_job(tmp_path, prompt={"column": "prompt", "tools": "t"}, sampling={"thinking": thinking})
+    lease = write_input(tmp_path, pa.table({"prompt": ["a", "b", "c"], "t": [TOOLS, TOOLS, None]}))
+    engine = CallingEngine(spec, tokenizer=create_deepseek_tokenizer(ModelSpec()))
+    assert isinstance(asyncio.run(run_lease(make_worker(spec, engine), lease)), ShardCommitted)
+    called, broken, without = read_output(spec)
+    [call] = json.loads(called["tool_calls"])
+    assert (call["type"], call["function"]) == ("function", {"name": "f", "arguments": '{"a": 1}'})
+    assert (called["text"], called["finish_reason"]) == ("Let me see.", "tool_calls")
+    assert (broken["text"], broken["tool_calls"], broken["finish_reason"]) == (CALLS[:-5], None, "stop")
+    assert (without["text"], without["tool_calls"], without["finish_reason"]) == (CALLS, None, "stop")
+    assert {row["reasoning"] for row in (called, broken, without)} == {"I think." if thinking else None}
+
+
+def test_tools_of_a_column_that_can_be_none_are_refused(tmp_path: Path) -> None:
+    spec = make_job(tmp_path, prompt={"column": "prompt", "tools": "t"})
+    structs = pa.array([json.loads(TOOLS)])
+    for column, is_good in [
+        (structs, True),
+        (pa.array([TOOLS]), True),
+        (pa.array([1]), False),
+        (pa.array([[1]]), False),
+    ]:
+        pq.write_table(pa.table({"prompt": ["a"], "t": column}), tmp_path / "in.parquet")
+        footer = read_footer(list_inputs(str(tmp_path / "in.parquet"))[0])
+        if is_good:
+            check_footer(footer, spec)
+            shown, _ = render_first([Shard(0, footer.file, 0, 1)], spec, create_deepseek_tokenizer(ModelSpec()))
+            assert '<functions>\n{"name": "f"}\n</functions>' in shown
+            sent, _ = render_first([Shard(0, footer.file, 0, 1)], spec, None)
+            assert json.loads(sent)["tools"] == json.loads(TOOLS)
+        else:
+            with pytest.raises(InputError, match=r"column 't' \(prompt\.tools\) is .*; it must be a list of structs"):
+                check_footer(footer, spec)
 
 
 def test_an_answer_that_no_file_can_hold_fails_its_row_alone(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from makers import make_error, make_job_spec, make_lease, make_ok, make_rows, make_shard
 
-from batchgen.records import BatchStats, FileFooter, Generation, Result, RowId, Timing, TokenLogprob, Usage
+from batchgen.batches import BatchStats, FileFooter
+from batchgen.records import Generation, Result, RowId, Timing, TokenLogprob, Usage
 from batchgen.write import (
     FORMAT_VERSION,
     footer_from_json,

@@ -26,12 +26,14 @@ NEEDS = {
     "presence_penalty": "has_sampling",
     "frequency_penalty": "has_sampling",
     "repetition_penalty": "has_sampling",
+    "guided": "is_guided",
 }
 FORM_MENDS = {
     "text": "prompt.chat: false makes bare text of every row; set prompt.chat: true",
     "messages": "chat prompts need engine.api: chat, or a tokenizer here (engine.send_token_ids: true)",
     "token_ids": "prompt_token_ids needs engine.api: completions",
 }
+GUIDED_MEND = "what else a server knows goes into engine.extra_body, for the whole job (vLLM: structured_outputs)"
 
 
 def _create_simulated(model: ModelSpec, section: SimulatedEngineSpec) -> Engine:
@@ -82,7 +84,7 @@ ENGINES: dict[str, EngineKind[Any]] = {
     # server is told to give ids (vLLM: extra_body {return_tokens_as_token_ids: true}).
     "openai": EngineKind(
         OpenAIEngineSpec,
-        Capabilities(is_seeded=True, has_logprobs=True, has_sampling=True),
+        Capabilities(is_seeded=True, has_logprobs=True, has_sampling=True, is_guided=True),
         _create_openai,
         _create_hf_tokenizer,
     ),
@@ -116,6 +118,12 @@ def check_supported(spec: JobSpec) -> None:
             raise SpecError(
                 f"sampling.{name}: the engine '{kind}' can't honour it; leave it out or choose another engine"
             )
+    guided = spec.sampling.guided
+    if guided is not None and guided.form not in spec.engine.guided_forms:
+        takes = ", ".join(sorted(spec.engine.guided_forms)) or "none of them beside its own response_format"
+        raise SpecError(f"sampling.guided.{guided.form}: the engine '{kind}' takes {takes}; {GUIDED_MEND}")
+    if spec.prompt.tools is not None and spec.engine.has_tool_calls:
+        raise SpecError("prompt.tools: the engine's section gives tools to every row already; leave one of them out")
     if spec.prompt.form not in spec.engine.prompt_forms:
         raise SpecError(f"prompt: the engine '{kind}' can't be sent it; {FORM_MENDS[spec.prompt.form]}")
     if spec.prompt.on_overflow == "truncate_left" and not spec.engine.has_tokenizer:

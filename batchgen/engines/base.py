@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
+from batchgen.answer import Parsed
 from batchgen.records import Generation, Request
 from batchgen.sections import EngineSection
 from batchgen.spec import ModelSpec
@@ -24,32 +25,47 @@ class Capabilities:
 
     `is_seeded`: a seed can be asked for, and the same request with the same seed draws the same tokens, as far as the
     engine's arithmetic allows. `has_logprobs`: of the drawn tokens and the likeliest ones. `has_sampling`: top_k, min_p
-    and the three penalties.
+    and the three penalties. `is_guided`: answers can be held to a JSON schema, a regex or a grammar; which of them, the
+    section's `guided_forms` says.
     """
 
     is_seeded: bool
     has_logprobs: bool
     has_sampling: bool
+    is_guided: bool = False
 
 
 class Tokenizer(Protocol):
     """Text to token ids and back. Pure, thread-safe, called off the event loop. `think_end`: the mark that ends the
-    reasoning of an answer; None where the model has none, and then `thinking` is never asked of it."""
+    reasoning of an answer; None where the model has none, and then `thinking` is never asked of it. `can_use_tools`: a
+    rendered chat shows the tools; where it can't, none are ever given."""
 
     vocab_size: int
     think_end: str | None
+
+    @property
+    def can_use_tools(self) -> bool: ...
 
     def encode(self, text: str) -> list[int]:
         """Ids of a bare text, with the model's own beginning-of-text token where it has one."""
         ...
 
-    def encode_chat(self, messages: Sequence[dict[str, Any]], *, thinking: bool) -> list[int]:
-        """Ids of a chat rendered by the model's template, ready for the answer. Raises BadRow where the template
-        refuses the messages (unknown role, wrong order)."""
+    def encode_chat(
+        self, messages: Sequence[dict[str, Any]], *, thinking: bool, tools: Sequence[dict[str, Any]] | None = None
+    ) -> list[int]:
+        """Ids of a chat rendered by the model's template, ready for the answer. `tools`: OpenAI's definitions. Raises
+        BadRow where the template refuses the messages (unknown role, wrong order)."""
         ...
 
-    def render_chat(self, messages: Sequence[dict[str, Any]], *, thinking: bool) -> str:
+    def render_chat(
+        self, messages: Sequence[dict[str, Any]], *, thinking: bool, tools: Sequence[dict[str, Any]] | None = None
+    ) -> str:
         """The same as text, special tokens visible: what `validate` shows."""
+        ...
+
+    def parse(self, text: str, *, thinking: bool, has_tools: bool = False) -> Parsed:
+        """The text of an answer taken apart, whatever it holds; raises nothing. Tool calls are read where the chat had
+        tools and their format is known here."""
         ...
 
     def decode(self, token_ids: Sequence[int]) -> str:

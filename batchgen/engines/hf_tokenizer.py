@@ -10,6 +10,7 @@ token, as everywhere in Hugging Face.
 
 import json
 import logging
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,10 +20,12 @@ from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
+from batchgen.answer import Parsed, split_reasoning
 from batchgen.errors import BadRow, SpecError
 from batchgen.spec import ModelSpec
 
 THINK_MARKS = ("<think>", "</think>")
+NAMES_TOOLS = re.compile(r"\btools\b")
 ROLES = {"system", "developer", "user", "assistant", "tool"}
 MEND = "give a local folder with a Hugging Face checkpoint, a hub id this machine can reach, or 'embedded'"
 
@@ -47,17 +50,20 @@ def unloadable(model: ModelSpec, what: str, error: Exception) -> SpecError:
 
 class HFTokenizer:
     """The model's own tokenizer. Raises SpecError when it can't be loaded. Thread-safe: the Rust tokenizer raises
-    'Already borrowed' when one thread sets its options while another encodes, hence the lock."""
+    'Already borrowed' when one thread sets its options while another encodes, hence the lock. `marks` are special tokens
+    that decoding keeps."""
+
+    marks: tuple[str, ...] = THINK_MARKS
 
     def __init__(self, model: ModelSpec) -> None:
         self._model = model
         self._lock = threading.Lock()
         self._vendor = load_vendor(model)
         self.vocab_size: int = len(self._vendor)
-        think_ids = {token: self._vendor.convert_tokens_to_ids(token) for token in THINK_MARKS}
-        known = {token for token, id_ in think_ids.items() if id_ not in (None, self._vendor.unk_token_id)}
+        mark_ids = {token: self._vendor.convert_tokens_to_ids(token) for token in self.marks}
+        known = {token for token, id_ in mark_ids.items() if id_ not in (None, self._vendor.unk_token_id)}
         self.think_end: str | None = "</think>" if "</think>" in known else None
-        self._hidden_ids = frozenset(self._vendor.all_special_ids) - {think_ids[token] for token in known}
+        self._hidden_ids = frozenset(self._vendor.all_special_ids) - {mark_ids[token] for token in known}
 
     @property
     def eos_id(self) -> int | None:
@@ -65,15 +71,26 @@ class HFTokenizer:
         eos_id: int | None = self._vendor.eos_token_id
         return eos_id
 
+    @property
+    def can_use_tools(self) -> bool:
+        """Does the template show them? One that never names them would drop them silently."""
+        template = self._vendor.chat_template
+        texts = template.values() if isinstance(template, dict) else [template or ""]
+        return any(NAMES_TOOLS.search(text) for text in texts)
+
     def encode(self, text: str) -> list[int]:
         return self._encode(text, add_special_tokens=True)
 
-    def encode_chat(self, messages: Sequence[dict[str, Any]], *, thinking: bool) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[dict[str, Any]], *, thinking: bool, tools: Sequence[dict[str, Any]] | None = None
+    ) -> list[int]:
         """As the protocol. Raises SpecError where the model has no chat template."""
         # The template wrote the beginning-of-text token; a second one measurably costs accuracy on DeepSeek models.
-        return self._encode(self.render_chat(messages, thinking=thinking), add_special_tokens=False)
+        return self._encode(self.render_chat(messages, thinking=thinking, tools=tools), add_special_tokens=False)
 
-    def render_chat(self, messages: Sequence[dict[str, Any]], *, thinking: bool) -> str:
+    def render_chat(
+        self, messages: Sequence[dict[str, Any]], *, thinking: bool, tools: Sequence[dict[str, Any]] | None = None
+    ) -> str:
         if not self._vendor.chat_template:
             raise SpecError(f"prompt.chat: {self._model.path} has no chat template; set prompt.chat: false")
         if not messages:
@@ -81,7 +98,12 @@ class HFTokenizer:
         try:
             # DeepSeek's templates read `thinking`, Qwen's `enable_thinking`; a template ignores what it does not know.
             text: str = self._vendor.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True, thinking=thinking, enable_thinking=thinking
+                list(messages),
+                tools=list(tools) if tools else None,
+                tokenize=False,
+                add_generation_prompt=True,
+                thinking=thinking,
+                enable_thinking=thinking,
             )
         except TemplateSyntaxError as error:
             raise SpecError(
@@ -92,6 +114,10 @@ class HFTokenizer:
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise BadRow("bad_messages", describe_refusal(messages, error)) from None
         return text
+
+    def parse(self, text: str, *, thinking: bool, has_tools: bool = False) -> Parsed:  # noqa: ARG002 - protocol
+        """Each model calls tools in a format of its own, which its template doesn't tell: calls stay in the text."""
+        return Parsed(*split_reasoning(text, thinking=thinking, think_end=self.think_end))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         ids = [token_id for token_id in token_ids if token_id not in self._hidden_ids]

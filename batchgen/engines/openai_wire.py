@@ -13,8 +13,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from batchgen.engine_specs import OpenAIEngineSpec
-from batchgen.errors import RequestFailed
-from batchgen.records import Generation, Prompt, Request, SamplingParams, TokenLogprob, Usage
+from batchgen.errors import RequestFailed, RequestRejected
+from batchgen.records import Generation, Guided, Prompt, Request, SamplingParams, TokenLogprob, Usage
 
 # Finish reasons of vLLM, SGLang and TensorRT-LLM for answers that ended because the server did.
 CUT_SHORT = {"abort", "error", "cancelled", "timeout"}
@@ -88,6 +88,7 @@ def make_body(request: Request, model: str, spec: OpenAIEngineSpec) -> bytes:
         "model": model,
         **make_prompt_fields(request, is_chat),
         **make_sampling_fields(request.sampling, is_chat),
+        **make_guided_fields(request.sampling.guided),
         **({"stream": True, "stream_options": {"include_usage": True}} if spec.measure_ttft else {}),
         **spec.extra_body,
     }
@@ -97,7 +98,7 @@ def make_body(request: Request, model: str, spec: OpenAIEngineSpec) -> bytes:
 def make_prompt_fields(request: Request, is_chat: bool) -> dict[str, Any]:
     prompt = request.prompt or Prompt(token_ids=request.token_ids)
     if is_chat:
-        return {"messages": prompt.messages}
+        return {"messages": prompt.messages, "tools": prompt.tools}
     return {"prompt": prompt.text if prompt.text is not None else prompt.token_ids}
 
 
@@ -124,6 +125,16 @@ def make_sampling_fields(sampling: SamplingParams, is_chat: bool) -> dict[str, A
         # DeepSeek's templates read `thinking`, Qwen's `enable_thinking`. Not sent otherwise: OpenAI knows no such field.
         fields["chat_template_kwargs"] = {"thinking": True, "enable_thinking": True}
     return fields
+
+
+def make_guided_fields(guided: Guided | None) -> dict[str, Any]:
+    """OpenAI's field for a schema. Raises RequestRejected for a regex or a grammar, which no field of its API takes."""
+    if guided is None:
+        return {}
+    if guided.json_schema is None:
+        raise RequestRejected("bad_sampling", "OpenAI's API takes a JSON schema, and no regex or grammar")
+    schema = {"name": "answer", "schema": json.loads(guided.json_schema), "strict": True}
+    return {"response_format": {"type": "json_schema", "json_schema": schema}}
 
 
 # ---- in --------------------------------------------------------------------------------------------------------------
