@@ -218,6 +218,27 @@ def cancel(out: OutArgument, as_json: JsonOption = False, debug: DebugOption = F
 
 
 @app.command()
+def stage(
+    spec: SpecArgument,
+    set: SetOption = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read a finished copy again, and mend what differs.")
+    ] = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Copy the spec's model to this node's disk (model.stage_dir), as its workers would at their start."""
+    from batchgen.spec_load import load_spec
+    from batchgen.stage_lock import make_log_progress
+    from batchgen.staging import stage as stage_now
+
+    with refusals(debug, as_json=as_json):
+        folder = stage_now(load_spec(spec, set or ()).model, verify=verify, on_progress=make_log_progress(say))
+    say(f"ok: {folder}")
+    print_json({"state": "ok", "folder": str(folder)}, as_json)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of a spec."""
     from batchgen.spec import JobSpec

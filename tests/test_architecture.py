@@ -27,6 +27,7 @@ LAYERS = [
     ["spec", "events", "build", "tasks", "window", "signals"],
     # pure decisions
     ["prompt", "plan", "work_queue", "scaling", "stats", "answer"],
+    ["checkpoint", "stage_plan"],
     # the embedded model's questions, and how it was made
     ["demo_questions", "training", "training.recipe", "training.muon"],
     # the store seam
@@ -35,6 +36,9 @@ LAYERS = [
     ["stores.s3"],
     ["storage"],
     ["stores.probe", "spec_load", "read", "write", "journal", "driver_lease"],
+    # weights on the node's own disk
+    ["stage_fetch", "stage_lock"],
+    ["staging"],
     # the engine seam
     ["engines.base", "engines.sampling", "engines.hf_tokenizer", "engines.breaker", "engines.openai_wire"],
     ["engines.trtllm_wire"],
@@ -63,6 +67,7 @@ LAYERS = [
 PURE = {"records", "events", "errors", "urls", "sections", "engine_specs", "tensorrt_llm_spec"}
 PURE |= {"spec", "prompt", "plan"}
 PURE |= {"work_queue", "scaling", "stats", "answer"}
+PURE |= {"checkpoint", "stage_plan"}
 # What only does I/O: pure modules may not even import it from the standard library.
 EFFECTS = {
     "os",
@@ -87,6 +92,7 @@ VENDORS = {
     "safetensors": {"engines.hf_model()"},
     "jinja2": {"engines.hf_tokenizer"},
     "tensorrt_llm": set(),
+    "huggingface_hub": {"staging()"},
     "fsspec": {"stores.remote", "stores.s3"},
     "s3fs": {"stores.s3"},
     "aiohttp": {"stores.remote", "engines.openai", "engines.openai_http"},
