@@ -23,7 +23,8 @@ LOG_INTERVAL_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class StageProgress:
-    """`num_bytes` and `num_bytes_done` are None where nobody knows. `holder`: the process that copies, if not we."""
+    """`num_bytes` and `num_bytes_done` are None where nobody knows. `holder`: the process that copies, if not
+    we; 0 where it didn't say yet."""
 
     source: str
     num_bytes: int | None
@@ -34,13 +35,12 @@ class StageProgress:
         done, total = self.num_bytes_done, self.num_bytes
         amount = "" if done is None or not total else f": {format_bytes(done)} of {format_bytes(total)}"
         if self.holder is not None:
-            return f"waiting for process {self.holder}, which copies {self.source}{amount}"
+            who = f"process {self.holder}" if self.holder else "another process"
+            return f"waiting for {who}, which copies {self.source}{amount}"
         return f"copying {self.source}{amount}"
 
 
 OnProgress = Callable[[StageProgress], None]
-
-
 Tell = Callable[[int, int], None]
 """Takes bytes done and bytes in all."""
 
@@ -57,7 +57,11 @@ def stage_lock(
             on_progress(_read_progress(path, source))
             if stop.wait(poll_s):
                 raise Cancelled(f"waiting for {source} was stopped")
-        yield lambda done, total: _write_progress(file.fileno(), source, done, total)
+        try:
+            _write_progress(file.fileno(), source, 0, 0)
+            yield lambda done, total: _write_progress(file.fileno(), source, done, total)
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing alone leaves it to a child that was forked meanwhile
 
 
 def _try_lock(handle: int) -> bool:
