@@ -15,6 +15,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from batchgen.stores.base import mapped_os_errors
 
 DEFAULT_FOLDER = "~/.cache/batchgen/models"
 STAGING = ".staging"
+NUM_LOOKS = 16
 HUB_SKIPPED = ["*.pth", "*.pt", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "original/*", "onnx/*"]
 
 
@@ -118,6 +120,37 @@ def stage(
     return final
 
 
+def find_copy(model: ModelSpec) -> Path | None:
+    """What a start would load without fetching anything: the packaged model, a folder, a copy that is up to date, the hub's
+    cache. StorageError where the source of a copy can't be listed, SpecError where it holds no model."""
+    local = Path(model.path).expanduser()
+    if model.path == "embedded" or (local.is_dir() and model.stage_dir is None):
+        return Path(__file__).parent / "embedded" if model.path == "embedded" else local
+    parent = Path(model.stage_dir or DEFAULT_FOLDER).expanduser()
+    if model.is_url or local.is_dir():
+        plan = make_plan(model.path)
+        return parent / plan.folder if _is_there(parent / plan.folder, plan) else None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cache = None if model.stage_dir is None else str(parent)
+        found = try_to_load_from_cache(model.path, "config.json", cache_dir=cache, revision=model.revision)
+    except HFValidationError:
+        return None
+    folder = Path(found).parent if isinstance(found, str) else None
+    return folder if folder is not None and _has_weights(folder) else None
+
+
+def _has_weights(folder: Path) -> bool:
+    """The hub's cache holds what was asked for so far: often the tokenizer alone, or half of the weights."""
+    try:
+        names = parse_index((folder / INDEX).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return any(folder.glob("*.safetensors"))
+    return all((folder / name).is_file() for name in names)
+
+
 def make_plan(source: str, what: What = "model") -> StagePlan:
     """From a listing, the checksums that lie beside the files, and what the store says of each. Raises SpecError for a
     folder without a whole checkpoint."""
@@ -132,7 +165,8 @@ def make_plan(source: str, what: What = "model") -> StagePlan:
             sums.update(parse_sums(path, storage.read_bytes(path).decode("utf-8", errors="replace")))
         if what == "model" and INDEX in listing:
             _check_index(storage, listing)
-        known = {path: info for path in chosen if (info := storage.info(path)) is not None}
+        with ThreadPoolExecutor(NUM_LOOKS, "look") as pool:  # a listing doesn't know checksums
+            known = {info.path: info for info in pool.map(storage.info, chosen) if info is not None}
     except InputError as error:  # of the URL itself
         raise SpecError(f"model.path: {error}") from error
     files = [SourceFile(path, info.num_bytes, info.version, info.md5, sums.get(path)) for path, info in known.items()]
