@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batchgen.checkpoint import INDEX, parse_index
-from batchgen.errors import InputError, NotFound, SpecError, StorageError
+from batchgen.errors import InputError, NotFound, SpecError
 from batchgen.spec import ModelSpec
-from batchgen.stage_fetch import Fetcher, check_safetensors
+from batchgen.stage_fetch import Fetcher
+from batchgen.stage_hub import download, find_cached
 from batchgen.stage_lock import OnProgress, StageProgress, Tell, make_log_progress, stage_lock
 from batchgen.stage_plan import (
     MARKER,
@@ -40,7 +41,6 @@ from batchgen.stores.base import mapped_os_errors
 DEFAULT_FOLDER = "~/.cache/batchgen/models"
 STAGING = ".staging"
 NUM_LOOKS = 16
-HUB_SKIPPED = ["*.pth", "*.pt", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "original/*", "onnx/*"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,25 +130,7 @@ def find_copy(model: ModelSpec) -> Path | None:
     if model.is_url or local.is_dir():
         plan = make_plan(model.path)
         return parent / plan.folder if _is_there(parent / plan.folder, plan) else None
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        cache = None if model.stage_dir is None else str(parent)
-        found = try_to_load_from_cache(model.path, "config.json", cache_dir=cache, revision=model.revision)
-    except HFValidationError:
-        return None
-    folder = Path(found).parent if isinstance(found, str) else None
-    return folder if folder is not None and _has_weights(folder) else None
-
-
-def _has_weights(folder: Path) -> bool:
-    """The hub's cache holds what was asked for so far: often the tokenizer alone, or half of the weights."""
-    try:
-        names = parse_index((folder / INDEX).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return any(folder.glob("*.safetensors"))
-    return all((folder / name).is_file() for name in names)
+    return find_cached(model)
 
 
 def make_plan(source: str, what: What = "model") -> StagePlan:
@@ -235,36 +217,13 @@ def _is_there(final: Path, plan: StagePlan) -> bool:
 def _stage_hub(
     model: ModelSpec, parent: Path, options: StageOptions, on_progress: OnProgress, stop: threading.Event
 ) -> Path:
-    """The hub's client resumes and checks on its own; the lock keeps a node's workers from asking eight times over."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    cache = None if model.stage_dir is None else str(parent)
+    """The hub's client resumes on its own; the lock keeps a node's workers from asking eight times over."""
     key = StagePlan(f"{model.path} {model.revision}", "model", ()).key
     with mapped_os_errors(str(parent), "write"):
         parent.mkdir(parents=True, exist_ok=True)
     with stage_lock(parent / f"{key}.lock", model.path, options.poll_s, on_progress, stop):
-        try:
-            on_progress(StageProgress(model.path, None, None))
-            found = snapshot_download(
-                model.path,
-                revision=model.revision,
-                cache_dir=cache,
-                ignore_patterns=HUB_SKIPPED,
-                max_workers=options.num_threads,
-            )
-        except (OSError, HFValidationError) as error:  # the hub's own errors are OSErrors
-            raise SpecError(
-                f"model.path: {model.path} can't be had from the hub ({type(error).__name__}); give a folder, a URL, or a "
-                "hub id and revision that this machine can reach"
-            ) from error
-    folder = Path(found)
-    for path in sorted(folder.rglob("*.safetensors")):
-        try:
-            check_safetensors(path)
-        except ValueError as error:
-            raise StorageError(f"{path} {error}; delete it there and start again") from error
-    return folder
+        on_progress(StageProgress(model.path, None, None))
+        return download(model, options.num_threads)
 
 
 def _show(plan: StagePlan, done: int, tell: Tell, on_progress: OnProgress) -> None:

@@ -39,6 +39,7 @@ LAYERS = [
     ["stores.probe", "spec_load", "read", "write", "journal", "driver_lease"],
     # weights on the node's own disk
     ["stage_fetch", "stage_lock"],
+    ["stage_hub"],
     ["staging", "checkpoint_facts", "node_facts"],
     # the engine seam
     ["engines.base", "engines.sampling", "engines.hf_tokenizer", "engines.breaker", "engines.openai_wire"],
@@ -95,7 +96,7 @@ VENDORS = {
     "jinja2": {"engines.hf_tokenizer"},
     "tensorrt_llm": set(),
     "pynvml": {"node_facts()"},
-    "huggingface_hub": {"staging()"},
+    "huggingface_hub": {"stage_hub()"},
     "fsspec": {"stores.remote", "stores.s3"},
     "s3fs": {"stores.s3"},
     "aiohttp": {"stores.remote", "engines.openai", "engines.openai_http"},

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from batchgen.engines.hf_tokenizer import HFTokenizer
 from batchgen.engines.transformers import TransformersEngine
 from batchgen.errors import Cancelled, EngineDied, SpecError, StorageError
 from batchgen.spec import ModelSpec
+from batchgen.stage_hub import find_cached
 from batchgen.stage_lock import StageProgress
 from batchgen.stage_plan import MARKER, choose_files, list_parts, parse_sidecar, parse_sums
 from batchgen.staging import StageOptions, make_plan, stage, stage_model
@@ -413,31 +413,50 @@ class Hub(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None: ...
 
 
-@pytest.mark.parametrize("is_truncated", [False, True])
-def test_a_hub_id_goes_through_the_hubs_own_client(is_truncated: bool, tmp_path: Path) -> None:
-    shard = "model-00001-of-00002.safetensors"
-    files = {**FILES, "model.gguf": b"never read", shard: FILES[shard][:-1] if is_truncated else FILES[shard]}
-    handler = partial(type("OneHub", (Hub,), {"files": files, "asked": (asked := [])}))
+def fetch_from_hub(port: int, stage_dir: Path) -> "subprocess.CompletedProcess[str]":
+    """In a process of its own: the hub's client reads its address when it is imported."""
+    env = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+    command = [sys.executable, "-c", CHILD, "org/model", str(stage_dir), "1"]
+    return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=60, check=False)
+
+
+@contextlib.contextmanager
+def run_hub(files: dict[str, bytes], asked: list[str]) -> Iterator[int]:
+    handler = type("OneHub", (Hub,), {"files": files, "asked": asked})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever).start()
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
         try:
-            env = {
-                "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-                "HF_HUB_OFFLINE": "0",
-                "NO_PROXY": "127.0.0.1",
-            }
-            command = [sys.executable, "-c", CHILD, "org/model", str(tmp_path), "1"]
-            done = subprocess.run(
-                command, env={**os.environ, **env}, capture_output=True, text=True, timeout=60, check=False
-            )
+            yield server.server_port
         finally:
             server.shutdown()
-    if is_truncated:
-        assert "is truncated" in done.stderr.splitlines()[-1]
-        return
-    assert done.returncode == 0, done.stderr
-    assert read_copy(Path(done.stdout.splitlines()[-1])) == FILES
-    assert "GET /api/models/org/model/revision/main" in asked
+            thread.join()
+
+
+def test_a_hub_id_goes_through_the_hubs_own_client(tmp_path: Path) -> None:
+    asked: list[str] = []
+    with run_hub({**FILES, "model.gguf": b"never read"}, asked) as port:
+        done = fetch_from_hub(port, tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert read_copy(Path(done.stdout.splitlines()[-1])) == FILES
+        assert find_cached(ModelSpec(path="org/model", stage_dir=str(tmp_path))) == Path(done.stdout.splitlines()[-1])
+        num_gets = sum(call.startswith("GET /org/") for call in asked)
+        assert fetch_from_hub(port, tmp_path).stdout == done.stdout
+        assert sum(call.startswith("GET /org/") for call in asked) == num_gets
+
+
+def test_what_a_hub_gives_is_looked_at_too(tmp_path: Path) -> None:
+    with run_hub(
+        {**FILES, "model-00001-of-00002.safetensors": FILES["model-00001-of-00002.safetensors"][:-1]}, []
+    ) as port:
+        done = fetch_from_hub(port, tmp_path)
+    assert "model-00001-of-00002.safetensors is truncated" in done.stderr.splitlines()[-1]
+
+
+def test_a_hub_that_is_away(tmp_path: Path) -> None:
+    last = fetch_from_hub(9, tmp_path).stderr.splitlines()[-1]
+    assert last.startswith("batchgen.errors.SpecError: model.path: org/model can't be had from the hub (")
+    assert find_cached(ModelSpec(path="org/model", stage_dir=str(tmp_path))) is None
 
 
 # ---- pure
