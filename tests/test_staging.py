@@ -160,16 +160,21 @@ def test_two_processes_download_once_and_the_second_sees_how_far_the_first_is(
     assert count_gets(s3_proxy) == count_parts()
 
 
+def kill_at(nth: int, url: str, proxy: S3Proxy, stage_dir: Path) -> None:
+    """SIGKILL while the n-th part of weights is under way."""
+    held = proxy.hold_reply(r"\.safetensors$", nth=nth, method="GET")
+    with start_child(url, stage_dir) as child:
+        assert held.is_forwarded.wait(30)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    held.release()
+
+
 @pytest.mark.s3
 def test_after_sigkill_only_the_rest_is_fetched(s3_url: str, s3_proxy: S3Proxy, tmp_path: Path) -> None:
     upload(s3_url)
     num_done = 7
-    s3_proxy.hold_reply(r"\.safetensors$", nth=num_done + 1, method="GET")
-    with start_child(s3_url, tmp_path) as child:
-        assert child.stdout is not None
-        wait_for(lambda: count_gets(s3_proxy) == num_done + 1)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
+    kill_at(num_done + 1, s3_url, s3_proxy, tmp_path)
     assert not [path for path in tmp_path.iterdir() if path.is_dir() and not path.name.endswith(".staging")]
     s3_proxy.seen.clear()
     folder = copy(s3_url, tmp_path)
@@ -180,11 +185,7 @@ def test_after_sigkill_only_the_rest_is_fetched(s3_url: str, s3_proxy: S3Proxy, 
 @pytest.mark.s3
 def test_what_was_recorded_and_then_rotted_is_fetched_again(s3_url: str, s3_proxy: S3Proxy, tmp_path: Path) -> None:
     upload(s3_url)
-    s3_proxy.hold_reply(r"\.safetensors$", nth=4, method="GET")
-    with start_child(s3_url, tmp_path) as child:
-        wait_for(lambda: count_gets(s3_proxy) == 4)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
+    kill_at(4, s3_url, s3_proxy, tmp_path)
     (partial_file,) = tmp_path.rglob("*.part")
     flip(partial_file, PART_BYTES + 5)
     s3_proxy.seen.clear()
@@ -226,10 +227,15 @@ def test_a_byte_that_flips_on_the_disk_is_found_and_mended_by_verify(tmp_path: P
     assert read_copy(folder) == FILES
 
 
-def test_a_file_that_is_gone_from_the_copy_is_fetched_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_gone", [True, False])
+def test_a_file_that_is_not_whole_in_the_copy_is_fetched_alone(is_gone: bool, tmp_path: Path) -> None:
     upload(str(tmp_path / "nfs"))
     folder = copy(str(tmp_path / "nfs"), tmp_path / "nvme")
-    (folder / "model-00001-of-00002.safetensors").unlink()
+    damaged = folder / "model-00001-of-00002.safetensors"
+    if is_gone:
+        damaged.unlink()
+    else:
+        os.truncate(damaged, 1000)
     kept = (folder / "model-00002-of-00002.safetensors").stat().st_ino
     assert copy(str(tmp_path / "nfs"), tmp_path / "nvme") == folder
     assert read_copy(folder) == FILES
@@ -501,10 +507,3 @@ def test_parts_cover_a_file(tmp_path: Path) -> None:
 def test_a_torn_sidecar_says_what_is_whole_in_it() -> None:
     whole = '{"path": "a", "start": 0, "num_bytes": 5, "crc32": 1}'
     assert len(parse_sidecar(["", whole, whole[:-9], "[]", '{"path": "a", "is_whole": true}']).parts) == 1
-
-
-def wait_for(is_so: Any) -> None:
-    """Polls; the test's own time limit ends it."""
-    pause = threading.Event()
-    while not is_so():
-        pause.wait(0.01)
