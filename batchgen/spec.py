@@ -110,21 +110,36 @@ class PromptSpec(Section):
 class ModelSpec(Section):
     """Which weights and tokenizer."""
 
-    path: str = Field(
+    path: Url = Field(
         default="embedded",
-        description="A local folder or hub id of a Hugging Face checkpoint, or 'embedded': the tiny model that ships "
-        "with batchgen and answers sums.",
+        description="A Hugging Face checkpoint: a local folder, a hub id, or a folder at s3:// or any fsspec URL, which "
+        "every node copies to its own disk first; or 'embedded': the tiny model that ships with batchgen and answers sums.",
     )
     revision: str | None = Field(default=None, description="Revision of a hub id (commit, tag or branch).")
     max_model_len: int | None = Field(
         default=None, ge=2, description="Prompt plus completion, tokens. The model's own limit when absent."
     )
 
+    stage_dir: str | None = Field(
+        default=None,
+        description="Folder on each node's fast local disk (full path, or ~/...): the checkpoint is copied there, once a "
+        "node however many workers start. Absent: a URL is copied below ~/.cache/batchgen/models, a local folder and "
+        "a hub id are used where they are.",
+    )
+
     @model_validator(mode="after")
     def _has_revisions(self) -> "ModelSpec":
-        if self.revision is not None and (self.path == "embedded" or self.path.startswith(("/", ".", "~"))):
+        is_named = self.path == "embedded" or self.path.startswith(("/", ".", "~")) or self.is_url
+        if self.revision is not None and is_named:
             raise ValueError("revision goes with a hub id; leave it out")
+        if self.stage_dir is not None and not self.stage_dir.startswith(("/", "~/")):
+            raise ValueError("stage_dir is a folder on every node; give its full path")
         return self
+
+    @property
+    def is_url(self) -> bool:
+        """Must it be copied before it can be loaded?"""
+        return "://" in self.path
 
 
 class SamplingSpec(Section):
@@ -276,7 +291,7 @@ class JobSpec(Section):
             "version": FINGERPRINT_VERSION,
             "input": self.input.model_dump(mode="json", include={"paths", "custom_id", "passthrough"}),
             "prompt": _dump(self.prompt),
-            "model": self.model.model_dump(mode="json"),
+            "model": self.model.model_dump(mode="json", exclude={"stage_dir"}),
             "engine": self.engine.fingerprint_fields(),
             "sampling": _dump(self.sampling),
             "output": self.output.model_dump(mode="json", include={"token_ids"}),

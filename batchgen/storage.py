@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -66,7 +67,7 @@ class Storage:
 
     def info(self, path: str) -> FileInfo | None:
         found = self._client.info(self.url(path))
-        return found and FileInfo(path, found.num_bytes, found.version)
+        return found and replace(found, path=path)
 
     def read_bytes(self, path: str) -> bytes:
         """NotFound."""
@@ -75,6 +76,10 @@ class Storage:
     def read_versioned(self, path: str) -> tuple[bytes, str]:
         """Content, and the version that it belongs to. NotFound."""
         return self._client.read(self.url(path))
+
+    def read_range(self, path: str, start: int, num_bytes: int, version: str) -> bytes:
+        """Part of a file, from many threads at once. NotFound; Conflict when it isn't `version` any more."""
+        return self._client.read_range(self.url(path), start, num_bytes, version)
 
     def open_read(self, path: str) -> BinaryIO:
         """Seekable. NotFound; Conflict when the file is replaced while it is read."""

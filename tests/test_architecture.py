@@ -27,6 +27,8 @@ LAYERS = [
     ["spec", "events", "build", "tasks", "window", "signals"],
     # pure decisions
     ["prompt", "plan", "work_queue", "scaling", "stats", "answer"],
+    ["checkpoint", "stage_plan", "preflight"],
+    ["preflight_model"],
     # the embedded model's questions, and how it was made
     ["demo_questions", "training", "training.recipe", "training.muon"],
     # the store seam
@@ -35,6 +37,10 @@ LAYERS = [
     ["stores.s3"],
     ["storage"],
     ["stores.probe", "spec_load", "read", "write", "journal", "driver_lease"],
+    # weights on the node's own disk
+    ["stage_fetch", "stage_lock"],
+    ["stage_hub"],
+    ["staging", "checkpoint_facts", "node_facts"],
     # the engine seam
     ["engines.base", "engines.sampling", "engines.hf_tokenizer", "engines.breaker", "engines.openai_wire"],
     ["engines.trtllm_wire", "engines.deepseek_turns"],
@@ -44,6 +50,7 @@ LAYERS = [
     ["engines.decode", "engines.hf_model", "engines.simulated"],
     ["engines.transformers", "engines.openai"],
     ["engines"],
+    ["doctor"],
     ["training.rows", "training.save", "training.accuracy"],
     ["training.train"],
     # one worker
@@ -65,6 +72,7 @@ LAYERS = [
 PURE = {"records", "events", "errors", "urls", "sections", "engine_specs", "tensorrt_llm_spec"}
 PURE |= {"spec", "prompt", "plan", "guided_spec", "batches", "engines.deepseek_turns", "engines.deepseek_v32"}
 PURE |= {"work_queue", "scaling", "stats", "answer"}
+PURE |= {"checkpoint", "stage_plan", "preflight", "preflight_model"}
 # What only does I/O: pure modules may not even import it from the standard library.
 EFFECTS = {
     "os",
@@ -89,6 +97,8 @@ VENDORS = {
     "safetensors": {"engines.hf_model()"},
     "jinja2": {"engines.hf_tokenizer"},
     "tensorrt_llm": set(),
+    "pynvml": {"node_facts()"},
+    "huggingface_hub": {"stage_hub()"},
     "fsspec": {"stores.remote", "stores.s3"},
     "s3fs": {"stores.s3"},
     "aiohttp": {"stores.remote", "engines.openai", "engines.openai_http"},
@@ -96,7 +106,7 @@ VENDORS = {
     "yaml": {"spec_load"},
     "jsonschema": {"guided_spec()"},
     "typer": {"cli"},
-    "rich": {"view", "cli()"},
+    "rich": {"view", "cli()", "doctor()"},
 }
 # Modules that import a heavy vendor at their top: whoever imports one of them does so lazily, or is one itself.
 HEAVY = {

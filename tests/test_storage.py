@@ -1,6 +1,7 @@
 """One contract over every kind of store, then what only some of them can show."""
 
 import asyncio
+import hashlib
 import os
 import pickle
 import signal
@@ -42,6 +43,30 @@ def test_what_is_created_is_read_and_never_created_again(store: Storage) -> None
     info = store.info("data/é b.bin")
     assert info is not None
     assert (info.path, info.num_bytes, info.version) == ("data/é b.bin", 5, version)
+
+
+@every
+def test_a_range_is_of_the_version_that_is_asked_for(store: Storage) -> None:
+    first = store.put("data/é b.bin", b"0123456789")
+    assert store.read_range("data/é b.bin", 2, 3, first) == b"234"
+    assert store.read_range("data/é b.bin", 8, 100, first) == b"89"
+    store.put("data/é b.bin", b"abcdefghij")
+    with pytest.raises(Conflict, match="changed"):
+        store.read_range("data/é b.bin", 2, 3, first)
+    with pytest.raises(NotFound):
+        store.read_range("data/none", 0, 1, first)
+
+
+@pytest.mark.s3
+def test_an_etag_is_an_md5_only_where_s3_says_so(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Storage(s3_url)
+    store.put("plain", b"content")
+    client: Any = store._client
+    client._fs.call_s3("put_object", **client._at(store.url("kms")), Body=b"content", ServerSideEncryption="aws:kms")
+    monkeypatch.setattr(stores_s3, "_ONE_PUT_BYTES", 1)
+    store.put("parts", b"content")
+    md5s = {name: info.md5 for name in ("plain", "kms", "parts") if (info := store.info(name)) is not None}
+    assert md5s == {"plain": hashlib.md5(b"content").hexdigest(), "kms": None, "parts": None}
 
 
 @every

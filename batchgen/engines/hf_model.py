@@ -11,8 +11,9 @@ from typing import Any
 
 from batchgen.engine_specs import TransformersEngineSpec
 from batchgen.engines.hf_tokenizer import resolve_model, unloadable
-from batchgen.errors import EngineDied, SpecError
+from batchgen.errors import EngineDied, SpecError, StorageError
 from batchgen.spec import ModelSpec
+from batchgen.staging import stage_weights
 
 CUDA_CACHE_SHARE = 0.6
 CPU_CACHE_SHARE = 0.25
@@ -26,6 +27,10 @@ def load_model(model: ModelSpec, engine: TransformersEngineSpec) -> Any:
     from transformers import AutoModelForCausalLM
 
     device = pick_device(engine.device)
+    try:
+        model = stage_weights(model)
+    except StorageError as error:
+        raise EngineDied(str(error)) from error
     if device.startswith("cuda"):
         # cuDNN's attention makes a plan for each new shape, and in a decode loop every step has a new one: measured on
         # an H100 with a 1B Llama, 128 rows, two thirds of all time went there.

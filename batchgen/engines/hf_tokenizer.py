@@ -21,8 +21,9 @@ from typing import Any
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from batchgen.answer import Parsed, split_reasoning
-from batchgen.errors import BadRow, SpecError
+from batchgen.errors import BadRow, SpecError, StorageError
 from batchgen.spec import ModelSpec
+from batchgen.staging import stage_tokenizer
 
 THINK_MARKS = ("<think>", "</think>")
 NAMES_TOOLS = re.compile(r"\btools\b")
@@ -140,6 +141,10 @@ def describe_refusal(messages: Sequence[dict[str, Any]], error: Exception) -> st
 
 def load_vendor(model: ModelSpec) -> Any:
     """The transformers tokenizer of the model."""
+    try:
+        model = stage_tokenizer(model)
+    except StorageError as error:
+        raise unloadable(model, "tokenizer", error) from error
     source = resolve_model(model)
     with quiet_import():
         from transformers import AutoTokenizer

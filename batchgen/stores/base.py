@@ -10,7 +10,7 @@ import errno
 import io
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Final, Protocol, cast
 
 from batchgen.errors import NotFound, StorageError
@@ -70,12 +70,14 @@ _BY_ERRNO: Final = {
 class FileInfo:
     """One file. `path`: a full name from `list_inputs`, relative to the root from `Storage`.
 
-    `version`: the etag without quotes on an object store, `<size>-<mtime_ns>` on a local disk.
+    `version`: the etag without quotes on an object store, `<size>-<mtime_ns>` on a local disk. `md5`: of the content, in
+    hexadecimal, where the store vouches for it and was asked for this one file; a listing doesn't know it.
     """
 
     path: str
     num_bytes: int
     version: str
+    md5: str | None = field(default=None, compare=False)
 
 
 class Client(Protocol):
@@ -94,6 +96,9 @@ class Client(Protocol):
 
     def read(self, name: str) -> tuple[bytes, str]:
         """Content, and the version it belongs to. NotFound."""
+
+    def read_range(self, name: str, start: int, num_bytes: int, version: str) -> bytes:
+        """These bytes of that version, from many threads at once. NotFound; Conflict when it is another version."""
 
     def open(self, name: str, block_bytes: int) -> "StoreFile": ...
 

@@ -137,6 +137,12 @@ class FsspecClient:
                 return data, before.version
         raise Conflict(f"{name} changed each time that it was read")
 
+    def read_range(self, name: str, start: int, num_bytes: int, version: str) -> bytes:
+        with mapped(name):
+            data = bytes(self._fs.cat_file(self._bare(name), start=start, end=start + num_bytes))
+        self._verify(name, version)
+        return data
+
     def open(self, name: str, block_bytes: int) -> StoreFile:
         with mapped(name):
             version = self._known(name).version

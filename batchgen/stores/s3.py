@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import random
+import re
 import time
 from typing import Any
 
@@ -33,6 +34,7 @@ PART_BYTES = 50 * 2**20
 _ONE_PUT_BYTES = 2 * PART_BYTES
 _PARALLEL_PARTS = 4
 _MAX_CREATE_TRIES = 6
+_MD5 = re.compile(r"[0-9a-f]{32}")
 _PUT_RACE_CODES = frozenset({"ConditionalRequestConflict", "OperationAborted", "409"})
 
 
@@ -82,13 +84,30 @@ class S3Client(FsspecClient):
                 head = self._fs.call_s3("head_object", **self._at(name))
         except NotFound:
             return None
-        return FileInfo(name, head["ContentLength"], head["ETag"].strip('"'))
+        etag = head["ETag"].strip('"')
+        return FileInfo(name, head["ContentLength"], etag, etag if self._is_md5(name, head) else None)
+
+    def _is_md5(self, name: str, head: dict[str, Any]) -> bool:
+        """The etag is the content's MD5 unless the object was uploaded in parts, encrypted by a key of KMS or of the
+        customer's, or lies in a directory bucket (AWS's documentation of PutObject's ETag)."""
+        is_keyed = "SSECustomerAlgorithm" in head or head.get("ServerSideEncryption", "AES256") != "AES256"
+        is_directory = self._at(name)["Bucket"].endswith("--x-s3")
+        return not is_keyed and not is_directory and bool(_MD5.fullmatch(head["ETag"].strip('"')))
+
+    def read_range(self, name: str, start: int, num_bytes: int, version: str) -> bytes:
+        at = {**self._at(name), "Range": f"bytes={start}-{start + num_bytes - 1}", "IfMatch": f'"{version}"'}
+        return self._read(name, at)[0]
 
     def read(self, name: str) -> tuple[bytes, str]:
+        return self._read(name, self._at(name))
+
+    def _read(self, name: str, at: dict[str, str]) -> tuple[bytes, str]:
         for tries_left in reversed(range(MAX_READ_TRIES)):
             try:
-                data, etag = sync(self._fs.loop, self._get, self._at(name))
+                data, etag = sync(self._fs.loop, self._get, at)
             except vendor_errors() as error:
+                if is_refused(error):
+                    raise Conflict(f"{name} was changed while it was read") from error
                 if not (tries_left and isinstance(error, TRANSIENT)):
                     raise make_read_error(name, error, explanation(error)) from error
             else:
