@@ -125,7 +125,9 @@ def test_a_gpu_pod_fits_one_worker_and_no_second() -> None:
     (container,) = group["template"]["spec"]["containers"]
     has = container["resources"]["limits"]
     assert has == container["resources"]["requests"], "Ray counts the limits, Kubernetes places by the requests"
-    for job in sorted((REPO / "jobs").glob("deepseek*.yaml")):
+    jobs = sorted((REPO / "jobs").glob("deepseek*.yaml"))
+    assert jobs
+    for job in jobs:
         wants = ClusterSpec(**yaml.safe_load(job.read_text())["cluster"])
         assert 1 <= int(has["nvidia.com/gpu"]) / wants.gpus_per_worker < 2
         assert wants.cpus_per_worker <= int(has["cpu"])
