@@ -140,6 +140,8 @@ def test_all_nodes_have_one_image_with_the_pinned_ray() -> None:
     assert f"ARG BASE={base}\n" in recipe
     assert f"ARG RAY_VERSION={version}\n" in recipe
     assert not {"head_image", "worker_image"} & set(CLUSTER["docker"])
+    (names,) = re.findall(r"grep -E '\^\((.*?)\)=='", recipe)
+    assert set(names.split("|")) <= {pin.split("==")[0] for pin in PINS}
 
 
 def test_the_image_is_built_from_what_is_mounted() -> None:
