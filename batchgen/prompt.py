@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from batchgen.errors import BadRow, SpecError
 from batchgen.records import Guided, Prompt, RowId, SamplingParams
-from batchgen.spec import JobSpec, PromptSpec, SamplingSpec
+from batchgen.sampling_spec import SamplingSpec
+from batchgen.spec import JobSpec, PromptSpec
 
 
 @dataclass(frozen=True, slots=True)

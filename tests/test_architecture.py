@@ -22,7 +22,7 @@ MAX_FILE_LINES = 300
 LAYERS = [
     ["__init__", "records", "batches", "errors", "urls"],
     ["sections"],
-    ["tensorrt_llm_spec", "guided_spec"],
+    ["tensorrt_llm_spec", "sampling_spec"],
     ["engine_specs"],
     ["spec", "events", "build", "tasks", "window", "signals"],
     # pure decisions
@@ -70,7 +70,7 @@ LAYERS = [
     ["cli"],
 ]
 PURE = {"records", "events", "errors", "urls", "sections", "engine_specs", "tensorrt_llm_spec"}
-PURE |= {"spec", "prompt", "plan", "guided_spec", "batches", "engines.deepseek_turns", "engines.deepseek_v32"}
+PURE |= {"spec", "prompt", "plan", "sampling_spec", "batches", "engines.deepseek_turns", "engines.deepseek_v32"}
 PURE |= {"work_queue", "scaling", "stats", "answer"}
 PURE |= {"checkpoint", "stage_plan", "preflight", "preflight_model"}
 # What only does I/O: pure modules may not even import it from the standard library.
@@ -104,7 +104,7 @@ VENDORS = {
     "aiohttp": {"stores.remote", "engines.openai", "engines.openai_http"},
     "botocore": {"stores.remote"},
     "yaml": {"spec_load"},
-    "jsonschema": {"guided_spec()"},
+    "jsonschema": {"sampling_spec()"},
     "typer": {"cli"},
     "rich": {"view", "cli()", "doctor()"},
 }

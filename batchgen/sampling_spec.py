@@ -1,4 +1,4 @@
-"""The part of the sampling section that holds answers to a form: a JSON schema, a regular expression or a grammar. Pure.
+"""The `sampling` section of a spec: how tokens are drawn, and what answers are held to. Pure.
 
 A schema is kept as compact JSON text, however it was written, and is checked against the standard that it names, so that
 no engine meets a broken one. Regex and grammar are dialects of the engines: only they can tell whether one is good.
@@ -6,7 +6,7 @@ no engine meets a broken one. Regex and grammar are dialects of the engines: onl
 
 import json
 from functools import lru_cache
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
@@ -40,6 +40,39 @@ class GuidedSpec(Section):
     def form(self) -> GuidedForm:
         """Which of them it is."""
         return next(name for name in FORMS if getattr(self, name) is not None)
+
+
+class SamplingSpec(Section):
+    """How tokens are drawn. The defaults are those of the DeepSeek-V3.2 model card."""
+
+    temperature: float = Field(default=1.0, ge=0.0, le=5.0, description="0 is greedy.")
+    top_p: float = Field(default=0.95, gt=0.0, le=1.0, description="Nucleus mass.")
+    max_tokens: int = Field(default=1024, ge=1, description="Completion tokens at most (tokens).")
+    top_k: int | None = Field(default=None, ge=1, description="Keep the k likeliest tokens.")
+    min_p: float | None = Field(
+        default=None, ge=0.0, le=1.0, description="Keep tokens of at least this share of the best."
+    )
+    n: int = Field(default=1, ge=1, le=1024, description="Generations a row; sent as n requests with a shared prefix.")
+    seed: int | None = Field(
+        default=None,
+        ge=0,
+        lt=2**63,
+        description="Each request gets a seed made from this, its row and its sample, so that a rerun repeats.",
+    )
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(), description="Strings that end a completion; not part of the text."
+    )
+    stop_token_ids: tuple[int, ...] = Field(default=(), description="Token ids that end a completion.")
+    presence_penalty: float | None = Field(default=None, ge=-2.0, le=2.0, description="As OpenAI's.")
+    frequency_penalty: float | None = Field(default=None, ge=-2.0, le=2.0, description="As OpenAI's.")
+    repetition_penalty: float | None = Field(
+        default=None, gt=0.0, le=10.0, description="As Hugging Face's; 1 is neutral."
+    )
+    logprobs: int | None = Field(
+        default=None, ge=0, le=20, description="Return each token's logprob and this many of the likeliest ones."
+    )
+    thinking: bool = Field(default=False, description="Ask the chat template for reasoning; kept in its own column.")
+    guided: GuidedSpec | None = Field(default=None, description="Hold every answer to a JSON schema, regex or grammar.")
 
 
 def make_schema_text(value: Any) -> str:
