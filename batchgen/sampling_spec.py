@@ -66,7 +66,7 @@ class SamplingSpec(Section):
     presence_penalty: float | None = Field(default=None, ge=-2.0, le=2.0, description="As OpenAI's.")
     frequency_penalty: float | None = Field(default=None, ge=-2.0, le=2.0, description="As OpenAI's.")
     repetition_penalty: float | None = Field(
-        default=None, gt=0.0, le=10.0, description="As Hugging Face's; 1 is neutral."
+        default=None, ge=0.01, le=10.0, description="As Hugging Face's; 1 is neutral."
     )
     logprobs: int | None = Field(
         default=None, ge=0, le=20, description="Return each token's logprob and this many of the likeliest ones."

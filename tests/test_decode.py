@@ -12,7 +12,8 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from batchgen.engine_specs import TransformersEngineSpec
-from batchgen.engines.decode import ADMIT_EVERY_STEPS, MAX_PREFILL_SCORES, DecodeBatch, probe
+from batchgen.engines import decode
+from batchgen.engines.decode import ADMIT_EVERY_STEPS, MAX_SCORE_BYTES, DecodeBatch, probe
 from batchgen.engines.hf_model import load_model
 from batchgen.engines.hf_tokenizer import HFTokenizer
 from batchgen.engines.sampling import Row, make_row
@@ -141,7 +142,7 @@ def test_numbers_that_are_none_fail_their_row_alone(model: Any, tokenizer: HFTok
         answer.logits[(input_ids == 300).any(-1)] = math.nan
         return answer
 
-    poisoned: Any = Poisoned(forward, model.device)
+    poisoned: Any = Poisoned(forward, model.device, model.config)
     run(make_batch(poisoned, tokenizer), [bad, good])
     run(make_batch(model, tokenizer), [expected])
     assert (bad.finish_reason, bad.out) == ("failed", [])
@@ -149,8 +150,8 @@ def test_numbers_that_are_none_fail_their_row_alone(model: Any, tokenizer: HFTok
 
 
 class Poisoned(SimpleNamespace):
-    def __init__(self, forward: Callable[..., Any], device: Any) -> None:
-        super().__init__(forward=forward, device=device)
+    def __init__(self, forward: Callable[..., Any], device: Any, config: Any) -> None:
+        super().__init__(forward=forward, device=device, config=config)
 
     def __call__(self, **given: Any) -> Any:
         return self.forward(**given)
@@ -172,9 +173,37 @@ def test_newcomers_wait_a_few_steps_when_few_slots_are_free(model: Any, tokenize
 def test_one_prefill_takes_no_more_than_its_scores_allow(model: Any, tokenizer: HFTokenizer) -> None:
     long = tuple([7] * 1000)
     waiting = deque(make_row(long, SamplingParams(), 1, EOS) for _ in range(40))
-    assert len(make_batch(model, tokenizer).pick(waiting)) == MAX_PREFILL_SCORES // 1000**2
+    num_heads = max(model.config.num_attention_heads, model.config.index_n_heads)
+    assert len(make_batch(model, tokenizer).pick(waiting)) == MAX_SCORE_BYTES // (4 * num_heads) // 1000**2
     giant = deque([make_row(tuple([7] * 10_000), SamplingParams(), 1, EOS)])
     assert len(make_batch(model, tokenizer).pick(giant)) == 1
+
+
+def test_a_prompt_whose_scores_are_too_many_is_prefilled_in_parts(
+    model: Any, tokenizer: HFTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside shorter ones, which are nothing but padding in the first parts."""
+    whole, parts = wild_rows(12), wild_rows(12)
+    for row in (whole[3], parts[3]):
+        row.token_ids = row.token_ids[:1] + row.token_ids[1:] * 12
+    run(make_batch(model, tokenizer), whole)
+    monkeypatch.setattr(decode, "MIN_PREFILL_TOKENS", 1)
+    batch = make_batch(model, tokenizer)
+    widths: list[int] = []
+    width = max(len(row.token_ids) for row in parts)
+    batch._max_scores = len(parts) * width * 16
+    real = decode.forward
+
+    def forward(model: Any, ids: Any, mask: Any, cache: Any) -> Any:
+        widths.append(ids.shape[1])
+        return real(model, ids, mask, cache)
+
+    monkeypatch.setattr(decode, "forward", forward)
+    batch.admit(parts)
+    assert max(widths) == 16
+    assert sum(widths) == width
+    run(batch, [])
+    assert [row.out for row in parts] == [row.out for row in whole]
 
 
 def test_the_cancelled_are_neither_taken_in_nor_kept(model: Any, tokenizer: HFTokenizer) -> None:
@@ -246,6 +275,7 @@ class Scripted:
     """Says what it is told, whatever it is asked."""
 
     device = torch.device("cpu")
+    config = SimpleNamespace(get_text_config=SimpleNamespace)
 
     def __init__(self, token_ids: list[int]) -> None:
         self._left = list(token_ids)
@@ -297,6 +327,14 @@ def test_without_a_seed_two_runs_differ_and_with_one_they_do_not(model: Any, tok
     assert say(None) != say(None)
     assert say(11) == say(11) != say(12)
     assert len(say(2**63 - 1)) == 40
+
+
+def test_a_stop_string_across_tokens_that_show_as_nothing(tokenizer: HFTokenizer) -> None:
+    hidden = tokenizer.encode("<｜User｜>")[1:]
+    script = Scripted([*tokenizer.encode("xa")[1:], *hidden * 40, *tokenizer.encode("bcd")[1:]])
+    row = make_row((7,), SamplingParams(temperature=0.0, stop=("ab",)), 90, EOS)
+    run(DecodeBatch(script, tokenizer.decode, max_rows=1, max_cells=1 << 20, can_join=False), [row])
+    assert (row.text, row.finish_reason) == ("x", "stop")
 
 
 @pytest.mark.parametrize("can_join", [True, False])

@@ -101,3 +101,9 @@ def test_what_the_neighbours_ask_changes_no_draw() -> None:
     rows = make()
     alone = [[draw(logits[index : index + 1], [row])[0] for index, row in enumerate(rows)] for _ in range(2)]
     assert together == alone
+
+
+def test_every_bit_of_a_seed_counts() -> None:
+    logits = torch.zeros(1, 50_000)
+    seeds = [1, 2, 1 + 2**32, 1 + 2**62]
+    assert len({draw(logits, [make_row((0,), SamplingParams(seed=seed, top_p=1.0), 9, EOS)])[0] for seed in seeds}) == 4

@@ -11,7 +11,7 @@ import torch
 
 from batchgen.engine_specs import TransformersEngineSpec
 from batchgen.engines.transformers import TransformersEngine
-from batchgen.errors import EngineDied, RequestFailed, RequestRejected
+from batchgen.errors import EngineDied, RequestFailed, RequestRejected, SpecError
 from batchgen.records import Generation, Request, RowId, SamplingParams
 from batchgen.spec import ModelSpec
 
@@ -298,3 +298,27 @@ def test_more_requests_than_slots_all_end() -> None:
     answers = use(work, max_batch_size=3)
     assert len(answers) == 30
     assert all(answer.finish_reason == "stop" for answer in answers)
+
+
+def test_a_cache_too_small_for_one_row_is_refused_and_no_row_is_cut_by_it() -> None:
+    with pytest.raises(
+        SpecError, match=r"engine\.cache_gib: .* room for 111 tokens, .* set model\.max_model_len to 111"
+    ):
+        use(lambda engine: engine.generate(ask(engine, "1 + 1 = ?")), cache_gib=1e-4)
+    small = ModelSpec(max_model_len=111)
+    assert use(lambda engine: engine.generate(ask(engine, "1 + 1 = ?")), small, cache_gib=1e-4).text == "2"
+
+
+def test_closing_while_it_loads_leaves_no_weights() -> None:
+    async def main() -> None:
+        engine = make_engine()
+        opening = asyncio.ensure_future(engine.open())
+        await asyncio.sleep(0.01)
+        opening.cancel()
+        await asyncio.wait({opening})
+        await engine.close()
+        assert engine._batch is None
+        with pytest.raises(EngineDied):
+            await engine.generate(Request(RowId("file", 0, 0), (1,), SamplingParams()))
+
+    asyncio.run(main())

@@ -8,7 +8,9 @@ with the least to lose leaves and comes back later, its tokens kept and prefille
 
 Invariants: the cache is as wide as the mask, and the mask as the longest live row; a row's tokens come from its own
 logits and its own random generator, so its neighbours decide nothing. (Matrix products of another batch size may round
-another way. In float32 on a CPU that was never seen to change a token; bfloat16 on a GPU may.)
+another way. In float32 on a CPU that was never seen to change a token; bfloat16 on a GPU may. And the library's indexer of
+DeepSeek-V3.2 gives many tokens the same score of zero: in a context beyond `index_topk` tokens, which of these are attended
+to depends on the padding, and so on the neighbours.)
 """
 
 from collections import deque
@@ -19,8 +21,11 @@ import torch
 
 from batchgen.engines.sampling import Decode, Row, accept
 
-# Attention scores of one prefill (rows x length x length) that may exist at a time: 16 rows of 1024 tokens.
-MAX_PREFILL_SCORES = 1 << 24
+# Attention scores of one prefill that may exist at a time, of all heads. Fused kernels need none of it; others, and
+# DeepSeek-V3.2's indexer, write them all out.
+MAX_SCORE_BYTES = 512 * 2**20
+# Below this many tokens at a time a prefill is not cut, whatever it takes.
+MIN_PREFILL_TOKENS = 64
 # A newcomer waits for at most this many steps when only few slots are free: each prefill stops the others for a step.
 ADMIT_EVERY_STEPS = 8
 # Room that a newcomer leaves for everybody's next tokens, or admission and preemption would chase each other.
@@ -40,6 +45,7 @@ class DecodeBatch:
         self._max_rows = max_rows
         self.max_cells = max_cells
         self._can_join = can_join
+        self._max_scores = MAX_SCORE_BYTES // (4 * count_heads(model))
         self._cache: Any = None
         self._mask: Any = None
         self._steps_since_admission = 0
@@ -53,7 +59,7 @@ class DecodeBatch:
         longest = 0
         while waiting and (group or self._is_time_to_admit()) and len(self.rows) + len(group) < self._max_rows:
             longest = max(longest, len(waiting[0].token_ids) + len(waiting[0].out))
-            if group and (len(group) + 1) * longest**2 > MAX_PREFILL_SCORES:
+            if group and (len(group) + 1) * longest**2 > self._max_scores:
                 break
             if (self.rows or group) and not self._has_room(len(group) + 1, longest):
                 break
@@ -70,11 +76,21 @@ class DecodeBatch:
         mask = [[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in known]
         with torch.inference_mode():
             mask_tensor = self._tensor(mask)
-            logits, cache = forward(self._model, self._tensor(ids), mask_tensor, None)
+            logits, cache = self._prefill(self._tensor(ids), mask_tensor)
             self._accept(group, logits)
             self._join(group, cache, mask_tensor)
             self._steps_since_admission = 0
             return self._drop_done()
+
+    def _prefill(self, ids: Any, mask: Any) -> tuple[Any, Any]:
+        """Logits of the last position and the cache. A prompt whose scores would take too much memory goes in parts."""
+        num_rows, width = ids.shape
+        most = max(MIN_PREFILL_TOKENS, self._max_scores // (num_rows * width)) if self._can_join else width
+        logits = cache = None
+        for start in range(0, width, most):
+            end = min(width, start + most)
+            logits, cache = forward(self._model, ids[:, start:end], mask[:, :end], cache)
+        return logits, cache
 
     def preempt(self) -> list[Row]:
         """Rows that leave, unfinished, because the next step would not fit: those with the fewest tokens generated. To be
@@ -171,6 +187,13 @@ def forward(model: Any, ids: Any, mask: Any, cache: Any) -> tuple[Any, Any]:
         logits_to_keep=1,
     )
     return answer.logits[:, -1], answer.past_key_values
+
+
+def count_heads(model: Any) -> int:
+    """Heads that score every token against every other: the attention's or, where it has more, the indexer's."""
+    config = model.config.get_text_config()
+    named = [getattr(config, name, None) for name in ("num_attention_heads", "index_n_heads")]
+    return max((each for each in named if isinstance(each, int)), default=1)
 
 
 # ---- the cache -------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ moment (memory), which is EngineDied. Torch and transformers are imported by the
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from batchgen.engine_specs import TransformersEngineSpec
@@ -74,7 +75,21 @@ def find_cache_bytes(engine: TransformersEngineSpec, device: Any) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * CUDA_CACHE_SHARE)
-    return int(min(MAX_CPU_CACHE_BYTES, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_CACHE_SHARE))
+    return int(min(MAX_CPU_CACHE_BYTES, read_free_bytes() * CPU_CACHE_SHARE))
+
+
+def read_free_bytes() -> int:
+    """Memory of this machine that can be had, the page cache's included, and within this container's limit."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):  # not Linux
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    try:
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+    except OSError:  # no container, or one of the old kind
+        return free
+    return free if limit == "max" else min(free, max(0, int(limit) - int(used)))
 
 
 def find_max_model_len(model: ModelSpec, config: Any) -> int:

@@ -54,7 +54,7 @@ def make_row(token_ids: tuple[int, ...], sampling: SamplingParams, max_tokens: i
     if sampling.seed is None:
         generator.seed()
     else:
-        generator.manual_seed(sampling.seed)
+        generator.manual_seed((sampling.seed ^ sampling.seed >> 32) & 0xFFFFFFFF)  # it heeds no higher bit
     return Row(token_ids, sampling, max_tokens, eos_ids | frozenset(sampling.stop_token_ids), generator)
 
 
@@ -271,9 +271,21 @@ def meets_stop(row: Row, decode: Decode) -> bool:
     stop = row.sampling.stop
     if not stop:
         return False
-    # A token is at least a byte of text; 4 more cover a character cut at the front.
-    tail = row.out[-max(len(text.encode()) for text in stop) - 4 :]
-    return find_stop(decode(tail), stop) is not None and find_stop(decode(row.out), stop) is not None
+    num_bytes = max(len(text.encode()) for text in stop) + 4  # 4 more cover a character cut at the front
+    return find_stop(decode_tail(row.out, num_bytes, decode), stop) is not None and (
+        find_stop(decode(row.out), stop) is not None
+    )
+
+
+def decode_tail(out: list[int], num_bytes: int, decode: Decode) -> str:
+    """Text of the last tokens, at least so many bytes of it where there are as many. A token is a byte or more, but for
+    special ones, which show as nothing."""
+    num_tokens = num_bytes
+    while True:
+        text = decode(out[-num_tokens:])
+        if num_tokens >= len(out) or len(text.encode(errors="replace")) >= num_bytes:
+            return text
+        num_tokens *= 2
 
 
 def find_stop(text: str, stop: Sequence[str]) -> int | None:

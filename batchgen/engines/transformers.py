@@ -65,14 +65,19 @@ class TransformersEngine:
         self._lock = threading.Lock()  # over _jobs and _death: nothing comes in after the last answer went out
         self._death: str | None = "it was not opened"
         self._thread: threading.Thread | None = None
+        self._loading: asyncio.Future[None] | None = None
+        self._batch: DecodeBatch | None = None
 
     async def open(self) -> None:
         """Raises SpecError for a model or a device that can't be had here, EngineDied when loading fails."""
         if importlib.util.find_spec("torch") is None:
             raise SpecError("engine.kind: 'transformers' needs torch: pip install 'batchgen[local]'")
-        await asyncio.to_thread(self._load)
+        # To load is not to be stopped half way: `close` waits for it, or the weights would stay.
+        self._loading = asyncio.ensure_future(asyncio.to_thread(self._load))
+        await asyncio.shield(self._loading)
+        assert self._batch is not None, "loading made it"
         self._death = None
-        self._thread = threading.Thread(target=self._run, name="batchgen-decode", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(self._batch,), name="batchgen-decode", daemon=True)
         self._thread.start()
 
     async def generate(self, request: Request) -> Generation:
@@ -94,7 +99,9 @@ class TransformersEngine:
         if thread is not None:
             self._inbox.put(None)
             await asyncio.to_thread(thread.join)
-            del self._batch  # the weights and the cache
+        if self._loading is not None:
+            await asyncio.wait({self._loading})
+        self._batch = None  # the weights and the cache
 
     # ---- on the event loop -------------------------------------------------------------------------------------------
 
@@ -127,11 +134,11 @@ class TransformersEngine:
         self.max_model_len = find_max_model_len(self._model_spec, model.config)
         self._vocab_size: int = model.get_input_embeddings().num_embeddings
         self._eos_ids = list_eos_ids(model, tokenizer.eos_id)
-        self._batch: DecodeBatch = make_batch(self._model_spec, self._spec, model, tokenizer.decode)
-        # One row alone must always fit, or it could never be finished.
-        self.max_model_len = min(self.max_model_len, self._batch.max_cells)
+        batch = make_batch(self._model_spec, self._spec, model, tokenizer.decode)
+        check_room(batch.max_cells, self.max_model_len)
+        self._batch = batch
 
-    def _run(self) -> None:
+    def _run(self, batch: "DecodeBatch") -> None:
         """The thread. Whatever ends it, nobody is left waiting."""
         import torch
 
@@ -139,20 +146,20 @@ class TransformersEngine:
         waiting: deque[Row] = deque()
         try:
             torch.set_num_threads(self._spec.num_threads)
-            while self._take(waiting):
-                self._turn(waiting)
+            while self._take(batch, waiting):
+                self._turn(batch, waiting)
             reason = "the engine was closed"
         # Torch raises RuntimeError for all that goes wrong in a kernel, out of memory included; nothing can be said
         # of the cache after it.
         except RuntimeError as error:
-            reason = f"the decode thread ended: {type(error).__name__}: {str(error).splitlines()[0][:300]}"
+            reason = f"the decode thread ended: {type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
             log.error("%s", reason)
         finally:
             self._die(reason)
 
-    def _take(self, waiting: "deque[Row]") -> bool:
+    def _take(self, batch: "DecodeBatch", waiting: "deque[Row]") -> bool:
         """Moves what has come in to `waiting`; blocks only while there is nothing else to do. False: close."""
-        is_idle = not waiting and not self._batch.rows
+        is_idle = not waiting and not batch.rows
         while is_idle or not self._inbox.empty():
             job = self._inbox.get()
             if job is None:
@@ -161,13 +168,13 @@ class TransformersEngine:
             is_idle = False
         return True
 
-    def _turn(self, waiting: "deque[Row]") -> None:
+    def _turn(self, batch: "DecodeBatch", waiting: "deque[Row]") -> None:
         """One prefill of newcomers, or one step for all."""
         started_at = time.monotonic()
-        waiting.extendleft(self._batch.preempt())
-        group = self._batch.pick(waiting)
-        ended = self._batch.admit(group) if group else self._batch.step()
-        self.total_tokens = self._batch.num_tokens
+        waiting.extendleft(batch.preempt())
+        group = batch.pick(waiting)
+        ended = batch.admit(group) if group else batch.step()
+        self.total_tokens = batch.num_tokens
         now = time.monotonic()
         for job in self._list_jobs(group):
             if not job.first_token_at:  # else it was preempted and is back
@@ -202,6 +209,16 @@ def make_batch(model_spec: ModelSpec, engine: TransformersEngineSpec, model: Any
         ) from error
     max_cells = find_cache_bytes(engine, model.device) // cell_bytes
     return DecodeBatch(model, decode, max_rows=engine.max_batch_size, max_cells=max_cells, can_join=can_join)
+
+
+def check_room(max_cells: int, max_model_len: int) -> None:
+    """One row alone must always fit, or it could never be finished. Not cut to what fits: then the memory that happens to
+    be free would decide which prompts are too long. Raises SpecError."""
+    if max_cells < max_model_len:
+        raise SpecError(
+            f"engine.cache_gib: the KV cache has room for {max_cells} tokens, and one row may have {max_model_len} "
+            f"(model.max_model_len); give it more memory, or set model.max_model_len to {max(2, max_cells)} or less"
+        )
 
 
 def make_answer(job: Job) -> "Generation | BatchgenError":
