@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from batchgen.errors import SpecError
 from batchgen.sections import EVERY_FORM, EngineSection, GuidedForm, PromptForm
 
 ENTRY_POINT_GROUP = "batchgen.engines"
@@ -201,12 +202,26 @@ def list_entry_points() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP) if entry.name not in BUILT_IN}
 
 
+def load_entry_point(entry: EntryPoint) -> Any:
+    """What another package offers as a kind of engine. Raises SpecError where that is no such thing."""
+    where = f"engine.kind: '{entry.name}' ({entry.value} of {entry.dist.name if entry.dist else 'a package'})"
+    try:
+        found = entry.load()
+    # It runs a stranger's code, which may fail with anything; that is this package's fault and nobody else's.
+    except Exception as error:
+        raise SpecError(f"{where} can't be imported: {type(error).__name__}: {error}; mend that package") from error
+    section = getattr(found, "spec", None)
+    if not (isinstance(section, type) and issubclass(section, EngineSection)):
+        raise SpecError(f"{where} is no EngineKind with a section of its own; mend that package")
+    return found
+
+
 def find_section(kind: str) -> type[EngineSection] | None:
-    """The class that validates this kind; None where there is no such kind."""
+    """The class that validates this kind; None where there is no such kind. Raises SpecError."""
     if kind in BUILT_IN:
         return BUILT_IN[kind]
     entry = list_entry_points().get(kind)
-    return None if entry is None else cast(type[EngineSection], entry.load().spec)
+    return None if entry is None else cast(type[EngineSection], load_entry_point(entry).spec)
 
 
 def _choose(value: Any, validate: ValidatorFunctionWrapHandler) -> EngineSection:

@@ -55,6 +55,8 @@ LAYERS = [
     ["training.train"],
     # one worker
     ["manifest", "open_shard", "prepare"],
+    ["engines.contract_subject"],
+    ["engines.contract_answers"],
     ["engines.contract"],
     ["shard_files", "sender", "validate"],
     ["worker", "job"],

@@ -116,6 +116,33 @@ class IgnoresSeeds(Broken):
         return replace(await super().generate(request), text=str(random.random()))
 
 
+class HasOneSeed(Broken):
+    async def generate(self, request: Request) -> Generation:
+        return await super().generate(replace(request, sampling=replace(request.sampling, seed=1)))
+
+
+class IgnoresTopK(Broken):
+    async def generate(self, request: Request) -> Generation:
+        answer = await super().generate(request)
+        return replace(answer, text=answer.text + str(random.random())) if request.sampling.temperature else answer
+
+
+class SwapsTexts(Broken):
+    """Whoever asks first is answered with what the next one asked."""
+
+    last = "first"
+
+    async def generate(self, request: Request) -> Generation:
+        answer = await super().generate(request)
+        answer, self.last = replace(answer, text=self.last), answer.text
+        return answer
+
+
+class GoesOnForTheCancelled(Broken):
+    async def generate(self, request: Request) -> Generation:
+        return await asyncio.shield(asyncio.ensure_future(super().generate(request)))
+
+
 class IgnoresStop(Broken):
     async def generate(self, request: Request) -> Generation:
         return await super().generate(replace(request, sampling=replace(request.sampling, stop=())))
@@ -162,7 +189,11 @@ class LosesThePlaceOfTheCancelled(Broken):
         (NeverEndsAtClose, contract.check_close_ends_what_is_in_flight, "close left a request waiting"),
         (MixesAnswers, contract.check_each_request_is_answered_once, "another prompt's"),
         (CountsNothing, contract.check_each_request_is_answered_once, "total_tokens"),
-        (IgnoresSeeds, contract.check_capabilities_are_honest, "the same seed gave another answer"),
+        (IgnoresSeeds, contract.check_seeds_decide, "the same seed gave another answer"),
+        (HasOneSeed, contract.check_seeds_decide, "every seed gave the same answer"),
+        (SwapsTexts, contract.check_answers_are_not_mixed_up, "text is another request's"),
+        (GoesOnForTheCancelled, contract.check_the_cancelled_is_not_worked_on, "generated to its end"),
+        (IgnoresTopK, contract.check_capabilities_are_honest, "top_k: 1 is not greedy"),
         (IgnoresStop, contract.check_stop_strings, "the stop string is in the text"),
         (GoesOnTooLong, contract.check_limits_of_length, "max_tokens"),
         (RaisesItsOwn, contract.check_errors_are_ours, "a bad request raised ValueError"),
@@ -174,9 +205,9 @@ def test_a_broken_engine_fails_the_suite(
     broken: type[Broken], check: Check, sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(contract, "END_S", 1.0)
-    monkeypatch.setattr(contract, "create_engine", lambda spec: broken(spec.engine))
+    subject = replace(make_simulated(), create=lambda spec: broken(spec.engine))
     with pytest.raises(AssertionError, match=sentence):
-        asyncio.run(check(make_simulated()))
+        asyncio.run(check(subject))
 
 
 def test_the_documented_engine_passes_when_it_is_installed(tmp_path: Path) -> None:

@@ -112,6 +112,8 @@ class OtherEntryPoint(EntryPoint):
     """An installed one whose object lies here."""
 
     def load(self) -> Any:
+        if self.value == "absent":
+            raise ModuleNotFoundError("No module named 'vendor'")
         return OTHER if self.value == "right" else object()
 
 
@@ -128,7 +130,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_specs, "entry_points", lambda group: entries if group == "batchgen.engines" else [])
 
 
-INSTALLED = {"other": "right", "broken": "wrong", "simulated": "right"}
+INSTALLED = {"other": "right", "broken": "wrong", "gone": "absent", "simulated": "right"}
 
 
 @pytest.mark.usefixtures("installed")
@@ -145,8 +147,18 @@ def test_an_entry_point_adds_a_kind_and_replaces_none() -> None:
         "repetition_penalty",
         "guided",
     }
-    with pytest.raises(SpecError, match=r"the entry point 'broken' \(wrong\) is no EngineKind"):
+    with pytest.raises(SpecError, match=r"'broken' \(wrong of a package\) is no EngineKind"):
         get_engine_kind("broken")
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [("broken", "is no EngineKind"), ("gone", "can't be imported: ModuleNotFoundError: No module named 'vendor'")],
+)
+def test_a_broken_package_is_refused_when_the_spec_is_made(kind: str, sentence: str) -> None:
+    with pytest.raises(SpecError, match=sentence):
+        make_job_spec(engine={"kind": kind})
 
 
 def test_a_kind_that_was_there_when_the_spec_was_made_may_be_missing_on_a_node() -> None:

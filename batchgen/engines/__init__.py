@@ -12,6 +12,7 @@ from batchgen.engine_specs import (
     SimulatedEngineSpec,
     TransformersEngineSpec,
     list_entry_points,
+    load_entry_point,
 )
 from batchgen.engines.base import Capabilities, Engine, EngineKind, Tokenizer
 from batchgen.errors import SpecError
@@ -98,7 +99,7 @@ def get_engine_kind(kind: str) -> EngineKind[Any]:
     entry = list_entry_points().get(kind)
     if entry is None:
         raise SpecError(f"engine.kind: '{kind}' is not installed here; install the package that has it on every node")
-    found = entry.load()
+    found = load_entry_point(entry)
     if not isinstance(found, EngineKind):
         raise SpecError(f"engine.kind: the entry point '{kind}' ({entry.value}) is no EngineKind; mend that package")
     return found

@@ -10,65 +10,30 @@ import asyncio
 import pickle
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from batchgen.engines import create_engine, create_tokenizer, get_engine_kind, list_refused
+from batchgen.engines import create_tokenizer
 from batchgen.engines.base import Engine
+from batchgen.engines.contract_answers import (
+    check_answers_are_not_mixed_up,
+    check_capabilities_are_honest,
+    check_limits_of_length,
+    check_seeds_decide,
+    check_stop_strings,
+)
+from batchgen.engines.contract_subject import Subject, check_answer, opened
 from batchgen.errors import EngineDied, RequestRejected
-from batchgen.prepare import encode
-from batchgen.records import Generation, Prompt, Request, RowId, SamplingParams
+from batchgen.records import Generation, Prompt, Request, RowId
 from batchgen.spec import JobSpec
 
-PROMPTS = tuple(f"{'please ' * (number % 7)}say {number}" for number in range(64))
-SHORT = SamplingParams(temperature=0.0, max_tokens=24)
-LONG = SamplingParams(max_tokens=800, seed=1)
+__all__ = ["CHECKS", "Subject"]
+
 # What an engine may take to end what it was told to end.
 END_S = 20.0
 # An event loop that stood still for longer would miss heartbeats and look dead to the driver.
 MAX_STALL_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """The engine under test. `spec`: a whole job spec; only its engine, model and prompt sections are read.
-
-    `long_sampling`: makes an answer that takes a second or more, to be cut short. `rejected`: a prompt that the engine
-    refuses for good, where it has one. `read_max_inflight`: the most requests the vendor ever had at once, where that
-    can be known.
-    """
-
-    spec: JobSpec
-    sampling: SamplingParams = SHORT
-    long_sampling: SamplingParams = LONG
-    rejected: Prompt | None = None
-    read_max_inflight: Callable[[], int] | None = None
-
-    def make_request(self, number: int, engine: Engine, **sampling: Any) -> Request:
-        """The request of one prompt of ours, as the worker would send it to this engine."""
-        text = PROMPTS[number % len(PROMPTS)]
-        form = self.spec.prompt.form
-        prompt = Prompt(messages=({"role": "user", "content": text},)) if form == "messages" else Prompt(text=text)
-        return self.wrap(prompt, number, engine, replace(self.sampling, **sampling))
-
-    def wrap(self, prompt: Prompt, number: int, engine: Engine, sampling: SamplingParams) -> Request:
-        row_id = RowId("contract", number, 0)
-        if engine.tokenizer is None:
-            return Request(row_id, None, sampling, prompt=prompt)
-        return Request(row_id, encode(prompt, sampling, engine.tokenizer), sampling)
-
-
-@asynccontextmanager
-async def opened(subject: Subject) -> AsyncIterator[Engine]:
-    engine = create_engine(subject.spec)
-    await engine.open()
-    try:
-        yield engine
-    finally:
-        await engine.close()
 
 
 async def check_it_says_what_it_is(subject: Subject) -> None:
@@ -109,72 +74,6 @@ async def check_each_request_is_answered_once(subject: Subject) -> None:
         assert subject.read_max_inflight() <= window, "more requests in flight than max_inflight"
 
 
-async def check_answers_are_not_mixed_up(subject: Subject) -> None:
-    """Prompts of several lengths are counted the same alone and together, in any order of their answers."""
-    async with opened(subject) as engine:
-        requests = [subject.make_request(number, engine) for number in range(7)]
-        alone = [(await engine.generate(request)).usage.prompt_tokens for request in requests]
-        together = await asyncio.gather(*(engine.generate(request) for request in requests))
-        assert [answer.usage.prompt_tokens for answer in together] == alone, "an answer is another request's"
-
-
-def check_answer(request: Request, answer: Generation) -> None:
-    """What holds for every generation."""
-    usage, max_tokens = answer.usage, request.sampling.max_tokens
-    assert answer.finish_reason, "no finish_reason"
-    assert answer.text.encode() is not None, "the text is no UTF-8"
-    if usage.completion_tokens is not None:
-        assert 0 <= usage.completion_tokens <= max_tokens, "completion_tokens is above max_tokens"
-    if usage.prompt_tokens is not None and request.token_ids is not None:
-        assert usage.prompt_tokens == len(request.token_ids), "prompt_tokens is another prompt's"
-    for seconds in (answer.ttft_s, answer.queued_s):
-        assert seconds is None or seconds >= 0, "a negative latency"
-    assert (answer.logprobs is not None) == (request.sampling.logprobs is not None), "logprobs: given is not asked"
-
-
-async def check_limits_of_length(subject: Subject) -> None:
-    """max_tokens cuts, and says so."""
-    async with opened(subject) as engine:
-        request = subject.make_request(1, engine, max_tokens=1)
-        answer = await engine.generate(request)
-        check_answer(request, answer)
-        assert answer.finish_reason == "length" or answer.usage.completion_tokens in (None, 0, 1), "max_tokens: 1"
-
-
-async def check_stop_strings(subject: Subject) -> None:
-    """A stop string ends the answer and is no part of it."""
-    async with opened(subject) as engine:
-        for number in range(8):
-            free = (await engine.generate(subject.make_request(number, engine))).text
-            mark = free[len(free) // 2 :][:2]
-            if mark.strip():
-                answer = await engine.generate(subject.make_request(number, engine, stop=(mark,)))
-                assert mark not in answer.text, "the stop string is in the text"
-
-
-async def check_capabilities_are_honest(subject: Subject) -> None:
-    """What the table says the engine can do, it does; what it can't is refused before it gets there."""
-    kind = subject.spec.engine.kind
-    capabilities, refused = get_engine_kind(kind).capabilities, list_refused(kind)
-    async with opened(subject) as engine:
-        if capabilities.has_logprobs:
-            requests = [subject.make_request(number, engine, logprobs=1) for number in range(8)]
-            answers = [await engine.generate(request) for request in requests]
-            for request, answer in zip(requests, answers, strict=True):
-                check_answer(request, answer)
-            given = [token.logprob for answer in answers for token in answer.logprobs or ()]
-            assert given, "has_logprobs, and none were given"
-            assert max(given) <= 1e-6, "a logprob above 0"
-        if capabilities.is_seeded:
-            hot = [subject.make_request(3, engine, seed=seed, temperature=1.0) for seed in (5, 5)]
-            first, again = [await engine.generate(request) for request in hot]
-            assert first.text == again.text, "is_seeded, and the same seed gave another answer"
-        if capabilities.has_sampling:
-            asked = {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1}
-            await engine.generate(subject.make_request(4, engine, temperature=1.0, **asked))
-        assert ("logprobs" in refused) != capabilities.has_logprobs, "list_refused and the table disagree"
-
-
 async def check_a_cancelled_request_is_gone(subject: Subject) -> None:
     """Cancelling one of two ends it soon, and the other one is answered as if nothing had been."""
     async with opened(subject) as engine:
@@ -189,6 +88,24 @@ async def check_a_cancelled_request_is_gone(subject: Subject) -> None:
         window = subject.spec.engine.max_inflight
         again = [subject.make_request(number, engine) for number in range(window + 1)]
         await wait_for(asyncio.gather(*map(engine.generate, again)), "its place was not given back")
+
+
+async def check_the_cancelled_is_not_worked_on(subject: Subject) -> None:
+    """The vendor stops, too: a cancelled request makes fewer tokens than one that is left alone."""
+    async with opened(subject) as engine:
+        tried = [replace(subject.make_request(n, engine), sampling=subject.long_sampling) for n in range(6)]
+        answers = await asyncio.gather(*(engine.generate(request) for request in tried))
+        long = max(zip(tried, answers, strict=True), key=lambda pair: len(pair[1].text))[0]
+        before, started = engine.total_tokens, time.monotonic()
+        await engine.generate(long)
+        seconds, whole = time.monotonic() - started, engine.total_tokens - before
+        doomed = asyncio.ensure_future(engine.generate(long))
+        await asyncio.sleep(min(0.05, seconds / 10))
+        doomed.cancel()
+        await wait_for(asyncio.wait([doomed]), "a cancelled request did not end")
+        await asyncio.sleep(1.5 * seconds)
+        grown = engine.total_tokens - before - whole
+        assert grown < whole or not whole, "a cancelled request was generated to its end"
 
 
 async def check_errors_are_ours(subject: Subject) -> None:
@@ -219,9 +136,9 @@ async def check_it_never_blocks_the_loop(subject: Subject) -> None:
 
 async def check_it_must_be_open(subject: Subject) -> None:
     """Before `open` and after `close` every request gets EngineDied; close may come twice, and without open."""
-    engine = create_engine(subject.spec)
+    engine = subject.create(subject.spec)
     await engine.close()
-    engine = create_engine(subject.spec)
+    engine = subject.create(subject.spec)
     await expect_death(engine, Request(RowId("contract", 0, 0), (1,), subject.sampling, prompt=Prompt(text="x")))
     await engine.open()
     request = subject.make_request(8, engine)
@@ -233,7 +150,7 @@ async def check_it_must_be_open(subject: Subject) -> None:
 
 async def check_close_ends_what_is_in_flight(subject: Subject) -> None:
     """Nobody is left waiting, those beyond the window included."""
-    engine = create_engine(subject.spec)
+    engine = subject.create(subject.spec)
     await engine.open()
     window = subject.spec.engine.max_inflight
     requests = [replace(subject.make_request(n, engine), sampling=subject.long_sampling) for n in range(window + 2)]
@@ -291,7 +208,9 @@ CHECKS: tuple[Callable[[Subject], Awaitable[None]], ...] = (
     check_limits_of_length,
     check_stop_strings,
     check_capabilities_are_honest,
+    check_seeds_decide,
     check_a_cancelled_request_is_gone,
+    check_the_cancelled_is_not_worked_on,
     check_errors_are_ours,
     check_it_never_blocks_the_loop,
     check_it_must_be_open,

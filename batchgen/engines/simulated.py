@@ -124,7 +124,8 @@ class SimulatedEngine:
             num_tokens = self._choose_length(request)
             for step in range(STEPS_PER_ANSWER):
                 await asyncio.sleep(num_tokens / self._spec.decode_tokens_per_s / STEPS_PER_ANSWER)
-                self.total_tokens += num_tokens // STEPS_PER_ANSWER + (0 if step else num_tokens % STEPS_PER_ANSWER)
+                is_last = step == STEPS_PER_ANSWER - 1
+                self.total_tokens += num_tokens // STEPS_PER_ANSWER + is_last * (num_tokens % STEPS_PER_ANSWER)
             return self._answer(request, queued_s=queued_s, ttft_s=ttft_s)
 
     def _check(self, request: Request) -> None:
