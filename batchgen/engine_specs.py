@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from batchgen.sections import EVERY_FORM, EngineSection, PromptForm
+from batchgen.tensorrt_llm_spec import TensorRTLLMEngineSpec
 
 ENTRY_POINT_GROUP = "batchgen.engines"
 
@@ -183,11 +184,15 @@ class OpenAIEngineSpec(EngineSection):
 
 # ---- which one ---------------------------------------------------------------------------------------------------------
 
-BuiltIn = Annotated[SimulatedEngineSpec | TransformersEngineSpec | OpenAIEngineSpec, Field(discriminator="kind")]
+BuiltIn = Annotated[
+    SimulatedEngineSpec | TransformersEngineSpec | OpenAIEngineSpec | TensorRTLLMEngineSpec,
+    Field(discriminator="kind"),
+]
 BUILT_IN: dict[str, type[EngineSection]] = {
     "simulated": SimulatedEngineSpec,
     "transformers": TransformersEngineSpec,
     "openai": OpenAIEngineSpec,
+    "tensorrt_llm": TensorRTLLMEngineSpec,
 }
 
 
