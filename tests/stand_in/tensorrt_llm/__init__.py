@@ -26,7 +26,7 @@ The control file is JSON, read again when it changes. Write it with `write_contr
     one-shot: fires when the value differs from the one that was there when the process started, in any engine that
     is alive, and not again in the next one; give each use a value of its own (1, 2, ...), or a list [value, rank]
       die                     the rank (0) exits without a word; those who wait for it wait for ever
-      fail_active             all active requests of the rank (0) end with RequestError; it goes on
+      fail_active             all requests of the rank (0) end with RequestError, once it has one; it goes on
       hang                    no rank makes another token; health stays True
       crash                   a background error: the next submit raises RuntimeError and the engine is shut down
       unhealthy               the executor shuts down: health False, waiters hang, submit raises RuntimeError

@@ -102,10 +102,12 @@ class Rank:
         if self.control.has_fired("die", self.number):
             os._exit(1)
         self.is_hung = self.control.has_fired("hang") or self.is_hung
-        if self.control.has_fired("fail_active", self.number):
-            for number in self.active:
+        numbers = [*self.active, *(order["id"] for order in self.waiting)]
+        if numbers and self.control.has_fired("fail_active", self.number):
+            for number in numbers:
                 self.tell({"id": number, "error": "CUDA error: an illegal memory access was encountered"})
             self.active.clear()
+            self.waiting.clear()
 
     def iterate(self) -> None:
         if not (self.active or self.waiting):
