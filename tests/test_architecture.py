@@ -38,9 +38,20 @@ LAYERS = [
     # the engine seam
     ["engines.base", "engines.sampling", "engines.hf_tokenizer", "engines.breaker", "engines.openai_wire"],
     ["engines.trtllm_wire"],
+    # the TensorRT-LLM engine, on its own process's side of the wire
+    ["engines.trtllm_sampling", "engines.trtllm_errors", "engines.trtllm_port"],
+    ["engines.trtllm_vendor"],
+    # and on the actor's side of it; the keeper is run as a file and imports nothing
+    ["engines.trtllm_keeper", "engines.trtllm_env", "engines.trtllm_gpu", "engines.trtllm_args", "engines.trtllm_health"],
+    ["engines.trtllm_host", "engines.trtllm_probe"],
+    ["engines.trtllm_serve"],
+    ["engines.trtllm_child"],
+    ["engines.trtllm_orphans", "engines.trtllm_tokenizer"],
+    ["engines.trtllm_process"],
+    ["engines.trtllm_client"],
     ["engines.openai_stream", "engines.openai_errors", "engines.openai_http"],
     ["engines.decode", "engines.hf_model", "engines.simulated"],
-    ["engines.transformers", "engines.openai"],
+    ["engines.transformers", "engines.openai", "engines.tensorrt_llm"],
     ["engines"],
     ["training.rows", "training.save", "training.accuracy"],
     ["training.train"],
@@ -63,6 +74,7 @@ LAYERS = [
 PURE = {"records", "events", "errors", "urls", "sections", "engine_specs", "tensorrt_llm_spec"}
 PURE |= {"spec", "prompt", "plan"}
 PURE |= {"work_queue", "scaling", "stats", "answer"}
+PURE |= {"engines.trtllm_sampling", "engines.trtllm_env", "engines.trtllm_args", "engines.trtllm_health"}
 # What only does I/O: pure modules may not even import it from the standard library.
 EFFECTS = {
     "os",
@@ -86,11 +98,12 @@ VENDORS = {
     "transformers": {"bench_decode()", "engines.hf_model()", "engines.hf_tokenizer()", "training.train()"},
     "safetensors": {"engines.hf_model()"},
     "jinja2": {"engines.hf_tokenizer"},
-    "tensorrt_llm": set(),
+    "tensorrt_llm": {"engines.trtllm_vendor()"},
     "fsspec": {"stores.remote", "stores.s3"},
     "s3fs": {"stores.s3"},
     "aiohttp": {"stores.remote", "engines.openai", "engines.openai_http"},
     "botocore": {"stores.remote"},
+    "pynvml": {"engines.trtllm_gpu()"},
     "yaml": {"spec_load"},
     "typer": {"cli"},
     "rich": {"view", "cli()"},
@@ -208,7 +221,7 @@ def test_whoever_loads_a_heavy_vendor_at_its_top_is_itself_loaded_lazily() -> No
         "engines.openai_http",
     }
     # hf_tokenizer needs jinja2 only, and what imports it at its top is imported lazily in turn.
-    allowed = heavy | {"engines.hf_model", "engines.transformers"}
+    allowed = heavy | {"engines.hf_model", "engines.transformers", "engines.trtllm_tokenizer"}
     grown = {module for module in SOURCES if {other for other, lazy in list_ours(module) if not lazy} & allowed}
     assert grown <= allowed, f"{sorted(grown - allowed)} would load a heavy vendor with themselves"
 
