@@ -11,13 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-from jobs_util import check_conserved, check_output, make_tree, write_prompts
+from jobs_util import check_conserved, check_output, make_tree, run, write_prompts
 from trtllm_util import CHILD, KEEPER, RANK, SMALL, StandIn, create_stand_in, wait_until
 
 from batchgen.engines.trtllm_orphans import sweep_orphans
-from batchgen.run import run_job
-from batchgen.spec_load import make_spec
-from batchgen.view import LineView
 
 NUM_KILLS = 20
 SIZES = (260, 240)
@@ -66,7 +63,7 @@ def test_a_job_survives_twenty_kills(stand_in: StandIn, tmp_path: Path) -> None:
     killer = Killer(stand_in, seed=7)
     killer.start()
     try:
-        report = run_job(make_spec(tree), LineView())
+        report, _ = run(tree)
     finally:
         killer.is_over.set()
         killer.join()

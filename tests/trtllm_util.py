@@ -69,6 +69,11 @@ class StandIn:
     def memory(self) -> GpuMemory:
         return LedgerMemory(self.gpus)
 
+    @property
+    def env(self) -> dict[str, str]:
+        """What its engines' actors need in their environment."""
+        return {name: os.environ[name] for name in os.environ if name.startswith("STAND_IN_") or name == "PYTHONPATH"}
+
     def control(self, **values: Any) -> None:
         write_control(self.path, **values)
 
@@ -138,8 +143,7 @@ async def persist(engine: TensorRTLLMEngine, request: Request) -> Generation:
         try:
             return await engine.generate(request)
         except EngineUnavailable as error:
-            assert error.retry_after_s is not None
-            await asyncio.sleep(error.retry_after_s)
+            await asyncio.sleep(error.retry_after_s or 0.0)
 
 
 async def catch(engine: TensorRTLLMEngine, request: Request) -> Generation | BaseException:
