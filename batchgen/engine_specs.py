@@ -25,6 +25,7 @@ from pydantic import (
 
 from batchgen.errors import SpecError
 from batchgen.sections import EVERY_FORM, EngineSection, GuidedForm, PromptForm
+from batchgen.tensorrt_llm_spec import TensorRTLLMEngineSpec
 
 ENTRY_POINT_GROUP = "batchgen.engines"
 
@@ -189,11 +190,15 @@ class OpenAIEngineSpec(EngineSection):
 
 # ---- which one ---------------------------------------------------------------------------------------------------------
 
-BuiltIn = Annotated[SimulatedEngineSpec | TransformersEngineSpec | OpenAIEngineSpec, Field(discriminator="kind")]
+BuiltIn = Annotated[
+    SimulatedEngineSpec | TransformersEngineSpec | OpenAIEngineSpec | TensorRTLLMEngineSpec,
+    Field(discriminator="kind"),
+]
 BUILT_IN: dict[str, type[EngineSection]] = {
     "simulated": SimulatedEngineSpec,
     "transformers": TransformersEngineSpec,
     "openai": OpenAIEngineSpec,
+    "tensorrt_llm": TensorRTLLMEngineSpec,
 }
 
 

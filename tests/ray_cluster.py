@@ -1,5 +1,6 @@
 """A real Ray cluster on this machine, started and used with the commands that the README gives, token included."""
 
+import json
 import os
 import re
 import shutil
@@ -38,10 +39,11 @@ class RayCluster:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         return done.stdout
 
-    def submit(self, *args: str) -> str:
-        """`ray job submit` of jobs/generate.py without waiting; the submission id."""
+    def submit(self, *args: str, env: Mapping[str, str] | None = None) -> str:
+        """`ray job submit` of jobs/generate.py without waiting; the submission id. `env`: for its actors too."""
         out = self.call(
             *("job", "submit", "--no-wait", "--address", self.dashboard, "--working-dir", "."),
+            *("--runtime-env-json", json.dumps({"env_vars": dict(env or {})})),
             *("--", sys.executable, "jobs/generate.py", *args),
         )
         return re.findall(r"raysubmit_\w+", out)[0]

@@ -43,12 +43,25 @@ LAYERS = [
     ["staging", "checkpoint_facts", "node_facts"],
     # the engine seam
     ["engines.base", "engines.sampling", "engines.hf_tokenizer", "engines.breaker", "engines.openai_wire"],
-    ["engines.trtllm_wire", "engines.deepseek_turns"],
+    ["engines.deepseek_turns"],
     ["engines.deepseek_v32"],
     ["engines.deepseek_tokenizer"],
+    # TensorRT-LLM: between its process and the actor
+    ["engines.trtllm_wire"],
+    # on its own process's side of the wire
+    ["engines.trtllm_sampling", "engines.trtllm_errors", "engines.trtllm_port"],
+    ["engines.trtllm_vendor"],
+    # and on the actor's side of it; the keeper is run as a file and imports nothing
+    ["engines.trtllm_keeper", "engines.trtllm_env", "engines.trtllm_gpu", "engines.trtllm_args", "engines.trtllm_health"],
+    ["engines.trtllm_host", "engines.trtllm_probe"],
+    ["engines.trtllm_serve"],
+    ["engines.trtllm_child"],
+    ["engines.trtllm_orphans", "engines.trtllm_tokenizer"],
+    ["engines.trtllm_process"],
+    ["engines.trtllm_client"],
     ["engines.openai_stream", "engines.openai_errors", "engines.openai_http"],
     ["engines.decode", "engines.hf_model", "engines.simulated"],
-    ["engines.transformers", "engines.openai"],
+    ["engines.transformers", "engines.openai", "engines.tensorrt_llm"],
     ["engines"],
     ["doctor"],
     ["training.rows", "training.save", "training.accuracy"],
@@ -75,6 +88,7 @@ PURE = {"records", "events", "errors", "urls", "sections", "engine_specs", "tens
 PURE |= {"spec", "prompt", "plan", "sampling_spec", "batches", "engines.deepseek_turns", "engines.deepseek_v32"}
 PURE |= {"work_queue", "scaling", "stats", "answer"}
 PURE |= {"checkpoint", "stage_plan", "preflight", "preflight_model"}
+PURE |= {"engines.trtllm_sampling", "engines.trtllm_env", "engines.trtllm_args", "engines.trtllm_health"}
 # What only does I/O: pure modules may not even import it from the standard library.
 EFFECTS = {
     "os",
@@ -98,13 +112,13 @@ VENDORS = {
     "transformers": {"bench_decode()", "engines.hf_model()", "engines.hf_tokenizer()", "training.train()"},
     "safetensors": {"engines.hf_model()"},
     "jinja2": {"engines.hf_tokenizer"},
-    "tensorrt_llm": set(),
-    "pynvml": {"node_facts()"},
+    "tensorrt_llm": {"engines.trtllm_vendor()"},
     "huggingface_hub": {"stage_hub()"},
     "fsspec": {"stores.remote", "stores.s3"},
     "s3fs": {"stores.s3"},
     "aiohttp": {"stores.remote", "engines.openai", "engines.openai_http"},
     "botocore": {"stores.remote"},
+    "pynvml": {"engines.trtllm_gpu()", "node_facts()"},
     "yaml": {"spec_load"},
     "jsonschema": {"sampling_spec()"},
     "typer": {"cli"},
@@ -224,6 +238,7 @@ def test_whoever_loads_a_heavy_vendor_at_its_top_is_itself_loaded_lazily() -> No
     }
     # hf_tokenizer needs jinja2 only, and what imports it at its top is imported lazily in turn.
     allowed = heavy | {"engines.hf_model", "engines.transformers", "engines.deepseek_tokenizer"}
+    allowed |= {"engines.trtllm_tokenizer"}
     grown = {module for module in SOURCES if {other for other, lazy in list_ours(module) if not lazy} & allowed}
     assert grown <= allowed, f"{sorted(grown - allowed)} would load a heavy vendor with themselves"
 

@@ -17,6 +17,7 @@ import pytest
 import yaml
 from ray_cluster import MARK, RayCluster, list_marked, run_ray_cluster
 from s3_server import S3Proxy, S3Server, make_env
+from trtllm_util import CHILD, KEEPER, RANK, SMALL, create_stand_in
 
 import batchgen
 from batchgen.engines.simulated import read_calls
@@ -250,6 +251,31 @@ def test_cancel_drains_a_submitted_run(cluster: RayCluster, s3: str, tmp_path: P
     # A drain lets rows in flight finish and journals them, so nothing at all is generated twice.
     assert count_calls(tmp_path) == 240
     assert num_before < 240
+
+
+def test_a_killed_actor_leaves_no_engine_behind(
+    cluster: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT-LLM's stand-in: SIGKILL of the actor ends its keeper, its engine's process and its ranks, which are deaf to
+    all else and hold their GPUs; the next worker finishes the job, and at its end nothing is left of that one either."""
+    stand_in = create_stand_in(tmp_path, monkeypatch)
+    stand_in.control(token_s=0.004, orphans=True)
+    write_inputs(str(tmp_path / "in"), 2, 60)
+    output = tmp_path / "out"
+    path = write_spec(tmp_path, str(tmp_path / "in"), str(output), cluster={"workers": {"min": 1, "max": 1}})
+    changed = yaml.safe_load(Path(path).read_text()) | {"engine": SMALL, "sampling": {"max_tokens": 32}}
+    Path(path).write_text(yaml.safe_dump(changed))
+    job = cluster.submit(path, env=stand_in.env)
+    wait_for(lambda: stand_in.count_requests() > 20, "20 requests")
+    (actor,) = list_marked(cluster.env[MARK], "ray::WorkerActor")
+    old = set(stand_in.list_pids(KEEPER) + stand_in.list_pids(CHILD) + stand_in.list_pids(RANK))
+    assert len(old) == 4
+    os.kill(actor, signal.SIGKILL)
+    wait_for(lambda: not old & set(stand_in.list_pids()), "the keeper ends them all", 5)
+    assert cluster.wait(job, 60) == "SUCCEEDED", cluster.read_logs(job)[-3000:]
+    check_rows(read_rows(str(output)), 2, 60)
+    assert stand_in.count_llms() == 2
+    stand_in.check_nothing_left()
 
 
 def test_driver_of_another_build_is_turned_away(cluster: RayCluster, tmp_path: Path) -> None:

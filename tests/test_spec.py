@@ -70,7 +70,8 @@ def test_the_json_schema_knows_every_section_and_tells_engines_apart_by_kind() -
     assert set(schema["properties"]) == set(JobSpec.model_fields)
     assert schema["required"] == ["input", "prompt", "engine", "output"]
     assert schema["additionalProperties"] is False
-    assert set(schema["properties"]["engine"]["discriminator"]["mapping"]) == {"simulated", "transformers", "openai"}
+    kinds = {"simulated", "transformers", "openai", "tensorrt_llm"}
+    assert set(schema["properties"]["engine"]["discriminator"]["mapping"]) == kinds
     json.dumps(schema)
 
 

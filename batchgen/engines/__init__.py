@@ -17,6 +17,7 @@ from batchgen.engine_specs import (
 from batchgen.engines.base import Capabilities, Engine, EngineKind, Tokenizer
 from batchgen.errors import SpecError
 from batchgen.spec import JobSpec, ModelSpec
+from batchgen.tensorrt_llm_spec import TensorRTLLMEngineSpec
 
 # Sampling fields that not every engine can honour -> the capability each needs.
 NEEDS = {
@@ -67,6 +68,18 @@ def _create_openai(model: ModelSpec, section: OpenAIEngineSpec) -> Engine:
     return OpenAIEngine(model, section)
 
 
+def _create_tensorrt_llm(model: ModelSpec, section: TensorRTLLMEngineSpec) -> Engine:
+    from batchgen.engines.tensorrt_llm import TensorRTLLMEngine
+
+    return TensorRTLLMEngine(model, section)
+
+
+def _create_trtllm_tokenizer(model: ModelSpec, section: TensorRTLLMEngineSpec) -> Tokenizer:
+    from batchgen.engines.trtllm_tokenizer import create_trtllm_tokenizer
+
+    return create_trtllm_tokenizer(model, section)
+
+
 ENGINES: dict[str, EngineKind[Any]] = {
     "simulated": EngineKind(
         SimulatedEngineSpec,
@@ -88,6 +101,14 @@ ENGINES: dict[str, EngineKind[Any]] = {
         Capabilities(is_seeded=True, has_logprobs=True, has_sampling=True, is_guided=True),
         _create_openai,
         _create_hf_tokenizer,
+    ),
+    # Seeds are passed on; the vendor promises no repetition. Sums differ with what shares a batch, and the top-k kernel of
+    # DeepSeek-V3.2's sparse attention is not deterministic by its makers' choice.
+    "tensorrt_llm": EngineKind(
+        TensorRTLLMEngineSpec,
+        Capabilities(is_seeded=True, has_logprobs=True, has_sampling=True),
+        _create_tensorrt_llm,
+        _create_trtllm_tokenizer,
     ),
 }
 

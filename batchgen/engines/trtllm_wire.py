@@ -87,7 +87,14 @@ class StartFailed:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A request's answer. Times are seconds from its `Submit`; None where the engine didn't say."""
+    """A request's answer. Times are seconds from its `Submit`; None where the engine didn't say.
+
+    `token_ids` end before the end-of-text token, the stop token or the stop string that ended it. Where a stop string
+    begins inside a token, that token and the rest of it stay: whoever makes text of them cuts it once more, with
+    `trtllm_sampling.cut_text`. No token at all, with finish_reason 'stop' and without a `stop_reason`, is an answer that
+    the engine failed to give: a true empty one holds its end-of-text token. `num_tokens`: how many it generated, those
+    that were cut off included; None: as many as there are.
+    """
 
     number: int
     token_ids: tuple[int, ...]
@@ -97,6 +104,7 @@ class Finished:
     queued_s: float | None
     ttft_s: float | None
     logprobs: tuple[TokenLogprob, ...] | None = None
+    num_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

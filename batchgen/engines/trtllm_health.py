@@ -1,0 +1,168 @@
+"""Is the engine well, and what is to be done if not? Pure: time is an argument (monotonic seconds).
+
+`Health` judges one start of the engine by what its process says and by what it does not say. The vendor's own word is
+worth little: a dead rank leaves waiters hanging, and its liveness answer stays true meanwhile. So what counts is tokens.
+`History` is what is remembered from one start to the next: restarts that helped nobody, and rows that were there each
+time the engine died.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, field
+
+from batchgen.tensorrt_llm_spec import TensorRTLLMEngineSpec
+
+# Answers that the share of empty ones is taken of, and how many of these make a share at all.
+SHARE_ANSWERS = 500
+MIN_SHARE_EMPTY = 8
+# A look that comes this much later than the one before: this process stood still, not the engine.
+MAX_LOOK_GAP_S = 30.0
+# A row that was in flight when the engine died this often is taken for the reason.
+MAX_DEATHS = 3
+MAX_REMEMBERED = 100_000
+# Empty answers that starting anew does not mend are the model's own.
+MAX_EMPTY_RECYCLES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """End it now; what is in flight is lost."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Recycle:
+    """Take nothing new, let it finish, start it anew."""
+
+    reason: str
+    is_for_empty: bool = False
+
+
+@dataclass(slots=True)
+class Health:
+    """One start of the engine, which began at `created_at`. Requests are known by their numbers."""
+
+    section: TensorRTLLMEngineSpec
+    created_at: float
+    is_up: bool = False
+    is_healthy: bool = True
+    total_tokens: int = 0
+    progress_at: float = 0.0
+    ended_at: float = 0.0
+    looked_at: float = 0.0
+    first_rss_bytes: int | None = None
+    rss_bytes: int = 0
+    deadlines: dict[int, float] = field(default_factory=dict)
+    empty_in_a_row: set[Hashable] = field(default_factory=set)
+    was_empty: deque[bool] = field(default_factory=lambda: deque(maxlen=SHARE_ANSWERS))
+
+    # ---- what happened
+
+    def note_up(self, now: float) -> None:
+        """It has started, and takes requests."""
+        self.is_up, self.progress_at, self.ended_at = True, now, now
+
+    def note_beat(self, now: float, *, total_tokens: int, rss_bytes: int, is_healthy: bool) -> None:
+        if total_tokens > self.total_tokens:
+            self.total_tokens, self.progress_at = total_tokens, now
+        self.is_healthy, self.rss_bytes = is_healthy, rss_bytes
+        if self.is_up and self.first_rss_bytes is None and rss_bytes > 0:
+            self.first_rss_bytes = rss_bytes
+
+    def note_sent(self, now: float, number: int, max_tokens: int) -> None:
+        if not self.deadlines:  # an idle engine makes no progress
+            self.progress_at = now
+        section = self.section
+        self.deadlines[number] = now + section.request_base_s + max_tokens / section.min_tokens_per_s
+
+    def note_ended(self, now: float, number: int) -> None:
+        """Answered, failed or given up: nobody waits for it any more."""
+        if self.deadlines.pop(number, None) is not None:
+            self.progress_at = self.ended_at = now
+
+    def note_answer(self, row: Hashable, *, is_empty: bool) -> None:
+        """Of one row, or a canary."""
+        self.was_empty.append(is_empty)
+        if is_empty:
+            self.empty_in_a_row.add(row)
+        else:
+            self.empty_in_a_row.clear()
+
+    # ---- what follows from it
+
+    def judge(self, now: float) -> Kill | Recycle | None:
+        """What is to be done now; None: nothing."""
+        if now - self.looked_at > MAX_LOOK_GAP_S:
+            self.progress_at = max(self.progress_at, now)
+        self.looked_at = now
+        section = self.section
+        if not self.is_up and now - self.created_at > section.start_timeout_s:
+            return Kill(f"it was not up after {section.start_timeout_s:g} s (engine.start_timeout_s)")
+        if not self.is_up:
+            return None
+        if not self.is_healthy:
+            return Kill("TensorRT-LLM says that it is shut down")
+        if self.deadlines and now - self.progress_at > section.no_progress_s:
+            waiting = f"with {len(self.deadlines)} requests in flight"
+            return Kill(f"it made no token for {section.no_progress_s:g} s {waiting} (engine.no_progress_s)")
+        return self._judge_wear()
+
+    def is_canary_due(self, now: float) -> bool:
+        """Is it idle, and was it for so long that nothing says whether it still works?"""
+        return self.is_up and not self.deadlines and now - self.ended_at >= self.section.canary_interval_s
+
+    def list_overdue(self, now: float) -> list[int]:
+        """Requests that have had their time."""
+        return [number for number, deadline in self.deadlines.items() if deadline < now]
+
+    def _judge_wear(self) -> Recycle | None:
+        section, first = self.section, self.first_rss_bytes
+        grown_gib = 0.0 if first is None else (self.rss_bytes - first) / 2**30
+        if grown_gib > section.max_rss_growth_gib:
+            return Recycle(f"its host memory grew by {grown_gib:.1f} GiB (engine.max_rss_growth_gib)")
+        num_empty = sum(self.was_empty)
+        if len(self.empty_in_a_row) >= section.max_empty_in_a_row:
+            return Recycle(f"{len(self.empty_in_a_row)} rows in a row got an empty answer", is_for_empty=True)
+        is_full = len(self.was_empty) == SHARE_ANSWERS
+        if is_full and num_empty >= max(MIN_SHARE_EMPTY, section.max_empty_share * SHARE_ANSWERS):
+            return Recycle(f"{num_empty} of the last {SHARE_ANSWERS} answers were empty", is_for_empty=True)
+        return None
+
+
+@dataclass(slots=True)
+class History:
+    """See the module."""
+
+    max_restarts: int
+    num_restarts: int = 0
+    num_empty_recycles: int = 0
+    _deaths: OrderedDict[Hashable, int] = field(default_factory=OrderedDict)
+
+    def note_finished(self, row: Hashable) -> None:
+        self.num_restarts = 0
+        self._deaths.pop(row, None)
+
+    def note_recycle(self, recycle: Recycle) -> None:
+        self.num_empty_recycles += recycle.is_for_empty
+
+    def can_recycle(self, recycle: Recycle) -> bool:
+        return not recycle.is_for_empty or self.num_empty_recycles < MAX_EMPTY_RECYCLES
+
+    def note_deaths(self, rows: Iterable[Hashable]) -> set[Hashable]:
+        """These rows were in flight when the engine died; those that were it too often."""
+        guilty = set()
+        for row in rows:
+            self._deaths[row] = self._deaths.pop(row, 0) + 1
+            if self._deaths[row] >= MAX_DEATHS:
+                guilty.add(row)
+        while len(self._deaths) > MAX_REMEMBERED:
+            self._deaths.popitem(last=False)
+        return guilty
+
+    def may_restart(self) -> bool:
+        """Counts the restart where it may be."""
+        if self.num_restarts >= self.max_restarts:
+            return False
+        self.num_restarts += 1
+        return True

@@ -1,0 +1,1 @@
+"""What makes the stand-in tick; nothing here exists in TensorRT-LLM."""

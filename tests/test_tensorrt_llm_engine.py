@@ -1,0 +1,449 @@
+"""The TensorRT-LLM engine under the stand-in: the contract, and every way in which an engine goes wrong."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from makers import make_job_spec
+from trtllm_util import (
+    CHILD,
+    KEEPER,
+    RANK,
+    SMALL,
+    StandIn,
+    catch,
+    create_stand_in,
+    hold_gpu,
+    make_engine,
+    make_request,
+    opened,
+    persist,
+    until,
+)
+
+from batchgen.engines import create_engine, tensorrt_llm
+from batchgen.engines.contract import CHECKS, Subject
+from batchgen.engines.tensorrt_llm import TensorRTLLMEngine
+from batchgen.errors import EngineDied, EngineUnavailable, RequestFailed, RequestRejected, SpecError
+from batchgen.records import Generation, Prompt, SamplingParams
+from batchgen.spec import ModelSpec
+
+# Answers that go on for a second: as long as max_tokens lets them.
+SLOW = {"token_s": 0.005, "max_natural_tokens": 1_000_000}
+# Progress shows in beats, which come every second.
+HASTY: dict[str, Any] = {"no_progress_s": 1.6, "canary_interval_s": 30}
+LONG = SamplingParams(max_tokens=200, seed=3)
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    return create_stand_in(tmp_path, monkeypatch)
+
+
+def run(test: Awaitable[None]) -> None:
+    async def main() -> None:
+        await test
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_contract(check: Callable[[Subject], Awaitable[None]], stand_in: StandIn) -> None:
+    stand_in.control(token_s=0.002)
+    spec = make_job_spec(engine=SMALL, model={"path": "embedded", "max_model_len": 512})
+    too_long = Prompt(messages=({"role": "user", "content": "word " * 2000},))
+    run(check(Subject(spec, long_sampling=SamplingParams(max_tokens=400, seed=1), rejected=too_long)))
+    stand_in.check_nothing_left()
+
+
+def test_an_answer_has_what_the_engine_said(stand_in: StandIn) -> None:
+    async def main() -> None:
+        async with opened(stand_in) as engine:
+            assert engine.version == "1.2.1"
+            answer = await engine.generate(make_request(1))
+            assert answer.usage.prompt_tokens == 8
+            assert answer.usage.completion_tokens == engine.total_tokens
+            assert answer.ttft_s is not None
+            assert answer.queued_s is not None
+            again = await engine.generate(make_request(1))
+            assert again.token_ids == answer.token_ids
+
+    run(main())
+
+
+def test_max_tokens_is_fitted_to_the_room_there_is(stand_in: StandIn) -> None:
+    async def main() -> None:
+        engine = make_engine(stand_in, model=ModelSpec(path="embedded", max_model_len=16))
+        await engine.open()
+        try:
+            assert engine.max_model_len == 16
+            answer = await engine.generate(make_request(1, length=10, max_tokens=1000))
+            assert (answer.usage.completion_tokens or 0) <= 6
+            with pytest.raises(RequestRejected, match="16 fit"):
+                await engine.generate(make_request(1, length=16))
+        finally:
+            await engine.close()
+
+    run(main())
+
+
+# ---- it can't be started
+
+
+START_FAULTS = {
+    "oom": "out of memory",
+    "worker_died": "Executor worker died",
+    "exit": "the engine's process ended while it started; its log: ",
+}
+
+
+@pytest.mark.parametrize("fault", START_FAULTS)
+def test_a_start_that_fails(fault: str, stand_in: StandIn) -> None:
+    stand_in.control(start_fault=fault)
+    engine = make_engine(stand_in)
+    with pytest.raises(EngineDied, match="its log: "):
+        run(engine.open())
+    stand_in.check_nothing_left()
+
+
+def test_a_start_that_hangs(stand_in: StandIn) -> None:
+    stand_in.control(start_fault="hang")
+    engine = make_engine(stand_in, start_timeout_s=0.8)
+    started = time.monotonic()
+    with pytest.raises(EngineDied, match=r"not up after 0.8 s \(engine.start_timeout_s\)"):
+        run(engine.open())
+    assert time.monotonic() - started < 4
+    stand_in.check_nothing_left()
+
+
+def test_what_the_version_does_not_take_is_the_specs_fault(stand_in: StandIn) -> None:
+    engine = make_engine(stand_in, extra={"no_such_argument": 1})
+    with pytest.raises(SpecError, match="no_such_argument"):
+        run(engine.open())
+    stand_in.check_nothing_left()
+
+
+def test_an_unknown_model_is_refused_before_anything_starts(stand_in: StandIn) -> None:
+    engine = make_engine(stand_in, model=ModelSpec(path="/no/such/folder"))
+    with pytest.raises(SpecError, match=r"model.path: /no/such/folder"):
+        run(engine.open())
+    assert stand_in.count_llms() == 0
+
+
+def test_gpu_memory_that_somebody_holds(stand_in: StandIn) -> None:
+    """Refused with the GPU's name while it is held; started at once when it is free."""
+
+    async def main() -> None:
+        holder = hold_gpu(str(stand_in.gpus), 1)
+        engine = make_engine(stand_in, gpu_free_timeout_s=0.3)
+        with pytest.raises(EngineDied, match=r"not free after 0.3 s \(engine.gpu_free_timeout_s\): GPU 1: 150.0 GiB"):
+            await engine.open()
+        assert stand_in.count_llms() == 0
+        engine = make_engine(stand_in, gpu_free_timeout_s=30)
+        opening = asyncio.ensure_future(engine.open())
+        await asyncio.sleep(0.1)
+        assert not opening.done()
+        holder.close()
+        await opening
+        await engine.close()
+
+    run(main())
+
+
+def test_closed_while_it_starts(stand_in: StandIn) -> None:
+    async def main() -> None:
+        stand_in.control(start_s=30)
+        engine = make_engine(stand_in)
+        opening = asyncio.ensure_future(engine.open())
+        await until(lambda: len(stand_in.list_held()) == 2, "its ranks are up")
+        await engine.close()
+        with pytest.raises(EngineDied, match="closed"):
+            await opening
+        stand_in.check_nothing_left()
+
+        opening = asyncio.ensure_future(make_engine(stand_in).open())
+        await until(lambda: len(stand_in.list_held()) == 2, "its ranks are up")
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+
+    run(main())
+    stand_in.check_nothing_left()
+
+
+# ---- it dies or hangs
+
+
+async def start_rows(stand_in: StandIn, engine: TensorRTLLMEngine, num_rows: int = 4) -> list["asyncio.Task[Any]"]:
+    """Rows that the engine has taken."""
+    wanted = stand_in.count_requests() + num_rows
+    rows = [replace(make_request(row), sampling=replace(LONG, seed=row)) for row in range(num_rows)]
+    tasks = [asyncio.ensure_future(catch(engine, row)) for row in rows]
+    await until(lambda: stand_in.count_requests() >= wanted, "they are taken")
+    return tasks
+
+
+FAULTS: dict[str, dict[str, Any]] = {
+    "a rank dies": {"die": 1},
+    "every rank hangs": {"hang": 1},
+    "the executor shuts down": {"unhealthy": 1},
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_dead_or_stuck_engine_is_started_anew(fault: str, stand_in: StandIn) -> None:
+    """Within the configured time; what was in flight costs its row no attempt, and is answered by the new one."""
+
+    async def main() -> None:
+        stand_in.control(**SLOW)
+        async with opened(stand_in, **HASTY) as engine:
+            tasks = await start_rows(stand_in, engine)
+            broken_at = time.monotonic()
+            stand_in.control(**SLOW, **FAULTS[fault])
+            ends = await asyncio.wait_for(asyncio.gather(*tasks), 15)
+            # What a rank that lives had is answered meanwhile.
+            assert {type(end) for end in ends} <= {EngineUnavailable, Generation}, ends
+            assert any(isinstance(end, EngineUnavailable) for end in ends), ends
+            stand_in.control(token_s=0.0)
+            refused = await catch(engine, make_request(9))
+            assert isinstance(refused, EngineUnavailable)
+            assert refused.error_type == "engine_restarting"
+            answer = await persist(engine, make_request(9))
+            assert answer.finish_reason
+            took_s = time.monotonic() - broken_at
+            assert took_s < HASTY["no_progress_s"] + 10.0, f"mended after {took_s:.1f} s"
+            assert stand_in.count_llms() == 2
+
+    run(main())
+
+
+def test_an_idle_engine_that_hangs_is_noticed_by_its_canary(stand_in: StandIn) -> None:
+    async def main() -> None:
+        async with opened(stand_in, no_progress_s=1.6, canary_interval_s=0.2) as engine:
+            await asyncio.sleep(0.5)
+            assert stand_in.count_llms() == 1, "canaries that are answered are no reason for anything"
+            assert engine.total_tokens == 0, "and count as no work"
+            stand_in.control(hang=1)
+            await until(lambda: stand_in.count_llms() == 2, "it is started anew", 5)
+            assert (await persist(engine, make_request(1))).finish_reason
+
+    run(main())
+
+
+def test_a_crash_that_surfaces_in_a_submit(stand_in: StandIn) -> None:
+    async def main() -> None:
+        async with opened(stand_in, **HASTY) as engine:
+            stand_in.control(crash=1)
+            end = await catch(engine, make_request(1))
+            assert isinstance(end, EngineUnavailable)
+            assert (await persist(engine, make_request(1))).finish_reason
+            assert stand_in.count_llms() == 2
+
+    run(main())
+
+
+def test_a_rank_that_fails_its_requests_and_goes_on(stand_in: StandIn) -> None:
+    """They may be tried again, and nobody restarts anything."""
+
+    async def main() -> None:
+        stand_in.control(**SLOW)
+        async with opened(stand_in, no_progress_s=5) as engine:
+            tasks = await start_rows(stand_in, engine)
+            stand_in.control(**SLOW, fail_active=[1, 0])
+            ends = await asyncio.gather(*tasks)
+            failed = [end for end in ends if isinstance(end, RequestFailed)]
+            assert failed
+            assert not any(isinstance(end, EngineUnavailable) for end in ends)
+            assert sum(isinstance(end, Generation) for end in ends) == len(ends) - len(failed)
+            stand_in.control()
+            assert (await engine.generate(make_request(1))).finish_reason
+            assert stand_in.count_llms() == 1
+
+    run(main())
+
+
+@pytest.mark.parametrize("victim", [CHILD, KEEPER, RANK])
+def test_orphans_of_a_killed_process_are_ended(victim: str, stand_in: StandIn) -> None:
+    """Ranks that heed neither SIGTERM nor the end of the main process, and hold their GPU's memory."""
+
+    async def main() -> None:
+        stand_in.control(**SLOW, orphans=True)
+        async with opened(stand_in, **HASTY) as engine:
+            tasks = await start_rows(stand_in, engine)
+            old = set(stand_in.list_pids())
+            if victim == RANK:
+                os.kill(stand_in.list_pids(victim)[0], signal.SIGKILL)
+            else:
+                stand_in.kill(victim)
+            stand_in.control(**SLOW)  # those of the next start end as they should
+            ends = await asyncio.wait_for(asyncio.gather(*tasks), 15)
+            assert any(isinstance(end, EngineUnavailable) for end in ends)
+            assert (await persist(engine, make_request(9))).finish_reason
+            assert not old & set(stand_in.list_pids()), "nothing of the old engine lives beside the new one"
+
+    run(main())
+
+
+def test_a_row_that_kills_each_time_ends_as_an_error(stand_in: StandIn) -> None:
+    async def main() -> None:
+        stand_in.control(**SLOW)
+        async with opened(stand_in, max_restarts=9) as engine:
+            ends = []
+            for _ in range(3):
+                await until(lambda: engine._client is not None and engine._client.is_open, "it is up")
+                tasks = await start_rows(stand_in, engine, 1)
+                stand_in.kill(CHILD)
+                ends += await asyncio.gather(*tasks)
+            assert [type(end) for end in ends] == [EngineUnavailable, EngineUnavailable, RequestFailed]
+            assert ends[-1].error_type == "engine_died"
+            assert ends[-1].is_retryable
+
+    run(main())
+
+
+def test_restarts_that_help_nobody_end_the_worker(stand_in: StandIn) -> None:
+    async def main() -> None:
+        stand_in.control(**SLOW)
+        engine = make_engine(stand_in, max_restarts=2)
+        await engine.open()
+        try:
+            tasks = await start_rows(stand_in, engine)
+            stand_in.control(start_fault="exit")
+            stand_in.kill(CHILD)
+            assert {type(end) for end in await asyncio.gather(*tasks)} == {EngineUnavailable}
+            with pytest.raises(EngineDied, match=r"2 starts of the engine in a row finished no request"):
+                await asyncio.wait_for(persist(engine, make_request(1)), 8)
+            assert stand_in.count_llms() <= 3
+        finally:
+            await engine.close()
+
+    run(main())
+    stand_in.check_nothing_left()
+
+
+# ---- it wears out
+
+
+def test_empty_answers_are_failures_and_have_it_started_anew(stand_in: StandIn) -> None:
+    async def main() -> None:
+        async with opened(stand_in, max_empty_in_a_row=3) as engine:
+            stand_in.control(empty_answers=True)
+            ends = [await catch(engine, make_request(row)) for row in range(3)]
+            assert [end.error_type for end in ends if isinstance(end, RequestFailed)] == ["empty_answer"] * 3
+            await until(lambda: stand_in.count_llms() == 2, "it is started anew")
+            stand_in.control()
+            answer = await persist(engine, make_request(3))
+            assert answer.usage.completion_tokens
+
+    run(main())
+
+
+def test_memory_that_grows_has_it_started_anew_in_order(stand_in: StandIn) -> None:
+    """What is in flight finishes, nothing new is taken, and nobody loses anything."""
+
+    async def main() -> None:
+        stand_in.control(**SLOW, rss_bytes_per_request=30 * 2**20)
+        async with opened(stand_in, max_rss_growth_gib=0.1) as engine:
+            client = engine._client
+            assert client is not None
+            await until(lambda: client._health.first_rss_bytes, "a beat tells what it holds")
+            tasks = await start_rows(stand_in, engine, 6)
+            await until(lambda: not client.is_open, "it is worn")
+            assert not any(task.done() for task in tasks)
+            assert isinstance(await catch(engine, make_request(7)), EngineUnavailable)
+            ends = await asyncio.gather(*tasks)
+            assert {type(end) for end in ends} == {Generation}
+            stand_in.control()
+            assert (await persist(engine, make_request(7))).finish_reason
+            await until(lambda: stand_in.count_llms() == 2, "it is started anew")
+
+    run(main())
+
+
+def test_a_recycle_waits_so_long_and_no_longer(stand_in: StandIn) -> None:
+    async def main() -> None:
+        stand_in.control(**SLOW)
+        async with opened(stand_in, max_empty_in_a_row=1, recycle_drain_s=0.2) as engine:
+            tasks = await start_rows(stand_in, engine, 2)
+            stand_in.control(**SLOW, empty_answers=1)
+            assert isinstance(await catch(engine, make_request(5)), RequestFailed)
+            ends = await asyncio.wait_for(asyncio.gather(*tasks), 15)
+            assert {type(end) for end in ends} == {EngineUnavailable}
+            assert (await persist(engine, make_request(6))).finish_reason
+
+    run(main())
+
+
+def test_a_request_that_takes_too_long_fails_alone(stand_in: StandIn) -> None:
+    async def main() -> None:
+        stand_in.control(**SLOW)
+        async with opened(stand_in, request_base_s=0.3, min_tokens_per_s=1000) as engine:
+            long = catch(engine, make_request(1, max_tokens=400))
+            short = catch(engine, make_request(2, max_tokens=4))
+            end, other = await asyncio.gather(long, short)
+            assert isinstance(other, Generation)
+            assert isinstance(end, RequestFailed)
+            assert end.error_type == "deadline"
+            assert not isinstance(end, EngineUnavailable)
+            assert stand_in.count_llms() == 1
+
+    run(main())
+
+
+# ---- it is closed
+
+
+def test_close_does_not_wait_for_a_shutdown_that_hangs(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        monkeypatch.setattr(tensorrt_llm, "STOP_S", 0.3)
+        async with opened(stand_in) as engine:
+            stand_in.control(hang_shutdown=True)
+            started = time.monotonic()
+            await engine.close()
+            assert time.monotonic() - started < 3
+
+    run(main())
+
+
+def test_closed_while_it_is_started_anew(stand_in: StandIn) -> None:
+    async def main() -> None:
+        async with opened(stand_in) as engine:
+            stand_in.control(start_s=30)
+            stand_in.kill(CHILD)
+            await until(lambda: stand_in.count_llms() == 2, "it is being started anew")
+            assert isinstance(await catch(engine, make_request(1)), EngineUnavailable)
+            await asyncio.gather(engine.close(), engine.close())
+            assert isinstance(await catch(engine, make_request(1)), EngineDied)
+
+    run(main())
+
+
+def test_the_loop_goes_on_while_the_engine_is_stopped(stand_in: StandIn) -> None:
+    """SIGSTOP to the engine's process: heartbeats of the worker must still go out."""
+
+    async def main() -> None:
+        async with opened(stand_in, **HASTY) as engine:
+            (child,) = stand_in.list_pids(CHILD)
+            os.kill(child, signal.SIGSTOP)
+            asking = asyncio.ensure_future(persist(engine, make_request(1)))
+            longest, last = 0.0, time.monotonic()
+            while not asking.done():
+                await asyncio.sleep(0.01)
+                longest, last = max(longest, time.monotonic() - last), time.monotonic()
+            assert (await asking).finish_reason
+            assert longest < 0.5
+            assert stand_in.count_llms() == 2
+
+    run(main())
+
+
+def test_it_is_made_by_the_table(stand_in: StandIn) -> None:
+    del stand_in
+    engine = create_engine(make_job_spec(engine={"kind": "tensorrt_llm"}))
+    assert isinstance(engine, TensorRTLLMEngine)
