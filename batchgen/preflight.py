@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from batchgen.engines.trtllm.env import is_harmful
 from batchgen.errors import BatchgenError, EngineDied, SpecError
 
 Verdict = Literal["ok", "warn", "fail"]
@@ -27,8 +28,6 @@ DRIVER, MIN_BLACKWELL_DRIVER = 580, 570
 MIN_PYTHON = (3, 11)
 # Of an idle B200 the driver keeps less than 1 GiB.
 MAX_USED_BYTES = 4 * GIB
-LAUNCHER_VARIABLES = ("SLURM_JOBID", "SLURM_JOB_ID", "SLURM_NODELIST", "TLLM_DISABLE_MPI", "RAY_LOCAL_WORLD_SIZE")
-LAUNCHER_PREFIXES = ("PMIX_", "PMI_", "OMPI_COMM_WORLD_", "OMPI_UNIVERSE_", "PRTE_")
 
 _VERSION = re.compile(r"^(\d+)\.(\d+)(?:\.(\d+))?(?:(a|b|rc)(\d+))?")
 
@@ -126,7 +125,7 @@ def parse_version(text: str) -> tuple[int, ...] | None:
 
 def list_launcher_variables(environ: Mapping[str, str]) -> tuple[str, ...]:
     """Names that make Open MPI or TensorRT-LLM take this process for a part of something else."""
-    return tuple(sorted(n for n in environ if n in LAUNCHER_VARIABLES or n.startswith(LAUNCHER_PREFIXES)))
+    return tuple(sorted(filter(is_harmful, environ)))
 
 
 # ---- the node itself

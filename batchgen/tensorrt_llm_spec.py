@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from batchgen.sections import EngineSection
+from batchgen.sections import EngineSection, GuidedForm
 
 # Whether a feature is on: auto where the running version is known to be safe, decided when it is known.
 Switch = Literal["auto", "on", "off"]
 # Arguments of the vendor that are made from fields of the spec, or that this engine can't work without.
 OURS = {
-    "model": "model.path or engine.weights_dir",
+    "model": "model.path",
     "revision": "model.revision",
     "tokenizer": "engine.custom_tokenizer",
     "max_seq_len": "model.max_model_len",
@@ -39,10 +39,6 @@ class TensorRTLLMEngineSpec(EngineSection):
         default=1024,
         ge=1,
         description="Requests sent and not answered (requests). 8 ranks x 128: fills every rank, queues nothing there.",
-    )
-    weights_dir: str | None = Field(
-        default=None,
-        description="Local folder with the checkpoint, on NVMe: loading is limited by the disk. Absent: model.path.",
     )
 
     # ---- how the model is laid out
@@ -200,6 +196,10 @@ class TensorRTLLMEngineSpec(EngineSection):
         ):
             raise ValueError(MTP_IS_GREEDY)
         return extra
+
+    @property
+    def guided_forms(self) -> frozenset[GuidedForm]:
+        return frozenset({"json_schema", "regex", "grammar"}) if self.guided_decoding_backend else frozenset()
 
     def fingerprint_fields(self) -> dict[str, Any]:
         return self.model_dump(mode="json", include={"kind", "kv_cache_dtype", "custom_tokenizer", "extra"})

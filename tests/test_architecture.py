@@ -27,7 +27,8 @@ LAYERS = [
     ["spec", "events", "build", "tasks", "window", "signals"],
     # pure decisions
     ["prompt", "plan", "work_queue", "scaling", "stats", "answer"],
-    ["checkpoint", "stage_plan", "preflight"],
+    ["checkpoint", "stage_plan", "engines.trtllm.env"],
+    ["preflight"],
     ["preflight_model"],
     # the embedded model's questions, and how it was made
     ["demo_questions", "training", "training.recipe", "training.muon"],
@@ -41,24 +42,25 @@ LAYERS = [
     ["stage_fetch", "stage_lock"],
     ["stage_hub"],
     ["staging", "checkpoint_facts", "node_facts"],
+    ["node_check"],
     # the engine seam
     ["engines.base", "engines.sampling", "engines.hf_tokenizer", "engines.breaker", "engines.openai_wire"],
     ["engines.deepseek_turns"],
     ["engines.deepseek_v32"],
     ["engines.deepseek_tokenizer"],
     # TensorRT-LLM: between its process and the actor
-    ["engines.trtllm_wire"],
+    ["engines.trtllm", "engines.trtllm.wire"],
     # on its own process's side of the wire
-    ["engines.trtllm_sampling", "engines.trtllm_errors", "engines.trtllm_port"],
-    ["engines.trtllm_vendor"],
+    ["engines.trtllm.sampling", "engines.trtllm.errors", "engines.trtllm.port"],
+    ["engines.trtllm.vendor"],
     # and on the actor's side of it; the keeper is run as a file and imports nothing
-    ["engines.trtllm_keeper", "engines.trtllm_env", "engines.trtllm_gpu", "engines.trtllm_args", "engines.trtllm_health"],
-    ["engines.trtllm_host", "engines.trtllm_probe"],
-    ["engines.trtllm_serve"],
-    ["engines.trtllm_child"],
-    ["engines.trtllm_orphans", "engines.trtllm_tokenizer"],
-    ["engines.trtllm_process"],
-    ["engines.trtllm_client"],
+    ["engines.trtllm.keeper", "engines.trtllm.gpu", "engines.trtllm.args", "engines.trtllm.health"],
+    ["engines.trtllm.host", "engines.trtllm.probe"],
+    ["engines.trtllm.serve"],
+    ["engines.trtllm.child"],
+    ["engines.trtllm.orphans", "engines.trtllm.tokenizer"],
+    ["engines.trtllm.process"],
+    ["engines.trtllm.client"],
     ["engines.openai_stream", "engines.openai_errors", "engines.openai_http"],
     ["engines.decode", "engines.hf_model", "engines.simulated"],
     ["engines.transformers", "engines.openai", "engines.tensorrt_llm"],
@@ -88,7 +90,7 @@ PURE = {"records", "events", "errors", "urls", "sections", "engine_specs", "tens
 PURE |= {"spec", "prompt", "plan", "sampling_spec", "batches", "engines.deepseek_turns", "engines.deepseek_v32"}
 PURE |= {"work_queue", "scaling", "stats", "answer"}
 PURE |= {"checkpoint", "stage_plan", "preflight", "preflight_model"}
-PURE |= {"engines.trtllm_sampling", "engines.trtllm_env", "engines.trtllm_args", "engines.trtllm_health"}
+PURE |= {"engines.trtllm.sampling", "engines.trtllm.env", "engines.trtllm.args", "engines.trtllm.health"}
 # What only does I/O: pure modules may not even import it from the standard library.
 EFFECTS = {
     "os",
@@ -112,13 +114,13 @@ VENDORS = {
     "transformers": {"bench_decode()", "engines.hf_model()", "engines.hf_tokenizer()", "training.train()"},
     "safetensors": {"engines.hf_model()"},
     "jinja2": {"engines.hf_tokenizer"},
-    "tensorrt_llm": {"engines.trtllm_vendor()"},
+    "tensorrt_llm": {"engines.trtllm.vendor()"},
     "huggingface_hub": {"stage_hub()"},
     "fsspec": {"stores.remote", "stores.s3"},
     "s3fs": {"stores.s3"},
     "aiohttp": {"stores.remote", "engines.openai", "engines.openai_http"},
     "botocore": {"stores.remote"},
-    "pynvml": {"engines.trtllm_gpu()", "node_facts()"},
+    "pynvml": {"engines.trtllm.gpu()", "node_facts()"},
     "yaml": {"spec_load"},
     "jsonschema": {"sampling_spec()"},
     "typer": {"cli"},
@@ -238,7 +240,7 @@ def test_whoever_loads_a_heavy_vendor_at_its_top_is_itself_loaded_lazily() -> No
     }
     # hf_tokenizer needs jinja2 only, and what imports it at its top is imported lazily in turn.
     allowed = heavy | {"engines.hf_model", "engines.transformers", "engines.deepseek_tokenizer"}
-    allowed |= {"engines.trtllm_tokenizer"}
+    allowed |= {"engines.trtllm.tokenizer", "engines.tensorrt_llm"}
     grown = {module for module in SOURCES if {other for other, lazy in list_ours(module) if not lazy} & allowed}
     assert grown <= allowed, f"{sorted(grown - allowed)} would load a heavy vendor with themselves"
 

@@ -18,8 +18,9 @@ from test_preflight import B200, NODE, pick
 from typer.testing import CliRunner, Result
 
 from batchgen.cli import app
-from batchgen.doctor import examine, make_needs, preflight
+from batchgen.doctor import examine
 from batchgen.errors import EngineDied, SpecError
+from batchgen.node_check import make_needs, preflight
 from batchgen.node_facts import find_existing, parse_smi, pick_visible, read_node, read_spawn, try_mpi
 from batchgen.preflight import list_launcher_variables
 from batchgen.spec import ModelSpec

@@ -14,7 +14,7 @@ import pytest
 from jobs_util import check_conserved, check_output, make_tree, run, write_prompts
 from trtllm_util import CHILD, KEEPER, RANK, SMALL, StandIn, create_stand_in, wait_until
 
-from batchgen.engines.trtllm_orphans import sweep_orphans
+from batchgen.engines.trtllm.orphans import sweep_orphans
 
 NUM_KILLS = 20
 SIZES = (260, 240)

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import time
 from collections.abc import Awaitable, Callable
@@ -24,14 +25,16 @@ from trtllm_util import (
     make_request,
     opened,
     persist,
+    read_calls,
     until,
 )
 
+import batchgen
 from batchgen.engines import create_engine, tensorrt_llm
 from batchgen.engines.contract import CHECKS, Subject
 from batchgen.engines.tensorrt_llm import TensorRTLLMEngine
 from batchgen.errors import EngineDied, EngineUnavailable, RequestFailed, RequestRejected, SpecError
-from batchgen.records import Generation, Prompt, SamplingParams
+from batchgen.records import Generation, Guided, Prompt, Request, RowId, SamplingParams
 from batchgen.spec import ModelSpec
 
 # Answers that go on for a second: as long as max_tokens lets them.
@@ -131,7 +134,7 @@ def test_what_the_version_does_not_take_is_the_specs_fault(stand_in: StandIn) ->
 
 def test_an_unknown_model_is_refused_before_anything_starts(stand_in: StandIn) -> None:
     engine = make_engine(stand_in, model=ModelSpec(path="/no/such/folder"))
-    with pytest.raises(SpecError, match=r"model.path: /no/such/folder"):
+    with pytest.raises(EngineDied, match="/no/such/folder is not a folder on this machine"):
         run(engine.open())
     assert stand_in.count_llms() == 0
 
@@ -447,3 +450,63 @@ def test_it_is_made_by_the_table(stand_in: StandIn) -> None:
     del stand_in
     engine = create_engine(make_job_spec(engine={"kind": "tensorrt_llm"}))
     assert isinstance(engine, TensorRTLLMEngine)
+
+
+def test_a_node_that_can_not_carry_it_is_refused_in_seconds(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STAND_IN_NO_MPI", "1")
+
+    async def main() -> None:
+        started = time.monotonic()
+        with pytest.raises(EngineDied, match=r"this node can't carry the engine: mpi: .* can't spawn a process"):
+            await make_engine(stand_in).open()
+        assert time.monotonic() - started < 10
+
+    run(main())
+    monkeypatch.delenv("STAND_IN_NO_MPI")
+    with pytest.raises(EngineDied, match=r"8 x NVIDIA B200.* where the engine needs 16"):
+        run(make_engine(stand_in, tensor_parallel_size=16).open())
+    assert stand_in.count_llms() == 0
+
+
+def test_the_weights_are_brought_to_this_node_first(stand_in: StandIn, tmp_path: Path) -> None:
+    source = tmp_path / "far"
+    shutil.copytree(Path(batchgen.__file__).parent / "embedded", source)
+    model = ModelSpec(path=str(source), stage_dir=str(tmp_path / "nvme"))
+
+    async def main() -> None:
+        engine = make_engine(stand_in, model=model)
+        await engine.open()
+        await engine.close()
+
+    run(main())
+    (loaded,) = [call["llm"]["model"] for call in read_calls(stand_in.path) if "llm" in call]
+    assert loaded.startswith(str(tmp_path / "nvme"))
+
+
+def test_deepseeks_own_encoding_is_compared_with_the_engines(
+    stand_in: StandIn, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The stand-in's tokenizer is another writing of it, which knows no tools: that is told, and no more."""
+
+    async def main() -> None:
+        async with opened(stand_in, custom_tokenizer="deepseek_v32") as engine:
+            assert engine.tokenizer is not None
+            ids = engine.tokenizer.encode_chat([{"role": "user", "content": "1 + 1 = ?"}], thinking=True)
+            answer = await engine.generate(Request(RowId("f", 0, 0), tuple(ids), SamplingParams(max_tokens=8, seed=1)))
+            assert answer.usage.completion_tokens
+
+    run(main())
+    assert "can't render chat probe 7 of 10" in caplog.text
+
+
+def test_thoughts_are_not_held_to_the_form_of_the_answer(stand_in: StandIn) -> None:
+    async def main() -> None:
+        async with opened(stand_in, guided_decoding_backend="xgrammar") as engine:
+            guided = Guided(json_schema='{"type":"object"}')
+            with pytest.raises(RequestRejected, match="guided: it would hold the thoughts"):
+                await engine.generate(make_request(1, thinking=True, guided=guided))
+            await engine.generate(make_request(1, guided=guided))
+
+    run(main())
+    (sent,) = [call["sampling"] for call in read_calls(stand_in.path) if "prompt" in call][-1:]
+    assert '{"type":"object"}' in str(sent)

@@ -6,9 +6,9 @@ import pytest
 from makers import make_job_spec
 from pydantic import ValidationError
 
-from batchgen.engines.trtllm_args import is_safe_version, make_llm_kwargs, needs_safe_version
-from batchgen.engines.trtllm_env import make_environment
-from batchgen.engines.trtllm_gpu import MAX_FREE_USED_BYTES, list_held
+from batchgen.engines.trtllm.args import is_safe_version, make_llm_kwargs, needs_safe_version
+from batchgen.engines.trtllm.env import make_environment
+from batchgen.engines.trtllm.gpu import MAX_FREE_USED_BYTES, list_held
 from batchgen.errors import SpecError
 from batchgen.spec import ModelSpec
 from batchgen.tensorrt_llm_spec import TensorRTLLMEngineSpec
@@ -88,12 +88,6 @@ def test_what_a_field_turns_off_is_not_there() -> None:
     assert "attention_dp_config" not in make(attention_dp_balance=False)
 
 
-def test_weights_of_a_local_folder_have_no_revision() -> None:
-    made = make(model=ModelSpec(path="org/model", revision="abc"), weights_dir="/nvme/model")
-    assert made["model"] == "/nvme/model"
-    assert "revision" not in made
-
-
 def test_extra_goes_through_and_is_merged_with_what_is_there() -> None:
     extra = {
         "kv_cache_config": {"tokens_per_block": 64, "enable_block_reuse": False},
@@ -112,7 +106,7 @@ def test_extra_goes_through_and_is_merged_with_what_is_there() -> None:
     ("extra", "sentence"),
     [
         ({"tensor_parallel_size": 4}, "set engine.tensor_parallel_size"),
-        ({"model": "x"}, "made from model.path or engine.weights_dir"),
+        ({"model": "x"}, "made from model.path"),
         ({"orchestrator_type": "ray"}, "the ranks are started by MPI"),
         ({"speculative_config": {"decoding_type": "MTP"}}, "decodes greedily and ignores temperature"),
         ({"speculative_config": {"decoding_type": "MTP", "allow_advanced_sampling": False}}, "allow_advanced_sampling"),
@@ -136,7 +130,7 @@ def test_the_fingerprint_covers_what_makes_the_data() -> None:
         "custom_tokenizer": "deepseek_v32",
         "extra": {},
     }
-    tuned = make_section(max_batch_size=64, moe_backend="CUTLASS", no_progress_s=1, max_inflight=8, weights_dir="/x")
+    tuned = make_section(max_batch_size=64, moe_backend="CUTLASS", no_progress_s=2, max_inflight=8)
     assert tuned.fingerprint_fields() == plain
     assert make_section(kv_cache_dtype="auto").fingerprint_fields() != plain
 

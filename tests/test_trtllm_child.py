@@ -12,8 +12,8 @@ import pytest
 from trtllm_child_util import LLM, MODEL, PROMPT, SAMPLED, Child, read_calls, running, until
 
 from batchgen.engines.hf_tokenizer import HFTokenizer
-from batchgen.engines.trtllm_sampling import cut_text
-from batchgen.engines.trtllm_wire import Abort, Failed, Finished, Start, Started, StartFailed, Stop, Submit
+from batchgen.engines.trtllm.sampling import cut_text
+from batchgen.engines.trtllm.wire import Abort, Failed, Finished, Start, Started, StartFailed, Stop, Submit
 from batchgen.spec import ModelSpec
 
 GREEDY = replace(SAMPLED, temperature=0.0)
@@ -329,6 +329,7 @@ def test_it_says_what_it_found_out(tmp_path: Path, tokenizer: HFTokenizer) -> No
         "health_probe": "yes",
         "perf_metrics": "off",
         "chat_probes": "2",
+        "tool_probes": "0",
         "bos": "one",
         "max_seq_len": "512",
         "max_num_tokens": "8192",
@@ -391,7 +392,7 @@ def test_without_the_package_the_start_says_so(tmp_path: Path) -> None:
 
 def test_it_stops_in_order_and_leaves_nothing(tmp_path: Path) -> None:
     async def run() -> None:
-        async with running(tmp_path, arguments=("-m", "batchgen.engines.trtllm_child")) as child:
+        async with running(tmp_path, arguments=("-m", "batchgen.engines.trtllm.child")) as child:
             assert isinstance(await child.start(), Started)
             assert len(child.list_gpu_holders()) == 2
             child.send(Stop())
@@ -449,7 +450,7 @@ def test_killed_it_leaves_orphans_that_hold_memory(tmp_path: Path) -> None:
 
 def test_a_shutdown_that_hangs_is_cut_short(tmp_path: Path) -> None:
     async def run() -> None:
-        hurried = "from batchgen.engines import trtllm_child; trtllm_child.SHUTDOWN_S = 0.3; trtllm_child.main()"
+        hurried = "from batchgen.engines.trtllm import child; child.SHUTDOWN_S = 0.3; child.main()"
         async with running(tmp_path, arguments=("-c", hurried), control={"hang_shutdown": True}) as child:
             assert isinstance(await child.start(), Started)
             child.send(Stop())

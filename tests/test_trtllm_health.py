@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from batchgen.engines.trtllm_health import (
+from batchgen.engines.trtllm.health import (
     MAX_DEATHS,
     MAX_EMPTY_RECYCLES,
     MAX_LOOK_GAP_S,

@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 from trtllm_util import is_zombie, until
 
-from batchgen.engines import trtllm_keeper, trtllm_process
-from batchgen.engines.trtllm_keeper import TurnedLog, is_alive, read_stat
-from batchgen.engines.trtllm_orphans import MARK, Mark, make_mark, parse_mark, read_mark, sweep_orphans, sweep_start
-from batchgen.engines.trtllm_process import EngineProcess, create_process
+from batchgen.engines.trtllm import keeper
+from batchgen.engines.trtllm import process as processes
+from batchgen.engines.trtllm.keeper import TurnedLog, is_alive, read_stat
+from batchgen.engines.trtllm.orphans import MARK, Mark, make_mark, parse_mark, read_mark, sweep_orphans, sweep_start
+from batchgen.engines.trtllm.process import EngineProcess, create_process
 from batchgen.errors import EngineDied
 
 # Starts a daemon as a daemon does (two forks, a session of its own), deaf to SIGTERM, and waits.
@@ -69,7 +70,7 @@ def run(test: Awaitable[None]) -> None:
 
 def test_it_needs_the_standard_library_alone() -> None:
     """And so starts in milliseconds, whatever the actor's process has loaded."""
-    tree = ast.parse(Path(trtllm_keeper.__file__).read_text())
+    tree = ast.parse(Path(keeper.__file__).read_text())
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {name.partition(".")[0] for name in imported} <= sys.stdlib_module_names
@@ -155,7 +156,7 @@ def test_what_can_not_be_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         assert await asyncio.wait_for(process.reader.read(), 5) == b""
         assert "No such file" in process.log_path.read_text()
         await process.end()
-        monkeypatch.setattr(trtllm_process, "KEEPER", tmp_path / "absent.py")
+        monkeypatch.setattr(processes, "KEEPER", tmp_path / "absent.py")
         with pytest.raises(EngineDied, match="keeper can't be started here"):
             await create_process(["true"])
 
@@ -217,7 +218,7 @@ def test_a_process_that_was_not_waited_for_is_dead() -> None:
 
 
 def test_the_log_is_turned_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trtllm_keeper, "MAX_LOG_BYTES", 100)
+    monkeypatch.setattr(keeper, "MAX_LOG_BYTES", 100)
     path = tmp_path / "log"
     log = TurnedLog(path)
     for number in range(50):
@@ -228,9 +229,9 @@ def test_the_log_is_turned_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_log_is_for_its_user_and_old_ones_go(tmp_path: Path) -> None:
-    paths = [trtllm_process.create_log(f"{number:08d}") for number in range(trtllm_process.MAX_LOGS + 5)]
+    paths = [processes.create_log(f"{number:08d}") for number in range(processes.MAX_LOGS + 5)]
     assert paths[-1].stat().st_mode & 0o777 == 0o600
     assert paths[-1].parent.stat().st_mode & 0o777 == 0o700
     assert paths[-1].parent.parent == tmp_path
-    assert sum(path.exists() for path in paths) == trtllm_process.MAX_LOGS
+    assert sum(path.exists() for path in paths) == processes.MAX_LOGS
     assert paths[-1].exists()

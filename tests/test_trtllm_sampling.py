@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchgen.engines.trtllm_errors import judge_answer, judge_start, judge_submit
-from batchgen.engines.trtllm_sampling import (
+from batchgen.engines.trtllm.errors import judge_answer, judge_start, judge_submit
+from batchgen.engines.trtllm.sampling import (
     cut_at_stop,
     cut_text,
     drop_end,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import batchgen
-from batchgen.engines.trtllm_wire import (
+from batchgen.engines.trtllm.wire import (
     Beat,
     Failed,
     Finished,
@@ -38,10 +38,10 @@ MODEL = str(Path(batchgen.__file__).parent / "embedded")
 LLM = {"model": MODEL, "tensor_parallel_size": 2, "custom_tokenizer": "deepseek_v32", "max_seq_len": 512}
 SAMPLED = SamplingParams(temperature=1.0, top_p=0.95, max_tokens=40, seed=1)
 PROMPT = tuple(range(40, 52))
-# As `python -m batchgen.engines.trtllm_child`, with a faster heart.
+# As `python -m batchgen.engines.trtllm.child`, with a faster heart.
 CHILD = (
     "-c",
-    "from batchgen.engines import trtllm_child, trtllm_port; trtllm_port.BEAT_S = 0.05; trtllm_child.main()",
+    "from batchgen.engines.trtllm import child, port; port.BEAT_S = 0.05; child.main()",
 )
 WAIT_S = 30.0
 

@@ -6,7 +6,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,6 @@ from makers import make_job_spec
 from ray_cluster import list_marked
 
 from batchgen.engines.tensorrt_llm import TensorRTLLMEngine
-from batchgen.engines.trtllm_gpu import GpuMemory
 from batchgen.errors import EngineUnavailable
 from batchgen.records import Generation, Request, RowId, SamplingParams
 from batchgen.spec import ModelSpec
@@ -26,13 +25,13 @@ from batchgen.tensorrt_llm_spec import TensorRTLLMEngineSpec
 STAND_IN = Path(__file__).parent / "stand_in"
 sys.path.insert(0, str(STAND_IN))
 
-from gpu_ledger import hold_gpu, read_holders, read_used_bytes  # noqa: E402
-from stand_in_control import make_env, read_calls, write_control  # noqa: E402
+from gpu_ledger import hold_gpu, read_holders  # noqa: E402
+from stand_in_control import NODE, make_env, read_calls, write_control  # noqa: E402
 
-__all__ = ["hold_gpu"]
+__all__ = ["hold_gpu", "read_calls"]
 
 NUM_RANKS = 2
-CHILD, KEEPER, RANK = "trtllm_child", "trtllm_keeper", "rank.py"
+CHILD, KEEPER, RANK = "trtllm.child", "trtllm/keeper.py", "rank.py"
 SMALL: dict[str, Any] = {
     "kind": "tensorrt_llm",
     "custom_tokenizer": None,
@@ -45,16 +44,6 @@ SMALL: dict[str, Any] = {
 }
 
 
-class LedgerMemory:
-    """The stand-in's ledger in NVML's place."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def read_used_bytes(self) -> Mapping[str, int]:
-        return {f"GPU {gpu}": used for gpu, used in read_used_bytes(self._folder).items()}
-
-
 @dataclass
 class StandIn:
     """The stand-in of one test: everything that it starts has this folder in its environment."""
@@ -64,10 +53,6 @@ class StandIn:
     @property
     def gpus(self) -> Path:
         return self.path / "gpus"
-
-    @property
-    def memory(self) -> GpuMemory:
-        return LedgerMemory(self.gpus)
 
     @property
     def env(self) -> dict[str, str]:
@@ -87,7 +72,7 @@ class StandIn:
         """Processes of its engines that run, those of one command line."""
         found = [pid for pid in list_marked(str(self.gpus), command) if not is_zombie(pid)]
         # The keeper's command line ends with that of the engine's process.
-        others = list_marked(str(self.gpus), "trtllm_keeper") if command == CHILD else []
+        others = list_marked(str(self.gpus), KEEPER) if command == CHILD else []
         return [pid for pid in found if pid not in others]
 
     def list_held(self) -> dict[int, list[int]]:
@@ -107,6 +92,7 @@ def create_stand_in(path: Path, monkeypatch: pytest.MonkeyPatch) -> StandIn:
     for name, value in make_env(path, NUM_RANKS).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(tempfile, "tempdir", str(path))
+    monkeypatch.syspath_prepend(NODE)
     return StandIn(path)
 
 
@@ -114,10 +100,10 @@ def make_section(**fields: Any) -> TensorRTLLMEngineSpec:
     return TensorRTLLMEngineSpec(**{**SMALL, **fields})
 
 
-def make_engine(stand_in: StandIn, *, model: ModelSpec | None = None, **fields: Any) -> TensorRTLLMEngine:
+def make_engine(_: StandIn, *, model: ModelSpec | None = None, **fields: Any) -> TensorRTLLMEngine:
     spec = make_job_spec(engine={**SMALL, **fields})
     assert isinstance(spec.engine, TensorRTLLMEngineSpec)
-    return TensorRTLLMEngine(model or spec.model, spec.engine, find_gpus=lambda: stand_in.memory)
+    return TensorRTLLMEngine(model or spec.model, spec.engine)
 
 
 @asynccontextmanager

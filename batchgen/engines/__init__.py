@@ -35,7 +35,10 @@ FORM_MENDS = {
     "messages": "chat prompts need engine.api: chat, or a tokenizer here (engine.send_token_ids: true)",
     "token_ids": "prompt_token_ids needs engine.api: completions",
 }
-GUIDED_MEND = "what else a server knows goes into engine.extra_body, for the whole job (vLLM: structured_outputs)"
+GUIDED_MENDS = {
+    "openai": "what else a server knows goes into engine.extra_body, for the whole job (vLLM: structured_outputs)",
+    "tensorrt_llm": "set engine.guided_decoding_backend, which it needs for any",
+}
 
 
 def _create_simulated(model: ModelSpec, section: SimulatedEngineSpec) -> Engine:
@@ -75,7 +78,7 @@ def _create_tensorrt_llm(model: ModelSpec, section: TensorRTLLMEngineSpec) -> En
 
 
 def _create_trtllm_tokenizer(model: ModelSpec, section: TensorRTLLMEngineSpec) -> Tokenizer:
-    from batchgen.engines.trtllm_tokenizer import create_trtllm_tokenizer
+    from batchgen.engines.trtllm.tokenizer import create_trtllm_tokenizer
 
     return create_trtllm_tokenizer(model, section)
 
@@ -106,7 +109,7 @@ ENGINES: dict[str, EngineKind[Any]] = {
     # DeepSeek-V3.2's sparse attention is not deterministic by its makers' choice.
     "tensorrt_llm": EngineKind(
         TensorRTLLMEngineSpec,
-        Capabilities(is_seeded=True, has_logprobs=True, has_sampling=True),
+        Capabilities(is_seeded=True, has_logprobs=True, has_sampling=True, is_guided=True),
         _create_tensorrt_llm,
         _create_trtllm_tokenizer,
     ),
@@ -143,7 +146,8 @@ def check_supported(spec: JobSpec) -> None:
     guided = spec.sampling.guided
     if guided is not None and guided.form not in spec.engine.guided_forms:
         takes = ", ".join(sorted(spec.engine.guided_forms)) or "none of them beside its own response_format"
-        raise SpecError(f"sampling.guided.{guided.form}: the engine '{kind}' takes {takes}; {GUIDED_MEND}")
+        mend = GUIDED_MENDS.get(kind, "choose another form")
+        raise SpecError(f"sampling.guided.{guided.form}: the engine '{kind}' takes {takes}; {mend}")
     if spec.prompt.tools is not None and spec.engine.has_tool_calls:
         raise SpecError("prompt.tools: the engine's section gives tools to every row already; leave one of them out")
     if spec.prompt.form not in spec.engine.prompt_forms:

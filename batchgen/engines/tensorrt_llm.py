@@ -1,6 +1,6 @@
 """The engine for TensorRT-LLM: it lives in processes of its own, and this side of the socket never imports the vendor.
 
-One supervisor brings the processes up, watches them (`trtllm_client`, `trtllm_health`), and when they die, hang or wear out
+One supervisor brings the processes up, watches them (`trtllm.client`, `trtllm.health`), and when they die, hang or wear out
 ends them to the last one, waits until the GPUs' memory is free, and starts anew. The event loop never waits for any of
 it, so the worker's heartbeat goes on while the engine is stuck.
 
@@ -16,22 +16,32 @@ import importlib.metadata
 import logging
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from batchgen.engines.base import Tokenizer
-from batchgen.engines.trtllm_args import is_safe_version, make_llm_kwargs, needs_safe_version
-from batchgen.engines.trtllm_client import Client, End, Ticket, count_tokens, is_answer_empty
-from batchgen.engines.trtllm_gpu import GpuMemory, find_gpu_memory, list_held
-from batchgen.engines.trtllm_health import Health, History
-from batchgen.engines.trtllm_orphans import sweep_orphans
-from batchgen.engines.trtllm_process import EngineProcess, create_process
-from batchgen.engines.trtllm_sampling import cut_text
-from batchgen.engines.trtllm_wire import Finished, Start, Started
-from batchgen.errors import BatchgenError, EngineDied, EngineUnavailable, RequestFailed, RequestRejected, SpecError
+from batchgen.engines.trtllm.args import is_safe_version, make_llm_kwargs, needs_safe_version
+from batchgen.engines.trtllm.client import Client, End, Ticket, count_tokens, is_answer_empty
+from batchgen.engines.trtllm.gpu import find_gpu_memory, list_held
+from batchgen.engines.trtllm.health import Health, History
+from batchgen.engines.trtllm.orphans import sweep_orphans
+from batchgen.engines.trtllm.process import EngineProcess, create_process
+from batchgen.engines.trtllm.sampling import cut_text
+from batchgen.engines.trtllm.tokenizer import create_trtllm_tokenizer, make_start_probes
+from batchgen.engines.trtllm.wire import Finished, Start, Started
+from batchgen.errors import (
+    BatchgenError,
+    EngineDied,
+    EngineUnavailable,
+    RequestFailed,
+    RequestRejected,
+    SpecError,
+    StorageError,
+)
+from batchgen.node_check import preflight
 from batchgen.records import Generation, Request, SamplingParams, Usage
 from batchgen.spec import ModelSpec
+from batchgen.staging import stage_model
 from batchgen.tensorrt_llm_spec import TensorRTLLMEngineSpec
 
 log = logging.getLogger(__name__)
@@ -44,23 +54,17 @@ PAUSE_SHARE, MIN_PAUSE_S, MAX_PAUSE_S = 0.1, 0.1, 30.0
 
 
 class TensorRTLLMEngine:
-    """As the `Engine` protocol. `find_gpus`: where the GPUs' memory is read; it may find none, and then nobody waits."""
+    """As the `Engine` protocol."""
 
     kind = "tensorrt_llm"
     tokenizer: Tokenizer | None
 
-    def __init__(
-        self,
-        model: ModelSpec,
-        section: TensorRTLLMEngineSpec,
-        *,
-        find_gpus: Callable[[], GpuMemory | None] = find_gpu_memory,
-    ) -> None:
+    def __init__(self, model: ModelSpec, section: TensorRTLLMEngineSpec) -> None:
         self.version = "unknown"
         self.tokenizer = None
         self.max_model_len: int | None = model.max_model_len
         self.total_tokens = 0
-        self._model, self._section, self._find_gpus = model, section, find_gpus
+        self._model, self._section = model, section
         self._history = History(section.max_restarts)
         self._room = asyncio.Semaphore(section.max_inflight)
         self._client: Client | None = None
@@ -74,7 +78,7 @@ class TensorRTLLMEngine:
         """Raises SpecError for what this version or machine can't do, EngineDied when it can't be started."""
         if sys.platform != "linux":
             raise SpecError("engine.kind: 'tensorrt_llm' needs Linux; run the workers there")
-        self.tokenizer = await asyncio.to_thread(load_tokenizer, self._model, self._section)
+        await self._prepare()
         self._up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._death = None
         self._supervisor = asyncio.create_task(self._supervise(), name="trtllm-supervisor")
@@ -83,6 +87,18 @@ class TensorRTLLMEngine:
         except BaseException:
             await self.close()
             raise
+
+    async def _prepare(self) -> None:
+        """Refuse in seconds what would fail after an hour of loading, and bring the weights to this node."""
+        for check in await asyncio.to_thread(preflight, self._model, self._section):
+            if check.verdict == "warn":
+                log.warning("%s: %s (%s)", check.name, check.what, check.mend)
+        try:
+            folder = await stage_model(self._model)
+        except StorageError as error:
+            raise EngineDied(str(error)) from error
+        self._model = self._model.model_copy(update={"path": str(folder), "revision": None, "stage_dir": None})
+        self.tokenizer = await asyncio.to_thread(create_trtllm_tokenizer, self._model, self._section)
 
     async def generate(self, request: Request) -> Generation:
         self._check_alive()
@@ -113,7 +129,10 @@ class TensorRTLLMEngine:
         return EngineUnavailable(error_type, message, pause_s)
 
     def _fit(self, request: Request) -> SamplingParams:
-        """The vendor would clip max_tokens without a word."""
+        """The vendor would clip max_tokens without a word, and hold the thoughts to the form of the answer."""
+        if request.sampling.guided is not None and request.sampling.thinking:
+            told = "guided: it would hold the thoughts to the form, too; ask for thinking or for a form"
+            raise RequestRejected("bad_sampling", told)
         if self.max_model_len is None:
             return request.sampling
         room = self.max_model_len - len(request.ids)
@@ -174,7 +193,8 @@ class TensorRTLLMEngine:
         await self._wait_for_gpus()
         started_at = time.monotonic()
         health = Health(self._section, started_at)
-        start = Start(self._make_kwargs(), has_perf_metrics=self._section.perf_metrics)
+        probes = make_start_probes(self._section)
+        start = Start(self._make_kwargs(), has_perf_metrics=self._section.perf_metrics, probes=probes)
         process = await create_process()
         client = self._make_client(process, health, started_at)
         self._client, end = client, None
@@ -210,13 +230,14 @@ class TensorRTLLMEngine:
         version = None
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             version = importlib.metadata.version("tensorrt_llm")
-        path = self._section.weights_dir or resolve_path(self._model)
-        return make_llm_kwargs(self._model.model_copy(update={"path": path}), self._section, version)
+        return make_llm_kwargs(self._model, self._section, version)
 
     def _note_up(self, started: Started) -> None:
         self.version = started.version
         if needs_safe_version(self._section) and not is_safe_version(started.version):
             log.warning("TensorRT-LLM %s corrupts its cache with block reuse and chunked prefill", started.version)
+        if not (tools := started.facts.get("tool_probes", "0")).isdigit():
+            log.warning("%s: prompts that hold calls of tools may not be as the engine's own would be", tools)
         limits = [limit for limit in (self._model.max_model_len, started.max_model_len) if limit is not None]
         self.max_model_len = min(limits, default=None)
         facts = ", ".join(f"{name}: {value}" for name, value in sorted(started.facts.items()))
@@ -229,7 +250,7 @@ class TensorRTLLMEngine:
 
     async def _wait_for_gpus(self) -> None:
         """Raises EngineDied when their memory is not free in time."""
-        gpus = await asyncio.to_thread(self._find_gpus)
+        gpus = await asyncio.to_thread(find_gpu_memory)
         if gpus is None:
             return
         limit_s = self._section.gpu_free_timeout_s
@@ -265,15 +286,3 @@ class TensorRTLLMEngine:
         if not self._up.done():
             self._up.set_exception(reason)
             self._up.exception()  # marks it retrieved: nobody may be waiting any more
-
-
-def load_tokenizer(model: ModelSpec, section: TensorRTLLMEngineSpec) -> Tokenizer:
-    from batchgen.engines.trtllm_tokenizer import create_trtllm_tokenizer
-
-    return create_trtllm_tokenizer(model, section)
-
-
-def resolve_path(model: ModelSpec) -> str:
-    from batchgen.engines.hf_tokenizer import resolve_model
-
-    return resolve_model(model)

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
+# The other packages of a node with eight B200, for whoever looks at it before an engine starts.
+NODE = FOLDER / "node"
 
 
 def make_env(tmp_path: Path, num_ranks: int = 2) -> dict[str, str]:
@@ -14,7 +16,9 @@ def make_env(tmp_path: Path, num_ranks: int = 2) -> dict[str, str]:
     gpu_dir.mkdir(exist_ok=True)
     write_control(tmp_path)
     return {
-        "PYTHONPATH": os.pathsep.join([str(FOLDER), str(FOLDER.parent.parent), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(FOLDER), str(NODE), str(FOLDER.parent.parent), os.environ.get("PYTHONPATH", "")]
+        ),
         "STAND_IN_GPU_DIR": str(gpu_dir),
         "STAND_IN_CONTROL": str(tmp_path / "control.json"),
         "STAND_IN_CALLS": str(tmp_path / "calls.jsonl"),

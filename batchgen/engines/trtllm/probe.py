@@ -6,15 +6,16 @@
 - health_probe       yes | no: whether `_check_health` is there (without it `Beat.is_healthy` is always True)
 - perf_metrics       off | yes | no: no means they were asked for and the first answer had none
 - chat_probes        how many conversations both encodings rendered alike
+- tool_probes        the same for those that call tools; a sentence where one differs
 - bos                one | unknown: the begin tokens of a rendered conversation, encoded without special tokens
 """
 
 import os
 from typing import Any
 
-from batchgen.engines.trtllm_keeper import list_descendants
-from batchgen.engines.trtllm_vendor import Vendor
-from batchgen.engines.trtllm_wire import Start, Started
+from batchgen.engines.trtllm.keeper import list_descendants
+from batchgen.engines.trtllm.vendor import Vendor
+from batchgen.engines.trtllm.wire import Start, Started
 
 UNKNOWN = "unknown"
 MEND = "engine.extra.custom_tokenizer, model.path or this version of TensorRT-LLM"
@@ -31,7 +32,7 @@ def make_started(vendor: Vendor, llm: Any, start: Start, *, has_perf_metrics: bo
         "hang_detector": to_word(vendor.has_hang_detector),
         "health_probe": to_word(hasattr(llm, "_check_health")),
         "perf_metrics": to_word(has_perf_metrics) if start.has_perf_metrics else "off",
-        "chat_probes": str(check_chat(llm, start)),
+        **check_chat(llm, start),
         "bos": check_bos(llm, start),
     }
     limits = {name: read_limit(llm, name) for name in ("max_seq_len", "max_num_tokens", "max_batch_size")}
@@ -50,28 +51,42 @@ def read_limit(llm: Any, name: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def check_chat(llm: Any, start: Start) -> int:
-    """How many conversations were compared. Raises ProbeFailed at the first one that the engine's own tokenizer renders
-    in another way than we did: every answer of the job would be to a prompt that the model was not made for."""
-    for number, (messages, thinking, ours) in enumerate(start.probes, 1):
-        roles = ", ".join(str(message.get("role")) for message in messages)
-        name = f"chat probe {number} of {len(start.probes)} ({roles}; thinking {'on' if thinking else 'off'})"
-        try:
-            theirs = render(llm, messages, thinking=thinking)
-        # The vendor's encoding is a program over the messages; whatever it raises, it can't render them.
-        except Exception as error:  # noqa: BLE001
-            raise ProbeFailed(
-                f"the engine's tokenizer can't render {name}: {type(error).__name__}; check {MEND}"
-            ) from None
-        if theirs != ours:
-            at = next(
-                (at for at, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), min(len(theirs), len(ours))
-            )
-            raise ProbeFailed(
-                f"the engine's tokenizer renders {name} in another way than our encoding does, from character {at} on "
-                f"({len(theirs)} characters against our {len(ours)}); check {MEND}"
-            )
-    return len(start.probes)
+def check_chat(llm: Any, start: Start) -> dict[str, str]:
+    """Raises ProbeFailed at the first plain conversation that the engine's own tokenizer renders in another way than we
+    did: every answer of the job would be to a prompt that the model was not made for. Calls of tools are in few jobs, and
+    the vendors' copies of their encoding differ among themselves: there it is told."""
+    faults = {number: compare(llm, start, number) for number in range(len(start.probes))}
+    told = [fault for fault in faults.values() if fault is not None]
+    for number, fault in faults.items():
+        if fault is not None and not has_tools(start.probes[number][0]):
+            raise ProbeFailed(f"{fault}; check {MEND}")
+    num_plain = sum(not has_tools(messages) for messages, _, _ in start.probes)
+    num_tools = len(start.probes) - num_plain
+    return {"chat_probes": str(num_plain), "tool_probes": told[0] if told else str(num_tools)}
+
+
+def has_tools(messages: tuple[dict[str, Any], ...]) -> bool:
+    return any(message.get("role") in ("tool", "developer") or "tool_calls" in message for message in messages)
+
+
+def compare(llm: Any, start: Start, number: int) -> str | None:
+    """How the engine's rendering differs from ours; None: it does not."""
+    messages, thinking, ours = start.probes[number]
+    roles = ", ".join(str(message.get("role")) for message in messages)
+    name = f"chat probe {number + 1} of {len(start.probes)} ({roles}; thinking {'on' if thinking else 'off'})"
+    try:
+        theirs = render(llm, messages, thinking=thinking)
+    # The vendor's encoding is a program over the messages; whatever it raises, it can't render them.
+    except Exception as error:  # noqa: BLE001
+        return f"the engine's tokenizer can't render {name}: {type(error).__name__}"
+    if theirs == ours:
+        return None
+    pairs = enumerate(zip(theirs, ours, strict=False))
+    at = next((at for at, (a, b) in pairs if a != b), min(len(theirs), len(ours)))
+    return (
+        f"the engine's tokenizer renders {name} in another way than our encoding does, from character {at} on "
+        f"({len(theirs)} characters against our {len(ours)})"
+    )
 
 
 def render(llm: Any, messages: tuple[dict[str, Any], ...], *, thinking: bool) -> str:

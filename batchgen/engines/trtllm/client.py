@@ -13,9 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from batchgen.engines.trtllm_health import Health, Kill, Recycle
-from batchgen.engines.trtllm_process import EngineProcess
-from batchgen.engines.trtllm_wire import (
+from batchgen.engines.trtllm.health import Health, Kill, Recycle
+from batchgen.engines.trtllm.process import EngineProcess
+from batchgen.engines.trtllm.wire import (
     Abort,
     Beat,
     Failed,

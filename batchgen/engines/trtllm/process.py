@@ -18,16 +18,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import batchgen
-from batchgen.engines.trtllm_env import make_environment
-from batchgen.engines.trtllm_keeper import read_stat
-from batchgen.engines.trtllm_orphans import MARK, Mark, make_mark, sweep_start
-from batchgen.engines.trtllm_wire import Stop, ToEngine, pack
+from batchgen.engines.trtllm.env import make_environment
+from batchgen.engines.trtllm.keeper import read_stat
+from batchgen.engines.trtllm.orphans import MARK, Mark, make_mark, sweep_start
+from batchgen.engines.trtllm.wire import Stop, ToEngine, pack
 from batchgen.errors import EngineDied
 
 log = logging.getLogger(__name__)
 
-CHILD = (sys.executable, "-P", "-m", "batchgen.engines.trtllm_child")
-KEEPER = Path(__file__).with_name("trtllm_keeper.py")
+CHILD = (sys.executable, "-P", "-m", "batchgen.engines.trtllm.child")
+KEEPER = Path(__file__).with_name("keeper.py")
 # SIGKILL is at once, and the kernel may need this long to take 200 GB of mappings down.
 END_S = 60.0
 AGAIN_S = 0.05

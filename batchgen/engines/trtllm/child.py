@@ -1,6 +1,6 @@
-"""The engine's own process: `python -m batchgen.engines.trtllm_child FD`, FD being its end of the socket to the actor.
+"""The engine's own process: `python -m batchgen.engines.trtllm.child FD`, FD being its end of the socket to the actor.
 
-It builds one engine, serves it and ends with it: `trtllm_wire` has what is said and in which order. It lives no longer
+It builds one engine, serves it and ends with it: `wire` has what is said and in which order. It lives no longer
 than its parent and than the socket, and what it started ends with it wherever it still has the say; whoever started it
 looks after the rest. Exit codes: 0 after `Stop`, 1 when the engine could not be made, 2 when the actor was gone.
 """
@@ -12,19 +12,19 @@ import sys
 import threading
 from typing import Any, NoReturn
 
-from batchgen.engines.trtllm_errors import judge_start
-from batchgen.engines.trtllm_host import (
+from batchgen.engines.trtllm.errors import judge_start
+from batchgen.engines.trtllm.host import (
     die_with_parent,
     keep_descendants,
     kill_descendants,
     point_stdout_at_stderr,
     read_group_rss_bytes,
 )
-from batchgen.engines.trtllm_port import Port
-from batchgen.engines.trtllm_probe import check_tokenizer, make_started
-from batchgen.engines.trtllm_serve import Server
-from batchgen.engines.trtllm_vendor import load_vendor
-from batchgen.engines.trtllm_wire import Abort, Beat, Note, Start, StartFailed, Stop, Submit
+from batchgen.engines.trtllm.port import Port
+from batchgen.engines.trtllm.probe import check_tokenizer, make_started
+from batchgen.engines.trtllm.serve import Server
+from batchgen.engines.trtllm.vendor import load_vendor
+from batchgen.engines.trtllm.wire import Abort, Beat, Note, Start, StartFailed, Stop, Submit
 
 # The vendor's shutdown is known to hang; what it has not ended by then is killed.
 SHUTDOWN_S = 20.0

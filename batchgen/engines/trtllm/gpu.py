@@ -7,19 +7,10 @@ NVML through `pynvml` (the package nvidia-ml-py; TensorRT-LLM's image has it), i
 import contextlib
 import os
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 # What the driver keeps for itself on a GPU that nobody uses, with room: a context, ECC, the persistence daemon.
 MAX_FREE_USED_BYTES = 4 * 2**30
-
-
-class GpuMemory(Protocol):
-    """What the engine asks of the GPUs. May block for some milliseconds; called in a thread."""
-
-    def read_used_bytes(self) -> Mapping[str, int]:
-        """Bytes in use of each GPU that this process was given, by its name for people. Empty: there is none, or it can't
-        be told."""
-        ...
 
 
 def list_held(used: Mapping[str, int]) -> list[str]:
@@ -30,12 +21,14 @@ def list_held(used: Mapping[str, int]) -> list[str]:
 
 
 class NvmlMemory:
-    """The GPUs of CUDA_VISIBLE_DEVICES (all where it is not set), by NVML."""
+    """The GPUs of CUDA_VISIBLE_DEVICES (all where it is not set), by NVML. Blocks for some milliseconds."""
 
     def __init__(self, nvml: Any) -> None:
         self._nvml = nvml
 
     def read_used_bytes(self) -> Mapping[str, int]:
+        """Bytes in use of each GPU that this process was given, by its name for people. Empty: there is none, or it can't
+        be told."""
         self._nvml.nvmlInit()
         try:
             return {name: self._nvml.nvmlDeviceGetMemoryInfo(gpu).used for name, gpu in self._list_gpus().items()}
@@ -55,7 +48,7 @@ class NvmlMemory:
         return gpus
 
 
-def find_gpu_memory() -> GpuMemory | None:
+def find_gpu_memory() -> NvmlMemory | None:
     """NVML where it is to be had; None elsewhere, and then nobody waits."""
     try:
         import pynvml

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from batchgen.engines.trtllm_keeper import (
+from batchgen.engines.trtllm.keeper import (
     PR_SET_CHILD_SUBREAPER,
     PR_SET_PDEATHSIG,
     kill_all,

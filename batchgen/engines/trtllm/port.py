@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from batchgen.engines.trtllm_wire import BEAT_S, HEADER, Beat, FromEngine, pack
+from batchgen.engines.trtllm.wire import BEAT_S, HEADER, Beat, FromEngine, pack
 
 
 class Port:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from batchgen.engines.trtllm_keeper import is_alive, list_pids, read_stat
+from batchgen.engines.trtllm.keeper import is_alive, list_pids, read_stat
 
 MARK = "BATCHGEN_ENGINE"
 NAMESPACE = "/proc/self/ns/pid"

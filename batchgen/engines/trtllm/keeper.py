@@ -4,12 +4,12 @@ MPI ranks live in sessions of their own and daemons are born again under init, s
 The keeper is the subreaper of everything that the engine starts: every orphan becomes its child, and nothing but its own
 death takes one away from it. It ends them all with SIGKILL, until none is left, when its owner says so, when its owner is
 gone by whatever signal, or when the engine's process has ended. Should the keeper itself be killed, the engine's process
-dies with it (PR_SET_PDEATHSIG), and what is left is known by an environment variable: see `trtllm_orphans`.
+dies with it (PR_SET_PDEATHSIG), and what is left is known by an environment variable: see `orphans`.
 
 It forks away from its parent at once: Ray kills the direct children of an actor that ends in order, and this one must
 live until its work is done. The engine's output goes through it into a log file that is turned over at a size.
 
-Standard library only, nothing of ours, and Linux: it is run as a file (`python -I -S trtllm_keeper.py`) and must be up in
+Standard library only, nothing of ours, and Linux: it is run as a file (`python -I -S keeper.py`) and must be up in
 milliseconds. On its control socket it says `keeper PID`, `engine PID`, `ended CODE`, one line each, and closes when
 nothing is left; whatever it hears there, the end of file above all, means: end them.
 """

@@ -13,13 +13,14 @@ LAUNCHER_PREFIXES = ("PMIX_", "PMI_", "OMPI_COMM_WORLD_", "OMPI_UNIVERSE_", "PRT
 RAY_VARIABLES = {"TLLM_DISABLE_MPI", "RAY_LOCAL_WORLD_SIZE"}
 
 
+def is_harmful(name: str) -> bool:
+    """Must the engine's processes not see it?"""
+    return name in LAUNCHER_VARIABLES | RAY_VARIABLES or name.startswith(LAUNCHER_PREFIXES)
+
+
 def make_environment(environ: Mapping[str, str], mark: str, mark_value: str, import_path: str) -> dict[str, str]:
     """CUDA_VISIBLE_DEVICES stays as Ray gave it. `import_path`: the folder that holds this very batchgen, which comes
     first, so that both ends of the wire are one build."""
-    kept = {
-        name: value
-        for name, value in environ.items()
-        if name not in LAUNCHER_VARIABLES | RAY_VARIABLES and not name.startswith(LAUNCHER_PREFIXES)
-    }
+    kept = {name: value for name, value in environ.items() if not is_harmful(name)}
     paths = [import_path, *filter(None, environ.get("PYTHONPATH", "").split(":"))]
     return {**kept, mark: mark_value, "PYTHONPATH": ":".join(paths)}

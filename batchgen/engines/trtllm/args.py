@@ -16,7 +16,7 @@ def make_llm_kwargs(model: ModelSpec, section: TensorRTLLMEngineSpec, version: s
     """See the module. Names and values are TensorRT-LLM 1.2's; mappings stand for its argument classes."""
     is_safe = is_safe_version(version)
     kwargs: dict[str, Any] = {
-        "model": section.weights_dir or model.path,
+        "model": model.path,
         "tensor_parallel_size": section.tensor_parallel_size,
         "moe_expert_parallel_size": section.moe_expert_parallel_size,
         "enable_attention_dp": section.enable_attention_dp,
@@ -39,7 +39,7 @@ def make_llm_kwargs(model: ModelSpec, section: TensorRTLLMEngineSpec, version: s
     }
     if section.custom_tokenizer is not None:
         kwargs["custom_tokenizer"] = section.custom_tokenizer
-    if model.revision is not None and section.weights_dir is None:
+    if model.revision is not None:
         kwargs["revision"] = model.revision
     if model.max_model_len is not None:
         kwargs["max_seq_len"] = model.max_model_len

@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from batchgen.engines import trtllm_vendor
-from batchgen.engines.trtllm_errors import Verdict, judge_answer, judge_submit
-from batchgen.engines.trtllm_probe import read_limit, read_vocab_size
-from batchgen.engines.trtllm_sampling import cut_at_stop, drop_end, find_stop, make_logprobs
-from batchgen.engines.trtllm_vendor import Vendor
-from batchgen.engines.trtllm_wire import Abort, Failed, Finished, FromEngine, Submit
+from batchgen.engines.trtllm import vendor as tensorrt
+from batchgen.engines.trtllm.errors import Verdict, judge_answer, judge_submit
+from batchgen.engines.trtllm.probe import read_limit, read_vocab_size
+from batchgen.engines.trtllm.sampling import cut_at_stop, drop_end, find_stop, make_logprobs
+from batchgen.engines.trtllm.vendor import Vendor
+from batchgen.engines.trtllm.wire import Abort, Failed, Finished, FromEngine, Submit
 from batchgen.records import SamplingParams
 
 FINISHED = {"stop", "length"}
@@ -22,7 +22,7 @@ CANARY_TEXT = "1"
 
 
 class Server:
-    """`total_tokens` ever generated, `num_inflight` now, `num_unknown_errors` that no line of `trtllm_errors` knew."""
+    """`total_tokens` ever generated, `num_inflight` now, `num_unknown_errors` that no line of `errors` knew."""
 
     def __init__(self, vendor: Vendor, llm: Any, send: Callable[[FromEngine], None], *, has_perf_metrics: bool) -> None:
         self._vendor, self._llm, self._send = vendor, llm, send
@@ -76,7 +76,7 @@ class Server:
         return get_timing(result.outputs[0]) is not None
 
     def _submit(self, message: Submit) -> Any:
-        return trtllm_vendor.submit(self._vendor, self._llm, message, has_perf_metrics=self._has_perf_metrics)
+        return tensorrt.submit(self._vendor, self._llm, message, has_perf_metrics=self._has_perf_metrics)
 
     async def _serve(self, message: Submit, result: Any) -> None:
         answer: Finished | Failed
@@ -121,11 +121,11 @@ class Server:
         token_ids: Any = list(output.token_ids)
         stop_reason = output.stop_reason
         if sampling.stop:
-            text = trtllm_vendor.decode(self._llm, token_ids)
+            text = tensorrt.decode(self._llm, token_ids)
             found = find_stop(text, sampling.stop)
             if found is not None:
                 finish_reason, stop_reason = "stop", found
-                token_ids = cut_at_stop(token_ids, sampling.stop, lambda ids: trtllm_vendor.decode(self._llm, ids))
+                token_ids = cut_at_stop(token_ids, sampling.stop, lambda ids: tensorrt.decode(self._llm, ids))
         if finish_reason == "stop" and stop_reason is None:
             token_ids = drop_end(token_ids, frozenset({self._end_id} - {None}))
         queued_s, first_s = read_times(output)

@@ -16,7 +16,7 @@ requests carry token ids only, so there is no prompt text in that process to quo
 
 from dataclasses import dataclass
 
-from batchgen.engines.trtllm_wire import Blame, Failed
+from batchgen.engines.trtllm.wire import Blame, Failed
 
 MAX_MESSAGE_CHARS = 300
 # A start-up error is for the person who wrote the spec; pydantic's has a line for each field.

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from batchgen.engines.trtllm_sampling import make_guided_kwargs, make_sampling_kwargs
-from batchgen.engines.trtllm_wire import Submit
+from batchgen.engines.trtllm.sampling import make_guided_kwargs, make_sampling_kwargs
+from batchgen.engines.trtllm.wire import Submit
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ def has_hang_detector() -> bool:
 
 def submit(vendor: Vendor, llm: Any, message: Submit, *, has_perf_metrics: bool) -> Any:
     """The vendor's result object of one request. Needs the event loop that will await it to be running. Raises what the
-    vendor raises: see `trtllm_errors`."""
+    vendor raises: see `errors`."""
     kwargs = make_sampling_kwargs(message.sampling, has_perf_metrics=has_perf_metrics)
     guided = make_guided_kwargs(message.sampling)
     if guided is not None:
