@@ -3,7 +3,7 @@
 `make_result_schema` is what journal and worker hold; `make_output_schema` adds the key and passthrough columns and is
 what users read. Each shard file has exactly the shard's rows times n, in input order: `make_output_table` fails loudly
 on a row out twice or not at all. The footer says which job, shard and attempt made the file, and the stats of every
-batch that has rows in it. Knows nothing of where the bytes go.
+batch that has rows in it, and seals the rows (`seal`). Knows nothing of where the bytes go.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchgen.records import BatchStats, FileFooter, Lease, Result
+from batchgen.seal import write_sealed
 from batchgen.spec import JobSpec
 
 FORMAT_VERSION = 1
@@ -179,13 +180,9 @@ def footer_from_json(text: str | bytes) -> FileFooter:
 
 
 def make_shard_file(table: pa.Table, footer: FileFooter, *, compression_level: int) -> pa.Buffer:
-    """The Parquet bytes of a shard file: zstd, row groups small enough to stream."""
+    """The Parquet bytes of a shard file: zstd, row groups small enough to stream, sealed."""
     table = table.replace_schema_metadata({FOOTER_KEY: footer_to_json(footer).encode()})
-    sink = pa.BufferOutputStream()
-    pq.write_table(
-        table, sink, compression="zstd", compression_level=compression_level, row_group_size=MAX_ROW_GROUP_ROWS
-    )
-    return sink.getvalue()
+    return write_sealed(table, row_group_rows=MAX_ROW_GROUP_ROWS, compression_level=compression_level)
 
 
 def read_file_footer(parquet: pq.ParquetFile) -> FileFooter | None:

@@ -24,7 +24,8 @@ LAYERS = [
     ["sections"],
     ["tensorrt_llm_spec"],
     ["engine_specs"],
-    ["spec", "events", "build", "tasks", "window", "signals"],
+    ["spec", "events", "build", "tasks", "window", "signals", "damage", "seal"],
+    ["tokenizer_files"],
     # pure decisions
     ["prompt", "plan", "work_queue", "scaling", "stats", "answer"],
     # the embedded model's questions, and how it was made
@@ -35,6 +36,7 @@ LAYERS = [
     ["stores.s3"],
     ["storage"],
     ["stores.probe", "spec_load", "read", "write", "journal", "driver_lease"],
+    ["shard_footer"],
     # the engine seam
     ["engines.base", "engines.sampling", "engines.hf_tokenizer", "engines.breaker", "engines.openai_wire"],
     ["engines.trtllm_wire"],
@@ -54,6 +56,7 @@ LAYERS = [
     ["pools"],
     # one run
     ["hold", "view", "report"],
+    ["inventory"],
     ["control"],
     ["finish"],
     ["run"],
