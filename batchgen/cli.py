@@ -206,6 +206,33 @@ def report(out: OutArgument, as_json: JsonOption = False, debug: DebugOption = F
 
 
 @app.command()
+def verify(
+    out: OutArgument,
+    with_input: Annotated[
+        bool, typer.Option("--input", help="Are the input files still the planned ones, too?")
+    ] = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Check every byte, row, key and count of OUT. Exit codes: 0 all right, 1 findings, 2 no job, 3 right but not done."""
+    from batchgen.storage import Storage
+    from batchgen.verify import verify as look
+
+    with refusals(debug, as_json=as_json):
+        storage = Storage(out)
+        verdict = look(storage, with_input=with_input)
+    for finding in verdict.findings:
+        say(f"wrong: {finding}")
+    for line in [*(f"not done: {line}" for line in verdict.todo), *(f"note: {line}" for line in verdict.notes)]:
+        say(line)
+    rows = verdict.counts["rows_ok"] + verdict.counts["rows_error"]
+    checked = f"{verdict.counts['files']:,} of {verdict.counts['shards']:,} shards, {rows:,} rows"
+    say(f"{storage.root}: {verdict.state}; checked {checked}, {len(verdict.findings)} findings")
+    print_json(verdict.to_json(), as_json)
+    raise typer.Exit(verdict.exit_code)
+
+
+@app.command()
 def cancel(out: OutArgument, as_json: JsonOption = False, debug: DebugOption = False) -> None:
     """Ask the run on OUT to finish what is in flight, journal it and stop, wherever it runs."""
     from batchgen.control import request_cancel

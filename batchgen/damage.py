@@ -23,11 +23,11 @@ OF_DAMAGE = (
 
 
 @contextmanager
-def refusing_damage(where: str, what: str) -> Iterator[None]:
-    """OutputError 'where: what' for whatever comes of damaged bytes. Errors of ours (the store's too) pass."""
+def refusing_damage(where: str, what: str, kind: type[BatchgenError] = OutputError) -> Iterator[None]:
+    """An error of this kind, 'where: what', for whatever comes of damaged bytes. Errors of ours (the store's too) pass."""
     try:
         yield
     except BatchgenError:
         raise
     except OF_DAMAGE as error:
-        raise OutputError(f"{where}: {what}") from error
+        raise kind(f"{where}: {what}") from error

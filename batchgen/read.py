@@ -102,7 +102,8 @@ def iter_shard(
     groups, first_row = _groups_of(shard)
     with open_input(shard.file.path, shard.file.version) as source:
         try:
-            parquet = pq.ParquetFile(source, pre_buffer="://" in shard.file.path)
+            # Pages that have a checksum must match it: else flipped bits would go to the engine as a prompt.
+            parquet = pq.ParquetFile(source, pre_buffer="://" in shard.file.path, page_checksum_verification=True)
         except ARROW_ERRORS as error:
             if isinstance(error, MemoryError):
                 raise

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter
 
 from batchgen.records import BatchStats, FileFooter, Lease, Result
 from batchgen.seal import write_sealed
@@ -22,6 +23,8 @@ from batchgen.spec import JobSpec
 FORMAT_VERSION = 1
 FOOTER_KEY = b"batchgen"
 MAX_ROW_GROUP_ROWS = 16_384
+# What is read back may have been changed by anybody: its types are looked at.
+_STATS, _FOOTERS = TypeAdapter(BatchStats), TypeAdapter(FileFooter)
 
 LOGPROBS_TYPE = pa.list_(
     pa.struct(
@@ -166,7 +169,8 @@ def stats_to_json(stats: BatchStats) -> dict[str, Any]:
 
 
 def stats_from_json(fields: Mapping[str, Any]) -> BatchStats:
-    return BatchStats(**fields)
+    """Raises ValueError for what is none."""
+    return _STATS.validate_python(fields)
 
 
 def footer_to_json(footer: FileFooter) -> str:
@@ -175,8 +179,8 @@ def footer_to_json(footer: FileFooter) -> str:
 
 
 def footer_from_json(text: str | bytes) -> FileFooter:
-    fields = json.loads(text)
-    return FileFooter(**{**fields, "batches": tuple(stats_from_json(batch) for batch in fields["batches"])})
+    """Raises ValueError for what is none."""
+    return _FOOTERS.validate_json(text)
 
 
 def make_shard_file(table: pa.Table, footer: FileFooter, *, compression_level: int) -> pa.Buffer:

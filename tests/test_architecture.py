@@ -27,7 +27,7 @@ LAYERS = [
     ["spec", "events", "build", "tasks", "window", "signals", "damage", "seal"],
     ["tokenizer_files"],
     # pure decisions
-    ["prompt", "plan", "work_queue", "scaling", "stats", "answer"],
+    ["prompt", "plan", "work_queue", "scaling", "stats", "answer", "verify_rows"],
     # the embedded model's questions, and how it was made
     ["demo_questions", "training", "training.recipe", "training.muon"],
     # the store seam
@@ -58,14 +58,14 @@ LAYERS = [
     ["hold", "view", "report"],
     ["inventory"],
     ["control"],
-    ["finish"],
-    ["run"],
+    ["finish", "verify_files", "verify_folder"],
+    ["run", "verify"],
     ["demo", "bench_decode"],
     ["cli"],
 ]
 PURE = {"records", "events", "errors", "urls", "sections", "engine_specs", "tensorrt_llm_spec"}
 PURE |= {"spec", "prompt", "plan"}
-PURE |= {"work_queue", "scaling", "stats", "answer"}
+PURE |= {"work_queue", "scaling", "stats", "answer", "verify_rows"}
 # What only does I/O: pure modules may not even import it from the standard library.
 EFFECTS = {
     "os",
