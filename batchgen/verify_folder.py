@@ -97,15 +97,15 @@ def _read_holder(folder: Folder) -> Holder | None:
     try:
         read_status(folder.storage)
     except OutputError as error:
-        folder.findings.append(_split(error, "delete it, if no run is working on the folder"))
+        folder.findings.append(split_error(error, "delete it, if no run is working on the folder"))
     try:
         return read_holder(find_lock(folder.storage))
     except OutputError as error:
-        folder.findings.append(_split(error, "delete it, if no run is working on the folder"))
+        folder.findings.append(split_error(error, "delete it, if no run is working on the folder"))
         return None
 
 
-def _split(error: BatchgenError, mend: str) -> Finding:
+def split_error(error: BatchgenError, mend: str) -> Finding:
     """An error of the folder's own files is 'where: what; mend'."""
     where, _, rest = str(error).rpartition(": ")
     return Finding(where, rest.partition("; ")[0], mend)
@@ -173,7 +173,10 @@ def _check_sums(folder: Folder) -> None:
             continue
         if not is_whole:
             folder.damaged.add(path)
-            folder.find(path, "was changed since it was written", mend)
+            # Its own seal is right, and so is the manifest's.
+            is_foreign = path == SPEC and SPEC not in folder.unsealed
+            what = "was changed since it was written"
+            folder.find(path, "and manifest.json are not of one folder" if is_foreign else what, mend)
     for info in [*folder.storage.list_files(STATS_FOLDER), *folder.storage.list_files(PLAN_FOLDER)]:
         is_known = info.path in sums if folder.is_settled and sums else info.path.endswith(".parquet")
         if not is_known:
@@ -193,7 +196,7 @@ def _read_plan(folder: Folder) -> None:
     try:
         saved = manifest.read_plan(folder.storage)
     except OutputError as error:
-        folder.findings.append(_split(error, RESTORE))
+        folder.findings.append(split_error(error, RESTORE))
         return
     except NotFound:
         saved = None
@@ -246,7 +249,7 @@ def check_journal(folder: Folder) -> tuple[list[Finding], list[str]]:
         except NotFound:
             return None  # its shards were committed meanwhile
         except Damaged as error:
-            return _split(error, "").what
+            return split_error(error, "").what
         return None
 
     with ThreadPoolExecutor(NUM_READERS, thread_name_prefix="verify") as threads:
