@@ -145,7 +145,9 @@ def read_stats_table(storage: Storage) -> pa.Table:
     tables = [STATS_SCHEMA.empty_table()]
     for info in storage.list_files(STATS_FOLDER, suffix=".parquet"):
         with refusing_damage(storage.url(info.path), DAMAGED), storage.open_read(info.path) as source:
-            tables.append(pq.read_table(source).cast(STATS_SCHEMA))
+            table = pq.read_table(source).cast(STATS_SCHEMA)
+            table.validate(full=True)  # text that is none shows here, not when somebody reads the value
+            tables.append(table)
     return pa.concat_tables(tables)
 
 
