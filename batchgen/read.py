@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -79,25 +79,14 @@ def _why_unreadable(info: FileInfo) -> str:
         head = source.read(4)
         source.seek(max(0, info.num_bytes - 4))
         tail = source.read(4)
-        if head == tail == b"PAR1" and _has_metadata(source):
-            return "has columns of types that Arrow can't read (a map without a key, for one); write it again"
     if b"PARE" in (head, tail):
         return "has an encrypted footer, which is not supported; decrypt it first"
     if head == b"PAR1" and tail != b"PAR1":
         return "is truncated (no Parquet footer at its end); write or copy it again"
     if head == b"PAR1":
-        return "has a broken or encrypted Parquet footer; write it again, unencrypted"
+        # pyarrow makes the schema while it opens the file, so the two can't be told apart.
+        return "has a broken or encrypted Parquet footer, or types that Arrow refuses; write it again, unencrypted"
     return "is not Parquet; convert it, or leave it out of input.paths"
-
-
-def _has_metadata(source: BinaryIO) -> bool:
-    """Can the footer be parsed, if not be made an Arrow schema?"""
-    source.seek(0)
-    try:
-        pq.read_metadata(source)
-    except ARROW_ERRORS:
-        return False
-    return True
 
 
 def read_footers(infos: Sequence[FileInfo]) -> list[Footer]:

@@ -95,8 +95,3 @@ def test_a_page_with_a_wrong_checksum_is_no_prompt(child: Child) -> None:
 def test_encrypted_columns_are_refused_with_the_mend(child: Child) -> None:
     said = child.look(CORPUS / "data/encrypt_columns_plaintext_footer.parquet.encrypted")
     assert "has encrypted columns, which are not supported; decrypt it first" in said["why"]
-
-
-def test_a_schema_that_arrow_refuses_is_told_from_a_broken_footer(child: Child) -> None:
-    said = child.look(CORPUS / "data/incorrect_map_schema.parquet")
-    assert "has columns of types that Arrow can't read (a map without a key, for one); write it again" in said["why"]
