@@ -12,7 +12,10 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from batchgen.batches import BatchStats
+from batchgen.damage import RESTORE, refusing_damage
 from batchgen.dispatch import Dispatcher, Progress
 from batchgen.driver_lease import is_dead_here, make_cancel_path, read_holder
 from batchgen.errors import OutputError, StorageError
@@ -24,6 +27,7 @@ from batchgen.work_queue import LostLease
 from batchgen.write import stats_from_json, stats_to_json
 
 STATUS = "_batchgen/status.json"
+DAMAGED = "is damaged; delete it: the next run writes it anew"
 
 
 class StatusWriter:
@@ -70,7 +74,8 @@ def read_status(storage: Storage) -> dict[str, Any] | None:
 def read_lost_batches(storage: Storage) -> list[BatchStats]:
     """Batches that runs lost or left open and that `batch_stats` may not have yet, as the last run said last."""
     status = read_status(storage)
-    return [stats_from_json(fields) for fields in status["lost_batches"]] if status else []
+    with refusing_damage(storage.url(STATUS), DAMAGED):
+        return [stats_from_json(fields) for fields in status["lost_batches"]] if status else []
 
 
 def make_open_stats(open_leases: list[LostLease], now: float) -> list[BatchStats]:
@@ -83,7 +88,8 @@ def make_open_stats(open_leases: list[LostLease], now: float) -> list[BatchStats
 def find_lock(storage: Storage) -> Storage:
     """Where the lease of this folder lies: in it, or at the lock URL that its last run wrote down."""
     lock = read_json(storage, LOCK)
-    return storage if lock is None else Storage(lock["root"])
+    with refusing_damage(storage.url(LOCK), f"is damaged; {RESTORE}"):
+        return storage if lock is None else Storage(lock["root"])
 
 
 def request_cancel(storage: Storage) -> int:
@@ -99,11 +105,12 @@ def describe_status(storage: Storage, status: dict[str, Any]) -> list[str]:
     """The status as lines for people: is the run alive, and how far did it get."""
     holder = read_holder(find_lock(storage))
     is_gone = holder is None or holder.has_ended or is_dead_here(holder)
-    age_s = time.time() - status["updated_at"]
-    state = "ended without a word" if is_gone and status["state"] == "running" else status["state"]
-    progress = Progress(**status["progress"])
-    first = f"{state}, epoch {status['epoch']}, {age_s:.0f} s ago" + (
-        f": {status['message']}" if status["message"] else ""
-    )
     who = [] if holder is None or is_gone else [f"held by {holder.describe()}"]
-    return [first, *who, format_line(progress)]
+    with refusing_damage(storage.url(STATUS), DAMAGED):
+        age_s = time.time() - status["updated_at"]
+        state = "ended without a word" if is_gone and status["state"] == "running" else status["state"]
+        progress = TypeAdapter(Progress).validate_python(status["progress"])
+        first = f"{state}, epoch {status['epoch']}, {age_s:.0f} s ago" + (
+            f": {status['message']}" if status["message"] else ""
+        )
+        return [first, *who, format_line(progress)]

@@ -256,7 +256,7 @@ class Dispatcher:
         number = event.footer.shard
         if self.queue.complete(event.worker_id, event.batch_id, number):
             info = FileInfo(make_data_path(number), event.num_bytes, event.version)
-            self.committed[number] = CommittedShard(info, event.footer)
+            self.committed[number] = CommittedShard(info, event.footer, event.footer_sha256)
             self._num_rows_committed += event.footer.num_rows_ok + event.footer.num_rows_error
             self._num_errors_committed += event.footer.num_rows_error
             self._delete(self.index.complete(number))

@@ -20,6 +20,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
+from batchgen.damage import refusing_damage
 from batchgen.errors import AlreadyExists, LeaseHeld, LeaseLost, NotFound, StorageError
 from batchgen.storage import Storage
 
@@ -57,14 +60,21 @@ def make_cancel_path(epoch: int) -> str:
 
 
 def read_holder(storage: Storage) -> Holder | None:
-    """The newest epoch's holder, live or not; None on a folder never used."""
+    """The newest epoch's holder, live or not; None on a folder never used. Raises OutputError where it is damaged."""
     found = storage.list_files(FOLDER, suffix=".json")
     if not found:
         return None
+    mend = "is damaged; delete it once no run is working on the folder"
     try:
-        return Holder(**json.loads(storage.read_bytes(found[-1].path)))
+        with refusing_damage(storage.url(found[-1].path), mend):
+            return parse_holder(storage.read_bytes(found[-1].path))
     except NotFound:
         return None
+
+
+def parse_holder(raw: bytes) -> Holder:
+    """Raises ValueError for what no driver wrote."""
+    return TypeAdapter(Holder).validate_json(raw)
 
 
 def get_machine() -> str:

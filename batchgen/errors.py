@@ -20,6 +20,7 @@
         ├── NotFound             no such object
         ├── AlreadyExists        create-if-absent found the object there
         ├── Conflict             replace-if-match found another version
+        ├── Damaged              a journal segment is not what was written
         └── InputChanged         a planned input file is no longer what was planned
 
 Every one of them pickles with its message, because they cross processes. No message ever holds prompt or generated
@@ -132,6 +133,12 @@ class AlreadyExists(StorageError):
 
 class Conflict(StorageError):
     """Replace-if-match: the object is not the version that was read."""
+
+
+class Damaged(StorageError):
+    """A journal segment is not what was written, or not this job's. Without it its rows are generated again."""
+
+    is_retryable = False
 
 
 class InputChanged(StorageError):

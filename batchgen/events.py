@@ -55,7 +55,7 @@ class WorkerWarned:
 @dataclass(frozen=True, slots=True)
 class ShardCommitted:
     """The shard's file exists. `stats` is what this attempt did, with outcome 'superseded' when another attempt's file
-    was there first; size, version and footer are of the file that stands."""
+    was there first; size, version, footer and its digest are of the file that stands."""
 
     worker_id: str
     batch_id: str
@@ -63,6 +63,7 @@ class ShardCommitted:
     num_bytes: int
     version: str
     footer: FileFooter
+    footer_sha256: str
 
 
 @dataclass(frozen=True, slots=True)

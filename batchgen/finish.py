@@ -13,9 +13,11 @@ from batchgen.batches import BatchStats
 from batchgen.control import read_lost_batches, write_status
 from batchgen.dispatch import Dispatcher
 from batchgen.hold import Hold
+from batchgen.inventory import write_manifest
 from batchgen.job import Job
 from batchgen.manifest import CommittedShard
 from batchgen.report import make_report, write_report
+from batchgen.seal import seal_json
 
 
 def finish(
@@ -42,7 +44,7 @@ def finish(
     report["exit_code"] = choose_exit_code(report, job.spec.retry.max_error_rate)
     report["output"] = storage.root
     write_report(storage, report, job.spec)
-    manifest.write_json(storage, "manifest.json", manifest.make_manifest(committed.values(), report))
+    write_manifest(storage, job.spec, committed.values(), report, is_trial=is_trial)
     if dispatcher is not None:
         write_status(storage, hold.epoch, report["state"], dispatcher.make_progress(), unsettled, message)
     hold.check_lease()
@@ -71,7 +73,7 @@ def mark_success(job: Job, report: dict[str, Any], epoch: int, *, is_trial: bool
     if report["exit_code"] != 0 or not report["rows"]["is_complete"]:
         job.storage.delete(manifest.SUCCESS)
     elif not is_trial:
-        manifest.write_json(job.storage, manifest.SUCCESS, {"epoch": epoch, "made_at": time.time()})
+        job.storage.put(manifest.SUCCESS, seal_json({"epoch": epoch, "made_at": time.time()}))
 
 
 def choose_exit_code(report: dict[str, Any], max_error_rate: float) -> int:

@@ -19,8 +19,10 @@ from batchgen.manifest import CommittedShard
 from batchgen.plan import Plan, list_changes, make_plan
 from batchgen.read import read_footers
 from batchgen.records import InputFile, Shard, make_data_path
+from batchgen.seal import seal_json
 from batchgen.spec import JobSpec
 from batchgen.storage import FileInfo, Storage, is_input, list_inputs
+from batchgen.tokenizer_files import digest_tokenizer
 from batchgen.validate import check_footer, check_spec, check_unique, make_passthrough_schema, render_first
 from batchgen.work_queue import QueuedShard
 from batchgen.write import make_output_schema
@@ -92,8 +94,9 @@ def check_fingerprint(storage: Storage, spec: JobSpec) -> None:
                 f"{storage.root}: has data/ but no job of batchgen; choose an empty folder for output.path"
             )
         return
-    if saved["fingerprint"] != spec.fingerprint():
-        names = ", ".join(_list_differences(saved["fingerprint_fields"], spec.fingerprint_fields()))
+    if saved.get("fingerprint") != spec.fingerprint():
+        names = ", ".join(_list_differences(saved.get("fingerprint_fields"), spec.fingerprint_fields()))
+        names = names or "content in its spec.json"
         raise OutputError(
             f"{storage.root}: holds a job with other {names}; choose another output.path, or restore what was changed"
         )
@@ -128,8 +131,9 @@ def open_job(spec: JobSpec, storage: Storage) -> Job:
         warnings: list[str] = []
     else:
         files, passthrough, planned = saved
-        is_unique = (manifest.read_json(storage, manifest.SPEC) or {}).get("is_unique_checked")
-        warnings = check_frozen(files, found)
+        facts = manifest.read_json(storage, manifest.SPEC) or {}
+        is_unique = facts.get("is_unique_checked")
+        warnings = [*check_frozen(files, found), *check_tokenizer(spec, facts.get("tokenizer_sha256"))]
     plan = make_plan(spec, files, planned)
     make_output_schema(spec, passthrough)
     return Job(
@@ -186,6 +190,17 @@ def check_frozen(files: Sequence[InputFile], found: Sequence[FileInfo]) -> list[
     return [f"{len(new)} new input files are not part of this job: {_name(new)}"] if new else []
 
 
+def check_tokenizer(spec: JobSpec, planned_sha256: str | None) -> list[str]:
+    """A warning where the tokenizer's files are not those that the job began with. Unknown is no change."""
+    current = digest_tokenizer(spec)
+    if None in (planned_sha256, current) or planned_sha256 == current:
+        return []
+    return [
+        f"model.path: the tokenizer files of {spec.model.path} were changed since the job began; rows made from here on "
+        "may differ from those that are there"
+    ]
+
+
 def _name(paths: Sequence[str]) -> str:
     more = f" and {len(paths) - MAX_NAMED} more" if len(paths) > MAX_NAMED else ""
     return ", ".join(paths[:MAX_NAMED]) + more
@@ -195,16 +210,14 @@ def freeze(job: Job) -> None:
     """Write down spec and plan: from here on they hold. Only the holder of the driver's lease may call it."""
     spec, storage = job.spec, job.storage
     if job.is_new:
-        manifest.write_json(
-            storage,
-            manifest.SPEC,
-            {
-                "fingerprint": spec.fingerprint(),
-                "fingerprint_fields": spec.fingerprint_fields(),
-                "spec": spec.model_dump(mode="json"),
-                "is_unique_checked": job.is_unique_checked,
-            },
-        )
+        fields = {
+            "fingerprint": spec.fingerprint(),
+            "fingerprint_fields": spec.fingerprint_fields(),
+            "spec": spec.model_dump(mode="json"),
+            "is_unique_checked": job.is_unique_checked,
+            "tokenizer_sha256": digest_tokenizer(spec),
+        }
+        storage.put(manifest.SPEC, seal_json(fields))
         manifest.write_plan_files(storage, job.plan.files, job.passthrough)
     if job.new_shards:
         manifest.write_plan_shards(storage, job.plan.files, job.new_shards)

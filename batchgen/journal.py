@@ -3,7 +3,8 @@
 A segment is one object for one flush of one worker, created if absent, never changed: a Parquet file with one row group
 for each shard it holds rows of, and an index of them in its footer. Rows may be in several segments (a row may be
 generated twice); the first one that counts wins, so what an attempt commits depends on the order of segment names only.
-`JournalIndex` knows which segments still matter; a segment goes when every shard in it is committed.
+`JournalIndex` knows which segments still matter; a segment goes when every shard in it is committed. Pages bear checksums,
+for a segment's rows end up in shard files: a damaged one is refused by name, and without it its rows are made again.
 """
 
 import json
@@ -14,7 +15,8 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchgen.errors import AlreadyExists, NotFound, StorageError
+from batchgen.damage import refusing_damage
+from batchgen.errors import AlreadyExists, Damaged, NotFound
 from batchgen.records import JournalRef
 from batchgen.storage import Storage
 
@@ -38,7 +40,7 @@ def make_segment(rows: Mapping[int, pa.Table], fingerprint: str) -> pa.Buffer:
     index = json.dumps({"fingerprint": fingerprint, "shards": numbers}).encode()
     schema = rows[numbers[0]].schema.with_metadata({INDEX_KEY: index})
     sink = pa.BufferOutputStream()
-    with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+    with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True) as writer:
         for number in numbers:
             table = rows[number].replace_schema_metadata(schema.metadata)
             writer.write_table(table, row_group_size=table.num_rows)
@@ -60,18 +62,17 @@ def write_segment(storage: Storage, path: str, rows: Mapping[int, pa.Table], fin
 
 
 def read_index(storage: Storage, path: str, fingerprint: str) -> dict[int, JournalRef]:
-    """Where each shard's rows lie in one segment. Raises StorageError when it is none, or belongs to another job."""
-    try:
+    """Where each shard's rows lie in one segment. Raises Damaged when it is none, or belongs to another job."""
+    url = storage.url(path)
+    with refusing_damage(url, "is damaged, or no journal segment; remove it", Damaged):
         with storage.open_read(path) as source:
             metadata = pq.ParquetFile(source).schema_arrow.metadata or {}
-    except pa.ArrowInvalid as error:
-        raise StorageError(f"{storage.url(path)}: is not Parquet, so no journal segment; remove it") from error
-    if INDEX_KEY not in metadata:
-        raise StorageError(f"{storage.url(path)}: was not written by batchgen; remove it")
-    index = json.loads(metadata[INDEX_KEY])
-    if index["fingerprint"] != fingerprint:
-        raise StorageError(f"{storage.url(path)}: was written by a job with another fingerprint; remove it")
-    return {number: JournalRef(path, group) for group, number in enumerate(index["shards"])}
+        if INDEX_KEY not in metadata:
+            raise Damaged(f"{url}: was not written by batchgen; remove it")
+        index = json.loads(metadata[INDEX_KEY])
+        if index["fingerprint"] != fingerprint:
+            raise Damaged(f"{url}: was written by a job with another fingerprint; remove it")
+        return {int(number): JournalRef(path, group) for group, number in enumerate(index["shards"])}
 
 
 def list_segments(storage: Storage) -> list[str]:
@@ -90,12 +91,17 @@ def read_rows(storage: Storage, refs: Sequence[JournalRef], schema: pa.Schema) -
     `drop_repeated` keeps its first. Choose before that, or a row that doesn't count hides one that does.
 
     A segment that is gone means its shard was committed meanwhile: the commit finds that out, so it is skipped here.
+    Raises Damaged for one that is not what was written.
     """
     tables = []
     for ref in refs:
+        damage = refusing_damage(storage.url(ref.path), "is a damaged journal segment; remove it", Damaged)
         try:
-            with storage.open_read(ref.path) as source:
-                tables.append(pq.ParquetFile(source).read_row_group(ref.row_group).cast(schema))
+            with damage, storage.open_read(ref.path) as source:
+                parquet = pq.ParquetFile(source, page_checksum_verification=True)
+                rows = parquet.read_row_group(ref.row_group).cast(schema)
+                rows.validate(full=True)  # text that is none would be found much later, by whoever reads the output
+                tables.append(rows)
         except NotFound:
             continue
     return pa.concat_tables(tables) if tables else schema.empty_table()

@@ -17,19 +17,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchgen.batches import BatchStats, FileFooter
+from batchgen.damage import RESTORE, refusing_damage
 from batchgen.errors import AlreadyExists, LeaseLost, NotFound, OutputError
 from batchgen.records import InputFile, Shard, parse_batch_id
+from batchgen.shard_footer import read_footer
 from batchgen.stats import LATENCY_FIELDS, merge_stats
 from batchgen.storage import FileInfo, Storage
-from batchgen.write import FORMAT_VERSION, footer_from_json, footer_to_json, read_file_footer
+from batchgen.write import FORMAT_VERSION, footer_from_json, footer_to_json
 
 SPEC = "_batchgen/spec.json"
-PLAN_FILES = "_batchgen/plan/files.parquet"
-PLAN_SHARDS = "_batchgen/plan/shards-{:06d}.parquet"
+PLAN_FOLDER = "_batchgen/plan"
+PLAN_FILES = f"{PLAN_FOLDER}/files.parquet"
+PLAN_SHARDS = PLAN_FOLDER + "/shards-{:06d}.parquet"
+STATS_FOLDER = "batch_stats"
 COMMITTED = "_batchgen/committed.parquet"
 LOCK = "_batchgen/lock.json"
 SUCCESS = "_SUCCESS"
 NUM_FOOTER_THREADS = 32
+DAMAGED = f"is damaged; {RESTORE}"
 
 _FLOATS = ("num_gpus", "started_at", "wall_s", "tokens_per_s", "tokens_per_s_per_gpu", "mean_inflight")
 _TEXTS = ("batch_id", "shard", "outcome", "worker", "node", "engine_kind", "engine_version")
@@ -53,10 +58,12 @@ STATS_SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class CommittedShard:
-    """A shard file that stands: its version in the store and what its footer says."""
+    """A shard file that stands: its version in the store, what its footer says, and the digest of that (`seal`), which
+    covers the whole file."""
 
     info: FileInfo
     footer: FileFooter
+    footer_sha256: str
 
 
 # ---- what is committed -----------------------------------------------------------------------------------------------
@@ -68,7 +75,8 @@ def load_committed(
     """All committed shards by number; footers of `known_shards` are not read again where their file is unchanged. Raises
     OutputError for a file in data/ that is not this job's."""
     infos = storage.list_files("data", suffix=".parquet")
-    known = {(shard.info.path, shard.info.version): shard.footer for shard in known_shards} or _load_compacted(storage)
+    known = {(shard.info.path, shard.info.version): (shard.footer, shard.footer_sha256) for shard in known_shards}
+    known = known or _load_compacted(storage)
     unknown = [info for info in infos if (info.path, info.version) not in known]
     with ThreadPoolExecutor(NUM_FOOTER_THREADS, thread_name_prefix="footer") as threads:
         read = dict(
@@ -76,36 +84,26 @@ def load_committed(
         )
     committed = {}
     for info in infos:
-        footer = known.get((info.path, info.version)) or read[info.path]
+        footer, footer_sha256 = known.get((info.path, info.version)) or read[info.path]
         if footer.fingerprint != fingerprint:
             raise OutputError(
                 f"{storage.url(info.path)}: belongs to another job (fingerprint); choose another output.path"
             )
-        committed[footer.shard] = CommittedShard(info, footer)
+        committed[footer.shard] = CommittedShard(info, footer, footer_sha256)
     return committed
 
 
-def read_footer(storage: Storage, path: str) -> FileFooter:
-    """The footer of one shard file. Raises OutputError when it is not one of batchgen's, NotFound when it is gone."""
+def _load_compacted(storage: Storage) -> dict[tuple[str, str], tuple[FileFooter, str]]:
+    """What the copy holds; nothing where it is damaged, or of an earlier version: then the footers are read again."""
     try:
-        with storage.open_read(path) as source:
-            footer = read_file_footer(pq.ParquetFile(source))
-    except pa.ArrowException:
-        footer = None
-    if footer is None or footer.format_version != FORMAT_VERSION:
-        raise OutputError(
-            f"{storage.url(path)}: was not written by this version of batchgen; choose another output.path"
-        )
-    return footer
-
-
-def _load_compacted(storage: Storage) -> dict[tuple[str, str], FileFooter]:
-    try:
-        with storage.open_read(COMMITTED) as source:
-            rows = pq.read_table(source).to_pylist()
-    except NotFound:
+        with refusing_damage(storage.url(COMMITTED), "is damaged"):
+            with storage.open_read(COMMITTED) as source:
+                rows = pq.read_table(source).to_pylist()
+            return {
+                (row["path"], row["version"]): (footer_from_json(row["footer"]), row["footer_sha256"]) for row in rows
+            }
+    except (NotFound, OutputError):
         return {}
-    return {(row["path"], row["version"]): footer_from_json(row["footer"]) for row in rows}
 
 
 def write_committed(storage: Storage, committed: Iterable[CommittedShard]) -> None:
@@ -116,8 +114,9 @@ def write_committed(storage: Storage, committed: Iterable[CommittedShard]) -> No
             "path": [shard.info.path for shard in shards],
             "version": [shard.info.version for shard in shards],
             "footer": [footer_to_json(shard.footer) for shard in shards],
+            "footer_sha256": [shard.footer_sha256 for shard in shards],
         },
-        schema=pa.schema([("path", pa.string()), ("version", pa.string()), ("footer", pa.string())]),
+        schema=pa.schema([(name, pa.string()) for name in ("path", "version", "footer", "footer_sha256")]),
     )
     storage.put(COMMITTED, _to_parquet(table))
 
@@ -143,11 +142,13 @@ def make_stats_table(batches: Iterable[BatchStats]) -> pa.Table:
 
 
 def read_stats_table(storage: Storage) -> pa.Table:
-    """All of batch_stats, one row a batch."""
+    """All of batch_stats, one row a batch. Raises OutputError where a file of it is damaged."""
     tables = [STATS_SCHEMA.empty_table()]
-    for info in storage.list_files("batch_stats", suffix=".parquet"):
-        with storage.open_read(info.path) as source:
-            tables.append(pq.read_table(source).cast(STATS_SCHEMA))
+    for info in storage.list_files(STATS_FOLDER, suffix=".parquet"):
+        with refusing_damage(storage.url(info.path), DAMAGED), storage.open_read(info.path) as source:
+            table = pq.read_table(source).cast(STATS_SCHEMA)
+            table.validate(full=True)  # text that is none shows here, not when somebody reads the value
+            tables.append(table)
     return pa.concat_tables(tables)
 
 
@@ -185,7 +186,7 @@ def write_batch_stats(storage: Storage, epoch: int, batches: Mapping[str, BatchS
     if not new:
         return
     try:
-        storage.create(f"batch_stats/run-{epoch:06d}.parquet", _to_parquet(make_stats_table(new)))
+        storage.create(f"{STATS_FOLDER}/run-{epoch:06d}.parquet", _to_parquet(make_stats_table(new)))
     except AlreadyExists:
         return  # ours, after a lost reply: no other driver ever has this epoch
 
@@ -222,18 +223,19 @@ def _create_once(storage: Storage, path: str, data: pa.Buffer) -> None:
 
 
 def read_plan(storage: Storage) -> tuple[list[InputFile], pa.Schema, list[Shard]] | None:
-    """(files, passthrough schema, shards planned so far); None when nothing was planned yet."""
+    """(files, passthrough schema, shards planned so far); None when nothing was planned yet. Raises OutputError where the
+    plan is damaged."""
     try:
-        with storage.open_read(PLAN_FILES) as source:
+        with refusing_damage(storage.url(PLAN_FILES), DAMAGED), storage.open_read(PLAN_FILES) as source:
             table = pq.read_table(source)
+            files = [InputFile(**{**row, "row_group_rows": tuple(row["row_group_rows"])}) for row in table.to_pylist()]
+            passthrough = pa.ipc.read_schema(pa.py_buffer(table.schema.metadata[b"passthrough"]))
     except NotFound:
         return None
-    files = [InputFile(**{**row, "row_group_rows": tuple(row["row_group_rows"])}) for row in table.to_pylist()]
-    passthrough = pa.ipc.read_schema(pa.py_buffer(table.schema.metadata[b"passthrough"]))
     shards: list[Shard] = []
-    for info in storage.list_files("_batchgen/plan", suffix=".parquet"):
+    for info in storage.list_files(PLAN_FOLDER, suffix=".parquet"):
         if info.path != PLAN_FILES:
-            with storage.open_read(info.path) as source:
+            with refusing_damage(storage.url(info.path), DAMAGED), storage.open_read(info.path) as source:
                 shards += [
                     Shard(row["number"], files[row["file"]], row["row_start"], row["row_end"])
                     for row in pq.read_table(source).to_pylist()
@@ -255,37 +257,21 @@ def write_plan_shards(storage: Storage, files: Sequence[InputFile], shards: Sequ
     _create_once(storage, PLAN_SHARDS.format(shards[0].number), _to_parquet(table))
 
 
-# ---- spec, manifest, _SUCCESS ----------------------------------------------------------------------------------------
+# ---- JSON objects ----------------------------------------------------------------------------------------------------
 
 
 def read_json(storage: Storage, path: str) -> dict[str, Any] | None:
+    """None where there is none. Raises OutputError for what is no JSON object."""
     try:
-        value: dict[str, Any] = json.loads(storage.read_bytes(path))
+        value = json.loads(storage.read_bytes(path))
     except NotFound:
         return None
+    except (ValueError, RecursionError) as error:
+        raise OutputError(f"{storage.url(path)}: is not JSON; {RESTORE}") from error
+    if not isinstance(value, dict):
+        raise OutputError(f"{storage.url(path)}: is no JSON object; {RESTORE}")
     return value
 
 
 def write_json(storage: Storage, path: str, value: Mapping[str, Any]) -> None:
     storage.put(path, json.dumps(value, ensure_ascii=False).encode())
-
-
-def make_manifest(committed: Iterable[CommittedShard], report: Mapping[str, Any]) -> dict[str, Any]:
-    """Every data file with its rows, beside the report's count of rows: input times n = output = ok plus error."""
-    shards = sorted(committed, key=lambda shard: shard.info.path)
-    return {
-        "format_version": FORMAT_VERSION,
-        "fingerprint": report["fingerprint"],
-        "epoch": report["epoch"],
-        "rows": report["rows"],
-        "files": [
-            {
-                "path": shard.info.path,
-                "num_bytes": shard.info.num_bytes,
-                "version": shard.info.version,
-                "num_rows": shard.footer.num_rows_ok + shard.footer.num_rows_error,
-                "num_rows_error": shard.footer.num_rows_error,
-            }
-            for shard in shards
-        ],
-    }

@@ -84,7 +84,8 @@ def _why_unreadable(info: FileInfo) -> str:
     if head == b"PAR1" and tail != b"PAR1":
         return "is truncated (no Parquet footer at its end); write or copy it again"
     if head == b"PAR1":
-        return "has a broken or encrypted Parquet footer; write it again, unencrypted"
+        # pyarrow makes the schema while it opens the file, so the two can't be told apart.
+        return "has a broken or encrypted Parquet footer, or types that Arrow refuses; write it again, unencrypted"
     return "is not Parquet; convert it, or leave it out of input.paths"
 
 
@@ -102,7 +103,8 @@ def iter_shard(
     groups, first_row = _groups_of(shard)
     with open_input(shard.file.path, shard.file.version) as source:
         try:
-            parquet = pq.ParquetFile(source, pre_buffer="://" in shard.file.path)
+            # Pages that have a checksum must match it: else flipped bits would go to the engine as a prompt.
+            parquet = pq.ParquetFile(source, pre_buffer="://" in shard.file.path, page_checksum_verification=True)
         except ARROW_ERRORS as error:
             if isinstance(error, MemoryError):
                 raise

@@ -16,9 +16,11 @@ from batchgen import journal
 from batchgen.batches import BatchStats, FileFooter
 from batchgen.errors import AlreadyExists, Conflict
 from batchgen.events import ShardCommitted
-from batchgen.manifest import CommittedShard, read_footer
+from batchgen.manifest import CommittedShard
 from batchgen.open_shard import OpenShard
 from batchgen.records import JournalRef, Lease, WorkerInfo, parse_batch_id
+from batchgen.seal import digest_footer
+from batchgen.shard_footer import read_footer, read_whole_file
 from batchgen.spec import JobSpec
 from batchgen.stats import count_rows, make_batch_stats, make_lost_stats
 from batchgen.storage import FileInfo, Storage
@@ -56,7 +58,7 @@ class ShardFiles:
         info = self._storage.info(lease.shard.data_path)
         if info is None or info.version == lease.replaces:
             return None
-        return CommittedShard(info, read_footer(self._storage, info.path))
+        return CommittedShard(info, *read_footer(self._storage, info.path))
 
     def read_journal(self, lease: Lease, after_attempt: int) -> pa.Table:
         """Rows that attempts later than this one finished and journaled, each once. Those of the attempt that committed
@@ -72,11 +74,13 @@ class ShardFiles:
 
     def read_kept(self, lease: Lease, errors: str) -> tuple[pa.Table, int]:
         """(rows of the file to be replaced that stay as they are: all but the error rows to be tried again; the attempt
-        that made it)."""
-        attempt = read_footer(self._storage, lease.shard.data_path).attempt
-        with self._storage.open_read(lease.shard.data_path) as source:
-            rows = pq.read_table(source, columns=self.result_schema.names).cast(self.result_schema)
-        return rows.filter(pc.invert(find_again(rows, errors))), attempt
+        that made it). Raises OutputError where its bytes are not those that were committed: a new seal must never
+        vouch for rows that were damaged meanwhile."""
+        path = lease.shard.data_path
+        data = self._storage.read_bytes(path)
+        footer = read_whole_file(data, self._storage.url(path))
+        rows = pq.read_table(pa.BufferReader(data), columns=self.result_schema.names).cast(self.result_schema)
+        return rows.filter(pc.invert(find_again(rows, errors))), footer.attempt
 
     def write_segment(self, path: str, rows: dict[int, pa.Table]) -> dict[int, JournalRef]:
         return journal.write_segment(self._storage, path, rows, self._fingerprint)
@@ -126,13 +130,14 @@ class ShardFiles:
             if (standing := self.find_committed(lease)) is None:
                 raise
             return standing
-        return CommittedShard(FileInfo(path, data.size, version), footer)
+        return CommittedShard(FileInfo(path, data.size, version), footer, digest_footer(data))
 
     def _list_earlier(self, lease: Lease, recovered: pa.Table) -> list[BatchStats]:
         """Stats of the other batches that have rows in this file: known from the file replaced, else from the rows."""
         known = {}
         if lease.replaces is not None:
-            known = {batch.batch_id: batch for batch in read_footer(self._storage, lease.shard.data_path).batches}
+            replaced, _ = read_footer(self._storage, lease.shard.data_path)
+            known = {batch.batch_id: batch for batch in replaced.batches}
         batches = []
         for batch_id in pc.unique(recovered["batch_id"]).to_pylist():
             rows = recovered.filter(pc.equal(recovered["batch_id"], batch_id))
@@ -143,5 +148,11 @@ class ShardFiles:
 def make_event(worker_id: str, stats: BatchStats, standing: CommittedShard) -> ShardCommitted:
     """The event for a shard whose file stands."""
     return ShardCommitted(
-        worker_id, stats.batch_id, stats, standing.info.num_bytes, standing.info.version, standing.footer
+        worker_id,
+        stats.batch_id,
+        stats,
+        standing.info.num_bytes,
+        standing.info.version,
+        standing.footer,
+        standing.footer_sha256,
     )

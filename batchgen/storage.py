@@ -211,6 +211,8 @@ def _scheme(url: str) -> str:
 
 def _absolute(url: str) -> str:
     """One spelling for each place: a full path or `scheme://...`, without a '/' at its end."""
+    if "\0" in url:
+        raise InputError("cannot use a path with a zero byte in it; write the path itself")
     scheme = _scheme(url)
     rest = url[len(scheme) + 3 :]
     if scheme in {"file", "local"} or not scheme:

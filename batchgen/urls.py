@@ -18,7 +18,10 @@ def has_password(url: str) -> bool:
 
 
 def check_url(url: str) -> str:
-    """The URL (or local path). Raises ValueError, which doesn't repeat it, when there may be a secret in it."""
+    """The URL (or local path). Raises ValueError, which doesn't repeat it, when there may be a secret in it, or a zero
+    byte, which no file system takes."""
+    if "\0" in url:
+        raise ValueError("has a zero byte in it; write the path itself")
     if has_password(url):
         raise ValueError("has a password in it, which a spec may not hold; leave credentials to the environment")
     if _HTTP_QUERY.search(url) or _CREDENTIAL.search(url):

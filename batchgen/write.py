@@ -3,7 +3,7 @@
 `make_result_schema` is what journal and worker hold; `make_output_schema` adds the key and passthrough columns and is
 what users read. Each shard file has exactly the shard's rows times n, in input order: `make_output_table` fails loudly
 on a row out twice or not at all. The footer says which job, shard and attempt made the file, and the stats of every
-batch that has rows in it. Knows nothing of where the bytes go.
+batch that has rows in it, and seals the rows (`seal`). Knows nothing of where the bytes go.
 """
 
 import dataclasses
@@ -14,14 +14,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter
 
 from batchgen.batches import BatchStats, FileFooter
 from batchgen.records import Lease, Result
+from batchgen.seal import write_sealed
 from batchgen.spec import JobSpec
 
 FORMAT_VERSION = 1
 FOOTER_KEY = b"batchgen"
 MAX_ROW_GROUP_ROWS = 16_384
+# What is read back may have been changed by anybody: its types are looked at.
+_STATS, _FOOTERS = TypeAdapter(BatchStats), TypeAdapter(FileFooter)
 
 LOGPROBS_TYPE = pa.list_(
     pa.struct(
@@ -166,7 +170,8 @@ def stats_to_json(stats: BatchStats) -> dict[str, Any]:
 
 
 def stats_from_json(fields: Mapping[str, Any]) -> BatchStats:
-    return BatchStats(**fields)
+    """Raises ValueError for what is none."""
+    return _STATS.validate_python(fields)
 
 
 def footer_to_json(footer: FileFooter) -> str:
@@ -175,18 +180,14 @@ def footer_to_json(footer: FileFooter) -> str:
 
 
 def footer_from_json(text: str | bytes) -> FileFooter:
-    fields = json.loads(text)
-    return FileFooter(**{**fields, "batches": tuple(stats_from_json(batch) for batch in fields["batches"])})
+    """Raises ValueError for what is none."""
+    return _FOOTERS.validate_json(text)
 
 
 def make_shard_file(table: pa.Table, footer: FileFooter, *, compression_level: int) -> pa.Buffer:
-    """The Parquet bytes of a shard file: zstd, row groups small enough to stream."""
+    """The Parquet bytes of a shard file: zstd, row groups small enough to stream, sealed."""
     table = table.replace_schema_metadata({FOOTER_KEY: footer_to_json(footer).encode()})
-    sink = pa.BufferOutputStream()
-    pq.write_table(
-        table, sink, compression="zstd", compression_level=compression_level, row_group_size=MAX_ROW_GROUP_ROWS
-    )
-    return sink.getvalue()
+    return write_sealed(table, row_group_rows=MAX_ROW_GROUP_ROWS, compression_level=compression_level)
 
 
 def read_file_footer(parquet: pq.ParquetFile) -> FileFooter | None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from batchgen.cli import refusals, watch_run
+from batchgen.cli.base import refusals
+from batchgen.cli.jobs import watch_run
 from batchgen.demo import read_answers, write_questions
 from batchgen.spec_load import load_spec
 

@@ -13,10 +13,12 @@ Facts about moto 5.2, and what is mended here so that it decides as S3 does:
 import contextlib
 import http.client
 import os
+import random
 import re
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -173,8 +175,10 @@ class S3Proxy:
         self.refuses_conditions = False
         """Conditional writes get 501, and the bulk delete 400 for want of a Content-MD5."""
         self.ignores_conditions = False
+        self.faults: Counter[str] = Counter()
         self._store = endpoint
         self._rules: list[_Rule] = []
+        self._rng, self._rate = random.Random(), 0.0
 
     def hold_reply(self, pattern: str, *, nth: int = 1, method: str = "PUT") -> Held:
         """Of the n-th matching request: carried out by the store, answered on `release()` or never."""
@@ -189,6 +193,39 @@ class S3Proxy:
     def answer(self, status: int, code: str, *, pattern: str = "", times: int = -1, method: str = "") -> None:
         """Not forwarded. `times` -1: for ever."""
         self._rules.append(_Rule("answer", method, pattern, times=times, status=status, code=code))
+
+    def misbehave(self, seed: int, rate: float) -> Counter[str]:
+        """From now on this share of all requests fails, each in a way drawn by the seed; how often each has."""
+        self._rng, self._rate, self.faults = random.Random(seed), rate, Counter()
+        return self.faults
+
+    def behave(self) -> None:
+        self._rate = 0.0
+
+    def _draw_fault(self, method: str, conditions: frozenset[str]) -> str:
+        if self._rng.random() >= self._rate:
+            return ""
+        kinds = ["slow_down", "internal_error", "reset", "lost_reply", "expired"]
+        kinds += ["truncated"] * 2 if method == "GET" else []
+        kinds += ["conflict"] * 2 if conditions else []
+        kind = self._rng.choice(kinds)
+        self.faults[kind] += 1
+        return kind
+
+    async def _misbehave(self, request: Any, kind: str) -> Any:
+        from aiohttp import web
+
+        if kind in _ANSWERS:
+            status, code = _ANSWERS[kind]
+            return web.Response(status=status, text=_ERROR.format(code=code), content_type="application/xml")
+        response = await self._forward(request) if kind != "reset" else web.Response()
+        if kind == "truncated" and len(response.body) > 1:
+            partial = web.StreamResponse(status=response.status, headers=response.headers)
+            partial.content_length = len(response.body)
+            await partial.prepare(request)
+            await partial.write(response.body[: len(response.body) // 2])
+        request.transport.abort()
+        return response
 
     def slow_down(self, times: int) -> None:
         self.answer(503, "SlowDown", times=times)
@@ -234,6 +271,8 @@ class S3Proxy:
         method, path = request.method, request.path
         conditions = frozenset(name.lower() for name in request.headers) & _CONDITIONS
         self.seen.append(Seen(method, path, request.query_string, conditions))
+        if kind := self._draw_fault(method, conditions):
+            return await self._misbehave(request, kind)
         rule = next((rule for rule in self._rules if rule.takes(method, path)), None)
         status, code = self._make_refusal(request, conditions) if rule is None else (rule.status, rule.code)
         if status:
@@ -277,6 +316,12 @@ class S3Proxy:
             return web.Response(status=reply.status, headers=kept, body=await reply.read())
 
 
+_ANSWERS = {
+    "slow_down": (503, "SlowDown"),
+    "internal_error": (500, "InternalError"),
+    "conflict": (409, "ConditionalRequestConflict"),
+    "expired": (400, "ExpiredToken"),
+}
 _HOP_BY_HOP = {"connection", "transfer-encoding", "date", "server"}
 
 if __name__ == "__main__":

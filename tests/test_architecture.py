@@ -24,9 +24,10 @@ LAYERS = [
     ["sections"],
     ["tensorrt_llm_spec", "sampling_spec"],
     ["engine_specs"],
-    ["spec", "events", "build", "tasks", "window", "signals"],
+    ["spec", "events", "build", "tasks", "window", "signals", "damage", "seal"],
+    ["tokenizer_files"],
     # pure decisions
-    ["prompt", "plan", "work_queue", "scaling", "stats", "answer"],
+    ["prompt", "plan", "work_queue", "scaling", "stats", "answer", "verify_rows"],
     ["checkpoint", "stage_plan", "engines.trtllm.env"],
     ["preflight"],
     ["preflight_model"],
@@ -38,6 +39,7 @@ LAYERS = [
     ["stores.s3"],
     ["storage"],
     ["stores.probe", "spec_load", "read", "write", "journal", "driver_lease"],
+    ["shard_footer"],
     # weights on the node's own disk
     ["stage_fetch", "stage_lock"],
     ["stage_hub"],
@@ -80,15 +82,19 @@ LAYERS = [
     ["pools"],
     # one run
     ["hold", "view", "report"],
+    ["inventory"],
     ["control"],
-    ["finish"],
-    ["run"],
+    ["finish", "verify_files", "verify_folder"],
+    ["run", "verify"],
     ["demo", "bench_decode"],
+    ["cli.base"],
+    ["cli.jobs", "cli.outputs", "cli.nodes"],
     ["cli"],
+    ["cli.__main__"],
 ]
 PURE = {"records", "events", "errors", "urls", "sections", "engine_specs", "tensorrt_llm_spec"}
 PURE |= {"spec", "prompt", "plan", "sampling_spec", "batches", "engines.deepseek_turns", "engines.deepseek_v32"}
-PURE |= {"work_queue", "scaling", "stats", "answer"}
+PURE |= {"work_queue", "scaling", "stats", "answer", "verify_rows"}
 PURE |= {"checkpoint", "stage_plan", "preflight", "preflight_model"}
 PURE |= {"engines.trtllm.sampling", "engines.trtllm.env", "engines.trtllm.args", "engines.trtllm.health"}
 # What only does I/O: pure modules may not even import it from the standard library.
@@ -123,8 +129,8 @@ VENDORS = {
     "pynvml": {"engines.trtllm.gpu()", "node_facts()"},
     "yaml": {"spec_load"},
     "jsonschema": {"sampling_spec()"},
-    "typer": {"cli"},
-    "rich": {"view", "cli()", "doctor()"},
+    "typer": {"cli.base", "cli.jobs", "cli.outputs", "cli.nodes"},
+    "rich": {"view", "cli.jobs()", "cli.outputs()", "cli.nodes()", "doctor()"},
 }
 # Modules that import a heavy vendor at their top: whoever imports one of them does so lazily, or is one itself.
 HEAVY = {

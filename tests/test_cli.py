@@ -35,7 +35,7 @@ def test_a_run_that_was_under_way_says_stopped(tmp_path: Path, monkeypatch: pyte
     def lose(*_: object) -> None:
         raise LeaseLost("another driver took it over")
 
-    monkeypatch.setattr(cli, "watch_run", lose)
+    monkeypatch.setattr(cli.jobs, "watch_run", lose)
     result = invoke("run", write_spec(tmp_path, make_tree("/in", "/out")), "--json")
     assert result.exit_code == 3
     assert read_last_line(result) == {"state": "stopped", "message": "another driver took it over", "exit_code": 3}

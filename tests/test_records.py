@@ -59,7 +59,7 @@ VALUES: list[Any] = [
     WorkerWarned("w", "why"),
     Heartbeat("w", 1, 2, 3.5, (ShardProgress("b", 1, 2),)),
     JournalFlushed("w", ((3, REF),)),
-    ShardCommitted("w", "b", STATS, 10, "v", FOOTER),
+    ShardCommitted("w", "b", STATS, 10, "v", FOOTER, "d" * 64),
     ShardFailed("w", "b", 3, "why", True),
 ]
 

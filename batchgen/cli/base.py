@@ -1,0 +1,68 @@
+"""What every command of the command line shares: the app, the options, how a refusal is told."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+from batchgen import __version__
+from batchgen.errors import BatchgenError, Refusal
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Prompt Parquet in, generation Parquet out, on Ray, every row exactly once.",
+)
+
+SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help="YAML file: a local path or a URL such as s3://…")]
+OutArgument = Annotated[str, typer.Argument(metavar="OUT", help="The job's output folder: a local path or a URL.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a field; may be repeated.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="End with one JSON line on standard output.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+LimitOption = Annotated[
+    int | None, typer.Option("--limit", min=1, help="Only the first N rows: a trial whose rows the full run keeps.")
+]
+
+
+@contextmanager
+def refusals(debug: bool, *, is_run: bool = False, as_json: bool = False) -> Iterator[None]:
+    """One sentence and the exit code for whatever batchgen raises on purpose. Only a run can have been under way."""
+    try:
+        yield
+    except BatchgenError as error:
+        exit_code = 3 if is_run and not isinstance(error, Refusal) else 2
+        state = "stopped" if exit_code == 3 else "refused"
+        print_json({"state": state, "message": str(error), "exit_code": exit_code}, as_json)
+        if debug:
+            raise
+        typer.echo(f"batchgen: {error}", err=True)
+        raise typer.Exit(exit_code) from error
+
+
+def print_json(value: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(value, ensure_ascii=False))
+
+
+def say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Prompt Parquet in, generation Parquet out, on Ray, every row exactly once."""

@@ -1,0 +1,84 @@
+"""Commands that take an output folder: what became of a job."""
+
+from typing import Annotated
+
+import typer
+
+from batchgen.cli.base import DebugOption, JsonOption, OutArgument, app, print_json, refusals, say
+
+
+@app.command()
+def status(out: OutArgument, as_json: JsonOption = False, debug: DebugOption = False) -> None:
+    """What the run on OUT last said of itself."""
+    from batchgen.control import describe_status, read_status
+    from batchgen.errors import OutputError
+    from batchgen.storage import Storage
+
+    with refusals(debug, as_json=as_json):
+        storage = Storage(out)
+        found = read_status(storage)
+        if found is None:
+            raise OutputError(f"{storage.root}: no run has worked on it; nothing to show")
+        lines = describe_status(storage, found)
+    for line in lines:
+        say(line)
+    print_json({key: value for key, value in found.items() if key != "lost_batches"}, as_json)
+
+
+@app.command()
+def report(out: OutArgument, as_json: JsonOption = False, debug: DebugOption = False) -> None:
+    """The summary of the last run that ended on OUT."""
+    from rich.console import Console
+
+    from batchgen.errors import OutputError
+    from batchgen.manifest import read_json
+    from batchgen.report import REPORT_JSON, make_text_rows
+    from batchgen.storage import Storage
+    from batchgen.view import print_rows
+
+    with refusals(debug, as_json=as_json):
+        storage = Storage(out)
+        found = read_json(storage, REPORT_JSON)
+        if found is None:
+            raise OutputError(f"{storage.root}: has no report; no run has ended here yet")
+    print_rows(Console(stderr=True), storage.root, make_text_rows(found))
+    print_json(found, as_json)
+
+
+@app.command()
+def verify(
+    out: OutArgument,
+    with_input: Annotated[
+        bool, typer.Option("--input", help="Are the input files still the planned ones, too?")
+    ] = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Check every byte, row, key and count of OUT. Exit codes: 0 all right, 1 findings, 2 no job, 3 right but not done."""
+    from batchgen.storage import Storage
+    from batchgen.verify import verify as look
+
+    with refusals(debug, as_json=as_json):
+        storage = Storage(out)
+        verdict = look(storage, with_input=with_input)
+    for finding in verdict.findings:
+        say(f"wrong: {finding}")
+    for line in [*(f"not done: {line}" for line in verdict.todo), *(f"note: {line}" for line in verdict.notes)]:
+        say(line)
+    rows = verdict.counts["rows_ok"] + verdict.counts["rows_error"]
+    checked = f"{verdict.counts['files']:,} of {verdict.counts['shards']:,} shards, {rows:,} rows"
+    say(f"{storage.root}: {verdict.state}; checked {checked}, {len(verdict.findings)} findings")
+    print_json(verdict.to_json(), as_json)
+    raise typer.Exit(verdict.exit_code)
+
+
+@app.command()
+def cancel(out: OutArgument, as_json: JsonOption = False, debug: DebugOption = False) -> None:
+    """Ask the run on OUT to finish what is in flight, journal it and stop, wherever it runs."""
+    from batchgen.control import request_cancel
+    from batchgen.storage import Storage
+
+    with refusals(debug, as_json=as_json):
+        epoch = request_cancel(Storage(out))
+    say(f"asked the run of epoch {epoch} to stop; it looks every few seconds")
+    print_json({"epoch": epoch}, as_json)
