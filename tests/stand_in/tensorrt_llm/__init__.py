@@ -31,6 +31,7 @@ The control file is JSON, read again when it changes. Write it with `write_contr
       crash                   a background error: the next submit raises RuntimeError and the engine is shut down
       unhealthy               the executor shuts down: health False, waiters hang, submit raises RuntimeError
     while it is set
+      fail_all: true          as fail_active, on every rank, again and again
       empty_answers: true     every answer is 'stop' with no token; a number: that many, counted from when it was set
       rss_bytes_per_request   the main process keeps that much for every request it takes
       cached_tokens           what every answer reports as taken from the cache

@@ -75,6 +75,8 @@ class LLM:
         num_ranks = min(self.args.tensor_parallel_size, int(os.environ.get("STAND_IN_NUM_RANKS") or 2**30))
         for number in range(num_ranks):
             self._ranks.append(RankProcess(self._make_options(number), self._on_event))
+        for rank in self._ranks:
+            rank.wait_until_ready()
         time.sleep(self._control.get("start_s", 0.0))
         while fault == "hang":
             time.sleep(1.0)
