@@ -60,7 +60,8 @@ def test_contract(check: Callable[[Subject], Awaitable[None]], stand_in: StandIn
     stand_in.control(token_s=0.002)
     spec = make_job_spec(engine=SMALL, model={"path": "embedded", "max_model_len": 512})
     too_long = Prompt(messages=({"role": "user", "content": "word " * 2000},))
-    run(check(Subject(spec, long_sampling=SamplingParams(max_tokens=400, seed=1), rejected=too_long)))
+    long = SamplingParams(max_tokens=400, seed=1)
+    run(check(Subject(spec, long_sampling=long, rejected=too_long, read_max_inflight=stand_in.read_max_inflight)))
     stand_in.check_nothing_left()
 
 

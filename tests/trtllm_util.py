@@ -68,6 +68,10 @@ class StandIn:
     def count_requests(self) -> int:
         return sum("prompt" in call for call in read_calls(self.path))
 
+    def read_max_inflight(self) -> int:
+        """The most requests that one engine of its had at once."""
+        return max(call["num_inflight"] for call in read_calls(self.path) if "prompt" in call)
+
     def list_pids(self, command: str = "") -> list[int]:
         """Processes of its engines that run, those of one command line."""
         found = [pid for pid in list_marked(str(self.gpus), command) if not is_zombie(pid)]
