@@ -371,7 +371,7 @@ def test_memory_that_grows_has_it_started_anew_in_order(stand_in: StandIn) -> No
 
     async def main() -> None:
         stand_in.control(**SLOW, rss_bytes_per_request=30 * 2**20)
-        async with opened(stand_in, max_rss_growth_gib=0.1) as engine:
+        async with opened(stand_in, max_rss_growth_gib=0.1, no_progress_s=2) as engine:
             client = engine._client
             assert client is not None
             await until(lambda: client._health.first_rss_bytes, "a beat tells what it holds")
