@@ -560,6 +560,19 @@ def test_a_crowded_server_is_waited_for(tmp_path: Path, server: OpenAIServer) ->
     assert server.read()["num_calls"] == 70
 
 
+@pytest.mark.parametrize("status", [429, 500])
+def test_who_waits_for_a_server_holds_no_place(tmp_path: Path, server: OpenAIServer, status: int) -> None:
+    """A window of one: the row that is to come back later lets the others pass."""
+    tree, _ = make_job(tmp_path, server, 12, cluster={"workers": {"min": 1, "max": 1}})
+    tree["engine"]["max_inflight"] = 1
+    server.misbehave("refuse", match="What is 0 + 0?", status=status, headers={"Retry-After": "0.5"})
+    report, _ = run(tree)
+    asked = [body["messages"][0]["content"] for body in server.read()["bodies"]]
+    assert (len(asked), asked[0], asked.count(asked[0])) == (13, "What is 0 + 0?", 2)
+    assert asked[1] != asked[0]
+    assert (report["rows"]["ok"], report["job"]["num_retries"]) == (12, int(status == 500))
+
+
 def test_the_first_prompt_is_shown_as_the_server_gets_it(tmp_path: Path, server: OpenAIServer) -> None:
     tree, _ = make_job(tmp_path, server, 2)
     text, num_tokens = render_first_prompt(open_job(make_spec(tree), Storage(tree["output"]["path"])))
