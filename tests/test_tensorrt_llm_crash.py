@@ -128,7 +128,6 @@ def test_nothing_outlives_the_actor(with_keeper: bool, stand_in: StandIn, tmp_pa
     assert len(ranks) == 2
     assert sorted(pid for pids in stand_in.list_held().values() for pid in pids) == sorted(ranks)
     (keeper,) = stand_in.list_pids(KEEPER)
-    started = time.monotonic()
     for pid in [keeper, actor.pid] if with_keeper else [actor.pid]:
         os.kill(pid, signal.SIGKILL)
     actor.wait(10)
@@ -139,4 +138,3 @@ def test_nothing_outlives_the_actor(with_keeper: bool, stand_in: StandIn, tmp_pa
         assert sorted(stand_in.list_pids(RANK)) == sorted(ranks), "the ranks are orphans"
         assert set(ranks) <= set(sweep_orphans())
     stand_in.check_nothing_left()
-    assert time.monotonic() - started < 5
