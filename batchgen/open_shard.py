@@ -6,15 +6,16 @@ exactly those that a lost worker would cost. No I/O, no Ray, one thread (the wor
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate, chain
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchgen.answer import make_unstorable
-from batchgen.records import Lease, Result, ShardProgress, TokenLogprob
-from batchgen.write import LOGPROBS_TYPE, make_output_table, make_result_batch
+from batchgen.errors import BatchgenError
+from batchgen.records import Lease, Result, ShardProgress
+from batchgen.result_batch import count_values, make_result_batch
+from batchgen.write import make_output_table
 
 # Results become Arrow this many rows, or token ids and logprobs, at a time: Python objects of more never pile up, and the
 # event loop is never held longer than packing takes: 10 ms for so many logprobs.
@@ -43,6 +44,7 @@ class OpenShard:
         self.num_recovered = 0
         self.num_error = 0
         self.read_s = 0.0
+        self.prepare_s = 0.0
         self._finished = bytearray(lease.shard.num_rows * n)
         self._num_finished = 0
         self._recovered: list[pa.Table] = []
@@ -52,6 +54,7 @@ class OpenShard:
         self._num_flushed = 0
         self._inputs: list[pa.Table] = []
         self._ended = asyncio.Event()
+        self._error: BatchgenError | None = None
 
     # ---- what comes in -----------------------------------------------------------------------------------------------
 
@@ -87,10 +90,11 @@ class OpenShard:
             self._pack()
         self._check_ended()
 
-    def close(self) -> None:
-        """Nothing more is read or committed for this attempt: whatever waits for it goes on at once. Answers that still
-        come are kept for the journal."""
+    def close(self, error: BatchgenError | None = None) -> None:
+        """Nothing more is read or committed for this attempt: whatever waits for it goes on at once, `wait_ended` with
+        the error where one is given. Answers that still come are kept for the journal."""
         self.is_closed = True
+        self._error = self._error or error
         self._ended.set()
 
     # ---- what is known -----------------------------------------------------------------------------------------------
@@ -103,9 +107,16 @@ class OpenShard:
         """Input rows done, counted in whole rows of n samples."""
         return ShardProgress(self.lease.batch_id, self._num_finished // self._n, self.num_error)
 
+    def is_row_finished(self, source_row: int) -> bool:
+        """All its samples."""
+        slot = self._slot(source_row, 0)
+        return 0 not in self._finished[slot : slot + self._n]
+
     async def wait_ended(self) -> None:
-        """Until every row is finished, or the shard was closed."""
+        """Until every row is finished, or the shard was closed. Raises the error that it was closed with."""
         await self._ended.wait()
+        if self._error is not None:
+            raise self._error
 
     # ---- what goes out -----------------------------------------------------------------------------------------------
 
@@ -154,7 +165,7 @@ class OpenShard:
         self._buffer, self._num_values = [], 0
 
     def _make_batch(self, results: Sequence[Result]) -> pa.RecordBatch:
-        return make_flat_batch(results, self.lease.batch_id, self._schema)
+        return make_result_batch(results, self.lease.batch_id, self._schema)
 
     def _make_storable(self, result: Result) -> Result:
         """The result, or the failure that stands for a generation that Arrow refuses."""
@@ -171,53 +182,3 @@ class OpenShard:
             # Nothing is left to pack later: the commit makes its parts in a thread while the journal is flushed here.
             self._pack()
             self._ended.set()
-
-
-# ---- results as Arrow ------------------------------------------------------------------------------------------------
-
-
-def count_values(result: Result) -> int:
-    """Token ids and logprobs of a result: what packing it takes time for."""
-    answer = result.generation
-    if answer is None:
-        return 0
-    logprobs = answer.logprobs or ()
-    return len(answer.token_ids or ()) + len(logprobs) * (1 + len(logprobs[0].top) if logprobs else 1)
-
-
-def make_flat_batch(results: Sequence[Result], batch_id: str, schema: pa.Schema) -> pa.RecordBatch:
-    """As `make_result_batch`, the logprobs from flat arrays: a dict for each token took ten times as long."""
-    bare = [_without_logprobs(result) for result in results]
-    batch = make_result_batch(bare, batch_id, schema)
-    if (place := schema.get_field_index("logprobs")) < 0:
-        return batch
-    logprobs = [result.generation.logprobs if result.generation else None for result in results]
-    return batch.set_column(place, schema.field(place), make_logprobs(logprobs))
-
-
-def _without_logprobs(result: Result) -> Result:
-    answer = result.generation
-    return (
-        result
-        if answer is None or answer.logprobs is None
-        else replace(result, generation=replace(answer, logprobs=None))
-    )
-
-
-def make_logprobs(answers: Sequence[Sequence[TokenLogprob] | None]) -> pa.Array:
-    """The column `logprobs`; None is null."""
-    tokens = list(chain.from_iterable(answer for answer in answers if answer))
-    tops = [pair for token in tokens for pair in token.top]
-    top = pa.ListArray.from_arrays(
-        pa.array(accumulate((len(token.top) for token in tokens), initial=0), pa.int32()),
-        _make_struct([pair[0] for pair in tops], [pair[1] for pair in tops]),
-    )
-    values = _make_struct([token.token_id for token in tokens], [token.logprob for token in tokens], top)
-    ends = list(accumulate((len(answer or ()) for answer in answers), initial=0))
-    starts = [None if answer is None else start for answer, start in zip(answers, ends, strict=False)]
-    return pa.ListArray.from_arrays(pa.array([*starts, ends[-1]], pa.int32()), values, type=LOGPROBS_TYPE)
-
-
-def _make_struct(token_ids: Sequence[int | None], logprobs: Sequence[float], *more: pa.Array) -> pa.StructArray:
-    columns = [pa.array(token_ids, pa.int32()), pa.array(logprobs, pa.float32()), *more]
-    return pa.StructArray.from_arrays(columns, names=["token_id", "logprob", "top"][: len(columns)])

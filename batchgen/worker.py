@@ -11,23 +11,20 @@ any unexpected error ends the worker, never a row silently.
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
-from batchgen.answer import make_given_up
 from batchgen.build import build_id
 from batchgen.engines import create_engine, list_refused
 from batchgen.engines.base import Engine
 from batchgen.errors import BatchgenError, EngineDied, InputChanged, Refusal, StorageError
 from batchgen.events import Heartbeat, JournalFlushed, PoolEvent, ShardFailed, WorkerLost, WorkerWarned
+from batchgen.feeder import Feeder
 from batchgen.journal import make_segment_path
 from batchgen.open_shard import OpenShard
-from batchgen.prepare import Prepared, Preparer, make_inputs, make_unknown_inputs
-from batchgen.prompt import list_columns
-from batchgen.read import MAX_BATCH_ROWS, Rows, Unreadable, iter_shard
-from batchgen.records import Lease, Result, WorkerInfo
+from batchgen.prepare import Preparer
+from batchgen.records import Lease, WorkerInfo
 from batchgen.sender import Sender
 from batchgen.shard_files import ShardFiles, Spent, make_event
 from batchgen.spec import JobSpec
@@ -72,12 +69,13 @@ class Worker:
         await self._engine.open()
         spec = self._spec
         engine, refused = self._engine, list_refused(spec.engine.kind)
-        self._preparer = Preparer(spec, engine.tokenizer, engine.max_model_len, refused)
+        preparer = Preparer(spec, engine.tokenizer, engine.max_model_len, refused)
         self._sender = Sender(self._engine, spec.engine.max_inflight, spec.retry, self._die)
+        self._feeder = Feeder(spec, self._setup.passthrough, preparer, self._sender)
         self._window = self._sender.window
-        self._wake = asyncio.Event()
-        self._reading, self._flushing = asyncio.Lock(), asyncio.Lock()
+        self._wake, self._flushing = asyncio.Event(), asyncio.Lock()
         self._committing = asyncio.Semaphore(MAX_COMMITS)
+        self._other_tasks.spawn(self._feeder.run())
         self._other_tasks.spawn(self._flush_often())
         self.info = WorkerInfo(
             worker_id=self._setup.worker_id,
@@ -140,8 +138,7 @@ class Worker:
                 self._emit(make_event(self.info.worker_id, stats, standing))
                 return
             await self._recover(shard)
-            async with self._reading:
-                await self._read(shard)
+            await self._feeder.feed(shard)
             await shard.wait_ended()
             if shard.is_closed:
                 return
@@ -173,50 +170,6 @@ class Worker:
         if lease.journal:
             saved = await asyncio.to_thread(self._files.read_journal, lease, replaced_attempt)
             shard.recover(saved, are_copied=False)
-
-    async def _read(self, shard: OpenShard) -> None:
-        # A row is n requests: what one step makes is bounded by both.
-        max_rows = max(1, MAX_BATCH_ROWS // self._spec.sampling.n)
-        batches = iter_shard(shard.lease.shard, list_columns(self._spec), max_rows=max_rows)
-        try:
-            while not shard.is_closed:
-                started = time.monotonic()
-                step = await asyncio.to_thread(self._read_batch, shard, batches)
-                shard.read_s += time.monotonic() - started
-                if step is None:
-                    return
-                inputs, prepared = step
-                shard.add_inputs(inputs)
-                for item in prepared:
-                    await self._admit(shard, item)
-        finally:
-            batches.close()
-
-    def _read_batch(
-        self, shard: OpenShard, batches: Iterator[tuple[int, Rows]]
-    ) -> tuple[pa.Table, list[Prepared]] | None:
-        """(custom_id and passthrough columns, requests or failures) of the next few rows. In a thread."""
-        step = next(batches, None)
-        if step is None:
-            return None
-        first_row, rows = step
-        file, passthrough = shard.lease.shard.file.path, self._setup.passthrough
-        if isinstance(rows, Unreadable):
-            prepared = self._preparer.make_unreadable(rows, file, first_row)
-            return make_unknown_inputs(rows.num_rows, passthrough), prepared
-        prepared, custom_ids = self._preparer.prepare(rows, file, first_row)
-        return make_inputs(rows, custom_ids, passthrough, file), prepared
-
-    async def _admit(self, shard: OpenShard, item: Prepared) -> None:
-        """Queue one request for the window, after waiting for room to read ahead; failures end at once."""
-        if shard.is_closed or shard.is_finished(item.row_id.source_row, item.row_id.sample_index):
-            return
-        if isinstance(item, Result):
-            shard.add(item)
-        elif shard.lease.is_last_resort:
-            shard.add(make_given_up(item, shard.lease))
-        else:
-            await self._sender.push(shard, item)
 
     # ---- the journal -------------------------------------------------------------------------------------------------
 

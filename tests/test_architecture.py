@@ -71,11 +71,13 @@ LAYERS = [
     ["training.rows", "training.save", "training.accuracy"],
     ["training.train"],
     # one worker
+    ["result_batch", "read_ahead"],
     ["manifest", "open_shard", "prepare"],
     ["engines.contract_subject"],
     ["engines.contract_answers"],
     ["engines.contract"],
     ["shard_files", "sender", "validate"],
+    ["feeder"],
     ["worker", "job"],
     # many workers
     ["inline_pool", "ray_pool", "dispatch"],
@@ -95,6 +97,7 @@ LAYERS = [
 PURE = {"records", "events", "errors", "urls", "sections", "engine_specs", "tensorrt_llm_spec"}
 PURE |= {"spec", "prompt", "plan", "sampling_spec", "batches", "engines.deepseek_turns", "engines.deepseek_v32"}
 PURE |= {"work_queue", "scaling", "stats", "answer", "verify_rows"}
+PURE |= {"read_ahead"}
 PURE |= {"checkpoint", "stage_plan", "preflight", "preflight_model"}
 PURE |= {"engines.trtllm.sampling", "engines.trtllm.env", "engines.trtllm.args", "engines.trtllm.health"}
 # What only does I/O: pure modules may not even import it from the standard library.
