@@ -257,8 +257,20 @@ class WorkerInfo:
 
 @dataclass(frozen=True, slots=True)
 class ShardProgress:
-    """How far an open lease is, in input rows whose n samples are all finished; and in failed samples, of any row."""
+    """How far an open lease is, in input rows whose n samples are all finished; in failed samples, of any row; and in
+    requests that are neither finished, nor given to another worker, nor sent to the engine yet."""
 
     batch_id: str
     num_rows_done: int
     num_rows_error: int
+    num_unsent: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Requests of a lent shard that another worker generates for its owner. `lease` is the helper's, an attempt of its own;
+    `owner_batch_id` that of the owner, who alone commits. Which requests they are stands in the handoff in the store."""
+
+    lease: Lease
+    owner_id: str
+    owner_batch_id: str
