@@ -123,7 +123,7 @@ class Feeder:
         prompts = rows.select(list_row_columns(self._spec))
         page = Page(shard, first_row, prompts, range(rows.num_rows))
         left = [place for place in range(rows.num_rows) if not shard.is_row_finished(first_row + place)]
-        return inputs, Stretch(page, left, prompts.nbytes / rows.num_rows)
+        return inputs, Stretch(page, left, prompts.nbytes / rows.num_rows, self._preparer.expect(prompts))
 
     # ---- sending -----------------------------------------------------------------------------------------------------
 

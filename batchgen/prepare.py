@@ -6,16 +6,20 @@ engine's tokenizer and limit, not the engine. For an engine without a tokenizer 
 the row's prompt goes into the request as it is, and nothing is checked against a length.
 """
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from batchgen.answer import make_unreadable
 from batchgen.engines.base import Tokenizer
 from batchgen.errors import BadRow, InputError, SpecError
+from batchgen.lengths import BYTES_PER_TOKEN, LengthPrior, expect_tokens
 from batchgen.prompt import (
     Row,
+    list_prompt_columns,
     list_row_columns,
     make_custom_id,
     make_prompt,
@@ -23,7 +27,7 @@ from batchgen.prompt import (
     make_sampling_params,
     make_seed,
 )
-from batchgen.read import Unreadable, decode_rows
+from batchgen.read import Unreadable, decode_rows, is_binary
 from batchgen.records import Failure, Prompt, Request, Result, RowId, SamplingParams, Timing
 from batchgen.spec import JobSpec
 
@@ -47,8 +51,9 @@ def check_tools(spec: JobSpec, tokenizer: Tokenizer | None) -> None:
 
 
 class Preparer:
-    """Makes requests for one job on one engine. `refused`: sampling fields that the engine can't honour. Raises SpecError
-    for a job that asks the model to think, or to use tools, where it can't. Thread-safe."""
+    """Makes requests for one job on one engine. `refused`: sampling fields that the engine can't honour. `prior`: what an
+    earlier run measured of lengths. Raises SpecError for a job that asks the model to think, or to use tools, where it
+    can't. Thread-safe."""
 
     def __init__(
         self,
@@ -56,12 +61,31 @@ class Preparer:
         tokenizer: Tokenizer | None,
         max_model_len: int | None,
         refused: frozenset[str] = frozenset(),
+        prior: LengthPrior | None = None,
     ) -> None:
         check_thinking(spec, tokenizer)
         check_tools(spec, tokenizer)
         self._spec, self._tokenizer, self._max_model_len, self._refused = spec, tokenizer, max_model_len, refused
+        self._prior = prior
         self._columns = list_row_columns(spec)
         self._sampling = make_sampling_params(spec.sampling)
+
+    def expect(self, batch: pa.RecordBatch) -> list[float | None] | None:
+        """Completion tokens expected of each row's requests, by its hint column or its prompt's rough size: known before a
+        prompt is rendered, so that rows can be put in order. None where nothing is known of any."""
+        column = self._spec.input.length_hint
+        if column is None and self._prior is None:
+            return None
+        hints = decode_rows(batch, [column]) if column is not None else [{}] * batch.num_rows
+        sizes = estimate_prompt_tokens(batch, list_prompt_columns(self._spec.prompt))
+        # A row's own sampling may allow more than the job's, and is not looked at here.
+        most = self._spec.sampling.max_tokens if self._spec.prompt.sampling is None else sys.maxsize
+        return [
+            expect_tokens(
+                row[column] if column is not None else None, prompt_tokens=size, max_tokens=most, prior=self._prior
+            )
+            for row, size in zip(hints, sizes, strict=True)
+        ]
 
     def prepare(self, batch: pa.RecordBatch, file: str, numbers: Sequence[int]) -> list[Prepared]:
         """n requests or failures for each row, in order. `numbers`: the rows' own, in the file."""
@@ -83,8 +107,16 @@ class Preparer:
             room = self._max_model_len - len(token_ids)
             sampling = sampling if room >= sampling.max_tokens else replace(sampling, max_tokens=room)
         kept, has_tools = prompt if token_ids is None else None, prompt.tools is not None
+        expected = self._expect(row, token_ids, sampling.max_tokens)
         return [
-            Request(row_id, token_ids, seed_sampling(sampling, row_id), prompt=kept, has_tools=has_tools)
+            Request(
+                row_id,
+                token_ids,
+                seed_sampling(sampling, row_id),
+                prompt=kept,
+                has_tools=has_tools,
+                expected_tokens=expected,
+            )
             for row_id in row_ids
         ]
 
@@ -95,6 +127,15 @@ class Preparer:
         if sampling.thinking and self._tokenizer is not None and self._tokenizer.think_end is None:
             raise BadRow("bad_sampling", f"column '{self._spec.prompt.sampling}': thinking: {NO_MARKS}")
         return sampling
+
+    def _expect(self, row: Row, token_ids: tuple[int, ...] | None, max_tokens: int) -> float | None:
+        column = self._spec.input.length_hint
+        return expect_tokens(
+            row[column] if column is not None else None,
+            prompt_tokens=None if token_ids is None else len(token_ids),
+            max_tokens=max_tokens,
+            prior=self._prior,
+        )
 
     def _tokenize(self, prompt: Prompt, sampling: SamplingParams, tokenizer: Tokenizer) -> tuple[int, ...]:
         token_ids, limit = encode(prompt, sampling, tokenizer), self._max_model_len
@@ -110,6 +151,21 @@ class Preparer:
             )
         # Room for the completion asked for, but never more than half of the context.
         return token_ids[-(limit - min(sampling.max_tokens, limit // 2)) :]
+
+
+def estimate_prompt_tokens(batch: pa.RecordBatch, columns: Sequence[str]) -> list[int | None]:
+    """About how many tokens each row's prompt has; None for what can't be told without rendering it."""
+    sizes = [_measure(batch.column(name)) for name in columns]
+    return [None if None in row else round(sum(size or 0.0 for size in row)) for row in zip(*sizes, strict=True)]
+
+
+def _measure(column: pa.Array) -> list[float | None]:
+    kind = column.type
+    if (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_integer(kind.value_type):
+        return list(pc.list_value_length(column).to_pylist())
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or is_binary(kind):
+        return list(pc.divide(pc.cast(pc.binary_length(column), pa.float64()), BYTES_PER_TOKEN).to_pylist())
+    return [None] * len(column)
 
 
 def seed_sampling(sampling: SamplingParams, row_id: RowId) -> SamplingParams:

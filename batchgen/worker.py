@@ -22,6 +22,7 @@ from batchgen.errors import BatchgenError, EngineDied, InputChanged, Refusal, St
 from batchgen.events import Heartbeat, JournalFlushed, PoolEvent, ShardFailed, WorkerLost, WorkerWarned
 from batchgen.feeder import Feeder
 from batchgen.journal import make_segment_path
+from batchgen.lengths import LengthPrior
 from batchgen.open_shard import OpenShard
 from batchgen.prepare import Preparer
 from batchgen.records import Lease, WorkerInfo
@@ -45,6 +46,7 @@ class WorkerSetup:
     epoch: int
     storage: Storage
     passthrough: pa.Schema
+    prior: LengthPrior | None = None
 
 
 class Worker:
@@ -69,7 +71,7 @@ class Worker:
         await self._engine.open()
         spec = self._spec
         engine, refused = self._engine, list_refused(spec.engine.kind)
-        preparer = Preparer(spec, engine.tokenizer, engine.max_model_len, refused)
+        preparer = Preparer(spec, engine.tokenizer, engine.max_model_len, refused, self._setup.prior)
         self._sender = Sender(self._engine, spec.engine.max_inflight, spec.retry, self._die)
         self._feeder = Feeder(spec, self._setup.passthrough, preparer, self._sender)
         self._window = self._sender.window
