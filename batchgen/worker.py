@@ -23,6 +23,7 @@ from batchgen.engines.base import Engine
 from batchgen.errors import BatchgenError, EngineDied, InputChanged, Refusal, StorageError
 from batchgen.events import Heartbeat, JournalFlushed, PoolEvent, ShardFailed, WorkerLost, WorkerWarned
 from batchgen.journal import make_segment_path
+from batchgen.lengths import LengthPrior
 from batchgen.open_shard import OpenShard
 from batchgen.prepare import Prepared, Preparer, make_inputs, make_unknown_inputs
 from batchgen.prompt import list_columns
@@ -48,6 +49,7 @@ class WorkerSetup:
     epoch: int
     storage: Storage
     passthrough: pa.Schema
+    prior: LengthPrior | None = None
 
 
 class Worker:
@@ -72,7 +74,7 @@ class Worker:
         await self._engine.open()
         spec = self._spec
         engine, refused = self._engine, list_refused(spec.engine.kind)
-        self._preparer = Preparer(spec, engine.tokenizer, engine.max_model_len, refused)
+        self._preparer = Preparer(spec, engine.tokenizer, engine.max_model_len, refused, self._setup.prior)
         self._sender = Sender(self._engine, spec.engine.max_inflight, spec.retry, self._die)
         self._window = self._sender.window
         self._wake = asyncio.Event()

@@ -24,10 +24,12 @@ LAYERS = [
     ["sections"],
     ["tensorrt_llm_spec", "sampling_spec"],
     ["engine_specs"],
+    ["lazy_heap", "leases"],
     ["spec", "events", "build", "tasks", "window", "signals", "damage", "seal"],
     ["tokenizer_files"],
     # pure decisions
-    ["prompt", "plan", "work_queue", "scaling", "stats", "answer", "verify_rows"],
+    ["prompt", "plan", "backlog", "scaling", "lengths", "answer", "verify_rows"],
+    ["stats", "work_queue"],
     ["checkpoint", "stage_plan", "engines.trtllm.env"],
     ["preflight"],
     ["preflight_model"],
@@ -72,6 +74,7 @@ LAYERS = [
     ["training.train"],
     # one worker
     ["manifest", "open_shard", "prepare"],
+    ["length_files"],
     ["engines.contract_subject"],
     ["engines.contract_answers"],
     ["engines.contract"],
@@ -94,7 +97,7 @@ LAYERS = [
 ]
 PURE = {"records", "events", "errors", "urls", "sections", "engine_specs", "tensorrt_llm_spec"}
 PURE |= {"spec", "prompt", "plan", "sampling_spec", "batches", "engines.deepseek_turns", "engines.deepseek_v32"}
-PURE |= {"work_queue", "scaling", "stats", "answer", "verify_rows"}
+PURE |= {"work_queue", "backlog", "lazy_heap", "leases", "scaling", "lengths", "stats", "answer", "verify_rows"}
 PURE |= {"checkpoint", "stage_plan", "preflight", "preflight_model"}
 PURE |= {"engines.trtllm.sampling", "engines.trtllm.env", "engines.trtllm.args", "engines.trtllm.health"}
 # What only does I/O: pure modules may not even import it from the standard library.
