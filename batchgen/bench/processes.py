@@ -75,9 +75,11 @@ def run_child(
     """Run it to its end. Why it failed, or None."""
     with log.open("wb") as out, on_cores(cores):
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, start_new_session=True
+            command, stdin=subprocess.PIPE, stdout=out, stderr=out, env=env, start_new_session=True
         )
-    code = wait_or_kill(process, timeout_s)
+    assert process.stdin is not None
+    with process.stdin:
+        code = wait_or_kill(process, timeout_s)
     if code is None:
         return f"not done after {timeout_s:.0f} s"
     if code == 0:

@@ -31,12 +31,14 @@ class Ask:
 def main() -> None:
     child = Child()
     ray.init(address=child["ray_address"], logging_level="warning", log_to_driver=False)
-    calls = child["max_concurrency"]
-    pool = ray.data.ActorPoolStrategy(size=1, max_tasks_in_flight_per_actor=2 * calls)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    calls, size = child["calls"], child["batch_size"]
+    pool = ray.data.ActorPoolStrategy(
+        size=1, max_concurrent_calls_per_actor=calls, max_tasks_in_flight_per_actor=2 * calls
+    )
     with child.job():
-        rows = ray.data.read_parquet(child["input"], columns=["id", "prompt"], **child["read"])
-        options = {"batch_size": child["batch_size"], "max_concurrency": calls, "num_cpus": 1, "compute": pool}
-        done = rows.map_batches(Ask, fn_constructor_args=(child["url"],), **options)
+        rows = ray.data.read_parquet(child["input"], **child["read"]).select_columns(["id", "prompt"])
+        done = rows.map_batches(Ask, fn_constructor_args=(child["url"],), batch_size=size, compute=pool, num_cpus=1)
         done.write_parquet(child["output"])
     child.close("ray")
 

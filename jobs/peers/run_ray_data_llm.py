@@ -19,13 +19,11 @@ def read_answer(row: dict[str, object]) -> dict[str, object]:
 def main() -> None:
     child = Child()
     ray.init(address=child["ray_address"], logging_level="warning", log_to_driver=False)
+    ray.data.DataContext.get_current().enable_progress_bars = False
     config = HttpRequestProcessorConfig(url=f"{child['url']}/v1/chat/completions", **child["config"])
     processor = build_processor(config, preprocess=make_payload, postprocess=read_answer)
     with child.job():
-        rows = ray.data.read_parquet(child["input"], columns=["id", "prompt"], **child["read"])
-        if (limit := child["num_rows"]) is not None:
-            rows = rows.limit(limit)
-        processor(rows).write_parquet(child["output"])
+        processor(ray.data.read_parquet(child["input"])).write_parquet(child["output"])
     child.close("ray")
 
 
