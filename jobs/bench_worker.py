@@ -4,7 +4,8 @@ import argparse
 import json
 import tempfile
 
-from batchgen.bench_worker import HINTS, make_hints, make_services, measure_cpu, measure_slots
+from batchgen.bench.worker import HINTS, measure_cpu, measure_slots
+from batchgen.bench.workload import Workload
 
 
 def main() -> None:
@@ -20,7 +21,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=24)
     parser.add_argument("--sigma", type=float, default=0.8, help="of the lognormal service times, mean 0.5 s")
     parser.add_argument("--hints", choices=HINTS, default="none")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--text", action="store_true", help="cpu: prompts are text and tokenised here")
     options = parser.parse_args()
@@ -29,11 +30,10 @@ def main() -> None:
         if options.what == "cpu":
             found = measure_cpu(folder, options.rows, options.prompt_tokens, has_text=options.text)
         else:
+            work = Workload(options.rows, options.slots, sigma=options.sigma, seed=options.seed)
             workers = {"min": options.workers, "max": options.workers}
-            services = make_services(options.rows, options.sigma, options.seed)
-            hints = make_hints(services, options.hints, options.seed)
             cluster = {"pool": options.pool, "workers": workers, "cpus_per_worker": 0.1}
-            found = measure_slots(folder, services, hints, slots=options.slots, shards=options.shards, cluster=cluster)
+            found = measure_slots(folder, work, options.hints, shards=options.shards, cluster=cluster)
     print(json.dumps({**vars(options), **{name: round(value, 4) for name, value in found.items()}}))
 
 

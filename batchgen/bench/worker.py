@@ -1,13 +1,12 @@
 """How well a whole job keeps simulated engines busy, and what CPU its own work takes: measured, beside exact oracles.
 
-`measure_slots` runs a job whose rows have known service times (lognormal) and says how busy the slots were between the
+`measure_slots` runs a job whose rows have known service times (`workload`) and says how busy the slots were between the
 first row's start and the last one's end, as the engines' own record has it; the oracles are what first come first served
 and longest first make of the same times on as many slots, exactly, with no overhead at all. `measure_cpu` runs a job on
 an engine without latency, all in this process, and takes from its CPU time what the engine alone takes for as many rows.
 """
 
 import asyncio
-import heapq
 import math
 import random
 import tempfile
@@ -18,6 +17,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchgen.bench.oracle import find_fifo_s, find_longest_first_s, find_saturation
+from batchgen.bench.workload import Workload
 from batchgen.engines import create_engine
 from batchgen.engines.simulated import read_spans
 from batchgen.prompt import make_sampling_params
@@ -27,8 +28,7 @@ from batchgen.spec import JobSpec
 from batchgen.spec_load import make_spec
 from batchgen.storage import Storage
 
-MEAN_S = 0.5
-# Tokens of an answer stand for its milliseconds: few, so that writing their text costs next to nothing.
+# A token of an answer is a millisecond of its slot.
 TOKENS_PER_S = 1000.0
 HINTS = ("none", "exact", "noisy", "random", "constant", "reversed")
 
@@ -47,12 +47,6 @@ class SilentView:
 # ---- what is asked for -----------------------------------------------------------------------------------------------
 
 
-def make_services(num_rows: int, sigma: float, seed: int) -> list[float]:
-    """Lognormal service times (s) of the mean `MEAN_S`, in whole tokens."""
-    rng, scale = random.Random(seed), MEAN_S / math.exp(sigma * sigma / 2)
-    return [max(1, round(TOKENS_PER_S * scale * rng.lognormvariate(0, sigma))) / TOKENS_PER_S for _ in range(num_rows)]
-
-
 def make_hints(services: Sequence[float], kind: str, seed: int) -> list[float | None]:
     """Expected tokens of each row: 'noisy' ones are wrong by a factor of 1.6 (one sigma), 'random' ones are those of other
     rows, 'reversed' ones promise short answers where they are long."""
@@ -62,32 +56,24 @@ def make_hints(services: Sequence[float], kind: str, seed: int) -> list[float | 
         "exact": [*exact],
         "noisy": [tokens * rng.lognormvariate(0, 0.5) for tokens in exact],
         "random": [*rng.sample(exact, len(exact))],
-        "constant": [MEAN_S * TOKENS_PER_S] * len(exact),
+        "constant": [sum(exact) / len(exact)] * len(exact),
         "reversed": [1e6 / tokens for tokens in exact],
     }
     return made[kind]
 
 
-def simulate_makespan(services: Sequence[float], num_slots: int) -> float:
-    """Seconds until all are done, when each slot takes the next as soon as it is free."""
-    slots = [0.0] * num_slots
-    for service in services:
-        heapq.heapreplace(slots, slots[0] + service)
-    return max(slots)
-
-
 # ---- how busy the slots are ------------------------------------------------------------------------------------------
 
 
-def measure_slots(
-    folder: str, services: Sequence[float], hints: Sequence[float | None], *, slots: int, shards: int, cluster: Any
-) -> dict[str, float]:
-    """Run the job below `folder` (local or any URL) and say what came of it. `cluster`: that section of its spec."""
+def measure_slots(folder: str, work: Workload, hints: str, *, shards: int, cluster: dict[str, Any]) -> dict[str, float]:
+    """Run the job below `folder` (local or any URL) and say what came of it. `hints`: one of HINTS. `cluster`: that section
+    of its spec; each worker has the workload's slots."""
+    services, slots = work.list_services_s(), work.slots
     table = pa.table(
         {
             "prompt": ["x"] * len(services),
             "own": [{"max_tokens": round(service * TOKENS_PER_S)} for service in services],
-            "hint": pa.array(hints, pa.float64()),
+            "hint": pa.array(make_hints(services, hints, work.seed), pa.float64()),
         }
     )
     rows_per_shard = math.ceil(len(services) / shards)
@@ -114,13 +100,11 @@ def measure_slots(
         spans = read_spans(calls)
     window_s = max(end for _, end in spans) - min(start for start, _ in spans)
     num_slots = slots * spec.cluster.workers.max
-    fifo_s = simulate_makespan(services, num_slots)
-    longest_s = simulate_makespan(sorted(services, reverse=True), num_slots)
-    busy_s = sum(services) / num_slots
+    fifo_s, longest_s = find_fifo_s(services, num_slots), find_longest_first_s(services, num_slots)
     return {
-        "saturation": busy_s / window_s,
-        "fifo_oracle": busy_s / fifo_s,
-        "longest_first_oracle": busy_s / longest_s,
+        "saturation": find_saturation(services, num_slots, window_s),
+        "fifo_oracle": find_saturation(services, num_slots, fifo_s),
+        "longest_first_oracle": find_saturation(services, num_slots, longest_s),
         "over_fifo": window_s / fifo_s,
         "over_longest_first": window_s / longest_s,
         "window_s": window_s,
