@@ -1,19 +1,21 @@
 """One leased shard while its worker works on it: which rows are finished, their results as Arrow, what is journaled.
 
 Invariants: each (row, sample) is finished at most once, later answers for it are dropped; results in `unflushed` are
-exactly those that a lost worker would cost. No I/O, no Ray, one thread (the worker's event loop) but for `make_parts`.
+exactly those that a lost worker would cost; a request that is away is another worker's until it is taken back. No I/O,
+no Ray, one thread (the worker's event loop) but for `make_parts`.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, chain
+from itertools import accumulate, chain, islice
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchgen.answer import make_unstorable
-from batchgen.records import Lease, Result, ShardProgress, TokenLogprob
+from batchgen.errors import BatchgenError
+from batchgen.records import Lease, Result, ShardProgress, Slot, TokenLogprob
 from batchgen.write import LOGPROBS_TYPE, make_output_table, make_result_batch
 
 # Results become Arrow this many rows, or token ids and logprobs, at a time: Python objects of more never pile up, and the
@@ -36,9 +38,18 @@ class Parts:
 class OpenShard:
     """See the module. `lease` may gain journal references only."""
 
-    def __init__(self, lease: Lease, n: int, schema: pa.Schema) -> None:
+    def __init__(self, lease: Lease, n: int, schema: pa.Schema, wanted: Sequence[Slot] | None = None) -> None:
+        """`wanted`: the only requests of the shard that are to be made here; None for all."""
         self.lease, self._n, self._schema = lease, n, schema
         self.is_closed = False
+        self.error: BatchgenError | None = None
+        self.num_inflight = 0
+        # Rows before this one were read, and are on their way.
+        self.next_row = lease.shard.row_start
+        self.replaced_attempt = 0
+        self.is_recovered = False
+        self.shared_ids: set[str] = set()
+        self._away: dict[Slot, str] = {}
         self.num_copied = 0
         self.num_recovered = 0
         self.num_error = 0
@@ -52,6 +63,13 @@ class OpenShard:
         self._num_flushed = 0
         self._inputs: list[pa.Table] = []
         self._ended = asyncio.Event()
+        if wanted is not None:
+            self._leave_out_all_but(wanted)
+
+    def _leave_out_all_but(self, wanted: Sequence[Slot]) -> None:
+        places = {self._slot(*slot) for slot in wanted}
+        self._finished = bytearray(place not in places for place in range(len(self._finished)))
+        self._num_finished = len(self._finished) - len(places)
 
     # ---- what comes in -----------------------------------------------------------------------------------------------
 
@@ -61,20 +79,32 @@ class OpenShard:
         Of a file to be replaced the journal may still hold the very error rows that are to be tried again."""
         if self.lease.replaces is not None and not are_copied:
             rows = rows.filter(pc.equal(rows["status"], "ok"))
+        num_rows = self._take(rows)
+        if are_copied:
+            self.num_copied += num_rows
+        else:
+            self.num_recovered += num_rows
+        self._check_ended()
+
+    def take_in(self, rows: pa.Table, shared_ids: Iterable[str]) -> None:
+        """Rows that other workers journaled meanwhile, their errors too: they tried as we would. `shared_ids`: the batches
+        of those that helped."""
+        self.shared_ids |= set(shared_ids)
+        self.num_recovered += self._take(rows)
+        self._check_ended()
+
+    def _take(self, rows: pa.Table) -> int:
         keys = zip(rows["source_row"].to_pylist(), rows["sample_index"].to_pylist(), strict=True)
         rows = rows.filter(pa.array([self._mark(row, sample) for row, sample in keys], pa.bool_()))
         self._recovered.append(rows)
         self.num_error += pc.sum(pc.equal(rows["status"], "error")).as_py() or 0
-        if are_copied:
-            self.num_copied += rows.num_rows
-        else:
-            self.num_recovered += rows.num_rows
-        self._check_ended()
+        return int(rows.num_rows)
 
     def add_inputs(self, inputs: pa.Table) -> None:
         """The next rows' custom_id and passthrough columns (`prepare.make_inputs`), kept until the commit joins them to the
         results."""
         self._inputs.append(inputs)
+        self.next_row += inputs.num_rows
 
     def add(self, result: Result) -> None:
         """One request ended. A second answer for the same row and sample is dropped: the first stands."""
@@ -93,7 +123,41 @@ class OpenShard:
         self.is_closed = True
         self._ended.set()
 
+    # ---- what others make --------------------------------------------------------------------------------------------
+
+    def choose_to_give(self, max_requests: int, ready: Sequence[Slot]) -> list[Slot]:
+        """Requests that another worker may have: first those of rows that were not read yet, from the end; then those that
+        wait for the window (`ready`, in order). What was sent stays."""
+        if not self.is_recovered:
+            return []  # the journal may hold what would be given
+        unread = (
+            (row, sample)
+            for row in range(self.lease.shard.row_end - 1, self.next_row - 1, -1)
+            for sample in range(self._n)
+        )
+        free = (slot for slot in chain(unread, reversed(ready)) if not self.is_settled(*slot))
+        return list(islice(free, max_requests))
+
+    def give(self, slots: Iterable[Slot], share_id: str) -> None:
+        self._away.update(dict.fromkeys(slots, share_id))
+
+    def take_back(self, share_ids: Iterable[str]) -> list[Slot]:
+        """Requests of these shares that nobody finished: ours again."""
+        wanted = set(share_ids)
+        back = [slot for slot, share_id in self._away.items() if share_id in wanted]
+        for slot in back:
+            del self._away[slot]
+        return [slot for slot in back if not self.is_finished(*slot)]
+
+    def is_settled(self, source_row: int, sample_index: int) -> bool:
+        """Not to be sent: finished, or another worker's."""
+        return (source_row, sample_index) in self._away or self.is_finished(source_row, sample_index)
+
     # ---- what is known -----------------------------------------------------------------------------------------------
+
+    @property
+    def has_ended(self) -> bool:
+        return self._ended.is_set()
 
     def is_finished(self, source_row: int, sample_index: int) -> bool:
         return bool(self._finished[self._slot(source_row, sample_index)])
@@ -101,11 +165,14 @@ class OpenShard:
     @property
     def progress(self) -> ShardProgress:
         """Input rows done, counted in whole rows of n samples."""
-        return ShardProgress(self.lease.batch_id, self._num_finished // self._n, self.num_error)
+        num_unsent = len(self._finished) - self._num_finished - len(self._away) - self.num_inflight
+        return ShardProgress(self.lease.batch_id, self._num_finished // self._n, self.num_error, max(0, num_unsent))
 
     async def wait_ended(self) -> None:
-        """Until every row is finished, or the shard was closed."""
+        """Until every row is finished, or the shard was closed. Raises the error that closed it."""
         await self._ended.wait()
+        if self.error is not None:
+            raise self.error
 
     # ---- what goes out -----------------------------------------------------------------------------------------------
 
@@ -118,10 +185,14 @@ class OpenShard:
     def set_flushed(self, mark: int) -> None:
         self._num_flushed = mark
 
+    def make_generated(self) -> pa.Table:
+        """What was made here."""
+        self._pack()
+        return pa.Table.from_batches(self._batches, schema=self._schema)
+
     def make_parts(self, output_schema: pa.Schema) -> Parts:
         """The finished shard; may run in another thread. Raises ValueError when a row is missing or twice."""
-        self._pack()
-        generated = pa.Table.from_batches(self._batches, schema=self._schema)
+        generated = self.make_generated()
         recovered = pa.concat_tables([self._schema.empty_table(), *self._recovered])
         inputs = pa.concat_tables(self._inputs)
         output = make_output_table(pa.concat_tables([generated, recovered]), inputs, self.lease, self._n, output_schema)

@@ -18,6 +18,10 @@ class RowId:
     sample_index: int
 
 
+# (source_row, sample_index): a request of a shard whose file is known.
+Slot = tuple[int, int]
+
+
 @dataclass(frozen=True, slots=True)
 class Guided:
     """What an answer is held to; exactly one is set. `json_schema` is JSON text, `grammar` EBNF."""

@@ -16,7 +16,7 @@ from batchgen.answer import make_failed, make_result
 from batchgen.engines.base import Engine
 from batchgen.errors import EngineDied, EngineUnavailable, RequestFailed, RowError
 from batchgen.open_shard import OpenShard
-from batchgen.records import Request
+from batchgen.records import Request, Result, Slot
 from batchgen.spec import RetrySpec
 from batchgen.tasks import TaskGroup
 from batchgen.window import Window
@@ -55,6 +55,10 @@ def choose_delay_s(retry: RetrySpec, error: RequestFailed, num_tries: int) -> fl
     return random.uniform(0, min(retry.max_backoff_s, retry.backoff_s * 2 ** min(num_tries - 1, 30)))
 
 
+def get_slot(item: Request | Result) -> Slot:
+    return item.row_id.source_row, item.row_id.sample_index
+
+
 class Sender:
     """Belongs to one event loop. `on_death` is called once with the reason when nothing more can be sent."""
 
@@ -65,22 +69,44 @@ class Sender:
         self._num_bytes = 0
         self._num_waiting = 0
         self._room = asyncio.Event()
-        self._is_stopped = False
+        self.is_stopped = False
         self._inflight = TaskGroup(on_death)
         self._feeder = TaskGroup(on_death)
         self._feeder.spawn(self._feed())
 
     async def push(self, shard: OpenShard, request: Request) -> None:
         """Wait for room to read ahead, then queue the request. Returns without it when shard or sender are closed."""
-        while self._is_full() and not shard.is_closed and not self._is_stopped:
+        while self._is_full() and not shard.is_closed and not self.is_stopped:
             self._room.clear()
             await self._room.wait()
-        if not self._is_stopped and not shard.is_closed:
+        if not self.is_stopped and not shard.is_closed:
             self._put(Ready(shard, request, time.monotonic()))
+
+    def list_ready(self, shard: OpenShard) -> list[Slot]:
+        """Requests of the shard that wait for the window, in order."""
+        return [get_slot(ready.request) for ready in self._list_queued() if ready.shard is shard]
+
+    def drop_settled(self, shard: OpenShard) -> None:
+        """Forget what waits for the window and is finished by now, or another worker's."""
+        queued = self._list_queued()
+        for _ in queued:
+            self._num_bytes -= self._queue.get_nowait().request.num_bytes
+        for ready in queued:
+            if ready.shard is not shard or not shard.is_settled(*get_slot(ready.request)):
+                self._put(ready)
+        self._room.set()
+
+    def _list_queued(self) -> list[Ready]:
+        queued: list[Ready] = []
+        while not self._queue.empty():
+            queued.append(self._queue.get_nowait())
+        for ready in queued:
+            self._queue.put_nowait(ready)
+        return queued
 
     def stop(self) -> None:
         """Send nothing more; what is in flight goes on."""
-        self._is_stopped = True
+        self.is_stopped = True
         self._room.set()
 
     async def settle(self, timeout_s: float) -> None:
@@ -105,20 +131,21 @@ class Sender:
 
     async def _feed(self) -> None:
         """Move ready rows into the window as it empties, whichever shard they are of."""
-        while not self._is_stopped:
+        while not self.is_stopped:
             ready = await self._queue.get()
             self._num_bytes -= ready.request.num_bytes
             self._room.set()
             if ready.shard.is_closed:
                 continue
             await self.window.acquire(ready.request.num_bytes)
-            if self._is_stopped:
+            if self.is_stopped:
                 self.window.release(ready.request.num_bytes)
                 return
             self._inflight.spawn(self._generate(ready))
 
     async def _generate(self, ready: Ready) -> None:
         sent = time.monotonic()
+        ready.shard.num_inflight += 1
         try:
             generation = await self._engine.generate(ready.request)
         except RowError as error:
@@ -129,6 +156,7 @@ class Sender:
             parse = self._engine.tokenizer.parse if self._engine.tokenizer else None
             ready.shard.add(make_result(ready.request, generation, parse=parse, **ready.measure(sent)))
         finally:
+            ready.shard.num_inflight -= 1
             self.window.release(ready.request.num_bytes)
 
     def _fail(self, ready: Ready, error: RowError, sent: float) -> None:

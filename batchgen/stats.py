@@ -187,8 +187,10 @@ def make_lost_stats(
     started_at: float | None = None,
     wall_s: float | None = None,
     rows: pa.Table | None = None,
+    outcome: str = "lost",
 ) -> BatchStats:
-    """Stats of a batch that did not commit, as far as known. `rows` are those of its rows that a journal saved."""
+    """Stats of a batch that did not commit, as far as known. `rows` are those of its rows that a journal saved. `outcome`:
+    'shared' for one that helped another batch."""
     number, epoch, attempt = parse_batch_id(batch_id)
     made = describe_rows(rows) if rows is not None else dict.fromkeys(ROW_FIELDS)
     return BatchStats(
@@ -196,7 +198,7 @@ def make_lost_stats(
         shard=f"shard-{number:09d}",
         attempt=attempt,
         epoch=epoch,
-        outcome="lost",
+        outcome=outcome,
         worker=info.worker_id if info else None,
         node=info.node if info else None,
         engine_kind=info.engine_kind if info else None,

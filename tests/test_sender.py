@@ -35,6 +35,7 @@ class Script:
 
 class Shard:
     is_closed = False
+    num_inflight = 0
 
     def __init__(self) -> None:
         self.results: list[Result] = []
