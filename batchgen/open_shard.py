@@ -185,14 +185,10 @@ class OpenShard:
     def set_flushed(self, mark: int) -> None:
         self._num_flushed = mark
 
-    def make_generated(self) -> pa.Table:
-        """What was made here."""
-        self._pack()
-        return pa.Table.from_batches(self._batches, schema=self._schema)
-
     def make_parts(self, output_schema: pa.Schema) -> Parts:
         """The finished shard; may run in another thread. Raises ValueError when a row is missing or twice."""
-        generated = self.make_generated()
+        self._pack()
+        generated = pa.Table.from_batches(self._batches, schema=self._schema)
         recovered = pa.concat_tables([self._schema.empty_table(), *self._recovered])
         inputs = pa.concat_tables(self._inputs)
         output = make_output_table(pa.concat_tables([generated, recovered]), inputs, self.lease, self._n, output_schema)

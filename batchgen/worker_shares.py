@@ -19,7 +19,7 @@ from batchgen.orders import DropShare, GiveRows, HelpShare, Order, TakeIn
 from batchgen.records import Shard, Share, Slot, WorkerInfo
 from batchgen.sender import Sender
 from batchgen.shard_files import ShardFiles
-from batchgen.stats import make_batch_stats
+from batchgen.stats import make_lost_stats
 
 # Pause between tries to journal what a helper made, while the store refuses it.
 FLUSH_PAUSE_S = 1.0
@@ -154,19 +154,10 @@ class WorkerShares:
             return
         shard.close()
         del self._shards[share.lease.batch_id]
-        stats = make_batch_stats(
-            share.lease,
-            self._info,
-            shard.make_generated(),
-            started_at=started_at,
-            wall_s=time.monotonic() - started,
-            mean_inflight=None,
-            num_from_journal=0,
-            num_copied=0,
-            read_s=shard.read_s,
-            write_s=None,
-        )
-        self._emit(ShareEnded(self._info.worker_id, share, replace(stats, outcome="shared"), reason))
+        # Its rows are counted by whoever commits them: after an owner's death some may have been made twice.
+        batch_id, wall_s = share.lease.batch_id, time.monotonic() - started
+        stats = make_lost_stats(batch_id, info=self._info, started_at=started_at, wall_s=wall_s, outcome="shared")
+        self._emit(ShareEnded(self._info.worker_id, share, replace(stats, read_s=shard.read_s), reason))
 
     async def _journal(self, shard: OpenShard) -> None:
         """Until all that was made is in the journal, or the shard was closed."""
