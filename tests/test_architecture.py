@@ -28,7 +28,7 @@ LAYERS = [
     ["spec", "events", "build", "tasks", "window", "signals", "damage", "seal"],
     ["tokenizer_files"],
     # pure decisions
-    ["prompt", "plan", "backlog", "scaling", "lengths", "answer", "verify_rows"],
+    ["prompt", "plan", "backlog", "scaling", "governor", "lengths", "answer", "verify_rows"],
     ["stats", "work_queue", "progress", "roster"],
     ["checkpoint", "stage_plan", "engines.trtllm.env"],
     ["preflight"],
@@ -82,7 +82,7 @@ LAYERS = [
     ["worker_setup", "worker_shares"],
     ["worker", "job"],
     # many workers
-    ["sharing", "ledger"],
+    ["sharing", "ledger", "staffing"],
     ["inline_pool", "ray_pool", "dispatch"],
     ["pools"],
     # one run
