@@ -180,7 +180,8 @@ def is_settled(batch: BatchStats, committed: Mapping[int, CommittedShard]) -> bo
     if batch.outcome != "lost":
         return True
     standing = committed.get(parse_batch_id(batch.batch_id)[0])
-    return standing is not None and (batch.epoch, batch.attempt) <= (standing.footer.epoch, standing.footer.attempt)
+    # Within one run a shard is done once: nothing of it comes after its commit, whatever its attempt's number.
+    return standing is not None and batch.epoch <= standing.footer.epoch
 
 
 def write_batch_stats(storage: Storage, epoch: int, batches: Mapping[str, BatchStats]) -> None:

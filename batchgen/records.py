@@ -12,6 +12,10 @@ from typing import Any
 TOKEN_BYTES = 36
 
 
+# (source_row, sample_index): a request of a shard whose file is known.
+Slot = tuple[int, int]
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class RowId:
     """Identity of one output row. `source_row` counts from 0 in `source_file`; `sample_index` from 0 to n - 1."""
@@ -19,6 +23,10 @@ class RowId:
     source_file: str
     source_row: int
     sample_index: int
+
+    @property
+    def slot(self) -> Slot:
+        return self.source_row, self.sample_index
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,7 @@ any unexpected error ends the worker, never a row silently.
 import asyncio
 import contextlib
 import time
-from dataclasses import dataclass, replace
-
-import pyarrow as pa
+from dataclasses import replace
 
 from batchgen.build import build_id
 from batchgen.engines import create_engine, list_refused
@@ -22,31 +20,19 @@ from batchgen.errors import BatchgenError, EngineDied, InputChanged, Refusal, St
 from batchgen.events import Heartbeat, JournalFlushed, PoolEvent, ShardFailed, WorkerLost, WorkerWarned
 from batchgen.feeder import Feeder
 from batchgen.journal import make_segment_path
-from batchgen.lengths import LengthPrior
 from batchgen.open_shard import OpenShard
+from batchgen.orders import Order
 from batchgen.prepare import Preparer
 from batchgen.records import Lease, WorkerInfo
 from batchgen.sender import Sender
 from batchgen.shard_files import ShardFiles, Spent, make_event
-from batchgen.spec import JobSpec
 from batchgen.stats import make_lost_stats
-from batchgen.storage import Storage
 from batchgen.tasks import TaskGroup
+from batchgen.worker_setup import WorkerSetup as WorkerSetup  # known here to all who make workers
+from batchgen.worker_shares import Hooks, WorkerShares, join_rows
 
 # Shards written at the same time: one uploads while the next is encoded; more would only take memory.
 MAX_COMMITS = 2
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerSetup:
-    """All a worker needs to be made, in any process. Pickles."""
-
-    worker_id: str
-    spec: JobSpec
-    epoch: int
-    storage: Storage
-    passthrough: pa.Schema
-    prior: LengthPrior | None = None
 
 
 class Worker:
@@ -89,6 +75,8 @@ class Worker:
             window=spec.engine.max_inflight,
             startup_s=time.monotonic() - started,
         )
+        hooks = Hooks(self._feeder.feed, self._flush, self._emit)
+        self._shares = WorkerShares(self.info, self._files, self._sender, self._shards, hooks)
         return self.info
 
     def assign(self, lease: Lease) -> None:
@@ -96,6 +84,10 @@ class Worker:
         shard = OpenShard(lease, self._spec.sampling.n, self._files.result_schema)
         self._shards[lease.batch_id] = shard
         self._shard_tasks.spawn(self._run_shard(shard))
+
+    def tell(self, order: Order) -> None:
+        """Carry out an order about shares of a shard."""
+        self._shard_tasks.spawn(self._shares.obey(order))
 
     async def poll(self, timeout_s: float) -> list[PoolEvent]:
         """Events since the last poll, at once or when the first comes, and always a heartbeat."""
@@ -140,6 +132,7 @@ class Worker:
                 self._emit(make_event(self.info.worker_id, stats, standing))
                 return
             await self._recover(shard)
+            shard.is_recovered = True
             await self._feeder.feed(shard)
             await shard.wait_ended()
             if shard.is_closed:
@@ -165,12 +158,14 @@ class Worker:
         self._emit(ShardFailed(self.info.worker_id, lease.batch_id, lease.shard.number, str(error), is_fatal))
 
     async def _recover(self, shard: OpenShard) -> None:
-        lease, replaced_attempt = shard.lease, 0
+        lease = shard.lease
         if lease.replaces is not None:
-            kept, replaced_attempt = await asyncio.to_thread(self._files.read_kept, lease, self._spec.retry.errors)
+            kept, shard.replaced_attempt = await asyncio.to_thread(
+                self._files.read_kept, lease, self._spec.retry.errors
+            )
             shard.recover(kept, are_copied=True)
         if lease.journal:
-            saved = await asyncio.to_thread(self._files.read_journal, lease, replaced_attempt)
+            saved = await asyncio.to_thread(self._files.read_journal, lease, shard.replaced_attempt)
             shard.recover(saved, are_copied=False)
 
     # ---- the journal -------------------------------------------------------------------------------------------------
@@ -188,7 +183,7 @@ class Worker:
                 return
             self._num_segments += 1
             path = make_segment_path(self._setup.epoch, self._setup.worker_id, self._num_segments)
-            rows: dict[int, pa.Table] = {shard.lease.shard.number: table for shard, (table, _) in taken.items()}
+            rows = join_rows((shard.lease.shard.number, table) for shard, (table, _) in taken.items())
             try:
                 refs = await asyncio.to_thread(self._files.write_segment, path, rows)
             except StorageError as error:
