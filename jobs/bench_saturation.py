@@ -4,7 +4,7 @@ import argparse
 import json
 import tempfile
 
-from batchgen.bench.worker import HINTS, measure_cpu, measure_slots
+from batchgen.bench.saturation import HINTS, measure_cpu, measure_slots
 from batchgen.bench.workload import Workload
 
 
