@@ -22,8 +22,9 @@ from typing import Any
 
 from batchgen.bench.homes import find_python
 from batchgen.bench.inputs import write_rows, write_token_ids
-from batchgen.bench.measure import Place, Run, dump_run, load_run, measure
+from batchgen.bench.measure import Place, measure
 from batchgen.bench.processes import make_env, run_server, split_cores
+from batchgen.bench.runs import Run, dump_run, load_run
 from batchgen.bench.summary import make_oracles, summarise
 from batchgen.bench.ways import Way, make_quick_ways, make_ways
 from batchgen.bench.workload import Workload
@@ -49,7 +50,6 @@ class Options:
 
 def run_benchmark(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     """Run what is missing; the result as one JSON value."""
-    options.folder.mkdir(parents=True, exist_ok=True)
     work = QUICK if options.is_quick else Workload()
     ways = [way for way in list_ways(options, work) if is_wanted(way, options.only)]
     bench = Bench(options, work, say)
@@ -74,6 +74,7 @@ class Bench:
 
     def __init__(self, options: Options, work: Workload, say: Callable[[str], None]) -> None:
         self._options, self._work, self._say = options, work, say
+        options.folder.mkdir(parents=True, exist_ok=True)
         self._give_up_at = time.monotonic() + options.minutes * 60
         self._log = options.folder / "runs.jsonl"
         lines = self._log.read_text().splitlines() if self._log.exists() else []

@@ -11,7 +11,7 @@ import shutil
 import sys
 import urllib.request
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +20,9 @@ import pyarrow.parquet as pq
 from batchgen.bench.inputs import ID_COLUMNS
 from batchgen.bench.oracle import find_saturation
 from batchgen.bench.processes import MARK, CpuMeter, run_child
+from batchgen.bench.runs import Run
 from batchgen.bench.ways import Way
 from batchgen.bench.workload import Workload, count_right
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Unknown is None. `load` is the machine's load average before it began, `max_inflight` the most that the server saw,
-    `num_again` rows that it was sent more than once."""
-
-    way: str
-    kind: str
-    key: str
-    num_rows: int
-    failure: str | None = None
-    num_right: int | None = None
-    saturation: float | None = None
-    window_s: float | None = None
-    max_inflight: int | None = None
-    num_again: int | None = None
-    job_s: float | None = None
-    before_s: float | None = None
-    after_s: float | None = None
-    cpu_s: Mapping[str, float] = field(default_factory=dict)
-    versions: Mapping[str, str | None] = field(default_factory=dict)
-    load: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,11 +104,3 @@ def read_json(url: str) -> Any:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(url, timeout=30) as response:
         return json.load(response)
-
-
-def dump_run(run: Run) -> str:
-    return json.dumps(asdict(run))
-
-
-def load_run(line: str) -> Run:
-    return Run(**json.loads(line))

@@ -8,8 +8,8 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from batchgen.bench.measure import Run
 from batchgen.bench.oracle import find_bound_s, find_fifo_s, find_longest_first_s, find_saturation
+from batchgen.bench.runs import Run
 from batchgen.bench.ways import Way
 from batchgen.bench.workload import Workload
 

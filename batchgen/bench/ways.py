@@ -63,8 +63,14 @@ def make_clients(budget: int) -> list[Way]:
                 ("default", "its defaults (500 at a time)", {}),
             ]
         ),
-        Way("Daft default", "run_daft.py", "native runner, no bound known", {"into_batches": None}, home="daft"),
-        Way(f"Daft {budget}", "run_daft.py", f"into_batches({budget})", {"into_batches": budget}, home="daft"),
+        Way("Daft default", "run_daft.py", "native runner, no bound of its own", {"options": {}}, home="daft"),
+        Way(
+            f"Daft {budget}",
+            "run_daft.py",
+            f"prompt(concurrency={budget})",
+            {"options": {"concurrency": budget}},
+            home="daft",
+        ),
     ]
 
 
