@@ -198,11 +198,11 @@ def make_script(body: str) -> str:
     return f"import json, pathlib, sys, time\ngiven = json.loads(sys.argv[1])\n{body}\n"
 
 
+SILENT = 'pathlib.Path(given["report"]).write_text(json.dumps({"began_at": 1.0, "ended_at": 2.0, "versions": {}}))'
 WRONG = """
 import pyarrow as pa, pyarrow.parquet as pq
 pathlib.Path(given["output"]).mkdir()
 pq.write_table(pa.table({"id": [str(row) for row in range(12)], "text": ["?"] * 12}), given["output"] + "/out.parquet")
-pathlib.Path(given["report"]).write_text(json.dumps({"began_at": 1.0, "ended_at": 2.0, "versions": {}}))
 """
 
 
@@ -211,12 +211,14 @@ def test_a_way_that_fails_hangs_or_answers_wrongly_is_shown_as_such(tmp_path: Pa
     scripts.mkdir(parents=True)
     (scripts / "fails.py").write_text(make_script("raise ValueError('no such setting')"))
     (scripts / "hangs.py").write_text(make_script("time.sleep(600)"))
-    (scripts / "lies.py").write_text(make_script(WRONG))
+    (scripts / "lies.py").write_text(make_script(WRONG + SILENT))
+    (scripts / "silent.py").write_text(make_script(SILENT))
     (scripts / "nowhere_requirements.txt").write_text(f"--no-index\n--find-links {tmp_path}\nno-such-package==1\n")
     ways = [
         Way("fails", "fails.py", "raises"),
         Way("hangs", "hangs.py", "sleeps", timeout_s=2.0),
         Way("lies", "lies.py", "answers wrongly"),
+        Way("silent", "silent.py", "writes nothing"),
         Way("homeless", "fails.py", "can't be installed", home="nowhere"),
     ]
     said: list[str] = []
@@ -228,10 +230,16 @@ def test_a_way_that_fails_hangs_or_answers_wrongly_is_shown_as_such(tmp_path: Pa
         "exit code 1: ValueError: no such setting",
         "not done after 2 s",
         "12 rows are missing or wrong",
+        "it wrote no output",
         "nowhere_requirements.txt can't be installed (CalledProcessError)",
     ]
-    assert [way["saturation"] for way in result["ways"]] == [None] * 4
-    assert [way["num_failed"] for way in result["ways"]] == [1] * 4
+    assert [way["saturation"] for way in result["ways"]] == [None] * 5
+    assert [way["num_failed"] for way in result["ways"]] == [1] * 5
+    # Once more each, and no third time.
+    assert all(bench.is_missing(way, 2) for way in ways)
+    with bench.running():
+        bench.run_all(ways[:1])
+    assert not bench.is_missing(ways[0], 3)
     text = make_result_text(result)
     assert all(way["failure"] in text for way in result["ways"])
 
@@ -242,5 +250,5 @@ def test_no_run_begins_when_the_time_is_over(tmp_path: Path) -> None:
     (way, *_) = make_quick_ways(SMALL)
     with bench.running():
         bench.run_all([way])
-    assert bench.count(way) == 0
+    assert bench.is_missing(way, 1)
     assert bench.make_result([way])["ways"][0]["saturation"] is None

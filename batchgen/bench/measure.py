@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchgen.bench.inputs import ID_COLUMNS
@@ -90,7 +91,10 @@ def add_report(run: Run, report: Mapping[str, Any]) -> Run:
 def add_output(run: Run, output: Path) -> Run:
     """Every row, once, with its own text (served), or at all (zero)."""
     data = output / "data"  # batchgen's folder holds more than its rows
-    table = pq.read_table(data if data.is_dir() else output)
+    files = sorted((data if data.is_dir() else output).rglob("*.parquet"))
+    if not files:
+        return replace(run, num_right=0, failure="it wrote no output")
+    table = pa.concat_tables([pq.read_table(path) for path in files], promote_options="permissive")
     ids = table[next(name for name in ID_COLUMNS if name in table.column_names)].to_pylist()
     if run.kind == "zero":
         num_right = len(set(ids)) if len(ids) == run.num_rows else 0
