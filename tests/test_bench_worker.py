@@ -13,17 +13,16 @@ from batchgen.bench_worker import Setup, check_lengths, compare, describe_device
 def test_both_ways_answer_every_row_at_its_length(tmp_path: Path) -> None:
     setup = Setup(tmp_path, "cpu", rows=4, cache_gib=0.5)
     write_checkpoint(setup, "tiny")
-    work = make_workload(10, 6.0, 0.5, 12)
+    work = make_workload(6, 4.0, 0.5, 8)
     said: list[str] = []
-    fed = compare(setup, work, 2, said.append)
-    # In turn, each first once.
+    fed = compare(setup, work, 1, said.append)
     first, second = "fed all at once", "through the worker"
-    assert [run.name for run in fed] == [first, second, second, first]
+    assert [run.name for run in fed] == [first, second]
     assert {run.num_tokens for run in fed} == {sum(work.lengths)}
     assert all(run.tokens_per_s == pytest.approx(run.num_tokens / run.wall_s) for run in fed)
     # A job is more than its serving.
     assert all(run.job_s is not None and run.job_s > run.wall_s for run in fed if run.name == second)
-    assert len(said) == 4
+    assert len(said) == 2
     assert describe_device("cpu")["device"] == "cpu"
 
 
