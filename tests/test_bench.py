@@ -111,6 +111,21 @@ def test_the_server_takes_a_prompt_in_parts_and_refuses_what_is_none(server: str
     assert (bad[0], worse[0]) == (400, 400)
 
 
+def test_who_hangs_up_gives_its_slots_back(server: str) -> None:
+    async def hang_up() -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(ask(server, [make_prompt(row) for row in range(12)] * 200), 0.5)
+
+    asyncio.run(hang_up())
+    give_up_at = time.monotonic() + 20
+    stats = read_json(f"{server}/stats")
+    while stats["num_open"] and time.monotonic() < give_up_at:
+        stats = read_json(f"{server}/stats")
+    assert stats["num_open"] == 0
+    assert stats["num_dropped"] > 0
+    assert stats["num_requests"] > stats["rows"] + stats["num_again"]
+
+
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+import time
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ from batchgen.bench.processes import MARK, CpuMeter, run_child
 from batchgen.bench.runs import Run
 from batchgen.bench.ways import Way
 from batchgen.bench.workload import Workload, count_right
+
+IDLE_POLLS, IDLE_POLL_S = 300, 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,7 @@ def measure(way: Way, key: str, work: Workload, place: Place) -> Run:
         "bucket": place.bucket,
     }
     command = [place.python, str(place.scripts / way.script), json.dumps(settings)]
-    read_json(f"{place.url}/stats?reset=1")
+    wait_for_idle(place.url)
     log = place.folder / f"{way.name.replace(' ', '-')}.log"
     with CpuMeter(place.env[MARK]) as meter:
         failure = run_child(command, set(place.cores), {**place.env, **way.env}, log, way.timeout_s)
@@ -67,6 +70,15 @@ def measure(way: Way, key: str, work: Workload, place: Place) -> Run:
     if failure is not None:
         return replace(run, failure=failure)
     return add_output(add_report(run, json.loads(report.read_text())), output)
+
+
+def wait_for_idle(url: str) -> None:
+    """Until the server has dropped what a killed way left; its figures begin anew. Raises RuntimeError."""
+    for _ in range(IDLE_POLLS):
+        if read_json(f"{url}/stats?reset=1")["num_open"] == 0:
+            return
+        time.sleep(IDLE_POLL_S)
+    raise RuntimeError("the server is still busy with rows that nobody waits for")
 
 
 def add_served(run: Run, work: Workload, stats: Mapping[str, Any]) -> Run:
