@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,13 +23,18 @@ from typing import Any
 
 from batchgen.bench.homes import find_python
 from batchgen.bench.inputs import write_rows, write_token_ids
-from batchgen.bench.measure import Place, Run, dump_run, load_run, measure
+from batchgen.bench.measure import Place, measure
 from batchgen.bench.processes import make_env, run_server, split_cores
+from batchgen.bench.runs import Run, dump_run, load_run
 from batchgen.bench.summary import make_oracles, summarise
 from batchgen.bench.ways import Way, make_quick_ways, make_ways
 from batchgen.bench.workload import Workload
 from batchgen.build import build_id
 
+BUCKET = "bucket"
+MAX_FAILURES = 2
+# Logical ones, so that reading, mapping and writing may overlap on however few real ones.
+RAY_CPUS = "4"
 QUICK = Workload(num_rows=160, slots=16, mean_s=0.1, rows_per_file=20)
 
 
@@ -47,17 +53,26 @@ class Options:
     zero_rows: int = 200_000
 
 
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What is up beside the server: the environment that leads to it, and the cluster's address."""
+
+    env: Mapping[str, str]
+    ray_address: str | None
+
+
 def run_benchmark(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     """Run what is missing; the result as one JSON value."""
-    options.folder.mkdir(parents=True, exist_ok=True)
     work = QUICK if options.is_quick else Workload()
     ways = [way for way in list_ways(options, work) if is_wanted(way, options.only)]
     bench = Bench(options, work, say)
+    if not any(bench.is_missing(way, options.repeats) for way in ways):
+        return bench.make_result(ways)
     with bench.running():
         for number in range(options.repeats):
             for needs_ray in (False, True):
-                missing = [way for way in ways if ("ray" in way.needs) == needs_ray and bench.count(way) <= number]
-                bench.run_all(missing)
+                some = [way for way in ways if ("ray" in way.needs) == needs_ray]
+                bench.run_all([way for way in some if bench.is_missing(way, number + 1)])
     return bench.make_result(ways)
 
 
@@ -74,22 +89,25 @@ class Bench:
 
     def __init__(self, options: Options, work: Workload, say: Callable[[str], None]) -> None:
         self._options, self._work, self._say = options, work, say
+        options.folder.mkdir(parents=True, exist_ok=True)
         self._give_up_at = time.monotonic() + options.minutes * 60
         self._log = options.folder / "runs.jsonl"
         lines = self._log.read_text().splitlines() if self._log.exists() else []
         self._runs = [load_run(line) for line in lines]
-        self._served, self._measured = split_cores()
+        self._servers, self._measured = split_cores()
 
-    def count(self, way: Way) -> int:
-        """Runs that are done of this very way."""
-        return len(self._list_runs(way))
+    def is_missing(self, way: Way, num_runs: int) -> bool:
+        """Are there fewer runs than that of this very way? One that never went well is not tried for ever."""
+        runs = self._list_runs(way)
+        is_hopeless = len(runs) >= MAX_FAILURES and all(run.failure is not None for run in runs)
+        return len(runs) < num_runs and not is_hopeless
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """The server and this process on the first core; sockets of Ray want a short path."""
         self._temporary = Path(tempfile.mkdtemp(prefix="bgb", dir="/tmp"))
         before = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, self._served)
+        os.sched_setaffinity(0, self._servers)
         repo = str(self._options.scripts.resolve().parents[1])
         # The measured ways' environment; the servers' has another mark, so that their CPU time is not the ways'.
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -97,7 +115,7 @@ class Bench:
         command = [sys.executable, "-m", "batchgen.bench.server", json.dumps(asdict(self._work))]
         log = self._options.folder / "servers.log"
         try:
-            with run_server(command, self._served, make_env({"PYTHONPATH": repo}), log) as port:
+            with run_server(command, self._servers, make_env({"PYTHONPATH": repo}), log) as port:
                 self._url = f"http://127.0.0.1:{port}"
                 yield
         finally:
@@ -108,22 +126,36 @@ class Bench:
         """Once each, while there is time."""
         if not ways or time.monotonic() > self._give_up_at:
             return
-        with self._cluster(any("ray" in way.needs for way in ways)) as ray_address:
+        needs = frozenset().union(*(way.needs for way in ways))
+        with self._create_surroundings(needs) as surroundings:
             for way in ways:
                 if time.monotonic() > self._give_up_at:
                     self._say(f"{self._options.minutes:g} minutes are over; start it again to go on")
                     return
-                self._run(way, ray_address)
+                self._run(way, surroundings)
 
-    def _run(self, way: Way, ray_address: str | None) -> None:
+    @contextlib.contextmanager
+    def _create_surroundings(self, needs: frozenset[str]) -> Iterator["Surroundings"]:
+        """What the ways want to find. First the S3 server: actors have the environment that the cluster began with."""
+        log, env, address = self._options.folder / "servers.log", self._env, None
+        with contextlib.ExitStack() as stack:
+            if "s3" in needs:
+                command = [sys.executable, str(self._options.s3_server)]
+                port = stack.enter_context(run_server(command, self._servers, make_env({}), log))
+                create_bucket(f"http://127.0.0.1:{port}")
+                env = {**env, **make_s3_env(f"http://127.0.0.1:{port}")}
+            if "ray" in needs:
+                command = [sys.executable, str(self._options.scripts / "ray_cluster.py"), RAY_CPUS]
+                address = stack.enter_context(run_server(command, self._measured, env, log))
+            yield Surroundings(env, address)
+
+    def _run(self, way: Way, surroundings: "Surroundings") -> None:
         python, reason = find_python(way.home, self._options.folder / "homes", self._options.scripts)
-        work = self._cut(way)
-        if reason is not None:
-            run = Run(way.name, way.kind, self._make_key(way), work.num_rows, failure=reason)
+        work, key = self._cut(way), self._make_key(way)
+        if reason is None:
+            run = measure(way, key, work, self._make_place(way, work, python, surroundings))
         else:
-            with self._store(way) as (bucket, env):
-                place = self._make_place(way, work, python, ray_address, bucket, env)
-                run = measure(way, self._make_key(way), work, place)
+            run = Run(way.name, way.kind, key, work.num_rows, failure=reason)
         self._runs.append(run)
         with self._log.open("a") as file:
             file.write(dump_run(run) + "\n")
@@ -135,15 +167,7 @@ class Bench:
         """The rows that this way is given."""
         return replace(self._work, num_rows=way.num_rows) if way.num_rows else self._work
 
-    def _make_place(
-        self,
-        way: Way,
-        work: Workload,
-        python: str,
-        ray_address: str | None,
-        bucket: str | None,
-        env: Mapping[str, str],
-    ) -> Place:
+    def _make_place(self, way: Way, work: Workload, python: str, surroundings: "Surroundings") -> Place:
         inputs = self._options.folder / f"input-{way.kind}-{work.num_rows}"
         if way.kind == "zero":
             write_token_ids(inputs, work.num_rows)
@@ -155,32 +179,11 @@ class Bench:
             input=inputs.resolve(),
             url=self._url,
             cores=frozenset(self._measured),
-            env={**self._env, **env},
+            env=surroundings.env,
             python=python,
-            ray_address=ray_address,
-            bucket=bucket,
+            ray_address=surroundings.ray_address,
+            bucket=f"s3://{BUCKET}/run-{len(self._runs)}" if "s3" in way.needs else None,
         )
-
-    @contextlib.contextmanager
-    def _cluster(self, is_wanted: bool) -> Iterator[str | None]:
-        if not is_wanted:
-            yield None
-            return
-        command = [sys.executable, str(self._options.scripts / "ray_cluster.py"), "4"]
-        with run_server(command, self._measured, self._env, self._options.folder / "servers.log") as address:
-            yield address
-
-    @contextlib.contextmanager
-    def _store(self, way: Way) -> Iterator[tuple[str | None, Mapping[str, str]]]:
-        """A fresh S3 server on the servers' core: (folder, what leads there)."""
-        if "s3" not in way.needs:
-            yield None, {}
-            return
-        log, bucket = self._options.folder / "servers.log", "bucket"
-        with run_server([sys.executable, str(self._options.s3_server)], self._served, make_env({}), log) as port:
-            endpoint = f"http://127.0.0.1:{port}"
-            create_bucket(endpoint, bucket)
-            yield f"s3://{bucket}/bench", make_s3_env(endpoint)
 
     # ---- the result --------------------------------------------------------------------------------------------------
 
@@ -205,10 +208,9 @@ class Bench:
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def create_bucket(endpoint: str, bucket: str) -> None:
-    import urllib.request
-
-    urllib.request.urlopen(urllib.request.Request(f"{endpoint}/{bucket}", method="PUT"), timeout=30).close()
+def create_bucket(endpoint: str) -> None:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    opener.open(urllib.request.Request(f"{endpoint}/{BUCKET}", method="PUT"), timeout=30).close()
 
 
 def make_s3_env(endpoint: str) -> dict[str, str]:

@@ -9,42 +9,24 @@ import json
 import os
 import shutil
 import sys
+import time
 import urllib.request
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchgen.bench.inputs import ID_COLUMNS
 from batchgen.bench.oracle import find_saturation
 from batchgen.bench.processes import MARK, CpuMeter, run_child
+from batchgen.bench.runs import Run
 from batchgen.bench.ways import Way
 from batchgen.bench.workload import Workload, count_right
 
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Unknown is None. `load` is the machine's load average before it began, `max_inflight` the most that the server saw,
-    `num_again` rows that it was sent more than once."""
-
-    way: str
-    kind: str
-    key: str
-    num_rows: int
-    failure: str | None = None
-    num_right: int | None = None
-    saturation: float | None = None
-    window_s: float | None = None
-    max_inflight: int | None = None
-    num_again: int | None = None
-    job_s: float | None = None
-    before_s: float | None = None
-    after_s: float | None = None
-    cpu_s: Mapping[str, float] = field(default_factory=dict)
-    versions: Mapping[str, str | None] = field(default_factory=dict)
-    load: float | None = None
+IDLE_POLLS, IDLE_POLL_S = 300, 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +60,7 @@ def measure(way: Way, key: str, work: Workload, place: Place) -> Run:
         "bucket": place.bucket,
     }
     command = [place.python, str(place.scripts / way.script), json.dumps(settings)]
-    read_json(f"{place.url}/stats?reset=1")
+    wait_for_idle(place.url)
     log = place.folder / f"{way.name.replace(' ', '-')}.log"
     with CpuMeter(place.env[MARK]) as meter:
         failure = run_child(command, set(place.cores), {**place.env, **way.env}, log, way.timeout_s)
@@ -88,6 +70,15 @@ def measure(way: Way, key: str, work: Workload, place: Place) -> Run:
     if failure is not None:
         return replace(run, failure=failure)
     return add_output(add_report(run, json.loads(report.read_text())), output)
+
+
+def wait_for_idle(url: str) -> None:
+    """Until the server has dropped what a killed way left; its figures begin anew. Raises RuntimeError."""
+    for _ in range(IDLE_POLLS):
+        if read_json(f"{url}/stats?reset=1")["num_open"] == 0:
+            return
+        time.sleep(IDLE_POLL_S)
+    raise RuntimeError("the server is still busy with rows that nobody waits for")
 
 
 def add_served(run: Run, work: Workload, stats: Mapping[str, Any]) -> Run:
@@ -112,7 +103,10 @@ def add_report(run: Run, report: Mapping[str, Any]) -> Run:
 def add_output(run: Run, output: Path) -> Run:
     """Every row, once, with its own text (served), or at all (zero)."""
     data = output / "data"  # batchgen's folder holds more than its rows
-    table = pq.read_table(data if data.is_dir() else output)
+    files = sorted((data if data.is_dir() else output).rglob("*.parquet"))
+    if not files:
+        return replace(run, num_right=0, failure="it wrote no output")
+    table = pa.concat_tables([pq.read_table(path) for path in files], promote_options="permissive")
     ids = table[next(name for name in ID_COLUMNS if name in table.column_names)].to_pylist()
     if run.kind == "zero":
         num_right = len(set(ids)) if len(ids) == run.num_rows else 0
@@ -126,11 +120,3 @@ def read_json(url: str) -> Any:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(url, timeout=30) as response:
         return json.load(response)
-
-
-def dump_run(run: Run) -> str:
-    return json.dumps(asdict(run))
-
-
-def load_run(line: str) -> Run:
-    return Run(**json.loads(line))

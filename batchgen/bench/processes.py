@@ -142,16 +142,17 @@ class CpuMeter:
         for folder in Path("/proc").glob("[0-9]*"):
             pid = int(folder.name)
             try:
-                if pid in self._last or self._mark in (folder / "environ").read_bytes():
-                    self._last[pid] = read_cpu_time(folder)
+                known = self._last.get(pid)
+                if known is not None or self._mark in (folder / "environ").read_bytes():
+                    self._last[pid] = read_cpu_time(folder, known.name if known else "")
             except OSError:
                 continue  # it ended, or is not ours to read
 
 
-def read_cpu_time(folder: Path) -> CpuTime:
-    """Of the process with this folder of /proc."""
+def read_cpu_time(folder: Path, known_name: str) -> CpuTime:
+    """Of the process with this folder of /proc. One that has ended and waits for its parent has no command line."""
     words = (folder / "cmdline").read_bytes().split(b"\0")
     scripts = [word for word in words if word.endswith(b".py")]
-    name = Path((scripts or words)[0].decode(errors="replace")).name.partition("(")[0][:40]
+    name = Path((scripts or words)[0].decode(errors="replace")).name.partition("(")[0][:40] or known_name
     fields = (folder / "stat").read_text().rpartition(")")[2].split()
     return CpuTime(name, (int(fields[11]) + int(fields[12])) / TICKS_PER_S)

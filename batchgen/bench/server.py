@@ -4,7 +4,8 @@ A request waits for a slot in order of arrival, holds it for its row's time, and
 measured is measured here, the same way for whoever sends: a row's slot time, the first start, the last end, the most
 requests in flight. Times are of the machine's monotonic clock, which all its processes share.
 
-`GET /stats?reset=1` gives them and forgets them. The process ends when its standard input closes, so that it never
+`GET /stats?reset=1` gives them and forgets them, but for `num_open`: requests of anybody that are not answered yet. Whoever
+hangs up gives its slot back. The process ends when its standard input closes, so that it never
 outlives whoever started it.
 """
 
@@ -49,6 +50,7 @@ class Server:
         self._work = work
         self._slots = asyncio.Semaphore(work.slots)
         self._stats = Stats()
+        self._num_open = 0
 
     async def answer(self, row: int) -> dict[str, Any]:
         """Hold a slot for the row's time."""
@@ -56,6 +58,7 @@ class Server:
         stats.num_requests += 1
         stats.num_inflight += 1
         stats.max_inflight = max(stats.max_inflight, stats.num_inflight)
+        self._num_open += 1
         try:
             async with self._slots:
                 await self._hold(row, stats)
@@ -64,6 +67,7 @@ class Server:
             raise
         finally:
             stats.num_inflight -= 1
+            self._num_open -= 1
         return make_answer(row, count_tokens(self._work.find_service_s(row)))
 
     async def _hold(self, row: int, stats: Stats) -> None:
@@ -79,7 +83,7 @@ class Server:
             stats.service_s += service_s
 
     def read_stats(self, *, reset: bool) -> dict[str, Any]:
-        found = self._stats.make_json()
+        found = {**self._stats.make_json(), "num_open": self._num_open}
         if reset:
             self._stats = Stats()
         return found
@@ -125,7 +129,8 @@ async def serve(work: Workload) -> None:
 
     app = web.Application()
     app.add_routes([web.post("/v1/chat/completions", chat), web.get("/v1/models", models), web.get("/stats", stats)])
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+    # A way that was killed must not hold slots that the next one wants.
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0, backlog=4096)
     await site.start()

@@ -8,8 +8,8 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from batchgen.bench.measure import Run
 from batchgen.bench.oracle import find_bound_s, find_fifo_s, find_longest_first_s, find_saturation
+from batchgen.bench.runs import Run
 from batchgen.bench.ways import Way
 from batchgen.bench.workload import Workload
 
@@ -101,6 +101,10 @@ def make_result_text(result: Mapping[str, Any]) -> str:
         f"{oracles['longest_first_s']:.2f} s, {oracles['longest_first_saturation']:.3f}; no schedule ends before "
         f"{oracles['bound_s']:.2f} s"
     )
+    versions = {name: version for way in result["ways"] for name, version in way["versions"].items() if version}
+    named = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+    loads = [way["max_load"] for way in result["ways"] if way["max_load"] is not None]
+    beside = f"{named}; load average before a run at most {max(loads, default=0.0):.1f}"
     served = [make_served_row(line) for line in result["ways"] if line["kind"] == "served"]
     zero = [make_zero_row(line) for line in result["ways"] if line["kind"] == "zero"]
     tables = [make_text(COLUMNS, served) if served else "", make_text(ZERO_COLUMNS, zero) if zero else ""]
@@ -109,7 +113,7 @@ def make_result_text(result: Mapping[str, Any]) -> str:
         "longest first: makespan over that oracle's; before, after: seconds of the job outside the serving window, "
         "cluster up; CPU: microseconds a row, cluster and all"
     )
-    return "\n\n".join(part for part in [head, *tables, units] if part)
+    return "\n\n".join(part for part in [f"{head}\n{beside}", *tables, units] if part)
 
 
 def make_served_row(line: Mapping[str, Any]) -> list[str]:
@@ -171,4 +175,4 @@ def _spread(values: Mapping[str, float] | None, digits: int) -> str:
     if values is None:
         return "-"
     middle, low, high = (f"{values[name]:,.{digits}f}" for name in ("median", "min", "max"))
-    return f"{middle} ({low} to {high})"
+    return middle if low == high else f"{middle} ({low} to {high})"

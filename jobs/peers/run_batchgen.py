@@ -46,7 +46,9 @@ def main() -> None:
         tree["input"]["paths"] = put_input(child["input"], f"{bucket}/in")
         tree["output"]["path"] = f"{bucket}/out"
     with child.job():
-        run_job(make_spec(tree), LineView(5.0, print))
+        report = run_job(make_spec(tree), LineView(5.0, print))
+    if report["exit_code"] != 0:
+        raise SystemExit(f"batchgen: {report['state']}: {report['message']}")
     if bucket:
         fetch_output(f"{bucket}/out", child["output"])
     child.close("batchgen", "ray")

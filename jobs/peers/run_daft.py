@@ -15,10 +15,9 @@ def main() -> None:
     child = Child()
     daft.set_provider("openai", api_key="none", base_url=f"{child['url']}/v1")
     with child.job():
-        rows = daft.read_parquet(f"{child['input']}/*.parquet").select("id", "prompt")
-        if (size := child["into_batches"]) is not None:
-            rows = rows.into_batches(size)
-        text = prompt(daft.col("prompt"), model="simulated", provider="openai", use_chat_completions=True)
+        rows = daft.read_parquet(f"{child['input']}/*.parquet")
+        options = {"provider": "openai", "use_chat_completions": True, **child["options"]}
+        text = prompt(daft.col("prompt"), model="simulated", **options)
         rows.select("id", text.alias("text")).write_parquet(child["output"])
     child.close("daft", "openai")
 
