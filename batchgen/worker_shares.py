@@ -129,7 +129,7 @@ class WorkerShares:
         except (StorageError, Refusal) as error:
             self._emit(ShareEnded(self._info.worker_id, share, None, str(error)))
             return
-        if self._sender.is_stopped or share.lease.batch_id in self._dropped:
+        if self._has_no_use(share):
             return
         self._shards[share.lease.batch_id] = shard
         try:
@@ -140,7 +140,7 @@ class WorkerShares:
         except (StorageError, Refusal) as error:
             await self._flush()
             reason = str(error)
-        if shard.is_closed:  # dropped, or the worker ends: its rows go to the journal with the rest
+        if self._has_no_use(share):  # and where the worker ends, its rows go to the journal with the rest
             return
         shard.close()
         del self._shards[share.lease.batch_id]
@@ -148,6 +148,10 @@ class WorkerShares:
         batch_id, wall_s = share.lease.batch_id, time.monotonic() - started
         stats = make_lost_stats(batch_id, info=self._info, started_at=started_at, wall_s=wall_s, outcome="shared")
         self._emit(ShareEnded(self._info.worker_id, share, replace(stats, read_s=shard.read_s), reason))
+
+    def _has_no_use(self, share: Share) -> bool:
+        """It was dropped meanwhile, or the worker ends."""
+        return self._sender.is_stopped or share.lease.batch_id in self._dropped
 
     async def _journal(self, shard: OpenShard) -> None:
         """Until all that was made is in the journal, or the shard was closed."""

@@ -37,7 +37,7 @@ from batchgen.storage import Storage
 from batchgen.tail import TailPolicy
 from batchgen.worker import WorkerSetup
 
-ROWS = 150
+ROWS = 120
 # Splits as soon as anybody runs dry, however little there is to gain: the protocol is what is tried here.
 EAGER = TailPolicy(min_gain_s=0.0, ahead_share=0.5, look_s=0.02)
 QUICK = {
@@ -125,7 +125,7 @@ def splitting(monkeypatch: pytest.MonkeyPatch, crash: Crash | None = None) -> It
 
     def make_eager(*args: Any) -> Dispatcher:
         dispatcher = make_dispatcher(*args)
-        dispatcher.tail = dispatcher.sharing.policy = EAGER
+        dispatcher.sharing.policy = dispatcher.staffing.tail = EAGER
         return dispatcher
 
     with monkeypatch.context() as patch:
@@ -276,7 +276,7 @@ def test_a_run_that_is_stopped_while_it_splits_goes_on(
 def test_an_idle_worker_above_the_least_number_is_released(
     tree: Tree, files: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("test_sharing.EAGER", TailPolicy(min_gain_s=1e9, look_s=0.02, release_after_s=0.1))
+    monkeypatch.setattr("test_sharing.EAGER", TailPolicy(full_share=2.0, release_after_s=0.1))
     slow = merge(tree, {"engine": {"decode_tokens_per_s": 20, "slots": 64, "max_inflight": 64}})
     slow["cluster"]["workers"] = {"min": 1, "max": 2}
     dispatchers: list[Dispatcher] = []
