@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from batchgen.answer import make_given_up
 from batchgen.errors import Refusal
+from batchgen.hint_check import HintCheck
 from batchgen.open_shard import OpenShard
 from batchgen.prepare import (
     Prepared,
@@ -75,12 +76,16 @@ def narrow(shard: Shard, wanted: Collection[Slot] | None) -> Shard:
 
 
 class Feeder:
-    """Belongs to one event loop. `run` must run for rows to be sent, and for `feed` to end."""
+    """Belongs to one event loop. `run` must run for rows to be sent, and for `feed` to end. `hints` says whether the order
+    goes by them."""
 
-    def __init__(self, spec: JobSpec, passthrough: pa.Schema, preparer: Preparer, sender: Sender) -> None:
+    def __init__(
+        self, spec: JobSpec, passthrough: pa.Schema, preparer: Preparer, sender: Sender, hints: HintCheck
+    ) -> None:
         self._spec, self._passthrough, self._preparer, self._sender = spec, passthrough, preparer, sender
         self._n = spec.sampling.n
         self._ahead: ReadAhead[Page] = ReadAhead()
+        self._hints = hints
         self._readers = asyncio.Semaphore(MAX_READERS)
         self._has_rows, self._has_room = asyncio.Event(), asyncio.Event()
 
@@ -146,6 +151,7 @@ class Feeder:
         """For ever: the next rows in order."""
         while True:
             await self._has_rows.wait()
+            self._ahead.sort(self._hints.are_useful)
             runs = self._ahead.take(max(1, PREPARED_ROWS // self._n), BATCH_BYTES)
             if self._ahead.num_rows == 0:
                 self._has_rows.clear()
