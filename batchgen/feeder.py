@@ -118,12 +118,11 @@ class Feeder:
         inputs, found = step
         if wanted is None:
             shard.add_inputs(inputs)
-        if isinstance(found, Stretch):
+        if not isinstance(found, Stretch):
+            await self._admit(shard, [failed for failed in found if wanted is None or failed.row_id.slot in wanted])
+        elif found.left:
             self._ahead.add(found)
             self._has_rows.set()
-        else:
-            for result in found:
-                shard.add(result)
         return True
 
     def _read_stretch(
@@ -158,7 +157,10 @@ class Feeder:
             self._has_room.set()
             open_runs = [(stretch.source, places) for stretch, places in runs if not stretch.source.shard.is_closed]
             for shard, prepared in await asyncio.to_thread(self._prepare, open_runs):
-                await self._admit(shard, prepared)
+                if isinstance(prepared, Refusal):
+                    shard.close(prepared)
+                else:
+                    await self._admit(shard, prepared)
             for stretch, _ in runs:
                 stretch.source.shrink(stretch.left)
 
@@ -188,11 +190,8 @@ class Feeder:
         finally:
             page.shard.prepare_s += time.monotonic() - started
 
-    async def _admit(self, shard: OpenShard, prepared: list[Prepared] | Refusal) -> None:
+    async def _admit(self, shard: OpenShard, prepared: Sequence[Prepared]) -> None:
         """Queue requests for the window, after waiting for room to read ahead; failures end at once."""
-        if isinstance(prepared, Refusal):
-            shard.close(prepared)
-            return
         requests = []
         for item in prepared:
             if shard.is_settled(*item.row_id.slot):

@@ -32,7 +32,9 @@ def test_the_longest_goes_first_whichever_stretch_it_is_of() -> None:
 
 
 @pytest.mark.parametrize("expected", [None, [None] * 3, [4.0] * 3, [float("nan")] * 3])
-def test_without_hints_and_with_equal_ones_the_order_is_that_of_reading(expected: Sequence[float | None] | None) -> None:
+def test_without_hints_and_with_equal_ones_the_order_is_that_of_reading(
+    expected: Sequence[float | None] | None,
+) -> None:
     ahead: ReadAhead[str] = ReadAhead()
     add(ahead, "a", expected, 3)
     add(ahead, "b", expected, 3)
