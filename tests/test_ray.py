@@ -195,9 +195,10 @@ def test_lost_actor_and_stopped_actor_are_replaced_within_the_run(cluster: RayCl
 def test_helper_and_owner_of_a_split_shard_are_killed(cluster: RayCluster, s3: str, tmp_path: Path) -> None:
     """One shard for two actors: the second one helps the first. SIGKILL of the helper, then, while another one helps, of
     the owner: the shard is committed once, by whoever holds it then, with what helpers had journaled."""
-    num_rows, output = 900, f"{s3}/out"
+    num_rows, output = 600, f"{s3}/out"
     write_inputs(f"{s3}/in", 1, num_rows)
-    spec = write_spec(tmp_path, f"{s3}/in", output)
+    # Slow enough that the second actor is up long before the first one could end alone.
+    spec = write_spec(tmp_path, f"{s3}/in", output, engine={"decode_tokens_per_s": 60})
     changed = yaml.safe_load(Path(spec).read_text())
     changed["output"] |= {"rows_per_shard": num_rows, "journal_interval_s": 0.5}
     Path(spec).write_text(yaml.safe_dump(changed))
