@@ -22,8 +22,8 @@ MAX_BACKOFF_S = 60.0
 @dataclass(frozen=True, slots=True)
 class QueuedShard:
     """A shard to be done. `first_attempt` goes on where earlier runs stopped counting; `replaces` is the version of the
-    committed file whose error rows are to be replaced; `cost` orders, `work` balances (`lengths`), and is the same where it is
-    not told."""
+    committed file whose error rows are to be replaced; `cost` orders, `work` balances (`lengths`), and is the
+    same where it is not told."""
 
     shard: Shard
     first_attempt: int = 1
