@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from batchgen.answer import make_given_up
 from batchgen.errors import Refusal
+from batchgen.hint_check import HintCheck
 from batchgen.open_shard import OpenShard
 from batchgen.prepare import (
     Prepared,
@@ -75,12 +76,16 @@ def narrow(shard: Shard, wanted: Collection[Slot] | None) -> Shard:
 
 
 class Feeder:
-    """Belongs to one event loop. `run` must run for rows to be sent, and for `feed` to end."""
+    """Belongs to one event loop. `run` must run for rows to be sent, and for `feed` to end. `hints` says whether the order
+    goes by them."""
 
-    def __init__(self, spec: JobSpec, passthrough: pa.Schema, preparer: Preparer, sender: Sender) -> None:
+    def __init__(
+        self, spec: JobSpec, passthrough: pa.Schema, preparer: Preparer, sender: Sender, hints: HintCheck
+    ) -> None:
         self._spec, self._passthrough, self._preparer, self._sender = spec, passthrough, preparer, sender
         self._n = spec.sampling.n
         self._ahead: ReadAhead[Page] = ReadAhead()
+        self._hints = hints
         self._readers = asyncio.Semaphore(MAX_READERS)
         self._has_rows, self._has_room = asyncio.Event(), asyncio.Event()
 
@@ -113,12 +118,11 @@ class Feeder:
         inputs, found = step
         if wanted is None:
             shard.add_inputs(inputs)
-        if isinstance(found, Stretch):
+        if not isinstance(found, Stretch):
+            await self._admit(shard, [failed for failed in found if wanted is None or failed.row_id.slot in wanted])
+        elif found.left:
             self._ahead.add(found)
             self._has_rows.set()
-        else:
-            for result in found:
-                shard.add(result)
         return True
 
     def _read_stretch(
@@ -146,13 +150,17 @@ class Feeder:
         """For ever: the next rows in order."""
         while True:
             await self._has_rows.wait()
+            self._ahead.sort(self._hints.are_useful)
             runs = self._ahead.take(max(1, PREPARED_ROWS // self._n), BATCH_BYTES)
             if self._ahead.num_rows == 0:
                 self._has_rows.clear()
             self._has_room.set()
             open_runs = [(stretch.source, places) for stretch, places in runs if not stretch.source.shard.is_closed]
             for shard, prepared in await asyncio.to_thread(self._prepare, open_runs):
-                await self._admit(shard, prepared)
+                if isinstance(prepared, Refusal):
+                    shard.close(prepared)
+                else:
+                    await self._admit(shard, prepared)
             for stretch, _ in runs:
                 stretch.source.shrink(stretch.left)
 
@@ -182,11 +190,8 @@ class Feeder:
         finally:
             page.shard.prepare_s += time.monotonic() - started
 
-    async def _admit(self, shard: OpenShard, prepared: list[Prepared] | Refusal) -> None:
+    async def _admit(self, shard: OpenShard, prepared: Sequence[Prepared]) -> None:
         """Queue requests for the window, after waiting for room to read ahead; failures end at once."""
-        if isinstance(prepared, Refusal):
-            shard.close(prepared)
-            return
         requests = []
         for item in prepared:
             if shard.is_settled(*item.row_id.slot):

@@ -208,7 +208,8 @@ def pick_rows(batch: pa.RecordBatch, indices: Sequence[int]) -> pa.RecordBatch:
     try:
         return batch.take(pa.array(indices))
     except pa.ArrowNotImplementedError:  # Arrow can't take from views, however deep they lie
-        return pa.concat_batches([batch.slice(index, 1) for index in indices])
+        rows = pa.Table.from_batches([batch.slice(index, 1) for index in indices])
+        return rows.combine_chunks().to_batches()[0]
 
 
 def _decode_column(column: pa.Array) -> list[Any]:

@@ -62,10 +62,18 @@ def choose_delay_s(retry: RetrySpec, error: RequestFailed, num_tries: int) -> fl
 
 
 class Sender:
-    """Belongs to one event loop. `on_death` is called once with the reason when nothing more can be sent."""
+    """Belongs to one event loop. `on_death` is called once with the reason when nothing more can be sent, `on_length` with
+    the expected and the actual tokens of each answer where both are known."""
 
-    def __init__(self, engine: Engine, max_inflight: int, retry: RetrySpec, on_death: Callable[[str], None]) -> None:
-        self._engine, self._retry, self._on_death = engine, retry, on_death
+    def __init__(
+        self,
+        engine: Engine,
+        max_inflight: int,
+        retry: RetrySpec,
+        on_death: Callable[[str], None],
+        on_length: Callable[[float, int], None] = lambda _, __: None,
+    ) -> None:
+        self._engine, self._retry, self._on_death, self._on_length = engine, retry, on_death, on_length
         self.window = Window(max_inflight, MAX_INFLIGHT_BYTES)
         self._max_ready = max(MIN_READY_ROWS, int(READY_WINDOWS * max_inflight))
         self._max_waiting = max(MIN_READY_ROWS, MAX_WAITING_WINDOWS * max_inflight)
@@ -172,6 +180,9 @@ class Sender:
             parse = self._engine.tokenizer.parse if self._engine.tokenizer else None
             result = make_result(ready.request, generation, parse=parse, waited_s=waited_s, latency_s=latency_s)
             ready.shard.add(result)
+            expected, tokens = ready.request.expected_tokens, generation.usage.completion_tokens
+            if expected is not None and tokens is not None:
+                self._on_length(expected, tokens)
         finally:
             ready.shard.num_inflight -= 1
             self.window.leave(ready.num_bytes)

@@ -1,8 +1,9 @@
 """One engine and its open shards. No Ray, no queue: leases in, events out.
 
-Rows of all open shards share one in-flight window, in lease order: while the last rows of one shard are decoded the
-next shard's rows are read, tokenised and sent already. A retry waits outside the window. Finished rows wait as Arrow and
-go to the journal at every interval; a complete shard is committed off the event loop while the window stays full.
+Rows of all open shards share one in-flight window, longest expected first where lengths are hinted, else in lease order:
+while the last rows of one shard are decoded the next shard's rows are read, tokenised and sent already. A retry waits
+outside the window. Finished rows wait as Arrow and go to the journal at every interval; a complete shard is committed off
+the event loop while the window stays full.
 
 Invariants: a shard is committed by its own task only; after `WorkerLost` or `drain` nothing more is sent to the engine;
 any unexpected error ends the worker, never a row silently.
@@ -19,6 +20,7 @@ from batchgen.engines.base import Engine
 from batchgen.errors import BatchgenError, EngineDied, InputChanged, Refusal, StorageError
 from batchgen.events import Heartbeat, JournalFlushed, PoolEvent, ShardFailed, WorkerLost, WorkerWarned
 from batchgen.feeder import Feeder
+from batchgen.hint_check import HintCheck
 from batchgen.journal import make_segment_path
 from batchgen.open_shard import OpenShard
 from batchgen.orders import Order
@@ -58,8 +60,9 @@ class Worker:
         spec = self._spec
         engine, refused = self._engine, list_refused(spec.engine.kind)
         preparer = Preparer(spec, engine.tokenizer, engine.max_model_len, refused, self._setup.prior)
-        self._sender = Sender(self._engine, spec.engine.max_inflight, spec.retry, self._die)
-        self._feeder = Feeder(spec, self._setup.passthrough, preparer, self._sender)
+        hints = HintCheck()
+        self._sender = Sender(engine, spec.engine.max_inflight, spec.retry, self._die, hints.note)
+        self._feeder = Feeder(spec, self._setup.passthrough, preparer, self._sender, hints)
         self._window = self._sender.window
         self._wake, self._flushing = asyncio.Event(), asyncio.Lock()
         self._committing = asyncio.Semaphore(MAX_COMMITS)

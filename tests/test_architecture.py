@@ -73,7 +73,7 @@ LAYERS = [
     ["training.rows", "training.save", "training.accuracy"],
     ["training.train"],
     # one worker
-    ["result_batch", "read_ahead"],
+    ["result_batch", "read_ahead", "hint_check"],
     ["manifest", "open_shard", "prepare"],
     ["length_files"],
     ["engines.contract_subject"],
@@ -123,7 +123,7 @@ PURE |= {
     "answer",
     "verify_rows",
 }
-PURE |= {"read_ahead"}
+PURE |= {"read_ahead", "hint_check"}
 PURE |= {"checkpoint", "stage_plan", "preflight", "preflight_model"}
 PURE |= {"bench.oracle", "bench.runs"}
 PURE |= {"engines.trtllm.sampling", "engines.trtllm.env", "engines.trtllm.args", "engines.trtllm.health"}

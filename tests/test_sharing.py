@@ -311,6 +311,7 @@ def test_an_idle_worker_above_the_least_number_is_released(
     monkeypatch.setattr("test_sharing.EAGER", TailPolicy(full_share=2.0, release_after_s=0.1))
     slow = merge(tree, {"engine": {"decode_tokens_per_s": 20, "slots": 64, "max_inflight": 64}})
     slow["cluster"]["workers"] = {"min": 1, "max": 2}
+    slow["output"]["rows_per_shard"] = ROWS  # one worker has all the work
     dispatchers: list[Dispatcher] = []
     with splitting(monkeypatch):
         make_eager = batchgen.run.make_dispatcher
