@@ -203,10 +203,10 @@ def test_helper_and_owner_of_a_split_shard_are_killed(cluster: RayCluster, s3: s
     changed["output"] |= {"rows_per_shard": num_rows, "journal_interval_s": 0.5}
     Path(spec).write_text(yaml.safe_dump(changed))
     job = cluster.submit(spec)
-    wait_for(lambda: len(list_worker_pids(tmp_path)) == 2, "the second actor helps")
-    owner, helper = sorted(list_worker_pids(tmp_path), key=lambda pid: read_first_call(tmp_path, pid))
+    wait_for(lambda: len(list_callers(tmp_path)) == 2, "the second actor helps")
+    owner, helper = list_callers(tmp_path)
     os.kill(helper, signal.SIGKILL)
-    wait_for(lambda: set(list_worker_pids(tmp_path)) - {owner, helper}, "a new actor helps")
+    wait_for(lambda: bool(set(list_callers(tmp_path)) - {owner, helper}), "a new actor helps")
     os.kill(owner, signal.SIGKILL)
     assert cluster.wait(job, 90) == "SUCCEEDED", cluster.read_logs(job)[-3000:]
     check_rows(read_rows(output), 1, num_rows)
@@ -219,10 +219,10 @@ def test_helper_and_owner_of_a_split_shard_are_killed(cluster: RayCluster, s3: s
     assert count_calls(tmp_path) < 1.6 * num_rows
 
 
-def read_first_call(path: Path, pid: int) -> float:
-    """When a worker's engine was called first."""
-    line = (path / "calls" / f"calls-{pid}.jsonl").read_text().splitlines()[0]
-    return float(json.loads(line)[4])
+def list_callers(path: Path) -> list[int]:
+    """Living workers whose engines were called, in order of their first calls."""
+    logs = {pid: (path / "calls" / f"calls-{pid}.jsonl").read_text().splitlines() for pid in list_worker_pids(path)}
+    return sorted((pid for pid, lines in logs.items() if lines), key=lambda pid: float(json.loads(logs[pid][0])[4]))
 
 
 def test_lost_node_and_workers_that_join_later(cluster: RayCluster, tmp_path: Path) -> None:
