@@ -22,12 +22,14 @@ MAX_BACKOFF_S = 60.0
 @dataclass(frozen=True, slots=True)
 class QueuedShard:
     """A shard to be done. `first_attempt` goes on where earlier runs stopped counting; `replaces` is the version of the
-    committed file whose error rows are to be replaced; `cost` orders (`lengths.choose_cost`)."""
+    committed file whose error rows are to be replaced; `cost` orders, `work` balances (`lengths`), and is the
+    same where it is not told."""
 
     shard: Shard
     first_attempt: int = 1
     replaces: str | None = None
     cost: float = 0.0
+    work: float | None = None
 
 
 class Backlog:
@@ -83,8 +85,9 @@ class Backlog:
             reason=self._reasons.get(number),
         )
 
-    def get_cost(self, number: int) -> float:
-        return self._all[number].cost
+    def get_work(self, number: int) -> float:
+        queued = self._all[number]
+        return queued.cost if queued.work is None else queued.work
 
     # ---- what became of them -----------------------------------------------------------------------------------------
 

@@ -241,14 +241,18 @@ def measure_driver(num_shards: int, num_workers: int) -> dict[str, float]:
         spent = time.perf_counter() - started - pool.outside_s
         held = read_rss_mb()
         write_committed(dispatcher.storage, dispatcher.ledger.committed.values())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "us_a_shard": round(1e6 * spent / num_shards, 1),
         "turns": len(turns),
         "longest_turn_ms": round(1e3 * max(b - a for a, b in pairwise(turns)), 1),
         "rss_mb": held,
-        "peak_rss_mb": round(peak / 1024, 1),
+        "peak_rss_mb": read_peak_mb(),
     }
+
+
+def read_peak_mb() -> float:
+    """The most that the process ever held."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
 
 
 def read_rss_mb() -> float:
@@ -279,6 +283,6 @@ def run_bench(num_shards: int, num_workers: int, *, is_queue_only: bool = False)
     for name, figures in queue.items():
         mean, p99 = figures["mean_us"], figures["p99_us"]
         print(f"queue, {name:9} mean {mean:7.1f} us, p99 {p99:7.1f} us, {figures['calls']:,} calls")
-    driver = {"rss_mb": read_rss_mb()} if is_queue_only else measure_driver(num_shards, num_workers)
+    driver = {"peak_rss_mb": read_peak_mb()} if is_queue_only else measure_driver(num_shards, num_workers)
     print("driver: " + ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in driver.items()))
     print(json.dumps({"shards": num_shards, "workers": num_workers, "queue": queue, "driver": driver}))

@@ -19,7 +19,7 @@ from batchgen.damage import RESTORE, refusing_damage
 from batchgen.dispatch import Dispatcher
 from batchgen.driver_lease import is_dead_here, make_cancel_path, read_holder
 from batchgen.errors import OutputError, StorageError
-from batchgen.manifest import LOCK, read_json, write_json
+from batchgen.manifest import LOCK, UNCOMMITTED, read_json, write_json
 from batchgen.progress import Progress
 from batchgen.stats import make_lost_stats
 from batchgen.storage import Storage
@@ -46,7 +46,10 @@ class StatusWriter:
         if now < self._next:
             return
         self._next = now + self._interval_s
-        lost = [*self._earlier, *(stats for stats in dispatcher.ledger.batches.values() if stats.outcome == "lost")]
+        lost = [
+            *self._earlier,
+            *(stats for stats in dispatcher.ledger.batches.values() if stats.outcome in UNCOMMITTED),
+        ]
         lost += make_open_stats(dispatcher.list_open(), now)
         write_status(self._storage, self._epoch, "running", dispatcher.make_progress(), lost)
 

@@ -19,7 +19,7 @@ from batchgen.errors import InputError, OutputError, Refusal, StorageError
 from batchgen.handoff import list_handoffs
 from batchgen.journal import JournalIndex, list_segments, read_indexes
 from batchgen.length_files import measure_shards, read_prior
-from batchgen.lengths import LengthPrior, choose_cost
+from batchgen.lengths import LengthPrior, choose_cost, choose_work
 from batchgen.manifest import CommittedShard
 from batchgen.plan import Plan, expected_tokens, list_changes, make_plan
 from batchgen.prompt import list_prompt_columns
@@ -68,8 +68,10 @@ class Job:
 
     def _queue(self, shard: Shard) -> QueuedShard | None:
         done = self.committed.get(shard.number)
+        known = self._make_length_facts()
+        cost, work = choose_cost(shard, **known), choose_work(shard, **known)
         if done is None:
-            return QueuedShard(shard, cost=self._choose_cost(shard))
+            return QueuedShard(shard, cost=cost, work=work)
         num_again = {
             "none": 0,
             "retryable": done.footer.num_rows_retryable,
@@ -77,20 +79,18 @@ class Job:
         }[self.spec.retry.errors]
         if num_again == 0:
             return None
-        share = num_again / (self.spec.sampling.n * shard.num_rows)
-        cost = self._choose_cost(shard) * share
-        return QueuedShard(shard, done.footer.attempt + 1, replaces=done.info.version, cost=cost)
+        again = work * num_again / (self.spec.sampling.n * shard.num_rows)
+        return QueuedShard(shard, done.footer.attempt + 1, replaces=done.info.version, cost=again, work=again)
 
-    def _choose_cost(self, shard: Shard) -> float:
+    def _make_length_facts(self) -> dict[str, Any]:
         sampling = self.spec.sampling
-        return choose_cost(
-            shard,
-            n=sampling.n,
-            window=self.spec.engine.max_inflight,
-            max_tokens=sampling.max_tokens,
-            prior=self.prior,
-            default_tokens=expected_tokens(self.spec) / sampling.n,
-        )
+        return {
+            "n": sampling.n,
+            "window": self.spec.engine.max_inflight,
+            "max_tokens": sampling.max_tokens,
+            "prior": self.prior,
+            "default_tokens": expected_tokens(self.spec) / sampling.n,
+        }
 
     @property
     def num_wanted_rows(self) -> int:

@@ -10,7 +10,7 @@ class OpenLease:
     """A lease that is held, with the last that was heard of it."""
 
     lease: Lease
-    cost: float
+    work: float
     started_at: float
     num_rows_done: int = 0
     num_rows_error: int = 0
@@ -22,8 +22,8 @@ class OpenLease:
 
     @property
     def load(self) -> float:
-        """What is left of its cost."""
-        return self.cost * self.num_unfinished / self.lease.shard.num_rows
+        """What is left of its work."""
+        return self.work * self.num_unfinished / self.lease.shard.num_rows
 
 
 @dataclass(slots=True)

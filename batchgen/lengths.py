@@ -148,15 +148,26 @@ def total_hints(values: pa.Array | pa.ChunkedArray, max_tokens: int | None) -> H
     return HintTotals(len(known), pc.sum(known).as_py(), pc.max(known).as_py())
 
 
+def choose_work(
+    shard: Shard, *, n: int, window: int, max_tokens: int, prior: LengthPrior | None, default_tokens: float
+) -> float:
+    """A shard's share of one worker's full window, in tokens decoded one after the other: loads are balanced by it. With
+    nothing known of its rows their prompts' size tells shards apart, scaled so that rows without a prompt count as
+    `default_tokens`."""
+    if shard.expected_tokens is not None:
+        return shard.expected_tokens / window
+    prompt_tokens = shard.prompt_bytes / BYTES_PER_TOKEN / shard.num_rows if shard.prompt_bytes is not None else None
+    if prior is not None:
+        row_tokens = min(prior.expect(prompt_tokens), float(max_tokens))
+    else:
+        row_tokens = default_tokens + (prompt_tokens or 0.0)
+    return n * shard.num_rows * row_tokens / window
+
+
 def choose_cost(
     shard: Shard, *, n: int, window: int, max_tokens: int, prior: LengthPrior | None, default_tokens: float
 ) -> float:
-    """How long a shard keeps one worker busy, in tokens decoded one after the other: its share of a full window, or its
-    longest row alone where that is more. With nothing known of its rows their prompts' size orders them, scaled so that
-    prompts of one length count as `default_tokens` a row."""
-    if shard.expected_tokens is not None:
-        return max(shard.expected_tokens / window, shard.max_expected_tokens or 0.0)
-    prompt_tokens = shard.prompt_bytes / BYTES_PER_TOKEN / shard.num_rows if shard.prompt_bytes is not None else None
-    if prior is not None:
-        return n * shard.num_rows * min(prior.expect(prompt_tokens), float(max_tokens)) / window
-    return n * shard.num_rows * (default_tokens + (prompt_tokens or 0.0)) / window
+    """How long a shard keeps one worker busy: its work, or its longest row alone where that is more. What is longest
+    begins first."""
+    work = choose_work(shard, n=n, window=window, max_tokens=max_tokens, prior=prior, default_tokens=default_tokens)
+    return max(work, shard.max_expected_tokens or 0.0)

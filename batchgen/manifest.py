@@ -34,6 +34,8 @@ STATS_FOLDER = "batch_stats"
 COMMITTED = "_batchgen/committed.parquet"
 LOCK = "_batchgen/lock.json"
 SUCCESS = "_SUCCESS"
+# Outcomes of batches whose rows, if any, stand in another one's file: lost, or made for another.
+UNCOMMITTED = ("lost", "shared")
 NUM_FOOTER_THREADS = 32
 COMMITTED_ROWS = 4096
 COMMITTED_SCHEMA = pa.schema([(name, pa.string()) for name in ("path", "version", "footer", "footer_sha256")])
@@ -176,9 +178,9 @@ def add_batches(known: dict[str, BatchStats], batches: Iterable[BatchStats]) -> 
 
 
 def is_settled(batch: BatchStats, committed: Mapping[int, CommittedShard]) -> bool:
-    """Is all said of this batch? Not of a lost one whose shard is to be done yet: the attempt that commits will say what
-    became of its journaled rows, and a line of batch_stats is never changed."""
-    if batch.outcome != "lost":
+    """Is all said of this batch? Not of one that did not commit and whose shard is to be done yet: the attempt that commits
+    will say what became of its journaled rows, and a line of batch_stats is never changed."""
+    if batch.outcome not in UNCOMMITTED:
         return True
     standing = committed.get(parse_batch_id(batch.batch_id)[0])
     # Within one run a shard is done once: nothing of it comes after its commit, whatever its attempt's number.

@@ -32,8 +32,10 @@ def choose_num_to_start(facts: Facts, cluster: ClusterSpec, least: int = 0, most
     if room <= 0 or facts.num_rows_left == 0:
         return 0
     up = facts.num_ready + facts.num_starting
-    if up < max(least, cluster.workers.min):
-        return min(room, max(least, cluster.workers.min) - up)
+    # More than the least number only while shards wait: at the tail they would be let go again.
+    least = max(cluster.workers.min, least if facts.num_shards_waiting else 0)
+    if up < least:
+        return min(room, least - up)
     return sum(1 for extra in range(1, room + 1) if _is_worth_it(facts, up + extra, extra))
 
 

@@ -30,6 +30,7 @@ class Staffing:
     on_warning: Callable[[str], None]
     wall: Callable[[], float] = time.time
     _is_warned: bool = False
+    _look_at: float = 0.0
 
     def start(self, progress: Progress, now: float) -> None:
         """Raises NoWorkers when none can be started, RunStopped at the run's limits."""
@@ -47,8 +48,9 @@ class Staffing:
 
     def list_idle(self, now: float) -> list[str]:
         """At the tail: workers that have had nothing to do for a while, above the least number."""
-        if self.queue.num_waiting:
+        if self.queue.num_waiting or now < self._look_at:
             return []
+        self._look_at = now + self.tail.look_s
         self.roster.note_idle({w.info.worker_id for w in self.queue.look_at_workers() if w.is_busy}, now)
         num_ready, after_s = len(self.roster.workers), self.tail.release_after_s
         return choose_to_release(self.roster.idle_since, now, num_ready, self.spec.cluster, after_s=after_s)

@@ -166,13 +166,13 @@ class WorkQueue:
         return num_open < MIN_OPEN_SHARDS or self._n * worker.num_unfinished < self._windows_ahead * worker.info.window
 
     def _lend(self, worker: QueueWorker, number: int, now: float) -> Lease:
-        lease, cost = self._backlog.take(number, worker.info.worker_id), self._backlog.get_cost(number)
+        lease, work = self._backlog.take(number, worker.info.worker_id), self._backlog.get_work(number)
         if not worker.is_busy:
             worker.progress_at = now
-        self._held[number] = worker.open[lease.batch_id] = OpenLease(lease, cost, now)
+        self._held[number] = worker.open[lease.batch_id] = OpenLease(lease, work, now)
         worker.last_shard = number
         worker.num_unfinished += lease.shard.num_rows
-        worker.load += cost
+        worker.load += work
         self._place(worker)
         return lease
 

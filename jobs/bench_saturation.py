@@ -11,9 +11,7 @@ from batchgen.bench.workload import Workload
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["slots", "cpu"])
-    parser.add_argument(
-        "--folder", help="where input and output go, empty or new: local or s3://; else a temporary one"
-    )
+    parser.add_argument("--folder", help="where input and output go, new: local or s3://; else a temporary one")
     parser.add_argument("--rows", type=int, default=3000)
     parser.add_argument("--slots", type=int, default=64, help="of each worker; 1.25 times as many are in flight")
     parser.add_argument("--workers", type=int, default=1)

@@ -110,6 +110,7 @@ PURE = {"records", "events", "orders", "errors", "urls", "sections", "engine_spe
 PURE |= {"spec", "prompt", "plan", "sampling_spec", "batches", "engines.deepseek_turns", "engines.deepseek_v32"}
 PURE |= {
     "work_queue",
+    "governor",
     "tail",
     "progress",
     "roster",

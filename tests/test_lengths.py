@@ -19,6 +19,7 @@ from batchgen.lengths import (
     LengthCounts,
     choose_cost,
     choose_prompt_bucket,
+    choose_work,
     expect_tokens,
     format_lengths,
     make_lengths,
@@ -112,6 +113,8 @@ def test_a_cost_is_the_longer_of_the_work_and_the_longest_row() -> None:
     file = make_file()
     assert cost(Shard(0, file, 0, 10, 5000.0, 200.0)) == 500.0
     assert cost(Shard(0, file, 0, 10, 500.0, 200.0)) == 200.0
+    known = Shard(0, file, 0, 10, 500.0, 200.0)
+    assert choose_work(known, n=1, window=10, max_tokens=9, prior=None, default_tokens=1.0) == 50.0
     assert cost(Shard(0, file, 0, 10)) == 50.0
     assert cost(Shard(0, file, 0, 10, prompt_bytes=900.0)) == 70.0
     prior = make_prior(LengthCounts({(5, 40): 1000}))

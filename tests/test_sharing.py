@@ -4,6 +4,8 @@
 """
 
 import contextlib
+import random
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,6 +82,7 @@ class CrashingPool(InlinePool):
         self.seen = []
         self._news: list[PoolEvent] = []
         self._share: Any = None
+        self._doomed: list[random.Random] = []
 
     def tell(self, worker_id: str, order: Order) -> None:
         super().tell(worker_id, order)
@@ -87,6 +90,8 @@ class CrashingPool(InlinePool):
 
     def poll(self, timeout_s: float) -> list[PoolEvent]:
         found = super().poll(min(timeout_s, 0.05))
+        while self._doomed and self._threads:
+            self._end(self._doomed.pop().choice(sorted(self._threads)))
         for event in found:
             if not self.crash or getattr(event, "worker_id", None) not in self.crash.killed:
                 self._look(event)
@@ -105,6 +110,10 @@ class CrashingPool(InlinePool):
         if self.crash.num_seen == self.crash.nth:
             for victim in self.crash.victims:
                 self._end(self._share.owner_id if victim == "owner" else self._share.lease.worker_id)
+
+    def doom(self, draw: random.Random) -> None:
+        """End some worker at the next poll. From any thread."""
+        self._doomed.append(draw)
 
     def _end(self, worker_id: str) -> None:
         assert self.crash is not None
@@ -216,6 +225,29 @@ def test_whoever_dies_while_a_shard_is_split_every_row_is_there_once(
     assert ("owner" in victims) <= bool(lost), "an attempt that was lost is accounted for"
     # A crash costs what was in flight and one interval; a share that outlives its owner may be made twice as well.
     assert count_calls(tmp_path / "calls") <= 2 * ROWS
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_workers_that_die_at_any_time_cost_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Not at a step of the protocol but whenever: three workers, shards of any size, up to four deaths."""
+    draw = random.Random(seed)
+    files, n = write_prompts(tmp_path / "in", (80, 47)), draw.choice([1, 2])
+    tree = make_tree(
+        tmp_path / "in", tmp_path / "out", tmp_path / "calls", engine=QUICK, sampling={"n": n},
+        output={"rows_per_shard": draw.choice([20, 60, 200]), "journal_interval_s": draw.choice([0.05, 0.2])},
+        cluster={"workers": {"min": 3, "max": 3}}, retry={"max_shard_attempts": 50, "max_start_failures": 50},
+    )  # fmt: skip
+    with splitting(monkeypatch, Crash(lambda _: False, ())) as pools:
+        deaths = [
+            threading.Timer(draw.uniform(0.1, 1.0), lambda: pools[0].doom(draw)) for _ in range(draw.randint(1, 4))
+        ]
+        for death in deaths:
+            death.start()
+        report, view = run(tree)
+        for death in deaths:
+            death.cancel()
+    assert report["exit_code"] == 0, view.warned
+    check(tree, files, n)
 
 
 def test_rows_in_error_stay_errors_when_a_helper_made_them(

@@ -580,3 +580,14 @@ def test_a_decision_looks_at_few_workers_and_few_shards(monkeypatch: pytest.Monk
     assert len(leases) == 6 * num_workers
     assert counts["workers"] == len(leases), "one worker is looked at for each lease"
     assert counts["entries"] < 6 * len(leases), "and a few heap entries, stale ones included"
+
+
+def test_long_rows_go_first_and_work_is_balanced() -> None:
+    """A shard with one long row and little else begins first, and does not keep others from its worker."""
+    plans = [(9.0, 1.0), (8.0, 8.0), (3.0, 3.0), (2.0, 2.0)]
+    shards = [QueuedShard(make_shard(n, row_end=ROWS), cost=cost, work=work) for n, (cost, work) in enumerate(plans)]
+    queue = WorkQueue(shards, epoch=EPOCH, retry=RetrySpec(), cluster=CLUSTER)
+    queue.add_worker(make_worker_info("a"), 0.0)
+    queue.add_worker(make_worker_info("b"), 0.0)
+    order = [(lease.worker_id, lease.shard.number) for lease in lease_all(queue)]
+    assert order == [("a", 0), ("b", 1), ("a", 2), ("b", 3)]
