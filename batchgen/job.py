@@ -16,6 +16,7 @@ from batchgen import manifest
 from batchgen.damage import refusing_damage
 from batchgen.engines import create_tokenizer
 from batchgen.errors import InputError, OutputError, Refusal, StorageError
+from batchgen.handoff import list_handoffs
 from batchgen.journal import JournalIndex, list_segments, read_indexes
 from batchgen.length_files import measure_shards, read_prior
 from batchgen.lengths import LengthPrior, choose_cost
@@ -257,12 +258,14 @@ def freeze(job: Job) -> None:
 
 
 def load_journal(job: Job) -> JournalIndex:
-    """What earlier runs journaled; segments whose shards are all committed are deleted here."""
+    """What earlier runs journaled; segments whose shards are all committed are deleted here, and
+    handoffs, which mean nothing to another run."""
     index = JournalIndex()
     for number in job.committed.keys() - {queued.shard.number for queued in job.todo}:
         index.complete(number)
     for refs in read_indexes(job.storage, list_segments(job.storage), job.spec.fingerprint()):
         job.storage.delete_many(index.add(refs))
+    job.storage.delete_many(list_handoffs(job.storage))
     return index
 
 

@@ -28,7 +28,8 @@ class OpenLease:
 
 @dataclass(slots=True)
 class QueueWorker:
-    """A worker as the queue sees it. `num_rows_ended`: rows of leases that it has done with."""
+    """A worker as the queue sees it. `num_rows_ended`: rows of leases that it has done with.
+    `share_unsent`: requests of each share that it has not sent yet."""
 
     info: WorkerInfo
     joined_at: float
@@ -42,6 +43,7 @@ class QueueWorker:
     num_inflight: int = 0
     open: dict[str, OpenLease] = field(default_factory=dict)
     shares: dict[str, Share] = field(default_factory=dict)
+    share_unsent: dict[str, int] = field(default_factory=dict)
 
     @property
     def is_busy(self) -> bool:

@@ -21,15 +21,15 @@ MAX_FILE_LINES = 300
 
 LAYERS = [
     ["__init__", "records", "batches", "errors", "urls", "paths"],
-    ["sections"],
+    ["sections", "orders"],
     ["tensorrt_llm_spec", "sampling_spec"],
     ["engine_specs"],
-    ["lazy_heap", "leases"],
+    ["lazy_heap", "leases", "tail"],
     ["spec", "events", "build", "tasks", "window", "signals", "damage", "seal"],
     ["tokenizer_files"],
     # pure decisions
-    ["prompt", "plan", "backlog", "scaling", "lengths", "answer", "verify_rows"],
-    ["stats", "work_queue"],
+    ["prompt", "plan", "backlog", "scaling", "governor", "lengths", "answer", "verify_rows"],
+    ["stats", "work_queue", "progress", "roster"],
     ["checkpoint", "stage_plan", "engines.trtllm.env"],
     ["preflight"],
     ["preflight_model"],
@@ -41,7 +41,7 @@ LAYERS = [
     ["stores.s3"],
     ["storage"],
     ["stores.probe", "spec_load", "read", "write", "journal", "driver_lease"],
-    ["shard_footer"],
+    ["shard_footer", "handoff"],
     # weights on the node's own disk
     ["stage_fetch", "stage_lock"],
     ["stage_hub"],
@@ -73,14 +73,18 @@ LAYERS = [
     ["training.rows", "training.save", "training.accuracy"],
     ["training.train"],
     # one worker
+    ["result_batch", "read_ahead"],
     ["manifest", "open_shard", "prepare"],
     ["length_files"],
     ["engines.contract_subject"],
     ["engines.contract_answers"],
     ["engines.contract"],
     ["shard_files", "sender", "validate"],
+    ["feeder"],
+    ["worker_setup", "worker_shares"],
     ["worker", "job"],
     # many workers
+    ["sharing", "ledger", "staffing"],
     ["inline_pool", "ray_pool", "dispatch"],
     ["pools"],
     # one run
@@ -102,9 +106,23 @@ LAYERS = [
     ["cli"],
     ["cli.__main__"],
 ]
-PURE = {"records", "events", "errors", "urls", "sections", "engine_specs", "tensorrt_llm_spec"}
+PURE = {"records", "events", "orders", "errors", "urls", "sections", "engine_specs", "tensorrt_llm_spec"}
 PURE |= {"spec", "prompt", "plan", "sampling_spec", "batches", "engines.deepseek_turns", "engines.deepseek_v32"}
-PURE |= {"work_queue", "backlog", "lazy_heap", "leases", "scaling", "lengths", "stats", "answer", "verify_rows"}
+PURE |= {
+    "work_queue",
+    "tail",
+    "progress",
+    "roster",
+    "backlog",
+    "lazy_heap",
+    "leases",
+    "scaling",
+    "lengths",
+    "stats",
+    "answer",
+    "verify_rows",
+}
+PURE |= {"read_ahead"}
 PURE |= {"checkpoint", "stage_plan", "preflight", "preflight_model"}
 PURE |= {"bench.oracle", "bench.runs"}
 PURE |= {"engines.trtllm.sampling", "engines.trtllm.env", "engines.trtllm.args", "engines.trtllm.health"}
