@@ -100,7 +100,7 @@ LAYERS = [
     ["bench.ways", "bench.inputs", "bench.server"],
     ["bench.runs"],
     ["bench.measure", "bench.summary"],
-    ["bench.benchmark"],
+    ["bench.benchmark", "bench.saturation"],
     ["cli.base"],
     ["cli.jobs", "cli.outputs", "cli.nodes"],
     ["cli"],
