@@ -110,8 +110,8 @@ class Bench:
         os.sched_setaffinity(0, self._servers)
         repo = str(self._options.scripts.resolve().parents[1])
         # The measured ways' environment; the servers' has another mark, so that their CPU time is not the ways'.
-        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        self._env = make_env({"PYTHONPATH": repo, "RAY_TMPDIR": str(self._temporary), **token})
+        ray = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+        self._env = make_env({"PYTHONPATH": repo, "RAY_TMPDIR": str(self._temporary), **ray})
         command = [sys.executable, "-m", "batchgen.bench.server", json.dumps(asdict(self._work))]
         log = self._options.folder / "servers.log"
         try:
