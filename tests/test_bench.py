@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from batchgen.bench.benchmark import Bench, Options
 from batchgen.bench.measure import read_json
 from batchgen.bench.oracle import find_bound_s, find_fifo_s, find_longest_first_s, find_saturation
-from batchgen.bench.processes import MARK, CpuMeter, make_env, run_child, run_server, split_cores
+from batchgen.bench.processes import MARK, CpuMeter, end_marked, make_env, run_child, run_server, split_cores
 from batchgen.bench.summary import make_oracles, make_result_text
 from batchgen.bench.ways import Way, make_quick_ways, make_ways
 from batchgen.bench.workload import Workload, count_right, make_prompt, make_text, parse_row
@@ -176,6 +176,18 @@ def test_a_way_ends_with_the_benchmark() -> None:
         assert process.stdout.readline() == b"up\n"
         process.stdin.close()
         assert process.wait(20) == 1
+
+
+def test_what_carries_a_mark_can_be_ended_and_nothing_else() -> None:
+    env = make_env({})
+    marked, other = (subprocess.Popen(["sleep", "600"], env=one, start_new_session=True) for one in (env, make_env({})))
+    try:
+        end_marked(env[MARK])
+        assert marked.wait(20) == -9
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
 
 
 def test_cpu_time_is_that_of_marked_processes_alone() -> None:
