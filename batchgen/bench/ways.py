@@ -156,13 +156,11 @@ def make_zero(num_rows: int) -> list[Way]:
             needs=ray,
             num_rows=num_rows,
         ),
-        Way(
-            "Ray Data",
-            "run_ray_zero.py",
-            "one actor, one async call a row, batch_size=1024 (its default)",
-            {"batch_size": 1024},
-            kind="zero",
-            needs=ray,
-            num_rows=num_rows,
+        *(
+            Way(name, "run_ray_zero.py", note, {"batch_size": size}, kind="zero", needs=ray, num_rows=num_rows)
+            for name, note, size in [
+                ("Ray Data map", "one actor, an async call a row", None),
+                ("Ray Data map_batches", "one actor, an async call a row, gathered by 1,024 (its default)", 1024),
+            ]
         ),
     ]
