@@ -159,7 +159,7 @@ VENDORS = {
     "torch": {"engines.sampling", "engines.decode", "engines.hf_model()", "engines.transformers()", "bench_decode()"}
     | {"training.muon()", "training.train()", "training.save()", "training.accuracy()", "bench_worker()"}
     | {"quantize.nvfp4", "quantize.weights", "quantize.calibrate", "quantize.check", "engines.nvfp4_model"}
-    | {"quantize.folder()", "quantize.job()"},
+    | {"quantize.folder()", "quantize.job()", "bench_worker()"},
     "transformers": {"bench_decode()", "engines.hf_model()", "engines.hf_tokenizer()", "training.train()"}
     | {"engines.nvfp4_model()", "quantize.job()", "bench_worker()"},
     "modelopt": {"quantize.calibrate()"},

@@ -1,6 +1,7 @@
 """The benchmark beside other systems: its rows, oracles and server are what it says, and every failure shows as one."""
 
 import asyncio
+import contextlib
 import json
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from batchgen.bench.benchmark import Bench, Options
 from batchgen.bench.measure import read_json
 from batchgen.bench.oracle import find_bound_s, find_fifo_s, find_longest_first_s, find_saturation
-from batchgen.bench.processes import MARK, CpuMeter, make_env, run_child, run_server, split_cores
+from batchgen.bench.processes import MARK, CpuMeter, end_marked, make_env, run_child, run_server, split_cores
 from batchgen.bench.summary import make_oracles, make_result_text
 from batchgen.bench.ways import Way, make_quick_ways, make_ways
 from batchgen.bench.workload import Workload, count_right, make_prompt, make_text, parse_row
@@ -72,11 +73,17 @@ def test_only_rows_that_are_there_once_with_their_own_text_are_right() -> None:
 # ---- the server ------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def run_slots(work: Workload, folder: Path) -> Iterator[str]:
+    command = [sys.executable, "-m", "batchgen.bench.server", json.dumps(asdict(work))]
+    with run_server(command, split_cores()[0], make_env({}), folder / "log") as port:
+        yield f"http://127.0.0.1:{port}"
+
+
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
-    command = [sys.executable, "-m", "batchgen.bench.server", json.dumps(asdict(SMALL))]
-    with run_server(command, split_cores()[0], make_env({}), tmp_path / "log") as port:
-        yield f"http://127.0.0.1:{port}"
+    with run_slots(SMALL, tmp_path) as url:
+        yield url
 
 
 async def ask(url: str, contents: list[Any]) -> list[tuple[int, Any]]:
@@ -111,19 +118,26 @@ def test_the_server_takes_a_prompt_in_parts_and_refuses_what_is_none(server: str
     assert (bad[0], worse[0]) == (400, 400)
 
 
-def test_who_hangs_up_gives_its_slots_back(server: str) -> None:
-    async def hang_up() -> None:
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(ask(server, [make_prompt(row) for row in range(12)] * 200), 0.5)
+def test_who_hangs_up_gives_its_slots_back(tmp_path: Path) -> None:
+    slow = replace(SMALL, mean_s=600.0)
+    with run_slots(slow, tmp_path) as url:
 
-    asyncio.run(hang_up())
-    give_up_at = time.monotonic() + 20
-    stats = read_json(f"{server}/stats")
-    while stats["num_open"] and time.monotonic() < give_up_at:
-        stats = read_json(f"{server}/stats")
-    assert stats["num_open"] == 0
-    assert stats["num_dropped"] > 0
-    assert stats["num_requests"] > stats["rows"] + stats["num_again"]
+        async def hang_up() -> None:
+            asking = asyncio.create_task(ask(url, [make_prompt(row) for row in range(6)]))
+            await asyncio.to_thread(wait_for_open, url, 6)
+            asking.cancel()
+            await asyncio.wait({asking})
+
+        asyncio.run(hang_up())
+        wait_for_open(url, 0)
+        stats = read_json(f"{url}/stats")
+    assert (stats["num_dropped"], stats["rows"], stats["max_inflight"]) == (6, 0, 6)
+
+
+def wait_for_open(url: str, num_open: int) -> None:
+    give_up_at = time.monotonic() + 30
+    while read_json(f"{url}/stats")["num_open"] != num_open:
+        assert time.monotonic() < give_up_at, read_json(f"{url}/stats")
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------
@@ -162,6 +176,18 @@ def test_a_way_ends_with_the_benchmark() -> None:
         assert process.stdout.readline() == b"up\n"
         process.stdin.close()
         assert process.wait(20) == 1
+
+
+def test_what_carries_a_mark_can_be_ended_and_nothing_else() -> None:
+    env = make_env({})
+    marked, other = (subprocess.Popen(["sleep", "600"], env=one, start_new_session=True) for one in (env, make_env({})))
+    try:
+        end_marked(env[MARK])
+        assert marked.wait(20) == -9
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
 
 
 def test_cpu_time_is_that_of_marked_processes_alone() -> None:

@@ -24,7 +24,7 @@ from typing import Any
 from batchgen.bench.homes import find_python
 from batchgen.bench.inputs import write_rows, write_token_ids
 from batchgen.bench.measure import Place, measure
-from batchgen.bench.processes import make_env, run_server, split_cores
+from batchgen.bench.processes import MARK, end_marked, make_env, run_server, split_cores
 from batchgen.bench.runs import Run, dump_run, load_run
 from batchgen.bench.summary import make_oracles, summarise
 from batchgen.bench.ways import Way, make_quick_ways, make_ways
@@ -110,8 +110,8 @@ class Bench:
         os.sched_setaffinity(0, self._servers)
         repo = str(self._options.scripts.resolve().parents[1])
         # The measured ways' environment; the servers' has another mark, so that their CPU time is not the ways'.
-        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        self._env = make_env({"PYTHONPATH": repo, "RAY_TMPDIR": str(self._temporary), **token})
+        ray = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+        self._env = make_env({"PYTHONPATH": repo, "RAY_TMPDIR": str(self._temporary), **ray})
         command = [sys.executable, "-m", "batchgen.bench.server", json.dumps(asdict(self._work))]
         log = self._options.folder / "servers.log"
         try:
@@ -139,6 +139,7 @@ class Bench:
         """What the ways want to find. First the S3 server: actors have the environment that the cluster began with."""
         log, env, address = self._options.folder / "servers.log", self._env, None
         with contextlib.ExitStack() as stack:
+            stack.callback(end_marked, env[MARK])
             if "s3" in needs:
                 command = [sys.executable, str(self._options.s3_server)]
                 port = stack.enter_context(run_server(command, self._servers, make_env({}), log))

@@ -65,11 +65,12 @@ def measure(way: Way, key: str, work: Workload, place: Place) -> Run:
     with CpuMeter(place.env[MARK]) as meter:
         failure = run_child(command, set(place.cores), {**place.env, **way.env}, log, way.timeout_s)
     run = replace(run, cpu_s={name: round(used, 2) for name, used in meter.read().items() if used > 0})
+    stats = read_json(f"{place.url}/stats?reset=1")
     if way.kind == "served":
-        run = add_served(run, work, read_json(f"{place.url}/stats?reset=1"))
+        run = add_served(run, work, stats)
     if failure is not None:
         return replace(run, failure=failure)
-    return add_output(add_report(run, json.loads(report.read_text())), output)
+    return add_output(add_report(run, json.loads(report.read_text()), stats), output)
 
 
 def wait_for_idle(url: str) -> None:
@@ -87,17 +88,16 @@ def add_served(run: Run, work: Workload, stats: Mapping[str, Any]) -> Run:
     if stats["rows"] < work.num_rows:
         return run
     window_s = stats["last_at"] - stats["first_at"]
-    saturation = find_saturation([stats["service_s"]], work.slots, window_s)
-    # The absolute times, until the way's own report tells how they lie in its job.
-    return replace(run, window_s=window_s, saturation=saturation, before_s=stats["first_at"], after_s=stats["last_at"])
+    return replace(run, window_s=window_s, saturation=find_saturation([stats["service_s"]], work.slots, window_s))
 
 
-def add_report(run: Run, report: Mapping[str, Any]) -> Run:
+def add_report(run: Run, report: Mapping[str, Any], stats: Mapping[str, Any]) -> Run:
+    """What the way says of itself, and how its job lies around what the server saw."""
     began_at, ended_at = report["began_at"], report["ended_at"]
     run = replace(run, job_s=ended_at - began_at, versions=report["versions"])
-    if run.before_s is None or run.after_s is None:
+    if run.window_s is None:
         return run
-    return replace(run, before_s=run.before_s - began_at, after_s=ended_at - run.after_s)
+    return replace(run, before_s=stats["first_at"] - began_at, after_s=ended_at - stats["last_at"])
 
 
 def add_output(run: Run, output: Path) -> Run:

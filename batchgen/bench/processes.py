@@ -94,6 +94,25 @@ def make_env(extra: Mapping[str, str]) -> dict[str, str]:
     return {**kept, MARK: uuid.uuid4().hex, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", **extra}
 
 
+def list_marked(mark: str) -> list[Path]:
+    """Folders of /proc of all processes with this mark in their environment."""
+    wanted, found = f"{MARK}={mark}".encode(), []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if wanted in (folder / "environ").read_bytes():
+                found.append(folder)
+        except OSError:
+            continue  # it ended, or is not ours to read
+    return found
+
+
+def end_marked(mark: str) -> None:
+    """A cluster that was killed leaves processes in sessions of their own."""
+    for folder in list_marked(mark):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(folder.name), signal.SIGKILL)
+
+
 # ---- CPU time ----------------------------------------------------------------------------------------------------------
 
 
@@ -110,7 +129,7 @@ class CpuMeter:
     quarter of a second is missed."""
 
     def __init__(self, mark: str) -> None:
-        self._mark = f"{MARK}={mark}".encode()
+        self._mark = mark
         self._first: dict[int, float] = {}
         self._last: dict[int, CpuTime] = {}
         self._is_stopped = threading.Event()
@@ -139,14 +158,13 @@ class CpuMeter:
             self._sample()
 
     def _sample(self) -> None:
-        for folder in Path("/proc").glob("[0-9]*"):
+        for folder in {*list_marked(self._mark), *(Path(f"/proc/{pid}") for pid in self._last)}:
             pid = int(folder.name)
+            known = self._last.get(pid)
             try:
-                known = self._last.get(pid)
-                if known is not None or self._mark in (folder / "environ").read_bytes():
-                    self._last[pid] = read_cpu_time(folder, known.name if known else "")
+                self._last[pid] = read_cpu_time(folder, known.name if known else "")
             except OSError:
-                continue  # it ended, or is not ours to read
+                continue  # it ended
 
 
 def read_cpu_time(folder: Path, known_name: str) -> CpuTime:

@@ -118,8 +118,7 @@ def make_ray(budget: int) -> list[Way]:
     ray = frozenset({"ray"})
 
     def map_batches(name: str, note: str, batch_size: int, calls: int, blocks: int | None, batches: int) -> Way:
-        read = {} if blocks is None else {"override_num_blocks": blocks}
-        settings = {"batch_size": batch_size, "calls": calls, "read": read}
+        settings = {"batch_size": batch_size, "calls": calls, "blocks": blocks}
         return Way(name, "run_ray_data.py", note, settings, {RAY_BATCHES: str(batches)}, needs=ray)
 
     def http(name: str, note: str, config: Mapping[str, Any], batches: int, num_rows: int | None = None) -> Way:
@@ -129,7 +128,7 @@ def make_ray(budget: int) -> list[Way]:
     return [
         map_batches("Ray Data default", "batch_size=32, max_concurrency=8, as its LLM stages", 32, 8, None, 4),
         map_batches(f"Ray Data {budget}", f"batch_size=1, {RAY_BATCHES}={budget}", 1, 1, None, budget),
-        map_batches("Ray Data 512", "batch_size=32, max_concurrency=16, 47 blocks", 32, 16, 47, 4),
+        map_batches("Ray Data 512", "batch_size=32, max_concurrency=16, repartition(94)", 32, 16, 94, 4),
         http("ray.data.llm default", "HTTP processor, its defaults, 250 rows", {}, 4, num_rows=250),
         http(f"ray.data.llm {budget}", f"batch_size=1, {RAY_BATCHES}={budget}", {"batch_size": 1}, budget),
     ]
@@ -157,13 +156,11 @@ def make_zero(num_rows: int) -> list[Way]:
             needs=ray,
             num_rows=num_rows,
         ),
-        Way(
-            "Ray Data",
-            "run_ray_zero.py",
-            "one actor, one async call a row, batch_size=1024 (its default)",
-            {"batch_size": 1024},
-            kind="zero",
-            needs=ray,
-            num_rows=num_rows,
+        *(
+            Way(name, "run_ray_zero.py", note, {"batch_size": size}, kind="zero", needs=ray, num_rows=num_rows)
+            for name, note, size in [
+                ("Ray Data map", "one actor, an async call a row", None),
+                ("Ray Data map_batches", "one actor, an async call a row, gathered by 1,024 (its default)", 1024),
+            ]
         ),
     ]

@@ -37,7 +37,9 @@ def main() -> None:
         size=1, max_concurrent_calls_per_actor=calls, max_tasks_in_flight_per_actor=2 * calls
     )
     with child.job():
-        rows = ray.data.read_parquet(child["input"], **child["read"]).select_columns(["id", "prompt"])
+        rows = ray.data.read_parquet(child["input"]).select_columns(["id", "prompt"])
+        if child["blocks"] is not None:
+            rows = rows.repartition(child["blocks"])
         done = rows.map_batches(Ask, fn_constructor_args=(child["url"],), batch_size=size, compute=pool, num_cpus=1)
         done.write_parquet(child["output"])
     child.close("ray")

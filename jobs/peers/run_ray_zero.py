@@ -1,4 +1,4 @@
-"""Ray Data with one actor and one async call a row that answers at once."""
+"""Ray Data with one actor and one async call a row that answers at once: a row at a time, or a batch's gathered."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -11,6 +11,11 @@ from batchgen.bench.child import Child
 
 async def generate(prompt: Sequence[int]) -> str:
     return f"of {len(prompt)} tokens"
+
+
+class AskOne:
+    async def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {"id": row["id"], "text": await generate(row["prompt_token_ids"])}
 
 
 class Ask:
@@ -26,7 +31,9 @@ def main() -> None:
     with child.job():
         rows = ray.data.read_parquet(child["input"])
         pool = ray.data.ActorPoolStrategy(size=1)
-        rows.map_batches(Ask, batch_size=child["batch_size"], compute=pool).write_parquet(child["output"])
+        size = child["batch_size"]
+        done = rows.map_batches(Ask, batch_size=size, compute=pool) if size else rows.map(AskOne, compute=pool)
+        done.write_parquet(child["output"])
     child.close("ray")
 
 
