@@ -28,6 +28,7 @@ LAYERS = [
     ["tokenizer_files"],
     # pure decisions
     ["prompt", "plan", "work_queue", "scaling", "stats", "answer", "verify_rows"],
+    ["budget", "placement"],
     ["checkpoint", "stage_plan", "engines.trtllm.env"],
     ["preflight"],
     ["preflight_model"],
@@ -95,6 +96,7 @@ LAYERS = [
 PURE = {"records", "events", "errors", "urls", "sections", "engine_specs", "tensorrt_llm_spec"}
 PURE |= {"spec", "prompt", "plan", "sampling_spec", "batches", "engines.deepseek_turns", "engines.deepseek_v32"}
 PURE |= {"work_queue", "scaling", "stats", "answer", "verify_rows"}
+PURE |= {"budget", "placement", "engines.base"}
 PURE |= {"checkpoint", "stage_plan", "preflight", "preflight_model"}
 PURE |= {"engines.trtllm.sampling", "engines.trtllm.env", "engines.trtllm.args", "engines.trtllm.health"}
 # What only does I/O: pure modules may not even import it from the standard library.
