@@ -14,6 +14,7 @@ import pyarrow as pa
 from batchgen.answer import make_unreadable
 from batchgen.engines.base import Tokenizer
 from batchgen.errors import BadRow, InputError, SpecError
+from batchgen.lengths import LengthPrior, expect_tokens
 from batchgen.prompt import Row, list_row_columns, make_custom_id, make_prompt, make_row_sampling, make_seed
 from batchgen.read import Unreadable, decode_rows
 from batchgen.records import Failure, Prompt, Request, Result, RowId, SamplingParams, Timing
@@ -40,13 +41,15 @@ def check_tools(spec: JobSpec, tokenizer: Tokenizer | None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Preparer:
-    """Makes requests for one job on one engine. `refused`: sampling fields that the engine can't honour. Raises SpecError
-    for a job that asks the model to think, or to use tools, where it can't."""
+    """Makes requests for one job on one engine. `refused`: sampling fields that the engine can't honour. `prior`: what an
+    earlier run measured of lengths. Raises SpecError for a job that asks the model to think, or to use tools, where it
+    can't."""
 
     spec: JobSpec
     tokenizer: Tokenizer | None
     max_model_len: int | None
     refused: frozenset[str] = frozenset()
+    prior: LengthPrior | None = None
 
     def __post_init__(self) -> None:
         check_thinking(self.spec, self.tokenizer)
@@ -82,11 +85,28 @@ class Preparer:
         if token_ids is not None and self.max_model_len is not None:
             sampling = replace(sampling, max_tokens=min(sampling.max_tokens, self.max_model_len - len(token_ids)))
         kept = prompt if token_ids is None else None
+        expected = self._expect(row, token_ids, sampling.max_tokens)
         seeds = [make_seed(sampling.seed, row_id) for row_id in row_ids]
         return [
-            Request(row_id, token_ids, replace(sampling, seed=seed), prompt=kept, has_tools=prompt.tools is not None)
+            Request(
+                row_id,
+                token_ids,
+                replace(sampling, seed=seed),
+                prompt=kept,
+                has_tools=prompt.tools is not None,
+                expected_tokens=expected,
+            )
             for row_id, seed in zip(row_ids, seeds, strict=True)
         ]
+
+    def _expect(self, row: Row, token_ids: tuple[int, ...] | None, max_tokens: int) -> float | None:
+        column = self.spec.input.length_hint
+        return expect_tokens(
+            row[column] if column is not None else None,
+            prompt_tokens=None if token_ids is None else len(token_ids),
+            max_tokens=max_tokens,
+            prior=self.prior,
+        )
 
     def _tokenize(self, prompt: Prompt, sampling: SamplingParams, tokenizer: Tokenizer) -> tuple[int, ...]:
         token_ids = encode(prompt, sampling, tokenizer)

@@ -91,8 +91,9 @@ class Partial:
 class Request:
     """What an engine is sent. Exactly one is set: `token_ids`, the whole rendered prompt with its special tokens, for an
     engine with a tokenizer on our side; `prompt`, the row's own, for one that renders and tokenises itself. `has_tools`:
-    the answer may call tools. `partial`: what was generated for it before, with `token_ids` only; the engine gives what
-    comes after that, at most `sampling.max_tokens` more. `rank`: the attention-DP rank that must take it, None for any."""
+    the answer may call tools. `expected_tokens`: of the completion, where anything is known of it (`lengths`).
+    `partial`: what was generated for it before, with `token_ids` only; the engine gives what comes after that, at most
+    `sampling.max_tokens` more. `rank`: the attention-DP rank that must take it, None for any."""
 
     row_id: RowId
     token_ids: tuple[int, ...] | None
@@ -100,6 +101,7 @@ class Request:
     attempt: int = 1
     prompt: Prompt | None = None
     has_tools: bool = False
+    expected_tokens: float | None = None
     partial: Partial | None = None
     rank: int | None = None
 
@@ -189,12 +191,17 @@ class InputFile:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Rows `row_start` <= source_row < `row_end` of one file: the unit of work and of commit."""
+    """Rows `row_start` <= source_row < `row_end` of one file: the unit of work and of commit. What the plan knows of their
+    lengths: completion tokens that hints promise, in sum over all samples and of the longest one, and about how many
+    bytes their prompts take."""
 
     number: int
     file: InputFile
     row_start: int
     row_end: int
+    expected_tokens: float | None = None
+    max_expected_tokens: float | None = None
+    prompt_bytes: float | None = None
 
     @property
     def id(self) -> str:
@@ -268,8 +275,20 @@ class WorkerInfo:
 
 @dataclass(frozen=True, slots=True)
 class ShardProgress:
-    """How far an open lease is, in input rows whose n samples are all finished; and in failed samples, of any row."""
+    """How far an open lease is, in input rows whose n samples are all finished; in failed samples, of any row; and in
+    requests that are neither finished, nor given to another worker, nor sent to the engine yet."""
 
     batch_id: str
     num_rows_done: int
     num_rows_error: int
+    num_unsent: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Requests of a lent shard that another worker generates for its owner. `lease` is the helper's, an attempt of its own;
+    `owner_batch_id` that of the owner, who alone commits. Which requests they are stands in the handoff in the store."""
+
+    lease: Lease
+    owner_id: str
+    owner_batch_id: str

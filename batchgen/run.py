@@ -40,7 +40,7 @@ def run_job(spec: JobSpec, view: View, *, limit: int | None = None) -> dict[str,
             return finish(job, None, hold, is_trial=limit is not None)
         storage.delete(manifest.SUCCESS)
         freeze(job)
-        setup = WorkerSetup("", job.spec, hold.epoch, storage, job.passthrough)
+        setup = WorkerSetup("", job.spec, hold.epoch, storage, job.passthrough, job.prior)
         with closing(create_pool(setup)) as pool, stop_on_signal() as check_signal:
             dispatcher = make_dispatcher(job, hold, pool, view, check_signal)
             message = dispatch(dispatcher, view)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from batchgen.answer import make_failed, make_result
-from batchgen.engines.base import Engine
+from batchgen.engines.base import Answering
 from batchgen.errors import EngineDied, EngineUnavailable, RequestFailed, RowError
 from batchgen.open_shard import OpenShard
 from batchgen.records import Request
@@ -58,7 +58,7 @@ def choose_delay_s(retry: RetrySpec, error: RequestFailed, num_tries: int) -> fl
 class Sender:
     """Belongs to one event loop. `on_death` is called once with the reason when nothing more can be sent."""
 
-    def __init__(self, engine: Engine, max_inflight: int, retry: RetrySpec, on_death: Callable[[str], None]) -> None:
+    def __init__(self, engine: Answering, max_inflight: int, retry: RetrySpec, on_death: Callable[[str], None]) -> None:
         self._engine, self._retry, self._on_death = engine, retry, on_death
         self.window = Window(max_inflight, MAX_INFLIGHT_BYTES)
         self._queue: asyncio.Queue[Ready] = asyncio.Queue()

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from batchgen.sections import EngineSection, GuidedForm
+from batchgen.sections import EngineSection, GuidedForm, TokenBudget
 
 # Whether a feature is on: auto where the running version is known to be safe, decided when it is known.
 Switch = Literal["auto", "on", "off"]
@@ -39,6 +39,18 @@ class TensorRTLLMEngineSpec(EngineSection):
         default=1024,
         ge=1,
         description="Requests sent and not answered (requests). 8 ranks x 128: fills every rank, queues nothing there.",
+    )
+
+    token_budget: TokenBudget = Field(
+        default="auto",
+        description="How much of max_tokens to ask for at first (tokens); an answer that is cut off goes on, doubling. "
+        "The engine reserves memory for prompt + max_tokens, however short an answer is. auto: as an earlier run's lengths "
+        "say (input.length_prior), else 8192; off: all at once.",
+    )
+    rank_placement: bool = Field(
+        default=True,
+        description="Send prompts that begin alike to the same rank, whose cache has their beginning, as far as the load "
+        "allows. false: the engine spreads them.",
     )
 
     # ---- how the model is laid out

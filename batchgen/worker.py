@@ -18,11 +18,13 @@ import pyarrow as pa
 
 from batchgen.answer import make_given_up
 from batchgen.build import build_id
+from batchgen.continuation import make_serving
 from batchgen.engines import create_engine, list_refused
 from batchgen.engines.base import Engine
 from batchgen.errors import BatchgenError, EngineDied, InputChanged, Refusal, StorageError
 from batchgen.events import Heartbeat, JournalFlushed, PoolEvent, ShardFailed, WorkerLost, WorkerWarned
 from batchgen.journal import make_segment_path
+from batchgen.lengths import LengthPrior
 from batchgen.open_shard import OpenShard
 from batchgen.prepare import Prepared, Preparer, make_inputs, make_unknown_inputs
 from batchgen.prompt import list_columns
@@ -48,6 +50,7 @@ class WorkerSetup:
     epoch: int
     storage: Storage
     passthrough: pa.Schema
+    prior: LengthPrior | None = None
 
 
 class Worker:
@@ -70,12 +73,11 @@ class Worker:
         """Load the engine. Raises EngineDied or SpecError with the reason."""
         started = time.monotonic()
         await self._engine.open()
-        spec = self._spec
-        engine, refused = self._engine, list_refused(spec.engine.kind)
-        self._preparer = Preparer(spec, engine.tokenizer, engine.max_model_len, refused)
-        self._sender = Sender(self._engine, spec.engine.max_inflight, spec.retry, self._die)
-        self._window = self._sender.window
-        self._wake = asyncio.Event()
+        spec, engine, prior = self._spec, self._engine, self._setup.prior
+        refused, serving = list_refused(spec.engine.kind), make_serving(engine, spec, prior)
+        self._preparer = Preparer(spec, engine.tokenizer, engine.max_model_len, refused, prior)
+        self._sender = Sender(serving, spec.engine.max_inflight, spec.retry, self._die)
+        self._window, self._wake = self._sender.window, asyncio.Event()
         self._reading, self._flushing = asyncio.Lock(), asyncio.Lock()
         self._committing = asyncio.Semaphore(MAX_COMMITS)
         self._other_tasks.spawn(self._flush_often())

@@ -24,11 +24,14 @@ LAYERS = [
     ["sections"],
     ["tensorrt_llm_spec", "sampling_spec"],
     ["engine_specs"],
+    ["lazy_heap", "leases"],
     ["spec", "events", "build", "tasks", "window", "signals", "damage", "seal"],
     ["tokenizer_files"],
     # pure decisions
-    ["prompt", "plan", "work_queue", "scaling", "stats", "answer", "verify_rows"],
-    ["budget", "placement"],
+    ["prompt", "plan", "backlog", "scaling", "lengths", "answer", "verify_rows"],
+    ["stats", "work_queue"],
+    ["budget", "placement", "stops"],
+    ["seam"],
     ["checkpoint", "stage_plan", "engines.trtllm.env"],
     ["preflight"],
     ["preflight_model"],
@@ -73,9 +76,11 @@ LAYERS = [
     ["training.train"],
     # one worker
     ["manifest", "open_shard", "prepare"],
+    ["length_files"],
     ["engines.contract_subject"],
     ["engines.contract_answers"],
     ["engines.contract"],
+    ["continuation"],
     ["shard_files", "sender", "validate"],
     ["worker", "job"],
     # many workers
@@ -95,8 +100,8 @@ LAYERS = [
 ]
 PURE = {"records", "events", "errors", "urls", "sections", "engine_specs", "tensorrt_llm_spec"}
 PURE |= {"spec", "prompt", "plan", "sampling_spec", "batches", "engines.deepseek_turns", "engines.deepseek_v32"}
-PURE |= {"work_queue", "scaling", "stats", "answer", "verify_rows"}
-PURE |= {"budget", "placement", "engines.base"}
+PURE |= {"work_queue", "backlog", "lazy_heap", "leases", "scaling", "lengths", "stats", "answer", "verify_rows"}
+PURE |= {"budget", "placement", "stops", "seam", "engines.base"}
 PURE |= {"checkpoint", "stage_plan", "preflight", "preflight_model"}
 PURE |= {"engines.trtllm.sampling", "engines.trtllm.env", "engines.trtllm.args", "engines.trtllm.health"}
 # What only does I/O: pure modules may not even import it from the standard library.

@@ -94,16 +94,26 @@ class Tokenizer(Protocol):
         ...
 
 
-class Engine(Protocol):
+class Answering(Protocol):
+    """What a sender of requests needs of an engine."""
+
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+
+    async def generate(self, request: Request) -> Generation:
+        """Raises RequestRejected (never again), RequestFailed (worth another try), EngineUnavailable (it never took the
+        request) or EngineDied."""
+        ...
+
+
+class Engine(Answering, Protocol):
     """One engine, made for one spec. Without a tokenizer its requests carry the row's prompt, else token ids.
-    `max_model_len` is None where only a server knows it. All are there once `open` has returned."""
+    `max_model_len` is None where only a server knows it. All are there once `open` has returned. `total_tokens` grows while
+    `generate` works, so that a long answer shows as progress."""
 
     kind: str
     version: str
     total_tokens: int
-
-    @property
-    def tokenizer(self) -> Tokenizer | None: ...
 
     @property
     def max_model_len(self) -> int | None: ...
@@ -111,11 +121,6 @@ class Engine(Protocol):
     async def open(self) -> None:
         """Load the model. Raises EngineDied with the reason when that is impossible, SpecError when the spec asks for
         what is not to be had here."""
-        ...
-
-    async def generate(self, request: Request) -> Generation:
-        """Raises RequestRejected (never again), RequestFailed (worth another try), EngineUnavailable (it never took the
-        request) or EngineDied. `total_tokens` grows while it works, so that a long answer shows as progress."""
         ...
 
     async def close(self) -> None:

@@ -26,7 +26,6 @@ from batchgen.engines.trtllm.gpu import find_gpu_memory, list_held
 from batchgen.engines.trtllm.health import Health, History
 from batchgen.engines.trtllm.orphans import sweep_orphans
 from batchgen.engines.trtllm.process import EngineProcess, create_process
-from batchgen.engines.trtllm.sampling import cut_text
 from batchgen.engines.trtllm.tokenizer import create_trtllm_tokenizer, make_start_probes
 from batchgen.engines.trtllm.wire import Finished, Start, Started
 from batchgen.errors import (
@@ -42,6 +41,7 @@ from batchgen.node_check import preflight
 from batchgen.records import Generation, Request, SamplingParams, Usage
 from batchgen.spec import ModelSpec
 from batchgen.staging import stage_model
+from batchgen.stops import cut_text
 from batchgen.tensorrt_llm_spec import TensorRTLLMEngineSpec
 
 log = logging.getLogger(__name__)

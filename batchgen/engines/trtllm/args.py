@@ -58,7 +58,7 @@ def make_facts(section: TensorRTLLMEngineSpec, version: str) -> EngineFacts:
         is_resumable=True,
         max_prompt_tokens=None if has_chunked_prefill else section.max_num_tokens,
         has_block_reuse=is_on(section.enable_block_reuse, is_safe=is_safe),
-        num_ranks=section.tensor_parallel_size if section.enable_attention_dp else 1,
+        num_ranks=section.tensor_parallel_size if section.enable_attention_dp and section.rank_placement else 1,
         max_rank_rows=section.max_batch_size,
         keeps_stop=False,
     )
