@@ -75,8 +75,7 @@ def join(
     if part.token_ids is None:
         raise ValueError("a part without token ids can't be joined")
     stop, last, num_last = request.sampling.stop, part.token_ids, part.usage.completion_tokens
-    is_stopped = num_kept is not None and (num_kept < len(last) or part.finish_reason != "stop")
-    if is_stopped:
+    if num_kept is not None:
         last, num_last = last[:num_kept], num_kept
     elif not keeps_stop and len(last) == 1 and not decode(last):
         last = ()  # a bare end-of-text token, which such an engine gives where a part is nothing else
@@ -88,7 +87,7 @@ def join(
     return Generation(
         text=cut_text(decode(whole), stop),
         token_ids=whole,
-        finish_reason="stop" if is_stopped else part.finish_reason,
+        finish_reason="stop" if num_kept is not None else part.finish_reason,
         usage=Usage(len(request.token_ids or ()), num_tokens, before.cached_tokens),
         ttft_s=before.ttft_s,
         queued_s=before.queued_s,
