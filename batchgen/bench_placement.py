@@ -1,18 +1,19 @@
-"""Rank placement replayed over a whole workload: how much of the prompts' common beginnings is served from cache, and how even
-the ranks' load is. Virtual time, no engine; the placement is the very one of production.
+"""Rank placement replayed over a whole workload: how much of the prompts' common beginnings is served from cache, and how
+even the ranks' load is. Virtual time, no engine; the placement is the very one of production.
 
 The model: each rank decodes up to `slots` rows, one token of each a step, all ranks in lockstep; a row beyond that waits in
-its rank's queue. `inflight` rows are sent and not answered. Each rank has a cache of its own, least recently used out first,
-that takes a prompt when its row starts and the answer when it ends. Prompts are a prefix, shared by its group, and a suffix
-of their own; groups come in random order. Measured against one cache as large as all of them together.
+its rank's queue. `inflight` rows are sent and not answered. Each rank has a cache of its own, least recently used out
+first, that takes a prompt when its row starts and the answer when it ends. Prompts are a prefix, shared by its group, and a
+suffix of their own; groups come in random order. Measured against one cache as large as all of them together.
 """
 
 import heapq
 import math
 import random
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from batchgen.placement import Placer
 
@@ -39,7 +40,8 @@ class Workload:
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """`served`: prefix tokens from cache, of those that one cache would serve. `imbalance`: mean over time of the most
-    tokens in flight on a rank over the mean of all, while the window is full. `idle`: share of slots without a row then."""
+    tokens that a rank holds over the mean of all, prompts and answers so far of the rows it decodes, while the window is
+    full. `idle`: share of slots without a row then."""
 
     policy: str
     hit_rate: float
@@ -74,7 +76,7 @@ class Cache:
 
 @dataclass(slots=True)
 class Rank:
-    """`load`: tokens in flight at step 0, as if every active row had begun then: real ones are `load + active * step`."""
+    """`load`: what the tokens of its active rows would have been at step 0; now they are `load + num_active * step`."""
 
     cache: Cache
     waiting: deque[tuple[int, int, int]] = field(default_factory=deque)
@@ -126,8 +128,7 @@ class Replay:
         self._weighed = self._imbalances = self._idle = 0.0
 
     def run(self) -> Outcome:
-        rows = enumerate(iter_rows(self._load))
-        for row, (group, length) in rows:
+        for row, (group, length) in enumerate(iter_rows(self._load)):
             if row >= self._load.inflight:
                 self._end_one(is_measured=row >= 2 * self._load.inflight)
             self._send(row, group, length)
@@ -142,7 +143,6 @@ class Replay:
     def _send(self, row: int, group: int, length: int) -> None:
         number = self._choose(row, group)
         rank = self._ranks[number]
-        rank.load += self._load.prefix_tokens + self._load.suffix_tokens
         rank.waiting.append((row, group, length))
         self._start(number)
 
@@ -153,7 +153,7 @@ class Replay:
             self._num_hits += rank.cache.touch(("prefix", group), self._load.prefix_tokens)
             rank.num_active += 1
             self._num_active += 1
-            rank.load -= self.step
+            rank.load += self._load.prefix_tokens + self._load.suffix_tokens - self.step
             heapq.heappush(self._ending, (self.step + length, row, number, length))
 
     def _end_one(self, *, is_measured: bool) -> None:
@@ -190,32 +190,9 @@ class Replay:
         return min(ranks, key=lambda each: (counts[each], each))
 
 
-def replay(load: Workload, policy: str) -> Outcome:
-    return Replay(load, policy).run()
-
-
-def make_table(
-    loads: Sequence[Workload], policies: Sequence[str], tell: Callable[[str], None]
-) -> list[dict[str, object]]:
-    """A line for each workload and policy as it is done; all of them as plain values."""
-    rows: list[dict[str, object]] = []
-    tell(f"{'prefixes':>8} {'policy':>13} {'served':>7} {'hit rate':>8} {'ideal':>6} {'imbalance':>9} {'idle':>6}")
-    for load in loads:
-        for policy in policies:
-            found = replay(load, policy)
-            tell(
-                f"{load.num_prefixes:>8} {policy:>13} {found.served:>7.3f} {found.hit_rate:>8.3f} "
-                f"{found.ideal_rate:>6.3f} {found.imbalance:>9.3f} {found.idle:>6.3f}"
-            )
-            rows.append(
-                {
-                    "prefixes": load.num_prefixes,
-                    "policy": policy,
-                    "served": round(found.served, 4),
-                    "hit_rate": round(found.hit_rate, 4),
-                    "ideal_rate": round(found.ideal_rate, 4),
-                    "imbalance": round(found.imbalance, 4),
-                    "idle": round(found.idle, 4),
-                }
-            )
-    return rows
+def make_row(load: Workload, policy: str) -> dict[str, Any]:
+    """A line of the table, as plain values."""
+    found = Replay(load, policy).run()
+    figures = {"served": found.served, "hit_rate": found.hit_rate, "ideal_rate": found.ideal_rate}
+    figures |= {"imbalance": found.imbalance, "idle": found.idle}
+    return {"prefixes": load.num_prefixes, "policy": policy, **{name: round(each, 3) for name, each in figures.items()}}

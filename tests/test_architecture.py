@@ -92,7 +92,7 @@ LAYERS = [
     ["control"],
     ["finish", "verify_files", "verify_folder"],
     ["run", "verify"],
-    ["demo", "bench_decode"],
+    ["demo", "bench_decode", "bench_placement"],
     ["cli.base"],
     ["cli.jobs", "cli.outputs", "cli.nodes"],
     ["cli"],
