@@ -7,7 +7,7 @@ it, so the worker's heartbeat goes on while the engine is stuck.
 Invariants: a request that was in flight when the engine died costs its row no attempt (EngineUnavailable), unless it was
 there three times: then it is taken for the reason (RequestFailed). While there is no engine, requests are refused with a
 time to come back, so that no row waits inside the window. When `max_restarts` starts in a row finish no request, all get
-EngineDied. An answer without a token is a failure: the vendor gives them when its cache is broken.
+EngineDied. An answer without a token is a failure, counted by `Client`: the vendor gives them when its cache is broken.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from batchgen.engines.trtllm.health import Health, History
 from batchgen.engines.trtllm.orphans import sweep_orphans
 from batchgen.engines.trtllm.process import EngineProcess, create_process
 from batchgen.engines.trtllm.tokenizer import create_trtllm_tokenizer, make_start_probes
-from batchgen.engines.trtllm.wire import Finished, Start, Started
+from batchgen.engines.trtllm.wire import BEAT_S, Finished, Start, Started
 from batchgen.errors import (
     BatchgenError,
     EngineDied,
@@ -63,7 +63,7 @@ class TensorRTLLMEngine:
         self.version = "unknown"
         self.tokenizer = None
         self.max_model_len: int | None = model.max_model_len
-        self.total_tokens = 0
+        self.total_tokens, self._start_s = 0, 0.0
         self._model, self._section = model, section
         self._num_ranks = make_facts(section, self.version).num_ranks
         self._history = History(section.max_restarts)
@@ -71,7 +71,6 @@ class TensorRTLLMEngine:
         self._client: Client | None = None
         self._death: str | None = "the engine is not open"
         self._supervisor: asyncio.Task[None] | None = None
-        self._start_s = 0.0
 
     # ---- what the worker calls ---------------------------------------------------------------------------------------
 
@@ -196,8 +195,7 @@ class TensorRTLLMEngine:
         await self._wait_for_gpus()
         started_at = time.monotonic()
         health = Health(self._section, started_at)
-        probes = make_start_probes(self._section)
-        start = Start(self._make_kwargs(), has_perf_metrics=self._section.perf_metrics, probes=probes)
+        start = self._make_start()
         process = await create_process()
         client = self._make_client(process, health, started_at)
         self._client, end = client, None
@@ -227,6 +225,16 @@ class TensorRTLLMEngine:
             can_recycle=self._history.can_recycle,
             on_up=note_up,
             on_tokens=self._count_tokens,
+        )
+
+    def _make_start(self) -> Start:
+        section = self._section
+        return Start(
+            self._make_kwargs(),
+            has_perf_metrics=section.perf_metrics,
+            probes=make_start_probes(section),
+            # A hang shows in beats that tell of no new token: several must fit into the time that it is given.
+            beat_s=min(BEAT_S, section.no_progress_s / 4),
         )
 
     def _make_kwargs(self) -> dict[str, Any]:
