@@ -36,9 +36,10 @@ class TensorRTLLMEngineSpec(EngineSection):
 
     kind: Literal["tensorrt_llm"]
     max_inflight: int = Field(
-        default=1024,
+        default=1152,
         ge=1,
-        description="Requests sent and not answered (requests). 8 ranks x 128: fills every rank, queues nothing there.",
+        description="Requests sent and not answered (requests). 8 ranks x 128, and an eighth more that wait inside: a rank "
+        "whose request ends has the next one at hand, and one that begins like those in its cache can wait for it.",
     )
 
     token_budget: TokenBudget = Field(
@@ -84,7 +85,9 @@ class TensorRTLLMEngineSpec(EngineSection):
 
     # ---- what fits
     max_batch_size: int = Field(
-        default=128, ge=1, description="Requests decoded together, a rank (requests). Times the ranks is max_inflight."
+        default=128,
+        ge=1,
+        description="Requests decoded together, a rank (requests). Times the ranks, and an eighth more, is max_inflight.",
     )
     max_num_tokens: int = Field(
         default=8192,

@@ -15,6 +15,7 @@ from batchgen.budget import (
     Ladder,
     choose_budget,
     choose_ladder,
+    count_first,
     estimate,
     list_unresumable,
     make_ladder,
@@ -103,6 +104,11 @@ def test_a_row_that_could_not_be_continued_is_asked_for_whole() -> None:
     assert ask(ladder, 0, max_prompt_tokens=4196) == 4096
     assert ask(ladder, 0, max_prompt_tokens=4195) == 64_000
     assert ask(ladder, 4096, max_prompt_tokens=8192) == 64_000 - 4096
+
+
+@pytest.mark.parametrize(("wanted", "first"), [("off", 64_000), ("auto", 8192), (500, 500), (10**6, 64_000)])
+def test_what_a_request_reserves_at_first(wanted: str | int, first: int) -> None:
+    assert count_first(wanted, 64_000) == first
 
 
 def test_a_hint_skips_seams_below_it() -> None:
