@@ -94,8 +94,7 @@ class Continuation:
                 continue
             stop = request.sampling.stop
             num_kept = None if before is None else find_seam_stop(before, part, stop, self._decode)
-            is_cut_off = part.finish_reason == "length" and len(part.token_ids or ()) == budget < left
-            if num_kept is None and is_cut_off:
+            if num_kept is None and budget < left and is_cut_off(part, budget):
                 request = replace(request, partial=extend(before, part))
             elif before is None:
                 return part
@@ -191,6 +190,12 @@ class Continuation:
             return request
         self._num_kept_tokens -= len(kept.partial.token_ids)
         return replace(request, partial=kept.partial, rank=kept.rank)
+
+
+def is_cut_off(part: Generation, budget: int) -> bool:
+    """Did the part end because no more was asked for? One that is shorter met a limit of the engine's own."""
+    num_tokens = max(len(part.token_ids or ()), part.usage.completion_tokens or 0)
+    return part.finish_reason == "length" and bool(part.token_ids) and num_tokens >= budget
 
 
 def count_done(request: Request) -> int:

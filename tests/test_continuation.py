@@ -14,8 +14,8 @@ from jobs_util import read_rows, run, write_prompts
 from makers import make_job_spec, make_request
 from openai_server import MODEL, OpenAIServer
 
-from batchgen.budget import Ladder, make_ladder
-from batchgen.continuation import Continuation, make_job_ladder, make_serving
+from batchgen.budget import EngineCost, Ladder, estimate, make_ladder
+from batchgen.continuation import REUSE_SHARE, Continuation, make_job_ladder, make_serving
 from batchgen.engine_specs import OpenAIEngineSpec, SimulatedEngineSpec, TransformersEngineSpec
 from batchgen.engines import get_engine_kind, make_facts
 from batchgen.engines.base import EngineFacts
@@ -23,7 +23,7 @@ from batchgen.engines.openai import OpenAIEngine
 from batchgen.engines.simulated import SimulatedEngine
 from batchgen.engines.transformers import TransformersEngine
 from batchgen.errors import EngineUnavailable, RequestFailed
-from batchgen.lengths import make_prior
+from batchgen.lengths import list_quantiles, make_prior
 from batchgen.placement import Placer
 from batchgen.records import Generation, Partial, Request, RowId, SamplingParams
 from batchgen.spec import ModelSpec
@@ -262,6 +262,27 @@ def test_a_prompt_that_may_not_grow_is_asked_for_whole() -> None:
     asyncio.run(main())
 
 
+class HasALimitOfItsOwn(SimulatedEngine):
+    """20 tokens of an answer and no more."""
+
+    async def generate(self, request: Request) -> Generation:
+        done = len(request.partial.token_ids) if request.partial is not None else 0
+        fitted = replace(request.sampling, max_tokens=min(request.sampling.max_tokens, 20 - done))
+        return await super().generate(replace(request, sampling=fitted))
+
+
+def test_a_part_that_is_cut_off_by_the_engine_itself_is_the_last() -> None:
+    async def main() -> None:
+        engine = make_simulated(HasALimitOfItsOwn)
+        await engine.open()
+        one_shot = await engine.generate(make_request(max_tokens=100))
+        assert (one_shot.usage.completion_tokens, one_shot.finish_reason) == (20, "length")
+        for first in (16, 32):
+            assert (await in_parts(engine, first, 64).generate(make_request(max_tokens=100))).text == one_shot.text
+
+    asyncio.run(main())
+
+
 # ---- ranks ---------------------------------------------------------------------------------------------------------------
 
 
@@ -339,8 +360,18 @@ def test_an_earlier_runs_lengths_choose_the_ladder() -> None:
     facts = make_facts(spec.engine, "1.2.1")
     short = make_prior({(8, 32): 900, (8, 40): 90, (8, 60): 10})  # most of 256, some of 1,024, a few of 32,768 tokens
     long = make_prior({(8, 56): 1000})  # all of 16,384
+    assert short is not None
+    assert long is not None
     ladders = [make_job_ladder(spec, facts, prior, 70_000) for prior in (short, long)]
-    assert ladders[0].rungs[0] < 8192 < ladders[1].rungs[0]
+    assert ladders[0] != ladders[1]
+    cost = EngineCost(reuse_share=REUSE_SHARE)
+    for prior, ladder in zip((short, long), ladders, strict=True):
+        lengths = list_quantiles(prior, 256)
+        chosen, usual = (
+            estimate(each, lengths, num_prompt=1000, max_tokens=64_000, cost=cost).row_s
+            for each in (ladder, choose(None))
+        )
+        assert chosen <= usual
 
 
 def test_facts_follow_the_version_and_the_section() -> None:
