@@ -30,6 +30,8 @@ LAYERS = [
     # pure decisions
     ["prompt", "plan", "backlog", "scaling", "governor", "lengths", "answer", "verify_rows"],
     ["stats", "work_queue", "progress", "roster"],
+    ["budget", "placement", "stops"],
+    ["seam"],
     ["checkpoint", "stage_plan", "engines.trtllm.env"],
     ["preflight"],
     ["preflight_model"],
@@ -86,6 +88,7 @@ LAYERS = [
     ["engines.contract_subject"],
     ["engines.contract_answers"],
     ["engines.contract"],
+    ["continuation"],
     ["shard_files", "sender", "validate"],
     ["feeder"],
     ["worker_setup", "worker_shares"],
@@ -103,7 +106,7 @@ LAYERS = [
     ["control"],
     ["finish", "verify_files", "verify_folder"],
     ["run", "verify"],
-    ["demo", "bench_decode", "bench_queue"],
+    ["demo", "bench_decode", "bench_queue", "bench_placement"],
     ["bench_worker"],
     # beside other systems; a peer's process may have no more of ours than child and workload
     ["bench", "bench.workload", "bench.oracle", "bench.child", "bench.processes", "bench.homes"],
@@ -134,6 +137,7 @@ PURE |= {
     "verify_rows",
 }
 PURE |= {"read_ahead", "hint_check"}
+PURE |= {"budget", "placement", "stops", "seam", "engines.base"}
 PURE |= {"checkpoint", "stage_plan", "preflight", "preflight_model"}
 PURE |= {"quantize.recipe", "quantize.architecture", "quantize.weigh"}
 PURE |= {"bench.oracle", "bench.runs"}
