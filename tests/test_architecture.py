@@ -35,6 +35,11 @@ LAYERS = [
     ["preflight_model"],
     # the embedded model's questions, and how it was made
     ["demo_questions", "training", "training.recipe", "training.muon"],
+    # engines in virtual time
+    ["simulate", "simulate.step_cost", "simulate.published"],
+    ["simulate.rank"],
+    ["simulate.engine"],
+    ["simulate.calibration"],
     # the store seam
     ["stores", "stores.base"],
     ["stores.local", "stores.remote"],
@@ -115,6 +120,14 @@ PURE |= {
 }
 PURE |= {"checkpoint", "stage_plan", "preflight", "preflight_model"}
 PURE |= {"engines.trtllm.sampling", "engines.trtllm.env", "engines.trtllm.args", "engines.trtllm.health"}
+PURE |= {
+    "simulate",
+    "simulate.step_cost",
+    "simulate.published",
+    "simulate.rank",
+    "simulate.engine",
+    "simulate.calibration",
+}
 # What only does I/O: pure modules may not even import it from the standard library.
 EFFECTS = {
     "os",
