@@ -82,6 +82,7 @@ def make_v32_engine(
     kv_fraction: float = 0.8,
     balance_steps: int = 60,
     reserves_exactly: bool = False,
+    reuses_blocks: bool = True,
 ) -> EngineModel:
     """DeepSeek-V3.2 in NVFP4 on 8 x B200 without MTP, with the defaults of `engine.kind: tensorrt_llm`."""
     return EngineModel(
@@ -92,6 +93,7 @@ def make_v32_engine(
         max_num_tokens=max_num_tokens,
         balance_steps=balance_steps,
         reserves_exactly=reserves_exactly,
+        reuses_blocks=reuses_blocks,
     )
 
 

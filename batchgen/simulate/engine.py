@@ -25,6 +25,7 @@ class EngineModel:
     max_num_tokens: int = 8192
     balance_steps: int = 60
     reserves_exactly: bool = False
+    reuses_blocks: bool = True
 
     @property
     def num_slots(self) -> int:
@@ -55,7 +56,13 @@ class VirtualEngine:
         self._queue: deque[VirtualRequest] = deque()
         self._submitted: deque[float] = deque()
         self.ranks = [
-            Rank(model.cost, model.kv_tokens, model.max_batch_size, reserves_exactly=model.reserves_exactly)
+            Rank(
+                model.cost,
+                model.kv_tokens,
+                model.max_batch_size,
+                reserves_exactly=model.reserves_exactly,
+                reuses_blocks=model.reuses_blocks,
+            )
             for _ in range(model.num_ranks)
         ]
         self._prefill_waits_since: int | None = None

@@ -6,7 +6,8 @@ prompt + `max_tokens` (GUARANTEED_NO_EVICT); with `reserves_exactly` for what th
 engine can know, as a bound to compare with. Blocks are counted by single tokens.
 
 A prefix is cached from the end of the first prefill that computed it, while a request that holds it is admitted, and
-after that for as long as the KV cache has room for it that nobody reserved (least recently used goes first).
+after that for as long as the KV cache has room that nobody uses (least recently used goes first). What is reserved and not
+used yet does not evict it, as in the vendor's cache. A prefix may be a row's own: what a continued answer begins with.
 """
 
 import heapq
@@ -20,7 +21,7 @@ from batchgen.simulate.step_cost import StepCost
 @dataclass(frozen=True, slots=True)
 class VirtualRequest:
     """`output_tokens` is what it will generate, at most `max_tokens`; `rank` pins it; the first `prefix_tokens` of the
-    prompt are shared with all of the same `prefix`."""
+    prompt are shared with all of the same `prefix`. `leaves`: its prompt and answer stay cached under this name."""
 
     key: Hashable
     prompt_tokens: int
@@ -29,6 +30,7 @@ class VirtualRequest:
     rank: int | None = None
     prefix: Hashable | None = None
     prefix_tokens: int = 0
+    leaves: Hashable | None = None
 
 
 @dataclass(slots=True)
@@ -71,17 +73,24 @@ class Prefixes:
         if request.prefix is not None:
             self._computed.add(request.prefix)
 
+    def leave(self, request: VirtualRequest) -> None:
+        """It ended: its prompt and answer are there to be gone on with."""
+        if request.leaves is not None:
+            num_tokens = request.prompt_tokens + request.output_tokens
+            self._computed.add(request.leaves)
+            self._idle[request.leaves] = num_tokens
+            self._idle_tokens += num_tokens
+
     def release(self, request: VirtualRequest, room: int) -> None:
-        """`room`: tokens of the KV cache that nobody has reserved now."""
+        """`room`: tokens of the KV cache that nobody uses now."""
         prefix = request.prefix
-        if prefix is None:
-            return
-        self._held[prefix] -= 1
-        if not self._held[prefix]:
-            del self._held[prefix]
-            if prefix in self._computed:
-                self._idle[prefix] = request.prefix_tokens
-                self._idle_tokens += request.prefix_tokens
+        if prefix is not None:
+            self._held[prefix] -= 1
+            if not self._held[prefix]:
+                del self._held[prefix]
+                if prefix in self._computed:
+                    self._idle[prefix] = request.prefix_tokens
+                    self._idle_tokens += request.prefix_tokens
         self.fit(room)
 
     def fit(self, room: int) -> None:
@@ -94,9 +103,11 @@ class Prefixes:
 class Rank:
     """See the module. `cost_s` is of the next decode step without its fixed part, and grows by `slope_s` a step."""
 
-    def __init__(self, cost: StepCost, kv_tokens: int, max_batch_size: int, *, reserves_exactly: bool) -> None:
+    def __init__(
+        self, cost: StepCost, kv_tokens: int, max_batch_size: int, *, reserves_exactly: bool, reuses_blocks: bool
+    ) -> None:
         self._cost, self._kv_tokens, self._max_rows = cost, kv_tokens, max_batch_size
-        self._reserves_exactly = reserves_exactly
+        self._reserves_exactly, self._reuses_blocks = reserves_exactly, reuses_blocks
         self.waiting: deque[tuple[float, VirtualRequest]] = deque()
         self.prefilling: deque[Running] = deque()
         self._ends: list[tuple[int, int, Running]] = []
@@ -128,7 +139,6 @@ class Rank:
             self.waiting.popleft()
             self.reserved += need
             self._prefixes.hold(request)
-            self._prefixes.fit(self._kv_tokens - self.reserved)
             self.prefilling.append(Running(request, need, submitted_at, done=-1))
 
     def prefill(self, room: int) -> tuple[float, list[Running]]:
@@ -138,7 +148,8 @@ class Rank:
             if room <= 0:
                 break
             if running.done < 0:
-                running.done = running.cached = self._prefixes.count_cached(running.request)
+                running.cached = self._prefixes.count_cached(running.request) if self._reuses_blocks else 0
+                running.done = running.cached
             end = min(running.request.prompt_tokens, running.done + room)
             seconds += self._cost.prefill_s(running.done, end)
             room -= end - running.done
@@ -147,6 +158,7 @@ class Rank:
                 complete.append(running)
         for running in complete:
             self._prefixes.note_computed(running.request)
+        self._prefixes.fit(self._count_unused())
         return seconds, complete
 
     # ---- decode ------------------------------------------------------------------------------------------------------
@@ -186,6 +198,7 @@ class Rank:
         while self._ends and self._ends[0][0] <= step:
             running = heapq.heappop(self._ends)[2]
             self._add(running, self._context(running, step), -1)
+            self._prefixes.leave(running.request)
             self._release(running)
             ended.append(running)
         return ended
@@ -208,7 +221,11 @@ class Rank:
         self.reserved -= running.reserved
         self.num_active -= 1
         self.prompt_tokens -= running.request.prompt_tokens
-        self._prefixes.release(running.request, self._kv_tokens - self.reserved)
+        self._prefixes.release(running.request, self._count_unused())
+
+    def _count_unused(self) -> int:
+        """Tokens of the KV cache that hold nothing of an admitted request."""
+        return self._kv_tokens - self._low - self._high - sum(max(0, running.done) for running in self.prefilling)
 
     # ---- taken away --------------------------------------------------------------------------------------------------
 
