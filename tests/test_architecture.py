@@ -30,6 +30,7 @@ LAYERS = [
     # pure decisions
     ["prompt", "plan", "backlog", "scaling", "lengths", "answer", "verify_rows"],
     ["stats", "work_queue", "progress", "roster"],
+    ["budget", "placement", "read_ahead"],
     ["checkpoint", "stage_plan", "engines.trtllm.env"],
     ["preflight"],
     ["preflight_model"],
@@ -39,7 +40,8 @@ LAYERS = [
     ["simulate", "simulate.step_cost", "simulate.published"],
     ["simulate.rank"],
     ["simulate.engine"],
-    ["simulate.calibration"],
+    ["simulate.calibration", "simulate.workload"],
+    ["simulate.policies", "simulate.oracle"],
     # the store seam
     ["stores", "stores.base"],
     ["stores.local", "stores.remote"],
@@ -88,6 +90,10 @@ LAYERS = [
     ["worker", "job"],
     # many workers
     ["sharing", "ledger"],
+    # many virtual workers
+    ["simulate.open_rows"],
+    ["simulate.worker", "simulate.cluster"],
+    ["simulate.scenario"],
     ["inline_pool", "ray_pool", "dispatch"],
     ["pools"],
     # one run

@@ -1,20 +1,27 @@
-"""A run in virtual time: the production queue and scaling over virtual workers, by an event heap. Deterministic by seed.
+"""A run in virtual time: the production queue, sharing and scaling over virtual workers, by an event heap. Deterministic.
 
-The loop does what `dispatch` does, in the same order: scale, lend, take in what workers say, give up silent ones. Workers
+The loop does what `dispatch` does, in the same order: scale, lend, split, take in what workers say, lose silent ones. They
 are looked at every `beat_s` (production polls every 0.5 s), so that a worker without work waits up to that long for more.
 Left out: the driver's own time and failures, a store that is slow or away, rows that fail and are tried again.
 """
 
 import heapq
+import math
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Protocol, cast
 
-from batchgen.events import Heartbeat
+from batchgen.events import Heartbeat, RowsGiven, ShareEnded, WorkerPool
+from batchgen.journal import JournalIndex
+from batchgen.orders import Order
 from batchgen.records import Lease, WorkerInfo
-from batchgen.scaling import Facts, choose_num_to_start
+from batchgen.roster import Roster
+from batchgen.scaling import Facts, choose_num_to_start, choose_to_release
+from batchgen.sharing import Sharing
+from batchgen.simulate.open_rows import Committed, VirtualEvent
 from batchgen.spec import ClusterSpec, RetrySpec
+from batchgen.tail import TailPolicy
 from batchgen.work_queue import QueuedShard, WorkQueue
 
 MAX_LEASES_PER_TURN = 1000
@@ -37,11 +44,17 @@ class Working(Protocol):
 
     def assign(self, lease: Lease) -> None: ...
 
+    def obey(self, order: Order) -> None: ...
+
     def advance(self, until: float) -> None: ...
 
     def make_heartbeat(self) -> Heartbeat: ...
 
-    def take_committed(self) -> list[tuple[float, Lease]]: ...
+    def take_events(self) -> list[VirtualEvent]: ...
+
+    def count_tokens(self) -> int:
+        """Completion tokens made since its start."""
+        ...
 
     def count_running(self) -> float:
         """Requests that the engine works at."""
@@ -65,24 +78,33 @@ class Moment:
 
 @dataclass(slots=True)
 class VirtualRun:
-    """What a run came to. Worker seconds count from asking for a worker to its end."""
+    """What a run came to. GPU seconds count from asking for a worker until it is gone, as in production."""
 
     makespan_s: float = 0.0
-    worker_s: float = 0.0
+    gpu_s: float = 0.0
     num_rows: int = 0
     num_shards: int = 0
     num_losses: int = 0
     num_workers: int = 0
+    num_shares: int = 0
     tokens: int = 0
     lost_tokens: int = 0
     moments: list[Moment] = field(default_factory=list)
 
 
-@dataclass(slots=True)
-class _Up:
-    worker: Working
-    since: float
-    lost_at: float
+@dataclass(frozen=True, slots=True)
+class ClusterModel:
+    """Where virtual workers run. `beat_s`: how often one is looked at; `tail` None: no shard is split. `keeps_moments`:
+    every so many seconds of the run."""
+
+    cluster: ClusterSpec
+    surroundings: Surroundings = field(default_factory=Surroundings)
+    retry: RetrySpec = field(default_factory=RetrySpec)
+    tail: TailPolicy | None = field(default_factory=TailPolicy)
+    n: int = 1
+    gpus_per_worker: float = 8.0
+    beat_s: float = 2.0
+    moment_s: float = 10.0
 
 
 class VirtualCluster:
@@ -92,39 +114,42 @@ class VirtualCluster:
         self,
         shards: Iterable[QueuedShard],
         make_worker: Callable[[str, float], Working],
-        *,
-        cluster: ClusterSpec,
-        retry: RetrySpec | None = None,
-        surroundings: Surroundings = Surroundings(),  # noqa: B008 - frozen
-        n: int = 1,
+        model: ClusterModel,
         seed: object = 0,
-        beat_s: float = 2.0,
     ) -> None:
         shards = list(shards)
-        self.queue = WorkQueue(shards, epoch=1, retry=retry or RetrySpec(), cluster=cluster, n=n)
-        self._make_worker, self._cluster, self._surroundings = make_worker, cluster, surroundings
-        self._beat_s = beat_s
+        self.queue = WorkQueue(shards, epoch=1, retry=model.retry, cluster=model.cluster, n=model.n)
+        self.roster = Roster(model.gpus_per_worker)
+        self.workers: dict[str, Working] = {}
+        self.record = VirtualRun()
+        self._make_worker, self._model = make_worker, model
         self._draw = random.Random(f"{seed}:cluster")
-        self._events: list[tuple[float, int, str, bool]] = []
+        self._events: list[tuple[float, int, str]] = []
         self._num_events = 0
-        self._starting: dict[str, float] = {}
-        self._up: dict[str, _Up] = {}
-        self._startups: list[float] = []
+        self._lost_at: dict[str, float] = {}
         self._num_rows = sum(queued.shard.num_rows for queued in shards)
-        self._rows_done = 0
-        self._ready_worker_s, self._turned_at = 0.0, 0.0
-        self._tokens_before = 0
-        self._sampled_at = -1.0
-        self.run_record = VirtualRun()
+        self._tokens_before, self._moment_at = 0, 0.0
+        self._sharing = None if model.tail is None else self._make_sharing(model.tail)
+
+    def _make_sharing(self, tail: TailPolicy) -> Sharing:
+        # It tells workers their orders and asks nothing else of a pool; its index and store are the workers' own here.
+        pool = cast(WorkerPool, self)
+        return Sharing(self.queue, pool, JournalIndex(), 1, self._model.n, tail, delete=lambda _: None)
+
+    def tell(self, worker_id: str, order: Order) -> None:
+        if (worker := self.workers.get(worker_id)) is not None:
+            worker.obey(order)
 
     def run(self) -> VirtualRun:
         """Until all shards are committed."""
+        self.roster.turn(0.0)
         self._turn(0.0)
         while not self.queue.is_done:
-            now, _, worker_id, is_start = heapq.heappop(self._events)
-            if is_start:
+            now, _, worker_id = heapq.heappop(self._events)
+            self.roster.turn(now)  # before anything changes who is up
+            if worker_id in self.roster.starting:
                 self._start(worker_id, now)
-            elif worker_id in self._up:
+            elif worker_id in self.workers:
                 self._beat(worker_id, now)
             self._turn(now)
         return self._end()
@@ -132,98 +157,121 @@ class VirtualCluster:
     # ---- one turn ----------------------------------------------------------------------------------------------------
 
     def _turn(self, now: float) -> None:
-        self._ready_worker_s += len(self._up) * (now - self._turned_at)
-        self._turned_at = now
-        for _ in range(choose_num_to_start(self._make_facts(), self._cluster)):
+        for _ in range(choose_num_to_start(self._make_facts(), self._model.cluster)):
             self._ask_for_worker(now)
+        if self.queue.num_waiting == 0:
+            self._release_idle(now)
         for _ in range(MAX_LEASES_PER_TURN):
             lease = self.queue.lease_next(now)
             if lease is None:
                 break
-            self._up[lease.worker_id].worker.assign(lease)
+            self.workers[lease.worker_id].assign(lease)
+        if self._sharing is not None:
+            self._sharing.split(now)
         for worker_id, _ in self.queue.list_silent(now):
             self._lose(worker_id, now)
-        if now - self._sampled_at >= self._beat_s:
-            self._sample(now)
+        if now >= self._moment_at:
+            self._note_moment(now)
 
     def _make_facts(self) -> Facts:
-        rows = self._rows_done + self.queue.count_open_rows()[0]
+        rows, roster = self.record.num_rows + self.queue.count_open_rows()[0], self.roster
         return Facts(
-            num_ready=len(self._up),
-            num_starting=len(self._starting),
+            num_ready=len(roster.workers),
+            num_starting=len(roster.starting),
             num_shards_waiting=self.queue.num_waiting,
             num_rows_left=self._num_rows - rows,
-            rows_per_s=rows / self._ready_worker_s if rows and self._ready_worker_s else None,
-            startup_s=sum(self._startups) / len(self._startups) if self._startups else None,
+            rows_per_s=rows / roster.ready_worker_s if rows and roster.ready_worker_s else None,
+            startup_s=roster.mean_startup_s,
         )
 
     def _ask_for_worker(self, now: float) -> None:
-        self.run_record.num_workers += 1
-        worker_id = f"worker-{self.run_record.num_workers:04d}"
-        around, spread = self._surroundings, self._surroundings.startup_spread
-        self._starting[worker_id] = now
-        self._push(now + around.startup_s * self._draw.uniform(1 - spread, 1 + spread), worker_id, is_start=True)
+        self.record.num_workers += 1
+        around = self._model.surroundings
+        spread = self._draw.uniform(1 - around.startup_spread, 1 + around.startup_spread)
+        self._push(now + around.startup_s * spread, self.roster.make_worker_id(now))
 
-    def _push(self, at: float, worker_id: str, *, is_start: bool = False) -> None:
+    def _release_idle(self, now: float) -> None:
+        busy = {worker.info.worker_id for worker in self.queue.look_at_workers() if worker.is_busy}
+        self.roster.note_idle(busy, now)
+        after_s = (self._model.tail or TailPolicy()).release_after_s
+        idle, ready = self.roster.idle_since, len(self.roster.workers)
+        for worker_id in choose_to_release(idle, now, ready, self._model.cluster, after_s=after_s):
+            self._remove(worker_id, now)
+            self.roster.num_released += 1
+            self.queue.lose(worker_id, now, "released")
+
+    def _push(self, at: float, worker_id: str) -> None:
         self._num_events += 1
-        heapq.heappush(self._events, (at, self._num_events, worker_id, is_start))
+        heapq.heappush(self._events, (at, self._num_events, worker_id))
 
     # ---- events ------------------------------------------------------------------------------------------------------
 
     def _start(self, worker_id: str, now: float) -> None:
-        asked_at = self._starting.pop(worker_id)
-        self._startups.append(now - asked_at)
         worker = self._make_worker(worker_id, now)
-        losses = self._surroundings.losses_per_hour
-        lost_at = now + self._draw.expovariate(losses / 3600) if losses else float("inf")
-        self._up[worker_id] = _Up(worker, asked_at, lost_at)
+        self.roster.greet(replace(worker.info, startup_s=math.inf), now)
+        self.workers[worker_id] = worker
+        losses = self._model.surroundings.losses_per_hour
+        self._lost_at[worker_id] = now + self._draw.expovariate(losses / 3600) if losses else math.inf
         self.queue.add_worker(worker.info, now)
-        self._push(now + self._beat_s, worker_id)
+        self._push(now + self._model.beat_s, worker_id)
 
     def _beat(self, worker_id: str, now: float) -> None:
-        up = self._up[worker_id]
-        if now >= up.lost_at:
-            up.worker.advance(up.lost_at)
-            self._take_committed(up.worker, now)
+        worker, lost_at = self.workers[worker_id], self._lost_at[worker_id]
+        worker.advance(min(now, lost_at))
+        if now >= lost_at:  # what it said last came through, what it did after its last flush did not
+            self._handle(worker.take_events(), now)
             self._lose(worker_id, now)
             return
-        up.worker.advance(now)
-        self.queue.renew(up.worker.make_heartbeat(), now)
-        self._take_committed(up.worker, now)
-        self._push(now + self._beat_s, worker_id)
+        self.queue.renew(worker.make_heartbeat(), now)
+        self._handle(worker.take_events(), now)
+        self._push(now + self._model.beat_s, worker_id)
 
-    def _take_committed(self, worker: Working, now: float) -> None:
-        for at, lease in worker.take_committed():
-            if not self.queue.complete(lease.worker_id, lease.batch_id, lease.shard.number):
-                raise AssertionError(f"{lease.shard.id} was committed twice")
-            self._rows_done += lease.shard.num_rows
-            self.run_record.num_rows += lease.shard.num_rows
-            self.run_record.num_shards += 1
-            self.run_record.makespan_s = max(self.run_record.makespan_s, at, now - self._beat_s)
+    def _handle(self, events: Iterable[VirtualEvent], now: float) -> None:
+        for event in events:
+            if isinstance(event, Committed):
+                self._commit(event, now)
+            elif self._sharing is not None and isinstance(event, RowsGiven):
+                self.record.num_shares += event.num_requests > 0
+                self._sharing.note_given(event, now)
+            elif self._sharing is not None and isinstance(event, ShareEnded):
+                self._sharing.note_ended(event)
+
+    def _commit(self, event: Committed, now: float) -> None:
+        lease, record = event.lease, self.record
+        if not self.queue.complete(lease.worker_id, lease.batch_id, lease.shard.number):
+            raise AssertionError(f"{lease.shard.id} was committed twice")
+        record.num_rows += lease.shard.num_rows
+        record.num_shards += 1
+        record.makespan_s = max(record.makespan_s, event.at)
+        if self._sharing is not None:
+            self._sharing.note_committed(lease.shard.number, now)
 
     def _lose(self, worker_id: str, now: float) -> None:
-        up = self._up.pop(worker_id)
-        self.run_record.num_losses += 1
-        self.run_record.worker_s += now - up.since
-        self.run_record.lost_tokens += up.worker.count_lost()
-        self._tokens_before += up.worker.make_heartbeat().total_tokens
+        self.record.num_losses += 1
+        self.record.lost_tokens += self.workers[worker_id].count_lost()
+        self._remove(worker_id, now)
+        shares = self.queue.list_shares(worker_id)
         self.queue.lose(worker_id, now, "lost")
+        if self._sharing is not None:
+            self._sharing.note_lost(worker_id, shares, now, "lost")
+
+    def _remove(self, worker_id: str, now: float) -> None:
+        self._tokens_before += self.workers.pop(worker_id).count_tokens()
+        self.roster.remove(worker_id, now)
 
     # ---- what it knows -----------------------------------------------------------------------------------------------
 
-    def _sample(self, now: float) -> None:
-        self._sampled_at = now
-        running = sum(up.worker.count_running() for up in self._up.values())
-        self.run_record.moments.append(
-            Moment(now, self._count_tokens(), running, len(self._up), len(self._starting))
-        )
+    def _note_moment(self, now: float) -> None:
+        self._moment_at = now + self._model.moment_s
+        running = sum(worker.count_running() for worker in self.workers.values())
+        ready, starting = len(self.workers), len(self.roster.starting)
+        self.record.moments.append(Moment(now, self._count_tokens(), running, ready, starting))
 
     def _count_tokens(self) -> int:
-        return self._tokens_before + sum(up.worker.make_heartbeat().total_tokens for up in self._up.values())
+        return self._tokens_before + sum(worker.count_tokens() for worker in self.workers.values())
 
     def _end(self) -> VirtualRun:
-        record, end = self.run_record, self.run_record.makespan_s
-        record.tokens = self._count_tokens()
-        record.worker_s += sum(max(0.0, end - up.since) for up in self._up.values())
-        record.worker_s += sum(max(0.0, end - asked_at) for asked_at in self._starting.values())
-        return record
+        self._note_moment(self.record.makespan_s)
+        self.record.tokens = self._count_tokens()
+        self.record.gpu_s = self.roster.count_gpu_s(self.record.makespan_s)
+        return self.record

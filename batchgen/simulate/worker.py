@@ -1,125 +1,62 @@
 """A worker in virtual time: open shards, one window, the production order of rows, budgets and placement on one engine.
 
-What goes next is decided by `read_ahead`, how much of a row is asked for by `budget`, on which rank by `placement`: the code
+What goes next is decided by `read_ahead`, how much of a row is asked for by `budget`, on which rank by `placement`: code
 that a real worker runs. Reading, tokenising and the network take no time here; a commit takes `commit_s` beside the work.
-Rows that finished before the last flush of the journal survive the worker, as in production.
+Rows that finished before the last flush of the journal survive the worker, as in production. It obeys the production orders
+about shares of a shard; given away are the rows that it would send last.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import overload
+from collections.abc import Iterable
 
-from batchgen.budget import Ladder, choose_budget
-from batchgen.events import Heartbeat
+from batchgen.budget import choose_budget
+from batchgen.events import Heartbeat, RowsGiven, ShareEnded
+from batchgen.orders import DropShare, GiveRows, HelpShare, Order, TakeIn
 from batchgen.placement import Placer
 from batchgen.read_ahead import ReadAhead, Stretch
-from batchgen.records import Lease, ShardProgress, WorkerInfo
-from batchgen.simulate.engine import EngineModel, Finished, VirtualEngine
+from batchgen.records import Lease, Share, WorkerInfo
+from batchgen.simulate.engine import Finished, VirtualEngine
+from batchgen.simulate.open_rows import Committed, Key, OpenRows, VirtualEvent, VirtualStore, VirtualTokens
+from batchgen.simulate.policies import WorkerModel
 from batchgen.simulate.rank import VirtualRequest
 from batchgen.simulate.workload import VirtualRow, Workload
 
 
-@dataclass(frozen=True, slots=True)
-class Policies:
-    """Which of the policies a run has, as values. `ladder` without rungs: one shot. `trusts_hints`: rows' expectations are
-    their own, so that budgets follow them."""
-
-    is_ordered: bool = True
-    has_split: bool = True
-    has_placement: bool = False
-    ladder: Ladder = Ladder()
-    trusts_hints: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerModel:
-    """All that a virtual worker is made of. `window` in requests."""
-
-    engine: EngineModel
-    policies: Policies
-    window: int
-    num_gpus: float = 8.0
-    n: int = 1
-    max_prompt_tokens: int | None = None
-    commit_s: float = 2.0
-    journal_interval_s: float = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class VirtualTokens(Sequence[int]):
-    """Token ids of a row's prompt without holding them: a prefix of its group's, then ids of its own."""
-
-    row: VirtualRow
-
-    def __len__(self) -> int:
-        return self.row.prompt_tokens
-
-    @overload
-    def __getitem__(self, index: int) -> int: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[int]: ...
-    def __getitem__(self, index: int | slice) -> int | Sequence[int]:
-        places = range(self.row.prompt_tokens)[index]
-        return self._name(places) if isinstance(places, int) else tuple(map(self._name, places))
-
-    def _name(self, place: int) -> int:
-        if self.row.prefix is not None and place < self.row.prefix_tokens:
-            return -1 - place - self.row.prefix_tokens * self.row.prefix
-        return place + self.row.prompt_tokens * self.row.number
-
-
-@dataclass(slots=True, eq=False)
-class OpenRows:
-    """A lease and its rows. `left`: how many requests of each row are to be finished, `sent` how many were sent; `done`
-    the tokens of those that were cut off and go on."""
-
-    lease: Lease
-    rows: list[VirtualRow]
-    left: list[int]
-    sent: list[int]
-    num_left: int
-    num_unsent: int
-    done: dict[tuple[int, int], int] = field(default_factory=dict)
-
-    @property
-    def progress(self) -> ShardProgress:
-        return ShardProgress(self.lease.batch_id, len(self.rows) - self.num_left, 0, self.num_unsent)
-
-
 class VirtualWorker:
-    """See the module. Calls' times never go back. `journal` is the store's: finished rows of shards that are not done."""
+    """See the module. Calls' times never go back."""
 
-    def __init__(
-        self, worker_id: str, model: WorkerModel, workload: Workload, journal: dict[int, set[int]], now: float
-    ) -> None:
-        self.model, self._workload, self._journal = model, workload, journal
+    def __init__(self, worker_id: str, model: WorkerModel, workload: Workload, store: VirtualStore, now: float) -> None:
+        self.model, self._workload, self._store = model, workload, store
         self.engine = VirtualEngine(model.engine, now)
         self.info = WorkerInfo(worker_id, "", worker_id, "virtual", "", model.num_gpus, model.window, 0.0)
         self.open: dict[str, OpenRows] = {}
-        self.committed: list[tuple[float, Lease]] = []
+        self._events: list[VirtualEvent] = []
         self._ahead: ReadAhead[OpenRows] = ReadAhead()
         self._ahead.sort(model.policies.is_ordered)
         ranks = model.engine.num_ranks
         self._placer = Placer(ranks, max_rows=model.engine.max_batch_size) if model.policies.has_placement else None
-        self._inflight: dict[tuple[int, int, int], OpenRows] = {}
+        self._inflight: dict[Key, OpenRows] = {}
         self._unflushed: list[tuple[int, int]] = []
         self._flushed_at = now
 
     # ---- what the driver calls ---------------------------------------------------------------------------------------
 
     def assign(self, lease: Lease) -> None:
-        shard = lease.shard
-        rows = self._workload.draw(shard.number, shard.row_start, shard.num_rows)
-        finished = self._journal.get(shard.number, set())
-        left = [0 if place in finished else self.model.n for place in range(len(rows))]
-        num_left = sum(1 for each in left if each)
-        opened = OpenRows(lease, rows, left, [0] * len(rows), num_left, num_left * self.model.n)
-        self.open[lease.batch_id] = opened
-        places = [place for place, count in enumerate(left) for _ in range(count)]
-        if not places:
-            self._commit(opened)
-            return
-        self._ahead.add(Stretch(opened, places, 1.0, [row.expected_tokens for row in rows]))
+        finished = self._store.journal.get(lease.shard.number, set())
+        self._open(lease, [place for place in range(lease.shard.num_rows) if place not in finished], None)
+
+    def obey(self, order: Order) -> None:
+        match order:
+            case GiveRows(share, num_requests):
+                num_given = self._give(share, num_requests)
+                self._events.append(RowsGiven(self.info.worker_id, share, num_given))
+            case HelpShare(share):
+                self._open(share.lease, self._store.handoffs[share.lease.batch_id], share)
+            case TakeIn(batch_id, _, ended):
+                if (opened := self.open.get(batch_id)) is not None:
+                    self._take_in(opened, ended)
+            case DropShare(share):
+                if (opened := self.open.pop(share.lease.batch_id, None)) is not None:
+                    self._close(opened)
 
     def advance(self, until: float) -> None:
         """Work until then, by at most one step more."""
@@ -138,26 +75,55 @@ class VirtualWorker:
         engine = self.engine
         return Heartbeat(self.info.worker_id, engine.total_tokens, engine.num_inflight, engine.row_seconds, progress)
 
-    def take_committed(self) -> list[tuple[float, Lease]]:
-        """(when, lease) of shards that are complete since the last call."""
-        committed, self.committed = self.committed, []
-        return committed
+    def take_events(self) -> list[VirtualEvent]:
+        """Since the last call, in order."""
+        events, self._events = self._events, []
+        return events
 
-    @property
-    def is_idle(self) -> bool:
-        return not self._inflight and not self._ahead.num_rows
+    def count_tokens(self) -> int:
+        return self.engine.total_tokens
+
+    def count_running(self) -> float:
+        return float(self.engine.num_running)
+
+    def count_lost(self) -> int:
+        """Tokens that must be generated again if the worker is lost now, those of finished rows left out."""
+        made = self.engine.count_tokens()
+        return sum(made.get(key, 0) + opened.done.get(key[1:], 0) for key, opened in self._inflight.items())
 
     # ---- rows --------------------------------------------------------------------------------------------------------
+
+    def _open(self, lease: Lease, places: Iterable[int], share: Share | None) -> None:
+        shard, n = lease.shard, self.model.n
+        rows = self._workload.draw(shard.number, shard.row_start, shard.num_rows)
+        left = [0] * len(rows)
+        for place in places:
+            left[place] = n
+        num_left = sum(1 for each in left if each)
+        opened = OpenRows(lease, rows, left, [0] * len(rows), num_left, n * num_left, share)
+        self.open[lease.batch_id] = opened
+        if num_left:
+            self._read(opened, (place for place, count in enumerate(left) if count))
+        else:
+            self._end(opened)
+
+    def _read(self, opened: OpenRows, places: Iterable[int]) -> None:
+        requests = [place for place in places for _ in range(self.model.n)]
+        self._ahead.add(Stretch(opened, requests, 1.0, [row.expected_tokens for row in opened.rows]))
 
     def _fill(self) -> None:
         """Longest expected first, or in order, while the window has room."""
         while (room := self.model.window - len(self._inflight)) > 0 and self._ahead.num_rows:
-            for stretch, places in self._ahead.take(room, float("inf")):
+            for stretch, places in self._ahead.take(room, 1e18):
+                opened = stretch.source
                 for place in places:
-                    self._send(stretch.source, place)
+                    # A row that was given away and came back is in here twice.
+                    is_ours = place not in opened.away and opened.sent[place] < self.model.n
+                    if is_ours and not opened.is_closed:
+                        self._send(opened, place)
 
     def _send(self, opened: OpenRows, place: int) -> None:
-        key = opened.lease.shard.number, place, opened.sent[place]
+        key = opened.lease.batch_id, place, opened.sent[place]
         opened.sent[place] += 1
         opened.num_unsent -= 1
         self._inflight[key] = opened
@@ -166,7 +132,7 @@ class VirtualWorker:
             rank = self._placer.place(key, VirtualTokens(row), self.engine.total_tokens)
         self._ask(key, row, 0, rank)
 
-    def _ask(self, key: tuple[int, int, int], row: VirtualRow, done: int, rank: int | None) -> None:
+    def _ask(self, key: Key, row: VirtualRow, done: int, rank: int | None) -> None:
         """The next part of a row. What it leaves behind is kept where it will go on."""
         policies = self.model.policies
         budget = choose_budget(
@@ -192,43 +158,83 @@ class VirtualWorker:
         )
 
     def _finish(self, finished: Finished) -> None:
-        key = finished.request.key
-        assert isinstance(key, tuple)
-        opened = self._inflight[key]
-        row = opened.rows[key[1]]
-        done = opened.done.get((key[1], key[2]), 0) + finished.request.output_tokens
+        key: Key = finished.request.key  # type: ignore[assignment]
+        opened, place = self._inflight[key], key[1]
+        row = opened.rows[place]
+        done = opened.done.get(key[1:], 0) + finished.request.output_tokens
         if self._placer is not None:
             self._placer.release(key, self.engine.total_tokens)
         if done < row.output_tokens:
-            opened.done[key[1], key[2]] = done
+            opened.done[key[1:]] = done
             if self._placer is not None:
                 self._placer.place_again(key, finished.rank, row.prompt_tokens + done, self.engine.total_tokens)
             self._ask(key, row, done, finished.rank if self._placer is not None else None)
             return
         del self._inflight[key]
-        opened.left[key[1]] -= 1
-        if opened.left[key[1]] == 0:
+        opened.left[place] -= 1
+        if opened.left[place] == 0:
             opened.num_left -= 1
-            self._unflushed.append((key[0], key[1]))
+            self._unflushed.append((opened.lease.shard.number, place))
             if opened.num_left == 0:
-                self._commit(opened)
+                self._end(opened)
 
-    def _commit(self, opened: OpenRows) -> None:
+    def _end(self, opened: OpenRows) -> None:
+        """All its rows are finished: a shard is committed, a share journaled and told."""
         if any(opened.left):
             raise AssertionError(f"{opened.lease.batch_id} is complete with rows missing")
         del self.open[opened.lease.batch_id]
-        self.committed.append((self.engine.now + self.model.commit_s, opened.lease))
+        if opened.share is None:
+            self._events.append(Committed(self.engine.now + self.model.commit_s, opened.lease))
+        else:
+            self._flush()
+            self._events.append(ShareEnded(self.info.worker_id, opened.share, None))
+
+    def _close(self, opened: OpenRows) -> None:
+        opened.is_closed = True
+        for key in [key for key, owner in self._inflight.items() if owner is opened]:
+            del self._inflight[key]
+            self.engine.cancel(key)
+            if self._placer is not None:
+                self._placer.release(key, self.engine.total_tokens)
 
     def _flush(self) -> None:
         for shard, place in self._unflushed:
-            self._journal.setdefault(shard, set()).add(place)
+            self._store.journal.setdefault(shard, set()).add(place)
         self._unflushed = []
         self._flushed_at = self.engine.now
 
-    # ---- what it was worth -------------------------------------------------------------------------------------------
+    # ---- shares ------------------------------------------------------------------------------------------------------
 
-    def list_lost(self) -> Iterator[int]:
-        """Tokens of each row that must be generated again if the worker is lost now."""
-        made = self.engine.count_tokens()
-        for key, opened in self._inflight.items():
-            yield made.get(key, 0) + opened.done.get((key[1], key[2]), 0)
+    def _give(self, share: Share, num_requests: int) -> int:
+        """Whole rows of which nothing was sent: those that would go last."""
+        opened = self.open.get(share.owner_batch_id)
+        if opened is None:
+            return 0
+        rows, n = opened.rows, self.model.n
+        unsent = [p for p, left in enumerate(opened.left) if left and not opened.sent[p] and p not in opened.away]
+        if self.model.policies.is_ordered:
+            unsent.sort(key=lambda place: -(rows[place].expected_tokens or 0.0))
+        places = unsent[-max(1, num_requests // n) :]
+        opened.away.update(places)
+        opened.num_unsent -= n * len(places)
+        self._store.handoffs[share.lease.batch_id] = places
+        return n * len(places)
+
+    def _take_in(self, opened: OpenRows, ended: Iterable[Share]) -> None:
+        """What others journaled is done; what they did not make is ours again."""
+        finished = self._store.journal.get(opened.lease.shard.number, set())
+        for share in ended:
+            places = self._store.handoffs[share.lease.batch_id]
+            again = [place for place in places if place in opened.away and place not in finished]
+            opened.away.difference_update(again)
+            opened.num_unsent += self.model.n * len(again)
+            self._read(opened, again)
+            for place in places:
+                if place in finished and opened.left[place] and not opened.sent[place]:
+                    if place not in opened.away:  # given by an owner before us, and not known to be away here
+                        opened.away.add(place)
+                        opened.num_unsent -= self.model.n
+                    opened.left[place] = 0
+                    opened.num_left -= 1
+        if opened.num_left == 0:
+            self._end(opened)

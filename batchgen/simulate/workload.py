@@ -47,7 +47,9 @@ class Lengths:
     def mean(self, max_tokens: int | None = None) -> float:
         """Completion tokens of a row, cut at `max_tokens`."""
         most = math.inf if max_tokens is None else max_tokens
-        return sum(min(pair[1], most) * count for pair, count in zip(self.pairs, self.counts, strict=True)) / self.num_rows
+        return (
+            sum(min(pair[1], most) * count for pair, count in zip(self.pairs, self.counts, strict=True)) / self.num_rows
+        )
 
     def mean_prompt(self) -> float:
         return sum(pair[0] * count for pair, count in zip(self.pairs, self.counts, strict=True)) / self.num_rows
@@ -55,9 +57,7 @@ class Lengths:
     def list_quantiles(self, count: int) -> list[float]:
         """Completion tokens as a sorted sample in which each weighs the same."""
         sums, total = list(accumulate(self.counts)), self.num_rows
-        return [
-            float(self.pairs[bisect_left(sums, (2 * each + 1) * total / (2 * count))][1]) for each in range(count)
-        ]
+        return [float(self.pairs[bisect_left(sums, (2 * each + 1) * total / (2 * count))][1]) for each in range(count)]
 
     def resample(self, seed: str) -> "Lengths":
         draws = random.Random(f"{seed}:resample").choices(range(len(self.pairs)), self.counts, k=self.num_rows)
