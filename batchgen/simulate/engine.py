@@ -45,12 +45,13 @@ class Finished:
 
 
 class VirtualEngine:
-    """See the module. `now` moves with `advance` only."""
+    """See the module. `now` moves with `advance` only. `prompt_tokens` and `cached_tokens` are of prompts that ended."""
 
     def __init__(self, model: EngineModel, now: float = 0.0) -> None:
         self.model, self.now = model, now
         self.step = 0
         self.total_tokens = 0
+        self.prompt_tokens, self.cached_tokens = 0, 0
         self.row_seconds = 0.0
         self.busy_s = 0.0
         self._queue: deque[VirtualRequest] = deque()
@@ -149,6 +150,8 @@ class VirtualEngine:
         self._pass(1, self.model.cost.fixed_s + slowest)
         for rank, running in complete:
             running.first_token_at = self.now
+            self.prompt_tokens += running.request.prompt_tokens
+            self.cached_tokens += running.cached
             rank.start(running, self.step)
             self.total_tokens += 1
         self._prefill_waits_since = None
