@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from batchgen import journal
 from batchgen.build import build_id
-from batchgen.errors import NoWorkers, RunStopped, StorageError
+from batchgen.errors import RunStopped, StorageError
 from batchgen.events import (
     Heartbeat,
     JournalFlushed,
@@ -30,9 +30,9 @@ from batchgen.ledger import Ledger
 from batchgen.progress import Progress
 from batchgen.records import WorkerInfo
 from batchgen.roster import Roster
-from batchgen.scaling import Facts, choose_num_to_start, choose_to_release
 from batchgen.sharing import Sharing
 from batchgen.spec import JobSpec
+from batchgen.staffing import Staffing
 from batchgen.storage import Storage
 from batchgen.tail import TailPolicy
 from batchgen.work_queue import LostLease, WorkQueue
@@ -64,10 +64,12 @@ class Dispatcher:
     ledger: Ledger = field(default_factory=Ledger)
     roster: Roster = field(init=False)
     sharing: Sharing = field(init=False)
+    staffing: Staffing = field(init=False)
     _started: float = 0.0
 
     def __post_init__(self) -> None:
         self.roster = Roster(self.spec.cluster.gpus_per_worker)
+        self.staffing = Staffing(self.spec, self.queue, self.pool, self.roster, self.tail, self.on_warning)
         n = self.spec.sampling.n
         self.sharing = Sharing(self.queue, self.pool, self.index, self.epoch, n, self.tail, self._delete)
 
@@ -110,45 +112,14 @@ class Dispatcher:
     # ---- one turn ----------------------------------------------------------------------------------------------------
 
     def _scale(self) -> None:
-        now, roster = self.clock(), self.roster
-        roster.turn(now)
-        if roster.num_start_failures >= self.spec.retry.max_start_failures:
-            if not roster.workers and not roster.starting:
-                count, reason = roster.num_start_failures, roster.first_start_failure
-                raise NoWorkers(f"{count} workers in a row failed to start: {reason}")
-            return
-        for _ in range(choose_num_to_start(self._make_facts(), self.spec.cluster)):
-            self.pool.start_worker(roster.make_worker_id(now))
-        if self.queue.num_waiting == 0:
-            self._release_idle(now)
-
-    def _release_idle(self, now: float) -> None:
-        """At the tail: workers that have had nothing to do for a while, above the least number."""
-        roster = self.roster
-        busy = {worker.info.worker_id for worker in self.queue.look_at_workers() if worker.is_busy}
-        roster.note_idle(busy, now)
-        release = choose_to_release(
-            roster.idle_since, now, len(roster.workers), self.spec.cluster, after_s=self.tail.release_after_s
-        )
-        for worker_id in release:
+        now, progress = self.clock(), self.make_progress()
+        self.staffing.start(progress, now)
+        for worker_id in self.staffing.list_idle(now):
             self.pool.kill(worker_id)
-            roster.remove(worker_id, now)
-            roster.num_released += 1
+            self.roster.release(worker_id, now)
             self.ledger.tally.forget(worker_id)
             self.queue.lose(worker_id, now, "released")
             self._find_segments(worker_id)
-
-    def _make_facts(self) -> Facts:
-        done, roster = self.make_progress(), self.roster
-        fresh = done.num_rows_done - self.num_rows_done_before
-        return Facts(
-            num_ready=len(roster.workers),
-            num_starting=len(roster.starting),
-            num_shards_waiting=self.queue.num_waiting,
-            num_rows_left=self.num_rows - done.num_rows_done,
-            rows_per_s=fresh / roster.ready_worker_s if fresh > 0 and roster.ready_worker_s > 0 else None,
-            startup_s=roster.mean_startup_s,
-        )
 
     def _give_up_silent(self) -> None:
         now, limit = self.clock(), self.spec.cluster.start_timeout_s
@@ -261,11 +232,16 @@ class Dispatcher:
     def _delete(self, paths: list[str]) -> None:
         """Segments of committed shards. One that stays costs a few bytes until the next run clears it."""
         try:
-            self.storage.delete_many(paths)
+            if paths:
+                self.storage.delete_many(paths)
         except StorageError as error:
             self.on_warning(f"journal segments were not deleted: {error}")
 
     # ---- what it knows -----------------------------------------------------------------------------------------------
+
+    def count_gpu_hours(self) -> float | None:
+        """Of all workers so far; None where they reserve no GPU."""
+        return self.roster.count_gpu_s(self.clock()) / 3600 if self.spec.cluster.gpus_per_worker else None
 
     def make_progress(self) -> Progress:
         n = self.spec.sampling.n

@@ -42,6 +42,7 @@ def finish(
         num_input_rows=job.num_wanted_rows,
         elapsed_s=dispatcher.make_progress().elapsed_s if dispatcher else 0.0,
         is_unique_checked=job.is_unique_checked,
+        gpu_hours=dispatcher.count_gpu_hours() if dispatcher else None,
     )
     report["exit_code"] = choose_exit_code(report, job.spec.retry.max_error_rate)
     report["output"] = storage.root

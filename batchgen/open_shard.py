@@ -7,16 +7,17 @@ no Ray, one thread (the worker's event loop) but for `make_parts`.
 
 import asyncio
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate, chain, islice
+from dataclasses import dataclass
+from itertools import islice
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchgen.answer import make_unstorable
 from batchgen.errors import BatchgenError
-from batchgen.records import Lease, Result, ShardProgress, Slot, TokenLogprob
-from batchgen.write import LOGPROBS_TYPE, make_output_table, make_result_batch
+from batchgen.records import Lease, Result, RowId, ShardProgress, Slot
+from batchgen.result_batch import count_values, make_result_batch
+from batchgen.write import make_output_table
 
 # Results become Arrow this many rows, or token ids and logprobs, at a time: Python objects of more never pile up, and the
 # event loop is never held longer than packing takes: 10 ms for so many logprobs.
@@ -44,8 +45,6 @@ class OpenShard:
         self.is_closed = False
         self.error: BatchgenError | None = None
         self.num_inflight = 0
-        # Rows before this one were read, and are on their way.
-        self.next_row = lease.shard.row_start
         self.replaced_attempt = 0
         self.is_recovered = False
         self.shared_ids: set[str] = set()
@@ -54,7 +53,9 @@ class OpenShard:
         self.num_recovered = 0
         self.num_error = 0
         self.read_s = 0.0
+        self.prepare_s = 0.0
         self._finished = bytearray(lease.shard.num_rows * n)
+        self._sent = bytearray(lease.shard.num_rows * n)
         self._num_finished = 0
         self._recovered: list[pa.Table] = []
         self._buffer: list[Result] = []
@@ -104,7 +105,11 @@ class OpenShard:
         """The next rows' custom_id and passthrough columns (`prepare.make_inputs`), kept until the commit joins them to the
         results."""
         self._inputs.append(inputs)
-        self.next_row += inputs.num_rows
+
+    def note_sent(self, row_id: RowId) -> None:
+        """A request is in flight now, maybe again; the sender says when it is not."""
+        self._sent[self._slot(*row_id.slot)] = 1
+        self.num_inflight += 1
 
     def add(self, result: Result) -> None:
         """One request ended. A second answer for the same row and sample is dropped: the first stands."""
@@ -117,25 +122,25 @@ class OpenShard:
             self._pack()
         self._check_ended()
 
-    def close(self) -> None:
-        """Nothing more is read or committed for this attempt: whatever waits for it goes on at once. Answers that still
-        come are kept for the journal."""
+    def close(self, error: BatchgenError | None = None) -> None:
+        """Nothing more is read or committed for this attempt: whatever waits for it goes on at once, `wait_ended` with
+        the error where one is given. Answers that still come are kept for the journal."""
         self.is_closed = True
+        self.error = self.error or error
         self._ended.set()
 
     # ---- what others make --------------------------------------------------------------------------------------------
 
-    def choose_to_give(self, max_requests: int, ready: Sequence[Slot]) -> list[Slot]:
-        """Requests that another worker may have: first those of rows that were not read yet, from the end; then those that
-        wait for the window (`ready`, in order). What was sent stays."""
+    def choose_to_give(self, max_requests: int) -> list[Slot]:
+        """Requests that another worker may have, from the end: those that nobody has finished, and that were never sent."""
         if not self.is_recovered:
             return []  # the journal may hold what would be given
-        unread = (
+        slots = (
             (row, sample)
-            for row in range(self.lease.shard.row_end - 1, self.next_row - 1, -1)
+            for row in range(self.lease.shard.row_end - 1, self.lease.shard.row_start - 1, -1)
             for sample in range(self._n)
         )
-        free = (slot for slot in chain(unread, reversed(ready)) if not self.is_settled(*slot))
+        free = (slot for slot in slots if not self._sent[self._slot(*slot)] and not self.is_settled(*slot))
         return list(islice(free, max_requests))
 
     def give(self, slots: Iterable[Slot], share_id: str) -> None:
@@ -148,6 +153,13 @@ class OpenShard:
         for slot in back:
             del self._away[slot]
         return [slot for slot in back if not self.is_finished(*slot)]
+
+    def wants(self, source_row: int, sample_index: int, *, is_again: bool) -> bool:
+        """Is this request to be sent now, for the first time or again? Only once for the first time: one that was given
+        away and taken back may be waiting twice."""
+        slot = self._slot(source_row, sample_index)
+        is_due = is_again or not self._sent[slot]
+        return is_due and not self._finished[slot] and (source_row, sample_index) not in self._away
 
     def is_settled(self, source_row: int, sample_index: int) -> bool:
         """Not to be sent: finished, or another worker's."""
@@ -168,6 +180,11 @@ class OpenShard:
         num_unsent = len(self._finished) - self._num_finished - len(self._away) - self.num_inflight
         return ShardProgress(self.lease.batch_id, self._num_finished // self._n, self.num_error, max(0, num_unsent))
 
+    def is_row_finished(self, source_row: int) -> bool:
+        """All its samples."""
+        slot = self._slot(source_row, 0)
+        return 0 not in self._finished[slot : slot + self._n]
+
     async def wait_ended(self) -> None:
         """Until every row is finished, or the shard was closed. Raises the error that closed it."""
         await self._ended.wait()
@@ -185,14 +202,10 @@ class OpenShard:
     def set_flushed(self, mark: int) -> None:
         self._num_flushed = mark
 
-    def make_generated(self) -> pa.Table:
-        """What was made here."""
-        self._pack()
-        return pa.Table.from_batches(self._batches, schema=self._schema)
-
     def make_parts(self, output_schema: pa.Schema) -> Parts:
         """The finished shard; may run in another thread. Raises ValueError when a row is missing or twice."""
-        generated = self.make_generated()
+        self._pack()
+        generated = pa.Table.from_batches(self._batches, schema=self._schema)
         recovered = pa.concat_tables([self._schema.empty_table(), *self._recovered])
         inputs = pa.concat_tables(self._inputs)
         output = make_output_table(pa.concat_tables([generated, recovered]), inputs, self.lease, self._n, output_schema)
@@ -225,7 +238,7 @@ class OpenShard:
         self._buffer, self._num_values = [], 0
 
     def _make_batch(self, results: Sequence[Result]) -> pa.RecordBatch:
-        return make_flat_batch(results, self.lease.batch_id, self._schema)
+        return make_result_batch(results, self.lease.batch_id, self._schema)
 
     def _make_storable(self, result: Result) -> Result:
         """The result, or the failure that stands for a generation that Arrow refuses."""
@@ -242,53 +255,3 @@ class OpenShard:
             # Nothing is left to pack later: the commit makes its parts in a thread while the journal is flushed here.
             self._pack()
             self._ended.set()
-
-
-# ---- results as Arrow ------------------------------------------------------------------------------------------------
-
-
-def count_values(result: Result) -> int:
-    """Token ids and logprobs of a result: what packing it takes time for."""
-    answer = result.generation
-    if answer is None:
-        return 0
-    logprobs = answer.logprobs or ()
-    return len(answer.token_ids or ()) + len(logprobs) * (1 + len(logprobs[0].top) if logprobs else 1)
-
-
-def make_flat_batch(results: Sequence[Result], batch_id: str, schema: pa.Schema) -> pa.RecordBatch:
-    """As `make_result_batch`, the logprobs from flat arrays: a dict for each token took ten times as long."""
-    bare = [_without_logprobs(result) for result in results]
-    batch = make_result_batch(bare, batch_id, schema)
-    if (place := schema.get_field_index("logprobs")) < 0:
-        return batch
-    logprobs = [result.generation.logprobs if result.generation else None for result in results]
-    return batch.set_column(place, schema.field(place), make_logprobs(logprobs))
-
-
-def _without_logprobs(result: Result) -> Result:
-    answer = result.generation
-    return (
-        result
-        if answer is None or answer.logprobs is None
-        else replace(result, generation=replace(answer, logprobs=None))
-    )
-
-
-def make_logprobs(answers: Sequence[Sequence[TokenLogprob] | None]) -> pa.Array:
-    """The column `logprobs`; None is null."""
-    tokens = list(chain.from_iterable(answer for answer in answers if answer))
-    tops = [pair for token in tokens for pair in token.top]
-    top = pa.ListArray.from_arrays(
-        pa.array(accumulate((len(token.top) for token in tokens), initial=0), pa.int32()),
-        _make_struct([pair[0] for pair in tops], [pair[1] for pair in tops]),
-    )
-    values = _make_struct([token.token_id for token in tokens], [token.logprob for token in tokens], top)
-    ends = list(accumulate((len(answer or ()) for answer in answers), initial=0))
-    starts = [None if answer is None else start for answer, start in zip(answers, ends, strict=False)]
-    return pa.ListArray.from_arrays(pa.array([*starts, ends[-1]], pa.int32()), values, type=LOGPROBS_TYPE)
-
-
-def _make_struct(token_ids: Sequence[int | None], logprobs: Sequence[float], *more: pa.Array) -> pa.StructArray:
-    columns = [pa.array(token_ids, pa.int32()), pa.array(logprobs, pa.float32()), *more]
-    return pa.StructArray.from_arrays(columns, names=["token_id", "logprob", "top"][: len(columns)])

@@ -182,10 +182,10 @@ def drop_nulls(value: Any) -> Any:
 def _make_token_ids(value: Any, column: str) -> tuple[int, ...]:
     if value is None:
         raise BadRow("null_prompt", f"column '{column}' is null")
-    if not isinstance(value, list) or not all(isinstance(token, int) and token >= 0 for token in value):
-        raise BadRow("bad_token_ids", f"column '{column}' must be a list of non-negative integers without nulls")
-    if not value:
+    if isinstance(value, list) and not value:
         raise BadRow("empty_prompt", f"column '{column}' is empty")
+    if not isinstance(value, list) or set(map(type, value)) != {int} or min(value) < 0:
+        raise BadRow("bad_token_ids", f"column '{column}' must be a list of non-negative integers without nulls")
     return tuple(value)
 
 

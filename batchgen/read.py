@@ -201,6 +201,16 @@ def decode_rows(batch: pa.RecordBatch, columns: Sequence[str]) -> list[dict[str,
     return [dict(zip(columns, cells, strict=True)) for cells in zip(*decoded, strict=True)]
 
 
+def pick_rows(batch: pa.RecordBatch, indices: Sequence[int]) -> pa.RecordBatch:
+    """These rows of the batch, in the order given; of its memory where they are neighbours."""
+    if list(indices) == list(range(indices[0], indices[0] + len(indices))):
+        return batch.slice(indices[0], len(indices))
+    try:
+        return batch.take(pa.array(indices))
+    except pa.ArrowNotImplementedError:  # Arrow can't take from views, however deep they lie
+        return pa.concat_batches([batch.slice(index, 1) for index in indices])
+
+
 def _decode_column(column: pa.Array) -> list[Any]:
     as_text = _nested_text if _holds_bytes(column.type) else _text
     try:

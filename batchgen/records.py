@@ -8,6 +8,13 @@ is a *batch*. Units end a name: `_s` seconds, `_at` seconds since the Unix epoch
 from dataclasses import dataclass
 from typing import Any
 
+# A Python int and its place in a tuple.
+TOKEN_BYTES = 36
+
+
+# (source_row, sample_index): a request of a shard whose file is known.
+Slot = tuple[int, int]
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class RowId:
@@ -17,9 +24,9 @@ class RowId:
     source_row: int
     sample_index: int
 
-
-# (source_row, sample_index): a request of a shard whose file is known.
-Slot = tuple[int, int]
+    @property
+    def slot(self) -> Slot:
+        return self.source_row, self.sample_index
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +70,8 @@ class Prompt:
 
     @property
     def num_bytes(self) -> int:
-        """Rough size in memory: a Python int and its slot for each token, a dict for each message and tool."""
-        size = 36 * len(self.token_ids or ()) + 2 * len(self.text or "")
+        """Rough size in memory: a dict for each message and tool."""
+        size = TOKEN_BYTES * len(self.token_ids or ()) + 2 * len(self.text or "")
         parts = (*(self.messages or ()), *(self.tools or ()))
         return size + sum(400 + 2 * sum(len(str(value)) for value in part.values()) for part in parts)
 
@@ -93,7 +100,7 @@ class Request:
     @property
     def num_bytes(self) -> int:
         """Rough size in memory while it waits or is in flight."""
-        return (self.prompt or Prompt(token_ids=self.token_ids)).num_bytes
+        return TOKEN_BYTES * len(self.token_ids) if self.token_ids is not None else (self.prompt or Prompt()).num_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,6 +77,11 @@ class Roster:
             self.idle_since.pop(worker_id, None)
         return info
 
+    def release(self, worker_id: str, now: float) -> None:
+        """It was let go."""
+        self.remove(worker_id, now)
+        self.num_released += 1
+
     def note_idle(self, busy: Collection[str], now: float) -> None:
         """Which of those that are up have nothing to do, and since when."""
         idle = [worker_id for worker_id in self.workers if worker_id not in busy]

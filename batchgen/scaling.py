@@ -25,14 +25,15 @@ class Facts:
     startup_s: float | None = None
 
 
-def choose_num_to_start(facts: Facts, cluster: ClusterSpec) -> int:
-    """Workers to start now, 0 or more."""
-    room = min(cluster.workers.max - facts.num_ready, cluster.max_starting) - facts.num_starting
+def choose_num_to_start(facts: Facts, cluster: ClusterSpec, least: int = 0, most: int | None = None) -> int:
+    """Workers to start now, 0 or more. `least` and `most`: what the run's limits ask for (`governor`)."""
+    most = cluster.workers.max if most is None else min(most, cluster.workers.max)
+    room = min(most - facts.num_ready, cluster.max_starting) - facts.num_starting
     if room <= 0 or facts.num_rows_left == 0:
         return 0
     up = facts.num_ready + facts.num_starting
-    if up < cluster.workers.min:
-        return min(room, cluster.workers.min - up)
+    if up < max(least, cluster.workers.min):
+        return min(room, max(least, cluster.workers.min) - up)
     return sum(1 for extra in range(1, room + 1) if _is_worth_it(facts, up + extra, extra))
 
 

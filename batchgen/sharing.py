@@ -17,8 +17,6 @@ from batchgen.records import Lease, Share
 from batchgen.tail import TailPolicy, WorkerLoad, choose_splits
 from batchgen.work_queue import LostLease, WorkQueue
 
-# How often loads are looked at: about as often as heartbeats change them.
-LOOK_S = 1.0
 # An owner that had nothing to give is not asked for the same batch again for so long.
 REFUSED_S = 10.0
 
@@ -37,19 +35,21 @@ class Sharing:
     _asked: dict[str, tuple[Share, int]] = field(default_factory=dict)
     _running: dict[str, tuple[Share, float]] = field(default_factory=dict)
     _refused: dict[str, float] = field(default_factory=dict)
+    _handoffs: dict[int, list[str]] = field(default_factory=dict)
     _look_at: float = 0.0
 
     def split(self, now: float) -> None:
         """When nothing waits, let workers with room help those that have too much."""
         if self.queue.num_waiting or now < self._look_at:
             return
-        self._look_at = now + LOOK_S
+        self._look_at = now + self.policy.look_s
         for split in choose_splits(
             [self._measure(worker, now) for worker in self.queue.look_at_workers()], self.policy
         ):
             num_requests = split.num_requests
             share = self.queue.lend_share(split.owner_id, split.batch_id, split.helper_id, num_requests, now)
             self._asked[share.lease.batch_id] = share, num_requests
+            self._handoffs.setdefault(share.lease.shard.number, []).append(make_handoff_path(share.lease.batch_id))
             self.pool.tell(split.owner_id, GiveRows(share, num_requests))
 
     def note_given(self, event: RowsGiven, now: float) -> None:
@@ -99,6 +99,7 @@ class Sharing:
             if share.lease.shard.number == shard_number:
                 del self._asked[share.lease.batch_id]
                 self.queue.end_share(share)
+        self.delete(self._handoffs.pop(shard_number, []))
         return lost
 
     def list_open(self, now: float) -> list[LostLease]:
@@ -109,7 +110,6 @@ class Sharing:
         del self._running[share.lease.batch_id]
         self.queue.end_share(share)
         self.pool.tell(share.lease.worker_id, DropShare(share))
-        self.delete([make_handoff_path(share.lease.batch_id)])
 
     def _return(self, share: Share) -> None:
         """What its helper journaled of the shard, and the rest of its requests, go to whoever holds the shard."""
@@ -118,7 +118,6 @@ class Sharing:
             prefix = make_worker_prefix(self.epoch, share.lease.worker_id)
             refs = tuple(ref for ref in self.index.get(share.lease.shard.number) if ref.path.startswith(prefix))
             self.pool.tell(holder.worker_id, TakeIn(holder.batch_id, refs, (share,)))
-        self.delete([make_handoff_path(share.lease.batch_id)])
 
     # ---- loads -------------------------------------------------------------------------------------------------------
 

@@ -37,6 +37,8 @@ ROW_FIELDS = (
     "error_types",
     "num_retries",
 )
+# Who knows better what became of a batch.
+OUTCOMES = ("committed", "shared", "superseded", "lost")
 LATENCY_FIELDS = tuple(f"{name}_{quantile}_s" for name in LATENCIES for quantile in QUANTILES)
 
 
@@ -213,8 +215,8 @@ def make_lost_stats(
 
 def merge_stats(ours: BatchStats, theirs: BatchStats) -> BatchStats:
     """What two sources know of one batch: each field from the first that knows it. A file that stands and says that it
-    is this batch's beats a note that its worker was lost: the worker died after its commit."""
-    if theirs.outcome == "committed" != ours.outcome:
+    is this batch's beats a note that its worker was lost: the worker died after its commit. So does a helper's word."""
+    if OUTCOMES.index(theirs.outcome) < OUTCOMES.index(ours.outcome):
         ours, theirs = theirs, ours
     fields = {
         field.name: getattr(theirs, field.name)

@@ -15,13 +15,15 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True)
 class TailPolicy:
     """`min_gain_s`: an owner that sends all it has within this time gives nothing, nor does one whose window is less full
-    than `full_share`: it sends all it has as fast as it reads. `ahead_share`: a helper has no more to send than
-    this part of its window. `release_after_s`: an idle worker above the least number is let go after it."""
+    than `full_share`: it sends all it has as fast as it reads. `ahead_share`: a helper has no more to send than this part
+    of its window. `release_after_s`: an idle worker above the least number is let go after it. `look_s`: how often loads
+    are looked at, about as often as heartbeats change them."""
 
     min_gain_s: float = 2.0
     full_share: float = 0.8
     ahead_share: float = 0.25
     release_after_s: float = 30.0
+    look_s: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

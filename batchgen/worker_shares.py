@@ -12,21 +12,21 @@ from typing import Protocol
 
 import pyarrow as pa
 
-from batchgen.errors import BatchgenError, Refusal, StorageError
+from batchgen.errors import Refusal, StorageError
 from batchgen.events import PoolEvent, RowsGiven, ShareEnded
 from batchgen.open_shard import OpenShard
 from batchgen.orders import DropShare, GiveRows, HelpShare, Order, TakeIn
-from batchgen.records import Shard, Share, Slot, WorkerInfo
+from batchgen.records import Share, Slot, WorkerInfo
 from batchgen.sender import Sender
 from batchgen.shard_files import ShardFiles
-from batchgen.stats import make_batch_stats
+from batchgen.stats import make_lost_stats
 
 # Pause between tries to journal what a helper made, while the store refuses it.
 FLUSH_PAUSE_S = 1.0
 
 
 class Read(Protocol):
-    """`Worker._read`."""
+    """`Feeder.feed`."""
 
     def __call__(self, shard: OpenShard, wanted: Collection[Slot] | None = None) -> Awaitable[None]: ...
 
@@ -46,14 +46,6 @@ def join_rows(tables: Iterable[tuple[int, pa.Table]]) -> dict[int, pa.Table]:
     for number, table in tables:
         joined[number] = pa.concat_tables([joined[number], table]) if number in joined else table
     return joined
-
-
-def narrow(shard: Shard, wanted: Collection[Slot] | None) -> Shard:
-    """The part of the shard that holds all wanted requests; all of it where they are not told."""
-    if wanted is None:
-        return shard
-    rows = [row for row, _ in wanted]
-    return replace(shard, row_start=min(rows), row_end=max(rows) + 1)
 
 
 class WorkerShares:
@@ -91,12 +83,11 @@ class WorkerShares:
         shard, share_id = self._shards.get(share.owner_batch_id), share.lease.batch_id
         slots: list[Slot] = []
         if shard is not None and not shard.is_closed and not shard.has_ended:
-            slots = shard.choose_to_give(num_requests, self._sender.list_ready(shard))
+            slots = shard.choose_to_give(num_requests)
         if shard is None or not slots:
             self._emit(RowsGiven(self._info.worker_id, share, 0))
             return
         shard.give(slots, share_id)
-        self._sender.drop_settled(shard)
         try:
             await asyncio.to_thread(self._files.write_handoff, share_id, slots)
         except StorageError:  # nobody was told: they are ours as before
@@ -113,11 +104,10 @@ class WorkerShares:
             lease = replace(shard.lease, journal=order.refs)
             rows = await asyncio.to_thread(self._files.read_journal, lease, shard.replaced_attempt)
         except (StorageError, Refusal) as error:
-            fail(shard, error)
+            shard.close(error)
             return
         if not shard.is_closed and not shard.has_ended:
             shard.take_in(rows, [share.lease.batch_id for share in order.ended])
-            self._sender.drop_settled(shard)
             await self._regain(shard, order.ended)
 
     async def _regain(self, shard: OpenShard, shares: Iterable[Share]) -> None:
@@ -127,7 +117,7 @@ class WorkerShares:
         try:
             await self._read(shard, frozenset(missing))
         except (StorageError, Refusal) as error:
-            fail(shard, error)
+            shard.close(error)
 
     # ---- the helper --------------------------------------------------------------------------------------------------
 
@@ -139,7 +129,7 @@ class WorkerShares:
         except (StorageError, Refusal) as error:
             self._emit(ShareEnded(self._info.worker_id, share, None, str(error)))
             return
-        if self._sender.is_stopped or share.lease.batch_id in self._dropped:
+        if self._has_no_use(share):
             return
         self._shards[share.lease.batch_id] = shard
         try:
@@ -150,23 +140,18 @@ class WorkerShares:
         except (StorageError, Refusal) as error:
             await self._flush()
             reason = str(error)
-        if shard.is_closed:  # dropped, or the worker ends: its rows go to the journal with the rest
+        if self._has_no_use(share):  # and where the worker ends, its rows go to the journal with the rest
             return
         shard.close()
         del self._shards[share.lease.batch_id]
-        stats = make_batch_stats(
-            share.lease,
-            self._info,
-            shard.make_generated(),
-            started_at=started_at,
-            wall_s=time.monotonic() - started,
-            mean_inflight=None,
-            num_from_journal=0,
-            num_copied=0,
-            read_s=shard.read_s,
-            write_s=None,
-        )
-        self._emit(ShareEnded(self._info.worker_id, share, replace(stats, outcome="shared"), reason))
+        # Its rows are counted by whoever commits them: after an owner's death some may have been made twice.
+        batch_id, wall_s = share.lease.batch_id, time.monotonic() - started
+        stats = make_lost_stats(batch_id, info=self._info, started_at=started_at, wall_s=wall_s, outcome="shared")
+        self._emit(ShareEnded(self._info.worker_id, share, replace(stats, read_s=shard.read_s), reason))
+
+    def _has_no_use(self, share: Share) -> bool:
+        """It was dropped meanwhile, or the worker ends."""
+        return self._sender.is_stopped or share.lease.batch_id in self._dropped
 
     async def _journal(self, shard: OpenShard) -> None:
         """Until all that was made is in the journal, or the shard was closed."""
@@ -174,9 +159,3 @@ class WorkerShares:
         while shard.take_unflushed() is not None and not shard.is_closed:
             await asyncio.sleep(FLUSH_PAUSE_S)
             await self._flush()
-
-
-def fail(shard: OpenShard, error: BatchgenError) -> None:
-    """The shard ends with this error, as if its own reading had met it."""
-    shard.error = error
-    shard.close()

@@ -28,9 +28,9 @@ LAYERS = [
     ["spec", "events", "build", "tasks", "window", "signals", "damage", "seal"],
     ["tokenizer_files"],
     # pure decisions
-    ["prompt", "plan", "backlog", "scaling", "lengths", "answer", "verify_rows"],
+    ["prompt", "plan", "backlog", "scaling", "governor", "lengths", "answer", "verify_rows"],
     ["stats", "work_queue", "progress", "roster"],
-    ["budget", "placement", "read_ahead"],
+    ["budget", "placement"],
     ["checkpoint", "stage_plan", "engines.trtllm.env"],
     ["preflight"],
     ["preflight_model"],
@@ -80,20 +80,24 @@ LAYERS = [
     ["training.rows", "training.save", "training.accuracy"],
     ["training.train"],
     # one worker
+    ["result_batch", "read_ahead"],
     ["manifest", "open_shard", "prepare"],
     ["length_files"],
     ["engines.contract_subject"],
     ["engines.contract_answers"],
     ["engines.contract"],
     ["shard_files", "sender", "validate"],
+    ["feeder"],
     ["worker_setup", "worker_shares"],
     ["worker", "job"],
     # many workers
-    ["sharing", "ledger"],
+    ["sharing", "ledger", "staffing"],
     # many virtual workers
     ["simulate.open_rows"],
     ["simulate.worker", "simulate.cluster"],
     ["simulate.scenario"],
+    ["simulate.profile"],
+    ["simulate.fluid"],
     ["inline_pool", "ray_pool", "dispatch"],
     ["pools"],
     # one run
@@ -102,7 +106,14 @@ LAYERS = [
     ["control"],
     ["finish", "verify_files", "verify_folder"],
     ["run", "verify"],
-    ["demo", "bench_decode"],
+    ["demo", "bench_decode", "bench_queue"],
+    ["bench_worker"],
+    # beside other systems; a peer's process may have no more of ours than child and workload
+    ["bench", "bench.workload", "bench.oracle", "bench.child", "bench.processes", "bench.homes"],
+    ["bench.ways", "bench.inputs", "bench.server"],
+    ["bench.runs"],
+    ["bench.measure", "bench.summary"],
+    ["bench.benchmark", "bench.saturation"],
     ["cli.base"],
     ["cli.jobs", "cli.outputs", "cli.nodes"],
     ["cli"],
@@ -124,7 +135,9 @@ PURE |= {
     "answer",
     "verify_rows",
 }
+PURE |= {"read_ahead"}
 PURE |= {"checkpoint", "stage_plan", "preflight", "preflight_model"}
+PURE |= {"bench.oracle", "bench.runs"}
 PURE |= {"engines.trtllm.sampling", "engines.trtllm.env", "engines.trtllm.args", "engines.trtllm.health"}
 PURE |= {
     "simulate",
@@ -153,15 +166,21 @@ EFFECTS = {
 VENDORS = {
     "ray": {"ray_pool"},
     "torch": {"engines.sampling", "engines.decode", "engines.hf_model()", "engines.transformers()", "bench_decode()"}
-    | {"training.muon()", "training.train()", "training.save()", "training.accuracy()"},
-    "transformers": {"bench_decode()", "engines.hf_model()", "engines.hf_tokenizer()", "training.train()"},
+    | {"training.muon()", "training.train()", "training.save()", "training.accuracy()", "bench_worker()"},
+    "transformers": {
+        "bench_decode()",
+        "bench_worker()",
+        "engines.hf_model()",
+        "engines.hf_tokenizer()",
+        "training.train()",
+    },
     "safetensors": {"engines.hf_model()"},
     "jinja2": {"engines.hf_tokenizer"},
     "tensorrt_llm": {"engines.trtllm.vendor()"},
     "huggingface_hub": {"stage_hub()"},
     "fsspec": {"stores.remote", "stores.s3"},
     "s3fs": {"stores.s3"},
-    "aiohttp": {"stores.remote", "engines.openai", "engines.openai_http"},
+    "aiohttp": {"stores.remote", "engines.openai", "engines.openai_http", "bench.server()"},
     "botocore": {"stores.remote"},
     "pynvml": {"engines.trtllm.gpu()", "node_facts()"},
     "yaml": {"spec_load"},
