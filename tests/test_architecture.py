@@ -94,10 +94,13 @@ LAYERS = [
     ["sharing", "ledger", "staffing"],
     # many virtual workers
     ["simulate.open_rows"],
-    ["simulate.worker", "simulate.cluster"],
+    ["simulate.record"],
+    ["simulate.worker", "simulate.cluster", "simulate.plot"],
     ["simulate.scenario"],
-    ["simulate.profile"],
+    ["simulate.profile", "simulate.from_spec", "simulate.sources"],
     ["simulate.fluid"],
+    ["simulate.estimate"],
+    ["simulate.report", "simulate.figures"],
     ["inline_pool", "ray_pool", "dispatch"],
     ["pools"],
     # one run
@@ -115,7 +118,7 @@ LAYERS = [
     ["bench.measure", "bench.summary"],
     ["bench.benchmark", "bench.saturation"],
     ["cli.base"],
-    ["cli.jobs", "cli.outputs", "cli.nodes"],
+    ["cli.jobs", "cli.outputs", "cli.nodes", "cli.simulate"],
     ["cli"],
     ["cli.__main__"],
 ]
@@ -185,7 +188,7 @@ VENDORS = {
     "pynvml": {"engines.trtllm.gpu()", "node_facts()"},
     "yaml": {"spec_load"},
     "jsonschema": {"sampling_spec()"},
-    "typer": {"cli.base", "cli.jobs", "cli.outputs", "cli.nodes"},
+    "typer": {"cli.base", "cli.jobs", "cli.outputs", "cli.nodes", "cli.simulate"},
     "rich": {"view", "cli.jobs()", "cli.outputs()", "cli.nodes()", "doctor()"},
 }
 # Modules that import a heavy vendor at their top: whoever imports one of them does so lazily, or is one itself.

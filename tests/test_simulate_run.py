@@ -1,15 +1,16 @@
 """Virtual runs: every row once whatever is lost, the same by seed, and laws that any honest model keeps."""
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
 from batchgen.budget import Ladder
-from batchgen.simulate.cluster import ClusterModel, Surroundings
 from batchgen.simulate.engine import EngineModel
 from batchgen.simulate.oracle import run_oracle
 from batchgen.simulate.policies import Policies, WorkerModel
+from batchgen.simulate.record import ClusterModel, Surroundings
 from batchgen.simulate.scenario import Scenario, draw_rows, run_exactly
 from batchgen.simulate.step_cost import StepCost
 from batchgen.simulate.workload import Workload, make_lengths, make_lognormal
@@ -102,7 +103,7 @@ def mean_makespan(**options: Any) -> float:
 
 def test_more_workers_are_never_slower_beyond_noise() -> None:
     times = [mean_makespan(num_workers=count) for count in (1, 2, 4, 8)]
-    assert all(more <= 1.05 * fewer for fewer, more in zip(times, times[1:], strict=False))
+    assert all(more <= 1.05 * fewer for fewer, more in pairwise(times))
     assert times[2] < 0.5 * times[0]  # its longest row alone takes a quarter
 
 

@@ -9,102 +9,22 @@ import heapq
 import math
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
-from typing import Protocol, cast
+from dataclasses import replace
+from typing import cast
 
-from batchgen.events import Heartbeat, RowsGiven, ShareEnded, WorkerPool
+from batchgen.events import RowsGiven, ShareEnded, WorkerPool
+from batchgen.governor import RunFacts, Verdict, govern
 from batchgen.journal import JournalIndex
 from batchgen.orders import Order
-from batchgen.records import Lease, WorkerInfo
 from batchgen.roster import Roster
 from batchgen.scaling import Facts, choose_num_to_start, choose_to_release
 from batchgen.sharing import Sharing
 from batchgen.simulate.open_rows import Committed, VirtualEvent
-from batchgen.spec import ClusterSpec, RetrySpec
+from batchgen.simulate.record import ClusterModel, Moment, VirtualRun, Working
 from batchgen.tail import TailPolicy
 from batchgen.work_queue import QueuedShard, WorkQueue
 
 MAX_LEASES_PER_TURN = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What the cluster does to a run. `startup_s`: from asking for a worker to its first request, the machine's arrival
-    included; it varies by `startup_spread` (a share, evenly). `losses_per_hour`: of one worker, for whatever reason."""
-
-    startup_s: float = 600.0
-    startup_spread: float = 0.2
-    losses_per_hour: float = 0.0
-
-
-class Working(Protocol):
-    """What the loop needs of a virtual worker."""
-
-    info: WorkerInfo
-
-    def assign(self, lease: Lease) -> None: ...
-
-    def obey(self, order: Order) -> None: ...
-
-    def advance(self, until: float) -> None: ...
-
-    def make_heartbeat(self) -> Heartbeat: ...
-
-    def take_events(self) -> list[VirtualEvent]: ...
-
-    def count_tokens(self) -> int:
-        """Completion tokens made since its start."""
-        ...
-
-    def count_running(self) -> float:
-        """Requests that the engine works at."""
-        ...
-
-    def count_lost(self) -> int:
-        """Tokens that are generated again if it is lost now."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Moment:
-    """Of all workers, at a time: tokens made so far, requests in work, workers up and starting."""
-
-    at: float
-    tokens: int
-    running: float
-    num_ready: int
-    num_starting: int
-
-
-@dataclass(slots=True)
-class VirtualRun:
-    """What a run came to. GPU seconds count from asking for a worker until it is gone, as in production."""
-
-    makespan_s: float = 0.0
-    gpu_s: float = 0.0
-    num_rows: int = 0
-    num_shards: int = 0
-    num_losses: int = 0
-    num_workers: int = 0
-    num_shares: int = 0
-    tokens: int = 0
-    lost_tokens: int = 0
-    moments: list[Moment] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class ClusterModel:
-    """Where virtual workers run. `beat_s`: how often one is looked at; `tail` None: no shard is split. `keeps_moments`:
-    every so many seconds of the run."""
-
-    cluster: ClusterSpec
-    surroundings: Surroundings = field(default_factory=Surroundings)
-    retry: RetrySpec = field(default_factory=RetrySpec)
-    tail: TailPolicy | None = field(default_factory=TailPolicy)
-    n: int = 1
-    gpus_per_worker: float = 8.0
-    beat_s: float = 2.0
-    moment_s: float = 10.0
 
 
 class VirtualCluster:
@@ -141,10 +61,10 @@ class VirtualCluster:
             worker.obey(order)
 
     def run(self) -> VirtualRun:
-        """Until all shards are committed."""
+        """Until all shards are committed, or the spec's deadline or GPU-hours end it."""
         self.roster.turn(0.0)
         self._turn(0.0)
-        while not self.queue.is_done:
+        while not self.queue.is_done and self.record.stop is None:
             now, _, worker_id = heapq.heappop(self._events)
             self.roster.turn(now)  # before anything changes who is up
             if worker_id in self.roster.starting:
@@ -157,7 +77,12 @@ class VirtualCluster:
     # ---- one turn ----------------------------------------------------------------------------------------------------
 
     def _turn(self, now: float) -> None:
-        for _ in range(choose_num_to_start(self._make_facts(), self._model.cluster)):
+        facts = self._make_facts()
+        verdict = self._govern(facts, now)
+        if verdict.stop is not None:
+            self._stop(verdict.stop, now)
+            return
+        for _ in range(choose_num_to_start(facts, self._model.cluster, verdict.min_workers, verdict.max_workers)):
             self._ask_for_worker(now)
         if self.queue.num_waiting == 0:
             self._release_idle(now)
@@ -183,6 +108,24 @@ class VirtualCluster:
             rows_per_s=rows / roster.ready_worker_s if rows and roster.ready_worker_s else None,
             startup_s=roster.mean_startup_s,
         )
+
+    def _govern(self, facts: Facts, now: float) -> Verdict:
+        known = RunFacts(
+            now=self._model.began_at + now,
+            num_rows_left=facts.num_rows_left,
+            num_rows=self._num_rows,
+            num_ready=facts.num_ready,
+            num_starting=facts.num_starting,
+            gpu_s=self.roster.count_gpu_s(now),
+            rows_per_s=facts.rows_per_s,
+            startup_s=facts.startup_s,
+        )
+        return govern(known, self._model.cluster)
+
+    def _stop(self, reason: str, now: float) -> None:
+        """The drain itself is not modelled: what is in flight is lost, what was committed stands."""
+        self.record.stop = reason
+        self.record.makespan_s = max(self.record.makespan_s, now)
 
     def _ask_for_worker(self, now: float) -> None:
         self.record.num_workers += 1

@@ -8,7 +8,7 @@ rows, so that two seeds differ by about a percent.
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from batchgen.simulate.cluster import Moment, VirtualRun
+from batchgen.simulate.record import Moment, VirtualRun
 from batchgen.simulate.scenario import Scenario, run_exactly
 from batchgen.spec import ClusterSpec
 

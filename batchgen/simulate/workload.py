@@ -19,6 +19,9 @@ from batchgen.lengths import LengthCounts, bucket_middle
 # Prompt tokens in the middle (by ratio) of an octave, where a histogram has only that.
 OCTAVE_MIDDLE = 0.5**0.5
 
+# A larger sample's mean is known to well below a percent: it is taken as it is.
+MAX_RESAMPLED = 100_000
+
 
 @dataclass(frozen=True, slots=True)
 class VirtualRow:
@@ -60,6 +63,8 @@ class Lengths:
         return [float(self.pairs[bisect_left(sums, (2 * each + 1) * total / (2 * count))][1]) for each in range(count)]
 
     def resample(self, seed: str) -> "Lengths":
+        if self.num_rows > MAX_RESAMPLED:
+            return self
         draws = random.Random(f"{seed}:resample").choices(range(len(self.pairs)), self.counts, k=self.num_rows)
         found: dict[int, int] = {}
         for draw in draws:
@@ -100,7 +105,7 @@ def make_lognormal(mean: float, sigma: float, prompt_tokens: int, num_points: in
 @dataclass(frozen=True, slots=True)
 class Workload:
     """`hint_sigma`: None, nothing is expected of a row; 0, its hint is right; else the standard deviation of the logarithm
-    of hint / truth. `sigma`: lengths are drawn from a lognormal itself and not from `lengths`' points of it."""
+    of hint / truth. `lognormal` (mean, sigma): lengths are drawn from it itself and not from `lengths`' points of it."""
 
     lengths: Lengths
     max_tokens: int
