@@ -100,7 +100,8 @@ LAYERS = [
     ["simulate.profile", "simulate.from_spec", "simulate.sources"],
     ["simulate.fluid"],
     ["simulate.estimate"],
-    ["simulate.report", "simulate.figures"],
+    ["simulate.report", "simulate.figures_ranks"],
+    ["simulate.figures"],
     ["inline_pool", "ray_pool", "dispatch"],
     ["pools"],
     # one run

@@ -7,12 +7,12 @@ seconds that the simulation itself takes, which `scale` tells.
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import pairwise
 
 from batchgen.budget import MAX_LENGTHS, EngineCost, Ladder, choose_ladder, make_ladder
 from batchgen.simulate.calibration import make_v32_engine
 from batchgen.simulate.engine import EngineModel
-from batchgen.simulate.estimate import estimate, resample
+from batchgen.simulate.estimate import estimate
+from batchgen.simulate.figures_ranks import show_ranks
 from batchgen.simulate.fluid import run_aggregated
 from batchgen.simulate.oracle import run_oracle
 from batchgen.simulate.policies import ONE_SHOT, Policies, WorkerModel
@@ -53,7 +53,8 @@ def show_budgets() -> Iterator[str]:
                     _steady(prompt, sigma, batch, ONE_SHOT, is_exact=True),
                 ]
                 shown = "  ".join(f"{rate:,.0f} ({rate / flat:.2f}x)" for rate in rates)
-                yield f"{prompt}  {sigma}  {batch}  {'on' if reuses else 'off'}  {flat:,.0f}  {shown}  rungs {ladder.rungs[:3]}"
+                reuse = "on" if reuses else "off"
+                yield f"{prompt}  {sigma}  {batch}  {reuse}  {flat:,.0f}  {shown}  rungs {ladder.rungs[:3]}"
 
 
 def _choose(prompt: int, sigma: float, batch: int, reuses: bool) -> Ladder:
@@ -180,3 +181,13 @@ def _see(workload: Workload, count: int) -> Lengths:
         pair = row.prompt_tokens, row.output_tokens
         pairs[pair] = pairs.get(pair, 0) + 1
     return make_lengths(pairs)
+
+
+FIGURES: dict[str, Callable[[], Iterator[str]]] = {
+    "budgets": show_budgets,
+    "tail": show_tail,
+    "workers": show_workers,
+    "ranks": show_ranks,
+    "scale": show_scale,
+    "coverage": show_coverage,
+}

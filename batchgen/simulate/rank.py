@@ -175,6 +175,11 @@ class Rank:
         if running.is_low and running.request.output_tokens > self._cost.top_k - context:
             heapq.heappush(self._knees, (step + self._cost.top_k - context, self._num_made, running))
 
+    @property
+    def num_context(self) -> int:
+        """Tokens of prompts and answers that its decoding rows hold."""
+        return self._low + self._high
+
     def next_change(self) -> int | None:
         """The step before which its batch changes next."""
         if not self._ends:

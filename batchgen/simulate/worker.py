@@ -22,9 +22,17 @@ from batchgen.simulate.workload import VirtualRow, Workload
 
 
 class VirtualWorker:
-    """See the module. Calls' times never go back."""
+    """See the module. Calls' times never go back. `placer`: another than the production one."""
 
-    def __init__(self, worker_id: str, model: WorkerModel, workload: Workload, store: VirtualStore, now: float) -> None:
+    def __init__(
+        self,
+        worker_id: str,
+        model: WorkerModel,
+        workload: Workload,
+        store: VirtualStore,
+        now: float,
+        placer: Placer | None = None,
+    ) -> None:
         self.model, self._workload, self._store = model, workload, store
         self.engine = VirtualEngine(model.engine, now)
         self.info = WorkerInfo(worker_id, "", worker_id, "virtual", "", model.num_gpus, model.window, 0.0)
@@ -33,7 +41,9 @@ class VirtualWorker:
         self._ahead: ReadAhead[OpenRows] = ReadAhead()
         self._ahead.sort(model.policies.is_ordered)
         ranks = model.engine.num_ranks
-        self._placer = Placer(ranks, max_rows=model.engine.max_batch_size) if model.policies.has_placement else None
+        if placer is None and model.policies.has_placement:
+            placer = Placer(ranks, max_rows=model.engine.max_batch_size)
+        self._placer = placer
         self._inflight: dict[Key, OpenRows] = {}
         self._unflushed: list[tuple[int, int]] = []
         self._flushed_at = now
