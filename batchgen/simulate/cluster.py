@@ -48,7 +48,7 @@ class VirtualCluster:
         self._num_events = 0
         self._lost_at: dict[str, float] = {}
         self._num_rows = sum(queued.shard.num_rows for queued in shards)
-        self._tokens_before, self._moment_at = 0, 0.0
+        self._tokens_before, self._moment_at, self._look_at = 0, 0.0, 0.0
         self._sharing = None if model.tail is None else self._make_sharing(model.tail)
 
     def _make_sharing(self, tail: TailPolicy) -> Sharing:
@@ -84,7 +84,8 @@ class VirtualCluster:
             return
         for _ in range(choose_num_to_start(facts, self._model.cluster, verdict.min_workers, verdict.max_workers)):
             self._ask_for_worker(now)
-        if self.queue.num_waiting == 0:
+        if self.queue.num_waiting == 0 and now >= self._look_at:
+            self._look_at = now + self._model.beat_s  # looks at every worker
             self._release_idle(now)
         for _ in range(MAX_LEASES_PER_TURN):
             lease = self.queue.lease_next(now)
