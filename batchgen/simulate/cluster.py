@@ -111,13 +111,14 @@ class VirtualCluster:
         )
 
     def _govern(self, facts: Facts, now: float) -> Verdict:
+        is_limited = self._model.cluster.max_gpu_hours is not None  # else nobody asks, and it is a sum over all workers
         known = RunFacts(
             now=self._model.began_at + now,
             num_rows_left=facts.num_rows_left,
             num_rows=self._num_rows,
             num_ready=facts.num_ready,
             num_starting=facts.num_starting,
-            gpu_s=self.roster.count_gpu_s(now),
+            gpu_s=self.roster.count_gpu_s(now) if is_limited else 0.0,
             rows_per_s=facts.rows_per_s,
             startup_s=facts.startup_s,
         )

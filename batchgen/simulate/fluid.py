@@ -26,7 +26,7 @@ from batchgen.simulate.cluster import VirtualCluster
 from batchgen.simulate.open_rows import Committed, VirtualEvent
 from batchgen.simulate.profile import Profile, measure
 from batchgen.simulate.record import VirtualRun
-from batchgen.simulate.scenario import Scenario, cut_shards, make_queued_shard
+from batchgen.simulate.scenario import Scenario, cut_shards, queue_shards
 from batchgen.simulate.workload import Lengths
 
 
@@ -185,7 +185,7 @@ def run_aggregated(scenario: Scenario, profile: Profile | None = None) -> Virtua
     def make_worker(worker_id: str, now: float) -> FluidWorker:
         return FluidWorker(worker_id, scenario, found, store, spread, now)
 
-    queued = (make_queued_shard(shard, scenario) for shard in cut_shards(scenario.num_rows, scenario.rows_per_shard))
+    queued = queue_shards(cut_shards(scenario.num_rows, scenario.rows_per_shard), scenario)
     record = VirtualCluster(queued, make_worker, scenario.cluster, workload.seed).run()
     if record.stop is None and record.num_rows != scenario.num_rows:
         raise AssertionError(f"{record.num_rows} rows came out of {scenario.num_rows}")

@@ -5,7 +5,7 @@ longest, where there are hints) is told to the queue by the production `choose_c
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from batchgen.lengths import choose_cost
@@ -49,8 +49,9 @@ def draw_rows(scenario: Scenario) -> Iterator[tuple[Shard, list[VirtualRow]]]:
 def make_queued(scenario: Scenario) -> list[QueuedShard]:
     """What the driver knows: hints' sums where there are hints, else nothing but numbers of rows."""
     if scenario.workload.hint_sigma is None:
-        return [make_queued_shard(shard, scenario) for shard in cut_shards(scenario.num_rows, scenario.rows_per_shard)]
-    return [make_queued_shard(expect(shard, rows, scenario.worker.n), scenario) for shard, rows in draw_rows(scenario)]
+        return list(queue_shards(cut_shards(scenario.num_rows, scenario.rows_per_shard), scenario))
+    n = scenario.worker.n
+    return list(queue_shards((expect(shard, rows, n) for shard, rows in draw_rows(scenario)), scenario))
 
 
 def expect(shard: Shard, rows: Sequence[VirtualRow], n: int) -> Shard:
@@ -58,17 +59,19 @@ def expect(shard: Shard, rows: Sequence[VirtualRow], n: int) -> Shard:
     return replace(shard, expected_tokens=n * sum(known), max_expected_tokens=max(known))
 
 
-def make_queued_shard(shard: Shard, scenario: Scenario) -> QueuedShard:
+def queue_shards(shards: Iterable[Shard], scenario: Scenario) -> Iterator[QueuedShard]:
     workload, worker = scenario.workload, scenario.worker
-    cost = choose_cost(
-        shard,
-        n=worker.n,
-        window=worker.window,
-        max_tokens=workload.max_tokens,
-        prior=None,
-        default_tokens=workload.lengths.mean(workload.max_tokens),
-    )
-    return QueuedShard(shard, cost=cost)
+    default_tokens = workload.lengths.mean(workload.max_tokens)
+    for shard in shards:
+        cost = choose_cost(
+            shard,
+            n=worker.n,
+            window=worker.window,
+            max_tokens=workload.max_tokens,
+            prior=None,
+            default_tokens=default_tokens,
+        )
+        yield QueuedShard(shard, cost=cost)
 
 
 def run_exactly(scenario: Scenario) -> VirtualRun:
