@@ -118,6 +118,13 @@ def make_ladder(first: int, max_tokens: int, growth: float = GROWTH) -> Ladder:
     return Ladder(tuple(rungs))
 
 
+def count_first(token_budget: str | int, max_tokens: int) -> int:
+    """Tokens of a first part, as far as a spec alone tells: what a request reserves beside its prompt."""
+    if token_budget == "off":
+        return max_tokens
+    return min(max_tokens, token_budget if isinstance(token_budget, int) else FIRST_TOKENS)
+
+
 # ---- which ladder ----------------------------------------------------------------------------------------------------
 
 

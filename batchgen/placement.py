@@ -1,14 +1,16 @@
-"""Which rank of an engine a request goes to: where the beginning of its prompt is cached, unless that rank has too much to
+"""Which rank of an engine a request goes to: where the beginning of its prompt is cached, unless another rank has less to
 do. Pure; belongs to one engine, knows no clock and no engine.
 
 With attention data parallelism each rank has a KV cache of its own: a prefix that one rank has is a miss on the others. So
 every request is pinned to a rank (the engine holds to a pin only while all requests have one), and those that begin alike
 go to the same rank. What is alike is seen in the token ids: a prompt is cut into blocks as the engine's cache is, and each
-leading run of blocks remembers the ranks it was sent to. When load asks, a request goes to the rank with the least load,
-which from then on has its beginning, too: so a large group spreads over as many ranks as it needs.
+leading run of blocks remembers the ranks it was sent to. When load asks, a request goes to another rank, which from then on
+has its beginning, too: so a large group spreads over as many ranks as it needs.
 
-The load of a rank is its tokens in flight, generated ones included: all rows of an engine are decoded in lockstep, so what
-the engine has generated since a row came is shared by the rows that were there.
+Load asks when a rank could decode one more row and others could not, or when ranks with room differ in the tokens that
+they hold. Where all are full a request waits wherever it goes: it goes where its beginning is. So an engine that is sent a
+little more than it can decode at once needs hardly a prefix twice. Tokens are those in flight, generated ones included: all
+rows of an engine are decoded in lockstep, so what it has generated since a row came is shared by the rows that were there.
 """
 
 from collections import OrderedDict
@@ -21,8 +23,8 @@ MAX_RUNS = 131_072
 # A prompt's first blocks are remembered one by one, longer runs in steps of a quarter: no rank is chosen by the last few
 # tokens of a long common beginning.
 MAX_SINGLE_BLOCKS = 64
-# A rank may have this much more than the mean before its requests go elsewhere.
-SLACK = 0.02
+# A rank with room may have this much more than the mean before its requests go elsewhere.
+SLACK = 0.03
 
 
 @dataclass(slots=True)
@@ -103,11 +105,15 @@ class Placer:
     def _choose(self, matched: Sequence[int], num_tokens: int) -> int:
         """The rank that has the most of the prompt, among those that can take it; of equals the one with the least load."""
         loads = self.list_loads()
-        # Its own tokens on top: in an engine that is nearly empty any request is a large share.
-        limit = (1 + self.slack) * sum(loads) / self.num_ranks + num_tokens
-        free = [rank for rank in range(self.num_ranks) if self._has_room(rank)] or list(range(self.num_ranks))
-        near = [rank for rank in free if loads[rank] <= limit]
-        return min(near or free, key=lambda rank: (-matched[rank] if near else 0, loads[rank], rank))
+        free = [rank for rank in range(self.num_ranks) if self._has_room(rank)]
+        if free:
+            # Its own tokens on top: in an engine that is nearly empty any request is a large share.
+            limit = (1 + self.slack) * sum(loads) / self.num_ranks + num_tokens
+            free = [rank for rank in free if loads[rank] <= limit] or free
+        else:
+            # All are full: it waits wherever it goes, and no rank holds a token more for it.
+            free = list(range(self.num_ranks))
+        return min(free, key=lambda rank: (-matched[rank], loads[rank], rank))
 
     def _has_room(self, rank: int) -> bool:
         return self.max_rows is None or self._num_rows[rank] < self.max_rows
