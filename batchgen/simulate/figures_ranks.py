@@ -37,12 +37,12 @@ def show_ranks() -> Iterator[str]:
     for window in WINDOWS:
         for num_prefixes in (8, 64, 512, 4096):
             routers = (
-                ("placement", True, None),
-                ("random", False, RandomPlacer(8, 1)),
-                ("the engine's own", False, None),
+                ("placement", Placer(8, max_rows=128)),
+                ("random", RandomPlacer(8, 1)),
+                ("the engine's own", None),
             )
-            for name, has_placement, placer in routers:
-                share, imbalance, rate = route(num_prefixes, window, has_placement, placer)
+            for name, placer in routers:
+                share, imbalance, rate = route(num_prefixes, window, placer)
                 yield f"{window}  {num_prefixes}  {name}  {share:.3f}  {imbalance:.3f}  {rate:,.0f}"
 
 
