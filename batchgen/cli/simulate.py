@@ -11,48 +11,60 @@ from batchgen.cli.base import DebugOption, JsonOption, SetOption, SpecArgument, 
 POLICY_RUNS = 5
 
 
+RowsOption = Annotated[
+    int | None, typer.Option("--rows", min=1, help="Rows of the job; without it the input's are counted.")
+]
+EnginesOption = Annotated[
+    int | None, typer.Option("--engines", min=1, help="So many workers, instead of cluster.workers.")
+]
+LengthsOption = Annotated[
+    str | None,
+    typer.Option("--lengths", metavar="FILE", help="Local Parquet with completion_tokens (and prompt_tokens)."),
+]
+FromOutOption = Annotated[
+    str | None, typer.Option("--from", metavar="OUT", help="An earlier run's output: lengths as it measured them.")
+]
+MeanTokensOption = Annotated[
+    float | None, typer.Option("--mean-tokens", min=1, help="Stated mean of completion tokens (lognormal).")
+]
+SigmaOption = Annotated[float, typer.Option("--sigma", min=0, max=3, help="Its sigma, of the logarithm.")]
+PromptTokensOption = Annotated[int, typer.Option("--prompt-tokens", min=1, help="Of a prompt, where no file says it.")]
+StartupSOption = Annotated[
+    float, typer.Option("--startup-s", min=0, help="From asking for a worker to its first request (s).")
+]
+LossesPerHourOption = Annotated[
+    float, typer.Option("--losses-per-hour", min=0, help="How often one worker is lost: spot, faults.")
+]
+PriceOption = Annotated[
+    float | None,
+    typer.Option("--price", min=0, help="Of one GPU-hour, in any currency; without it no cost is told."),
+]
+RunsOption = Annotated[int, typer.Option("--runs", min=1, max=1000, help="Virtual runs; the interval is over them.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Another one draws everything anew.")]
+PoliciesOption = Annotated[
+    bool, typer.Option("--policies/--no-policies", help="The figure with each policy turned round, too.")
+]
+PlotOption = Annotated[str | None, typer.Option("--plot", metavar="FILE", help="Draw the first run over time as SVG.")]
+
+
 @app.command()
 def simulate(
     spec: SpecArgument,
     set: SetOption = None,
-    rows: Annotated[
-        int | None, typer.Option("--rows", min=1, help="Rows of the job; without it the input's are counted.")
-    ] = None,
-    engines: Annotated[
-        int | None, typer.Option("--engines", min=1, help="So many workers, instead of cluster.workers.")
-    ] = None,
-    lengths: Annotated[
-        str | None,
-        typer.Option("--lengths", metavar="FILE", help="Local Parquet with completion_tokens (and prompt_tokens)."),
-    ] = None,
-    from_out: Annotated[
-        str | None, typer.Option("--from", metavar="OUT", help="An earlier run's output: lengths as it measured them.")
-    ] = None,
-    mean_tokens: Annotated[
-        float | None, typer.Option("--mean-tokens", min=1, help="Stated mean of completion tokens (lognormal).")
-    ] = None,
-    sigma: Annotated[float, typer.Option("--sigma", min=0, max=3, help="Its sigma, of the logarithm.")] = 1.0,
-    prompt_tokens: Annotated[
-        int, typer.Option("--prompt-tokens", min=1, help="Of a prompt, where no file says it.")
-    ] = 1000,
-    startup_s: Annotated[
-        float, typer.Option("--startup-s", min=0, help="From asking for a worker to its first request (s).")
-    ] = 900.0,
-    losses_per_hour: Annotated[
-        float, typer.Option("--losses-per-hour", min=0, help="How often one worker is lost: spot, faults.")
-    ] = 0.0,
-    price: Annotated[
-        float | None,
-        typer.Option("--price", min=0, help="Of one GPU-hour, in any currency; without it no cost is told."),
-    ] = None,
-    runs: Annotated[int, typer.Option("--runs", min=1, max=1000, help="Virtual runs; the interval is over them.")] = 20,
-    seed: Annotated[int, typer.Option("--seed", help="Another one draws everything anew.")] = 0,
-    policies: Annotated[
-        bool, typer.Option("--policies/--no-policies", help="The figure with each policy turned round, too.")
-    ] = True,
-    plot: Annotated[
-        str | None, typer.Option("--plot", metavar="FILE", help="Draw the first run over time as SVG.")
-    ] = None,
+    rows: RowsOption = None,
+    engines: EnginesOption = None,
+    lengths: LengthsOption = None,
+    from_out: FromOutOption = None,
+    mean_tokens: MeanTokensOption = None,
+    sigma: SigmaOption = 1.0,
+    prompt_tokens: PromptTokensOption = 1000,
+    startup_s: StartupSOption = 900.0,
+    losses_per_hour: LossesPerHourOption = 0.0,
+    price: PriceOption = None,
+    runs: RunsOption = 20,
+    seed: SeedOption = 0,
+    policies: PoliciesOption = True,
+    plot: PlotOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
