@@ -40,6 +40,12 @@ LAYERS = [
     ["quantize.weigh"],
     # the embedded model's questions, and how it was made
     ["demo_questions", "training", "training.recipe", "training.muon"],
+    # engines in virtual time
+    ["simulate", "simulate.step_cost", "simulate.published"],
+    ["simulate.rank"],
+    ["simulate.engine"],
+    ["simulate.calibration", "simulate.workload"],
+    ["simulate.policies", "simulate.oracle"],
     # the store seam
     ["stores", "stores.base"],
     ["stores.local", "stores.remote"],
@@ -95,6 +101,16 @@ LAYERS = [
     ["worker", "job"],
     # many workers
     ["sharing", "ledger", "staffing"],
+    # many virtual workers
+    ["simulate.open_rows"],
+    ["simulate.record"],
+    ["simulate.worker", "simulate.cluster", "simulate.plot"],
+    ["simulate.scenario"],
+    ["simulate.profile", "simulate.from_spec", "simulate.sources"],
+    ["simulate.fluid"],
+    ["simulate.estimate"],
+    ["simulate.report", "simulate.figures_ranks"],
+    ["simulate.figures"],
     ["inline_pool", "ray_pool", "dispatch"],
     ["pools"],
     # one run
@@ -115,7 +131,7 @@ LAYERS = [
     ["bench.measure", "bench.summary"],
     ["bench.benchmark", "bench.saturation"],
     ["cli.base"],
-    ["cli.jobs", "cli.outputs", "cli.nodes", "cli.models"],
+    ["cli.jobs", "cli.outputs", "cli.nodes", "cli.models", "cli.simulate"],
     ["cli"],
     ["cli.__main__"],
 ]
@@ -142,6 +158,14 @@ PURE |= {"checkpoint", "stage_plan", "preflight", "preflight_model"}
 PURE |= {"quantize.recipe", "quantize.architecture", "quantize.weigh"}
 PURE |= {"bench.oracle", "bench.runs"}
 PURE |= {"engines.trtllm.sampling", "engines.trtllm.env", "engines.trtllm.args", "engines.trtllm.health"}
+PURE |= {
+    "simulate",
+    "simulate.step_cost",
+    "simulate.published",
+    "simulate.rank",
+    "simulate.engine",
+    "simulate.calibration",
+}
 # What only does I/O: pure modules may not even import it from the standard library.
 EFFECTS = {
     "os",
@@ -178,7 +202,7 @@ VENDORS = {
     "pynvml": {"engines.trtllm.gpu()", "node_facts()"},
     "yaml": {"spec_load"},
     "jsonschema": {"sampling_spec()"},
-    "typer": {"cli.base", "cli.jobs", "cli.outputs", "cli.nodes", "cli.models"},
+    "typer": {"cli.base", "cli.jobs", "cli.outputs", "cli.nodes", "cli.models", "cli.simulate"},
     "rich": {"view", "cli.jobs()", "cli.outputs()", "cli.nodes()", "cli.models()", "doctor()"},
 }
 # Modules that import a heavy vendor at their top: whoever imports one of them does so lazily, or is one itself.
