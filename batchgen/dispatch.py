@@ -14,17 +14,21 @@ from batchgen.batches import BatchStats
 from batchgen.build import build_id
 from batchgen.errors import NoWorkers, RunStopped, StorageError
 from batchgen.events import (
+    EngineRestarted,
     Heartbeat,
     JournalFlushed,
     PoolEvent,
     ShardCommitted,
     ShardFailed,
+    ShardReturned,
+    WorkerLeaving,
     WorkerLost,
     WorkerPool,
     WorkerStarted,
     WorkerStartFailed,
     WorkerWarned,
 )
+from batchgen.inquiry import Inquiry
 from batchgen.manifest import CommittedShard, add_batches
 from batchgen.records import WorkerInfo, make_data_path
 from batchgen.scaling import Facts, choose_num_to_start
@@ -67,6 +71,7 @@ class Dispatcher:
     pool: WorkerPool
     epoch: int
     index: journal.JournalIndex
+    inquiry: Inquiry
     num_rows: int
     num_rows_done_before: int
     check: Callable[[], None]
@@ -84,6 +89,7 @@ class Dispatcher:
     _num_workers_made: int = 0
     _num_start_failures: int = 0
     _first_start_failure: str = ""
+    _num_mute_trials: int = 0
     _startups: list[float] = field(default_factory=list)
     _num_lost: int = 0
     _proven: set[str] = field(default_factory=set)
@@ -116,11 +122,13 @@ class Dispatcher:
 
     def _lend(self) -> None:
         """Not more than so many leases a turn, so that the first fill of a large cluster doesn't hold up the events."""
+        for trial in self.inquiry.lend(self.clock(), num_starting=len(self._starting)):
+            self.pool.assign(self.inquiry.complete(trial))
         for _ in range(MAX_LEASES_PER_TURN):
             lease = self.queue.lease_next(self.clock())
             if lease is None:
                 return
-            self.pool.assign(replace(lease, journal=self.index.get(lease.shard.number)))
+            self.pool.assign(self.inquiry.complete(lease))
 
     # ---- one turn ----------------------------------------------------------------------------------------------------
 
@@ -155,10 +163,16 @@ class Dispatcher:
         now, limit = self.clock(), self.spec.cluster.start_timeout_s
         for worker_id in [worker_id for worker_id, since in self._starting.items() if now - since > limit]:
             self.pool.kill(worker_id)
-            self._lose(worker_id, f"not up after {limit:g} s (cluster.start_timeout_s); has the cluster room for it?")
+            self._lose(
+                WorkerLost(
+                    worker_id, f"not up after {limit:g} s (cluster.start_timeout_s); has the cluster room for it?"
+                )
+            )
         for worker_id, reason in self.queue.list_silent(self.clock()):
             self.pool.kill(worker_id)
-            self._lose(worker_id, reason)
+            self._lose(
+                WorkerLost(worker_id, reason, self._beats[worker_id].inflight if worker_id in self._beats else None)
+            )
 
     def _check_hopeless(self) -> None:
         if (found := self.queue.find_hopeless()) is not None:
@@ -177,12 +191,21 @@ class Dispatcher:
                 self._greet(info)
             case WorkerStartFailed(worker_id, reason):
                 self._count_start_failure(worker_id, reason)
-            case WorkerLost(worker_id, reason):
-                self._lose(worker_id, reason)
+            case WorkerLost():
+                self._lose(event)
+            case WorkerLeaving(worker_id, reason):
+                self.on_warning(f"{worker_id} gets no more: {reason}")
+                self.queue.retire(worker_id)
+            case EngineRestarted():
+                self._note_restart(event)
             case WorkerWarned(worker_id, message):
                 self.on_warning(f"{worker_id}: {message}")
-            case JournalFlushed(_, refs):
-                self._delete(self.index.add(dict(refs)))
+            case JournalFlushed(_, refs, replaced):
+                free = self.index.add(dict(refs))
+                self._delete(free + [path for number, old in replaced for path in self.index.replace(number, old)])
+            case ShardReturned(worker_id, batch_id, _):
+                self._give_back(worker_id, batch_id, "its rows are journaled")
+                self.inquiry.note_returned(worker_id, batch_id)
             case ShardCommitted():
                 self._commit(event)
             case ShardFailed():
@@ -208,13 +231,20 @@ class Dispatcher:
         self._first_start_failure = self._first_start_failure or reason
         self.on_warning(f"{worker_id} failed to start: {reason}")
 
+    def _count_mute(self, worker_id: str, reason: str, *, is_trial: bool) -> None:
+        """A worker that died without a token. While suspects are tried that is what is waited for: twice as often."""
+        self._num_mute_trials += is_trial
+        if not is_trial or self._num_mute_trials % 2 == 0:
+            self._count_start_failure(worker_id, reason)
+
     def _note_proof(self, beat: Heartbeat) -> None:
         """A worker's first token shows that workers can start: earlier failures count no more."""
         if beat.total_tokens > 0 and beat.worker_id not in self._proven:
             self._proven.add(beat.worker_id)
-            self._num_start_failures, self._first_start_failure = 0, ""
+            self._num_start_failures, self._num_mute_trials, self._first_start_failure = 0, 0, ""
 
-    def _lose(self, worker_id: str, reason: str) -> None:
+    def _lose(self, lost: WorkerLost) -> None:
+        worker_id, reason = lost.worker_id, lost.reason
         if self._starting.pop(worker_id, None) is not None:
             self._count_start_failure(worker_id, reason)
             return
@@ -225,19 +255,44 @@ class Dispatcher:
         self.on_warning(f"{worker_id} was lost: {reason}")
         beat = self._beats.pop(worker_id, None)
         self._tokens_before += beat.total_tokens if beat else 0
-        for lost in self.queue.lose(worker_id, self.clock(), reason):
-            self._note_lost(lost, info)
         self._find_segments(worker_id)
-        if beat is None or beat.total_tokens == 0:
+        is_trial = self.inquiry.is_trying(worker_id)
+        self._take_leases(lost, info)
+        if (beat is None or beat.total_tokens == 0) and lost.has_rows_to_blame:
             # It came up and made no token: an engine that always dies so must not be started for ever.
-            self._count_start_failure(worker_id, reason)
+            self._count_mute(worker_id, reason, is_trial=is_trial)
+
+    def _take_leases(self, lost: WorkerLost, info: WorkerInfo) -> None:
+        """Its shards wait again, those with suspected rows apart."""
+        now, is_counted = self.clock(), True
+        if lost.has_rows_to_blame:
+            held = self.queue.list_leases(lost.worker_id)
+            is_counted = not self.inquiry.note_death(lost.worker_id, lost.reason, lost.inflight, held, info.window)
+        else:
+            self.inquiry.note_innocent(lost.worker_id)
+        for ended in self.queue.lose(lost.worker_id, now, lost.reason, is_counted=is_counted):
+            self._note_lost(ended, info)
+
+    def _note_restart(self, event: EngineRestarted) -> None:
+        worker_id, info = event.worker_id, self._workers.get(event.worker_id)
+        if info is None:
+            return
+        self.on_warning(f"{worker_id}'s engine died and is started anew: {event.reason}")
+        held = [lost for lost in self.queue.list_leases(worker_id) if lost.lease.batch_id in event.batch_ids]
+        self.inquiry.note_death(worker_id, event.reason, event.inflight, held, info.window)
+        for batch_id in event.batch_ids:
+            self._give_back(worker_id, batch_id, event.reason)
+
+    def _give_back(self, worker_id: str, batch_id: str, reason: str) -> None:
+        if (lost := self.queue.give_back(worker_id, batch_id, self.clock(), reason)) is not None:
+            self._note_lost(lost, self._workers.get(worker_id))
 
     def _find_segments(self, worker_id: str) -> None:
         """A segment may have been written whose news died with the worker."""
         prefix = journal.make_worker_prefix(self.epoch, worker_id)
         paths = [path for path in journal.list_segments(self.storage) if path.startswith(prefix)]
         new = [path for path in paths if not self.index.knows(path)]
-        for refs in journal.read_indexes(self.storage, new, self.spec.fingerprint()):
+        for refs in journal.read_indexes(self.storage, new, self.spec.fingerprint(), self.on_warning):
             self._delete(self.index.add(refs))
 
     def _note_lost(self, lost: LostLease, info: WorkerInfo | None) -> None:
@@ -268,6 +323,7 @@ class Dispatcher:
         if lost is not None:
             self.on_warning(f"{event.batch_id} on {event.worker_id}: {event.reason}")
             self._note_lost(lost, self._workers.get(event.worker_id))
+            self.inquiry.note_failed(event.worker_id, event.batch_id)
 
     def _delete(self, paths: list[str]) -> None:
         """Segments of committed shards. One that stays costs a few bytes until the next run clears it."""

@@ -14,6 +14,8 @@ from batchgen.records import Lease
 from batchgen.worker import Worker, WorkerSetup, open_worker
 
 POLL_S = 0.2
+# A thread that doesn't end (an engine that hangs in its close) is left behind after this: it can't be killed.
+JOIN_S = 60.0
 
 
 class InlinePool:
@@ -81,7 +83,7 @@ class _WorkerThread:
             self._wake()
 
     def join(self) -> None:
-        self._thread.join()
+        self._thread.join(JOIN_S)
 
     async def _main(self) -> None:
         try:

@@ -4,7 +4,7 @@ Opening the same job twice gives the same plan. New input files are left out wit
 ones that are missing or changed are refused by name.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from batchgen import manifest
 from batchgen.engines import create_tokenizer
-from batchgen.errors import InputError, OutputError, Refusal, StorageError
+from batchgen.errors import Foreign, InputError, OutputError, Refusal, StorageError
 from batchgen.journal import JournalIndex, list_segments, read_indexes
 from batchgen.manifest import CommittedShard
 from batchgen.plan import Plan, list_changes, make_plan
@@ -223,13 +223,18 @@ def freeze(job: Job) -> None:
         manifest.write_plan_shards(storage, job.plan.files, job.new_shards)
 
 
-def load_journal(job: Job) -> JournalIndex:
-    """What earlier runs journaled; segments whose shards are all committed are deleted here."""
+def load_journal(job: Job, on_warning: Callable[[str], None]) -> JournalIndex:
+    """What earlier runs journaled; segments whose shards are all committed are deleted here. A damaged one costs the work
+    in it, for which nobody need be woken; raises OutputError for a file that somebody else put there."""
     index = JournalIndex()
     for number in job.committed.keys() - {queued.shard.number for queued in job.todo}:
         index.complete(number)
-    for refs in read_indexes(job.storage, list_segments(job.storage), job.spec.fingerprint()):
-        job.storage.delete_many(index.add(refs))
+    segments = list_segments(job.storage)
+    try:
+        for refs in read_indexes(job.storage, segments, job.spec.fingerprint(), on_warning):
+            job.storage.delete_many(index.add(refs))
+    except Foreign as error:
+        raise OutputError(str(error)) from error
     return index
 
 

@@ -1,11 +1,12 @@
 """One leased shard while its worker works on it: which rows are finished, their results as Arrow, what is journaled.
 
-Invariants: each (row, sample) is finished at most once, later answers for it are dropped; results in `unflushed` are
-exactly those that a lost worker would cost. No I/O, no Ray, one thread (the worker's event loop) but for `make_parts`.
+Invariants: each (row, sample) is finished at most once, later answers for it are dropped; results without a journal
+reference are exactly those that a lost worker would cost. What is journaled may be dropped from memory; the commit reads it
+back. No I/O, no Ray, one thread (the worker's event loop) but for `make_parts`.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 
@@ -13,7 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchgen.answer import make_unstorable
-from batchgen.records import Lease, Result, ShardProgress, TokenLogprob
+from batchgen.records import JournalRef, Lease, Result, ShardProgress, TokenLogprob
+from batchgen.row_ranges import has_row
 from batchgen.write import LOGPROBS_TYPE, make_output_table, make_result_batch
 
 # Results become Arrow this many rows, or token ids and logprobs, at a time: Python objects of more never pile up, and the
@@ -33,6 +35,18 @@ class Parts:
     recovered: pa.Table
 
 
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Results as Arrow. `ref`: where they are journaled; None: nowhere yet. `rows` is None when they are journaled only."""
+
+    rows: pa.Table | None
+    ref: JournalRef | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return 0 if self.rows is None else self.rows.nbytes
+
+
 class OpenShard:
     """See the module. `lease` may gain journal references only."""
 
@@ -45,11 +59,15 @@ class OpenShard:
         self.read_s = 0.0
         self._finished = bytearray(lease.shard.num_rows * n)
         self._num_finished = 0
+        self._num_wanted = len(self._finished)
+        if lease.only:
+            self._leave_out_all_but_wanted()
         self._recovered: list[pa.Table] = []
         self._buffer: list[Result] = []
         self._num_values = 0
-        self._batches: list[pa.RecordBatch] = []
-        self._num_flushed = 0
+        self.num_unflushed_bytes = 0
+        # Replaced as a whole, never changed: the commit takes it in another thread.
+        self._parts: tuple[Finished, ...] = ()
         self._inputs: list[pa.Table] = []
         self._ended = asyncio.Event()
 
@@ -112,20 +130,53 @@ class OpenShard:
     def take_unflushed(self) -> tuple[pa.Table, int] | None:
         """(results not journaled yet, mark for `set_flushed`); None when there are none."""
         self._pack()
-        new = self._batches[self._num_flushed :]
-        return (pa.Table.from_batches(new, schema=self._schema), len(self._batches)) if new else None
+        new = [part.rows for part in self._parts if part.ref is None]
+        return (pa.concat_tables(new), len(self._parts)) if new else None
 
-    def set_flushed(self, mark: int) -> None:
-        self._num_flushed = mark
+    def set_flushed(self, mark: int, ref: JournalRef) -> None:
+        """What was taken with this mark is journaled there."""
+        taken = [part.rows for part in self._parts[:mark] if part.ref is None]
+        kept = [part for part in self._parts[:mark] if part.ref is not None]
+        self._parts = (*kept, Finished(pa.concat_tables(taken), ref), *self._parts[mark:])
+        self.num_unflushed_bytes = sum(part.num_bytes for part in self._parts[mark:])
 
-    def make_parts(self, output_schema: pa.Schema) -> Parts:
-        """The finished shard; may run in another thread. Raises ValueError when a row is missing or twice."""
+    @property
+    def flushed(self) -> tuple[Finished, ...]:
+        """What this attempt has journaled."""
+        return tuple(part for part in self._parts if part.ref is not None)
+
+    def replace_flushed(self, old: Sequence[Finished], new: Finished) -> None:
+        """The same results, journaled elsewhere or dropped from memory."""
+        gone = {id(part) for part in old}
+        place = next(place for place, part in enumerate(self._parts) if id(part) in gone)
+        kept = [part for part in self._parts if id(part) not in gone]
+        self._parts = (*kept[:place], new, *kept[place:])
+
+    @property
+    def has_ended(self) -> bool:
+        """Is every row finished, so that it is committed now or will be?"""
+        return self._num_finished == self._num_wanted
+
+    def make_parts(self, output_schema: pa.Schema, read_back: "ReadBack | None" = None) -> Parts:
+        """The finished shard; may run in another thread. `read_back`: rows that are journaled only. Raises ValueError when
+        a row is missing or twice, and what `read_back` raises."""
         self._pack()
-        generated = pa.Table.from_batches(self._batches, schema=self._schema)
+        tables = [self._schema.empty_table()]
+        for part in self._parts:
+            tables.append(_load(part, read_back) if part.rows is None else part.rows)
+        generated = pa.concat_tables(tables)
         recovered = pa.concat_tables([self._schema.empty_table(), *self._recovered])
         inputs = pa.concat_tables(self._inputs)
         output = make_output_table(pa.concat_tables([generated, recovered]), inputs, self.lease, self._n, output_schema)
         return Parts(output, generated, recovered)
+
+    def _leave_out_all_but_wanted(self) -> None:
+        shard, only = self.lease.shard, self.lease.only
+        for row in range(shard.row_start, shard.row_end):
+            if not has_row(only, row):
+                start = self._slot(row, 0)
+                self._finished[start : start + self._n] = b"\x01" * self._n
+        self._num_wanted -= sum(self._finished)
 
     def _slot(self, source_row: int, sample_index: int) -> int:
         shard = self.lease.shard
@@ -150,7 +201,8 @@ class OpenShard:
             kept = [self._make_storable(result) for result in self._buffer]
             self.num_error += sum(new is not old for new, old in zip(kept, self._buffer, strict=True))
             batch = self._make_batch(kept)
-        self._batches.append(batch)
+        self._parts = (*self._parts, Finished(pa.Table.from_batches([batch])))
+        self.num_unflushed_bytes += batch.nbytes
         self._buffer, self._num_values = [], 0
 
     def _make_batch(self, results: Sequence[Result]) -> pa.RecordBatch:
@@ -167,10 +219,19 @@ class OpenShard:
         return result
 
     def _check_ended(self) -> None:
-        if self._num_finished == len(self._finished):
+        if self.has_ended:
             # Nothing is left to pack later: the commit makes its parts in a thread while the journal is flushed here.
             self._pack()
             self._ended.set()
+
+
+ReadBack = Callable[[JournalRef], pa.Table]
+
+
+def _load(part: Finished, read_back: ReadBack | None) -> pa.Table:
+    if read_back is None or part.ref is None:
+        raise ValueError("rows were dropped from memory, and there is no way to read them back")
+    return read_back(part.ref)
 
 
 # ---- results as Arrow ------------------------------------------------------------------------------------------------

@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
-from batchgen.answer import make_unreadable
+from batchgen.answer import make_quarantined, make_unreadable
 from batchgen.engines.base import Tokenizer
 from batchgen.errors import BadRow, InputError, SpecError
 from batchgen.prompt import Row, list_row_columns, make_custom_id, make_prompt, make_row_sampling, make_seed
 from batchgen.read import Unreadable, decode_rows
 from batchgen.records import Failure, Prompt, Request, Result, RowId, SamplingParams, Timing
+from batchgen.row_ranges import RowRanges, has_row
 from batchgen.spec import JobSpec
 
 Prepared = Request | Result
@@ -52,13 +53,19 @@ class Preparer:
         check_thinking(self.spec, self.tokenizer)
         check_tools(self.spec, self.tokenizer)
 
-    def prepare(self, batch: pa.RecordBatch, file: str, first_row: int) -> tuple[list[Prepared], list[str | None]]:
-        """(n requests or failures for each row, in order; custom_id of each row)."""
+    def prepare(
+        self, batch: pa.RecordBatch, file: str, first_row: int, only: RowRanges = (), quarantined: RowRanges = ()
+    ) -> tuple[list[Prepared], list[str | None]]:
+        """(n requests or failures for each row, in order; custom_id of each row). `only`: nothing of other rows, where it
+        isn't empty. Neither those nor `quarantined` ones are rendered or tokenised: it may be that which kills."""
         rows = decode_rows(batch, list_row_columns(self.spec))
         prepared: list[Prepared] = []
         custom_ids = []
         for number, row in enumerate(rows, first_row):
-            prepared += self._prepare_row(row, file, number)
+            if quarantined and has_row(quarantined, number):
+                prepared += [make_quarantined(RowId(file, number, sample)) for sample in range(self.spec.sampling.n)]
+            elif not only or has_row(only, number):
+                prepared += self._prepare_row(row, file, number)
             custom_ids.append(make_custom_id(row, self.spec.input.custom_id, file, number))
         return prepared, custom_ids
 

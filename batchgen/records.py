@@ -8,6 +8,8 @@ is a *batch*. Units end a name: `_s` seconds, `_at` seconds since the Unix epoch
 from dataclasses import dataclass
 from typing import Any
 
+from batchgen.row_ranges import RowRanges
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class RowId:
@@ -219,7 +221,9 @@ class JournalRef:
 @dataclass(frozen=True, slots=True)
 class Lease:
     """A shard lent to a worker for one attempt. `epoch` is the driver's; `is_last_resort` means: generate nothing,
-    commit what the journal holds and an error row for each row that is missing (the retry policy has given up)."""
+    commit what the journal holds and an error row for each row that is missing (the retry policy has given up). `only`,
+    where it isn't empty: generate and journal these rows, nothing else beside them, and give the shard back without a
+    commit. `quarantined` rows end as errors: engines died of them."""
 
     shard: Shard
     attempt: int
@@ -229,6 +233,8 @@ class Lease:
     replaces: str | None = None
     is_last_resort: bool = False
     reason: str | None = None
+    only: RowRanges = ()
+    quarantined: RowRanges = ()
 
     @property
     def batch_id(self) -> str:

@@ -2,22 +2,26 @@
 
 The window stays full across shard borders: rows are read ahead up to a bound and sent in the order they were pushed. A
 retry waits outside the window, with full jitter, so that rows that failed together don't come back together. Invariant:
-every request pushed ends in its shard's `add` exactly once, unless the sender is stopped or the engine dies. Rows that
-wait for a retry count as read ahead: while the engine takes none, only so many are read and no more.
+every request pushed ends in its shard's `add` exactly once, unless the sender is stopped or the engine dies; then
+`died_with` says what it had in flight. Rows that wait for a retry count as read ahead: while the engine takes none, only
+so many are read and no more.
 """
 
 import asyncio
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import cast
 
 from batchgen.answer import make_failed, make_result
 from batchgen.engines.base import Engine
-from batchgen.errors import EngineDied, EngineUnavailable, RequestFailed, RowError
+from batchgen.errors import EngineDied, EngineRestarted, EngineUnavailable, RequestFailed, RowError
 from batchgen.open_shard import OpenShard
 from batchgen.records import Request
+from batchgen.row_ranges import make_ranges
 from batchgen.spec import RetrySpec
+from batchgen.suspects import ShardRows
 from batchgen.tasks import TaskGroup
 from batchgen.window import Window
 
@@ -29,11 +33,15 @@ READY_WINDOWS = 0.5
 MIN_READY_ROWS = 64
 # Rows that wait outside the window for a retry, in windows: enough to keep it full beside them, and no more.
 MAX_WAITING_WINDOWS = 2
+# How often is looked for requests that have had their time, as a share of it; and never more often than this.
+TIMEOUT_SHARE, MIN_LOOK_S = 0.05, 0.05
+# Requests that die together are told of in one tick of the loop or two.
+RESTART_S = 0.05
 # An engine that refuses one request this often while it answers others is refusing the request.
 MAX_REFUSALS = 1000
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Ready:
     """A request that waits for the window since `ready_at` (monotonic seconds). `num_refusals`: how often the engine had
     no room for it, which are no attempts."""
@@ -55,11 +63,32 @@ def choose_delay_s(retry: RetrySpec, error: RequestFailed, num_tries: int) -> fl
     return random.uniform(0, min(retry.max_backoff_s, retry.backoff_s * 2 ** min(num_tries - 1, 30)))
 
 
-class Sender:
-    """Belongs to one event loop. `on_death` is called once with the reason when nothing more can be sent."""
+def list_rows(inflight: Iterable[Ready]) -> tuple[ShardRows, ...]:
+    """Their rows by shard."""
+    rows: dict[int, list[int]] = {}
+    for ready in inflight:
+        rows.setdefault(ready.shard.lease.shard.number, []).append(ready.request.row_id.source_row)
+    return tuple((number, make_ranges(found)) for number, found in sorted(rows.items()))
 
-    def __init__(self, engine: Engine, max_inflight: int, retry: RetrySpec, on_death: Callable[[str], None]) -> None:
-        self._engine, self._retry, self._on_death = engine, retry, on_death
+
+class Sender:
+    """Belongs to one event loop. `on_death` is called with the reason when nothing more can be sent; `on_restart` with
+    what was in flight when an engine died that starts anew by itself: these requests are dropped."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        max_inflight: int,
+        retry: RetrySpec,
+        on_death: Callable[[str], None],
+        on_restart: Callable[[str, list[Ready]], None],
+    ) -> None:
+        self._engine, self._retry, self._on_death, self._on_restart = engine, retry, on_death, on_restart
+        self.died_with: list[Ready] | None = None
+        self.num_turns = 0
+        self._sent: dict[Ready, tuple[float, asyncio.Task[None]]] = {}
+        self._overdue: set[Ready] = set()
+        self._restarted: list[Ready] = []
         self.window = Window(max_inflight, MAX_INFLIGHT_BYTES)
         self._queue: asyncio.Queue[Ready] = asyncio.Queue()
         self._num_bytes = 0
@@ -69,6 +98,7 @@ class Sender:
         self._inflight = TaskGroup(on_death)
         self._feeder = TaskGroup(on_death)
         self._feeder.spawn(self._feed())
+        self._feeder.spawn(self._watch())
 
     async def push(self, shard: OpenShard, request: Request) -> None:
         """Wait for room to read ahead, then queue the request. Returns without it when shard or sender are closed."""
@@ -77,6 +107,10 @@ class Sender:
             await self._room.wait()
         if not self._is_stopped and not shard.is_closed:
             self._put(Ready(shard, request, time.monotonic()))
+
+    @property
+    def inflight(self) -> list[Ready]:
+        return list(self._sent)
 
     def stop(self) -> None:
         """Send nothing more; what is in flight goes on."""
@@ -119,17 +153,57 @@ class Sender:
 
     async def _generate(self, ready: Ready) -> None:
         sent = time.monotonic()
+        self.num_turns += 1
+        self._sent[ready] = sent, cast("asyncio.Task[None]", asyncio.current_task())
         try:
             generation = await self._engine.generate(ready.request)
+            parse = self._engine.tokenizer.parse if self._engine.tokenizer else None
+            ready.shard.add(make_result(ready.request, generation, parse=parse, **ready.measure(sent)))
+        except EngineRestarted as error:
+            self._note_restart(ready, str(error))
         except RowError as error:
             self._fail(ready, error, sent)
         except EngineDied as error:
+            self._die_with(self.inflight)
             self._on_death(str(error))
-        else:
-            parse = self._engine.tokenizer.parse if self._engine.tokenizer else None
-            ready.shard.add(make_result(ready.request, generation, parse=parse, **ready.measure(sent)))
+        except asyncio.CancelledError:
+            if ready not in self._overdue:
+                raise
+            late = RequestFailed("timed_out", f"no answer after {self._retry.request_timeout_s:g} s")
+            ready.shard.add(make_failed(ready.request, late, **ready.measure(sent)))
+        except Exception:  # whatever an engine lets through ends the worker, and this request is the reason
+            self._die_with([ready])
+            raise
         finally:
+            del self._sent[ready]
+            self.num_turns += 1
+            self._overdue.discard(ready)
             self.window.release(ready.request.num_bytes)
+
+    async def _watch(self) -> None:
+        """End requests that have had their time. One look at all of them costs less than a timer for each."""
+        limit_s = self._retry.request_timeout_s
+        while True:
+            await asyncio.sleep(max(MIN_LOOK_S, TIMEOUT_SHARE * limit_s))
+            late = time.monotonic() - limit_s
+            for ready, (sent, task) in list(self._sent.items()):
+                if sent < late:
+                    self._overdue.add(ready)
+                    task.cancel()
+
+    def _die_with(self, inflight: list[Ready]) -> None:
+        """The first says it: those that follow were told later, when some had left already."""
+        if self.died_with is None:
+            self.died_with = inflight
+
+    def _note_restart(self, ready: Ready, reason: str) -> None:
+        if not self._restarted:
+            asyncio.get_running_loop().call_later(RESTART_S, self._tell_restart, reason)
+        self._restarted.append(ready)
+
+    def _tell_restart(self, reason: str) -> None:
+        restarted, self._restarted = self._restarted, []
+        self._on_restart(reason, restarted)
 
     def _fail(self, ready: Ready, error: RowError, sent: float) -> None:
         request = ready.request

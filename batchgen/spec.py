@@ -152,7 +152,7 @@ class OutputSpec(Section):
     )
     compression_level: int = Field(default=3, ge=1, le=19, description="zstd level.")
     journal_interval_s: float = Field(
-        default=30.0, gt=0, description="Finished rows are made safe this often (s): what a crash can cost."
+        default=10.0, gt=0, description="Finished rows are made safe this often (s): what a crash can cost."
     )
     lock_url: Url | None = Field(
         default=None,
@@ -200,7 +200,7 @@ class ClusterSpec(Section):
         description="A worker that is not up this long after it was asked for counts as failed (s).",
     )
     drain_s: float = Field(
-        default=20.0, ge=0, description="When a run is stopped, rows in flight get this long to finish (s)."
+        default=12.0, ge=0, description="When a run is stopped, rows in flight get this long to finish (s)."
     )
     worker_timeout_s: float = Field(
         default=120.0, gt=0, description="A worker that was not heard of for this long is given up (s)."
@@ -223,6 +223,17 @@ class RetrySpec(Section):
         default=4,
         ge=1,
         description="Leases of one shard lost without progress before its missing rows become error rows (leases).",
+    )
+    request_timeout_s: float = Field(
+        default=14_400.0,
+        gt=0,
+        description="A request that the engine has not answered after this is given up: an error row, which a later run "
+        "tries again (s).",
+    )
+    max_quarantined: int = Field(
+        default=100,
+        ge=0,
+        description="Rows that kill engines and become error rows before the run stops, for then it is the engine (rows).",
     )
     max_start_failures: int = Field(
         default=3, ge=1, description="Workers in a row that fail to start before the run stops (workers)."

@@ -4,7 +4,8 @@ Invariants: a shard is waiting, leased to one worker, or done, never two of thes
 an answer for a lease that is no longer held (a zombie's) changes nothing. Longest expected shards go first, a
 neighbour of a worker's last shard is preferred among equals. A worker that is not heard of, or that makes no token and
 finishes no row, loses its leases. A shard lost too often is lent once more as a last resort: no generation, its missing
-rows become error rows. Knows nothing of rows, files or Ray.
+rows become error rows. A shard that is held waits apart, and is lent in parts (`lend_rows`) to a worker that has nothing
+else. Knows nothing of rows, files or Ray.
 """
 
 import heapq
@@ -13,7 +14,9 @@ from dataclasses import dataclass, field
 
 from batchgen.events import Heartbeat
 from batchgen.records import Lease, Shard, WorkerInfo
+from batchgen.row_ranges import RowRanges
 from batchgen.spec import ClusterSpec, RetrySpec
+from batchgen.suspects import ShardRows
 
 # A neighbour may jump the longest-first order when it is at least this share of the longest waiting shard.
 NEIGHBOUR_SHARE = 0.8
@@ -63,6 +66,8 @@ class _Worker:
     progress: tuple[int, int] = (0, 0)
     last_shard: int = -2
     num_unfinished: int = 0
+    is_apart: bool = False
+    is_leaving: bool = False
     open: dict[str, _Open] = field(default_factory=dict)
 
     def count(self) -> None:
@@ -89,6 +94,9 @@ class WorkQueue:
         self._attempts = {number: queued.first_attempt for number, queued in self._all.items()}
         self._workers: dict[str, _Worker] = {}
         self._done: set[int] = set()
+        self._held: frozenset[int] = frozenset()
+        self._held_waiting: set[int] = set()
+        self._reserved: str | None = None
 
     # ---- facts in ----------------------------------------------------------------------------------------------------
 
@@ -117,6 +125,7 @@ class WorkQueue:
             return False
         self._done.add(shard_number)
         self._waiting.discard(shard_number)
+        self._held_waiting.discard(shard_number)
         return True
 
     def fail(self, worker_id: str, batch_id: str, now: float, reason: str) -> LostLease | None:
@@ -131,17 +140,42 @@ class WorkQueue:
         heapq.heappush(self._delayed, (now + delay, number))
         return self._end(held, now, reason)
 
-    def lose(self, worker_id: str, now: float, reason: str) -> list[LostLease]:
-        """The worker is gone: its shards wait again at once."""
+    def lose(self, worker_id: str, now: float, reason: str, *, is_counted: bool = True) -> list[LostLease]:
+        """The worker is gone: its shards wait again at once. `is_counted`: towards the last resort."""
         worker = self._workers.pop(worker_id, None)
         if worker is None:
             return []
         lost = []
         for held in worker.open.values():
-            self._count_loss(held)
+            if is_counted:
+                self._count_loss(held)
             self._wait(held.lease.shard.number)
             lost.append(self._end(held, now, reason))
         return lost
+
+    def give_back(self, worker_id: str, batch_id: str, now: float, reason: str) -> LostLease | None:
+        """The lease ended without a commit and for no fault of its shard, which waits again. None for a zombie's."""
+        worker = self._workers.get(worker_id)
+        held = self._close(worker, batch_id) if worker is not None else None
+        if held is None:
+            return None
+        self._wait(held.lease.shard.number)
+        return self._end(held, now, reason)
+
+    def hold(self, numbers: Iterable[int]) -> None:
+        """These shards, and no others, are lent by `lend_rows` only."""
+        before, self._held = self._held, frozenset(numbers)
+        for number in sorted((self._held - before) & self._waiting):
+            self._waiting.discard(number)
+            self._held_waiting.add(number)
+        for number in sorted((before - self._held) & self._held_waiting):
+            self._held_waiting.discard(number)
+            self._wait(number)
+
+    def retire(self, worker_id: str) -> None:
+        """The worker gets no more leases."""
+        if (worker := self._workers.get(worker_id)) is not None:
+            worker.is_leaving = True
 
     def _count_loss(self, held: _Open) -> None:
         """Only losses without progress count towards the last resort: a shard that gets further with every attempt is
@@ -156,6 +190,7 @@ class WorkQueue:
         held = worker.open.pop(batch_id, None)
         if held is not None:
             worker.num_unfinished -= held.lease.shard.num_rows - held.num_rows_done
+            worker.is_apart = worker.is_apart and bool(worker.open)
         return held
 
     def _end(self, held: _Open, now: float, reason: str) -> LostLease:
@@ -163,7 +198,9 @@ class WorkQueue:
         return LostLease(held.lease, held.started_at, now, held.num_rows_done, reason)
 
     def _wait(self, number: int) -> None:
-        if number not in self._done and number not in self._waiting:
+        if number in self._held and number not in self._done:
+            self._held_waiting.add(number)
+        elif number not in self._done and number not in self._waiting:
             self._waiting.add(number)
             heapq.heappush(self._heap, (-self._all[number].cost, number))
 
@@ -181,8 +218,38 @@ class WorkQueue:
         worker = min(hungry, key=lambda w: (w.num_unfinished, w.info.worker_id))
         return self._lend(worker, self._pick(worker), now)
 
+    def find_idle(self) -> str | None:
+        """A worker that has nothing open."""
+        idle = (worker_id for worker_id, worker in self._workers.items() if not worker.open and not worker.is_leaving)
+        return min(idle, default=None)
+
+    def can_lend_rows(self, numbers: Iterable[int]) -> bool:
+        """Does none of these held shards lie with a worker?"""
+        return all(number in self._held_waiting for number in numbers)
+
+    def lend_rows(self, worker_id: str, rows: Iterable[ShardRows], now: float) -> list[Lease]:
+        """These rows of held shards to one idle worker, which gets nothing else until it has given them back."""
+        worker = self._workers[worker_id]
+        leases = []
+        for number, ranges in rows:
+            self._held_waiting.discard(number)
+            leases.append(self._lend(worker, number, now, ranges))
+        worker.is_apart = True
+        return leases
+
+    def reserve(self, is_wanted: bool) -> None:
+        """Where one is wanted, the worker with the fewest rows left gets no more until it is idle."""
+        if not is_wanted:
+            self._reserved = None
+        elif self._reserved not in self._workers and (
+            ready := [worker for worker in self._workers.values() if not worker.is_apart and not worker.is_leaving]
+        ):
+            self._reserved = min(ready, key=lambda w: (w.num_unfinished, w.info.worker_id)).info.worker_id
+
     def _wants_more(self, worker: _Worker) -> bool:
         num_open = len(worker.open)
+        if worker.is_apart or worker.is_leaving or worker.info.worker_id == self._reserved:
+            return False
         if num_open >= MAX_OPEN_SHARDS:
             return False
         return num_open < MIN_OPEN_SHARDS or self._n * worker.num_unfinished < WINDOWS_AHEAD * worker.info.window
@@ -196,7 +263,7 @@ class WorkQueue:
             return neighbour
         return self._heap[0][1]
 
-    def _lend(self, worker: _Worker, number: int, now: float) -> Lease:
+    def _lend(self, worker: _Worker, number: int, now: float, only: RowRanges = ()) -> Lease:
         self._waiting.discard(number)
         queued, attempt = self._all[number], self._attempts[number]
         self._attempts[number] = attempt + 1
@@ -206,8 +273,9 @@ class WorkQueue:
             epoch=self._epoch,
             worker_id=worker.info.worker_id,
             replaces=queued.replaces,
-            is_last_resort=self._num_lost.get(number, 0) >= self._retry.max_shard_attempts,
+            is_last_resort=not only and self._num_lost.get(number, 0) >= self._retry.max_shard_attempts,
             reason=self._reasons.get(number),
+            only=only,
         )
         worker.last_shard = number
         if not worker.open:
@@ -241,7 +309,8 @@ class WorkQueue:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting) + sum(number not in self._done for _, number in self._delayed)
+        delayed = sum(number not in self._done for _, number in self._delayed)
+        return len(self._waiting) + len(self._held_waiting) + delayed
 
     @property
     def num_shards(self) -> int:
@@ -258,11 +327,12 @@ class WorkQueue:
 
     def list_open(self) -> list[LostLease]:
         """Open leases as they would be lost now: what a resumed run needs to know of them."""
-        return [
-            LostLease(o.lease, o.started_at, o.started_at, o.num_rows_done, "driver ended")
-            for worker in self._workers.values()
-            for o in worker.open.values()
-        ]
+        return [lost for worker_id in self._workers for lost in self.list_leases(worker_id)]
+
+    def list_leases(self, worker_id: str) -> list[LostLease]:
+        """The same of one worker."""
+        held = self._workers[worker_id].open.values() if worker_id in self._workers else ()
+        return [LostLease(o.lease, o.started_at, o.started_at, o.num_rows_done, "driver ended") for o in held]
 
     def list_workers(self) -> list[WorkerInfo]:
         return [worker.info for worker in self._workers.values()]

@@ -2,7 +2,8 @@
 
 Rows of all open shards share one in-flight window, in lease order: while the last rows of one shard are decoded the
 next shard's rows are read, tokenised and sent already. A retry waits outside the window. Finished rows wait as Arrow and
-go to the journal at every interval; a complete shard is committed off the event loop while the window stays full.
+go to the journal at every interval; a complete shard is committed off the event loop while the window stays full. A lease
+of some rows only (`Lease.only`) ends with them in the journal. When an engine dies, what it had in flight is told.
 
 Invariants: a shard is committed by its own task only; after `WorkerLost` or `drain` nothing more is sent to the engine;
 any unexpected error ends the worker, never a row silently.
@@ -21,22 +22,33 @@ from batchgen.build import build_id
 from batchgen.engines import create_engine, list_refused
 from batchgen.engines.base import Engine
 from batchgen.errors import BatchgenError, EngineDied, InputChanged, Refusal, StorageError
-from batchgen.events import Heartbeat, JournalFlushed, PoolEvent, ShardFailed, WorkerLost, WorkerWarned
-from batchgen.journal import make_segment_path
+from batchgen.events import (
+    EngineRestarted,
+    Heartbeat,
+    PoolEvent,
+    ShardFailed,
+    ShardReturned,
+    WorkerLost,
+    WorkerWarned,
+)
 from batchgen.open_shard import OpenShard
 from batchgen.prepare import Prepared, Preparer, make_inputs, make_unknown_inputs
 from batchgen.prompt import list_columns
 from batchgen.read import MAX_BATCH_ROWS, Rows, Unreadable, iter_shard
 from batchgen.records import Lease, Result, WorkerInfo
-from batchgen.sender import Sender
+from batchgen.sender import Ready, Sender, list_rows
 from batchgen.shard_files import ShardFiles, Spent, make_event
 from batchgen.spec import JobSpec
+from batchgen.spill import Spill
 from batchgen.stats import make_lost_stats
 from batchgen.storage import Storage
+from batchgen.suspects import ShardRows
 from batchgen.tasks import TaskGroup
 
 # Shards written at the same time: one uploads while the next is encoded; more would only take memory.
 MAX_COMMITS = 2
+# A drain waits this long for commits under way; their rows are journaled before.
+COMMIT_S = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +73,8 @@ class Worker:
         self._events: list[PoolEvent] = []
         self._shard_tasks = TaskGroup(self._die)
         self._other_tasks = TaskGroup(self._die)
-        self._num_segments = 0
         self._has_ended = False
+        self._last_turn = -1
 
     # ---- what the pool calls -----------------------------------------------------------------------------------------
 
@@ -73,12 +85,14 @@ class Worker:
         spec = self._spec
         engine, refused = self._engine, list_refused(spec.engine.kind)
         self._preparer = Preparer(spec, engine.tokenizer, engine.max_model_len, refused)
-        self._sender = Sender(self._engine, spec.engine.max_inflight, spec.retry, self._die)
+        self._sender = Sender(self._engine, spec.engine.max_inflight, spec.retry, self._die, self._note_restart)
         self._window = self._sender.window
         self._wake = asyncio.Event()
-        self._reading, self._flushing = asyncio.Lock(), asyncio.Lock()
+        self._reading = asyncio.Lock()
         self._committing = asyncio.Semaphore(MAX_COMMITS)
-        self._other_tasks.spawn(self._flush_often())
+        setup = self._setup
+        self._spill = Spill(self._files, setup.epoch, setup.worker_id, lambda: [*self._shards.values()], self._emit)
+        self._other_tasks.spawn(self._spill.flush_often(spec.output.journal_interval_s))
         self.info = WorkerInfo(
             worker_id=self._setup.worker_id,
             build=build_id(),
@@ -111,10 +125,13 @@ class Worker:
         self._wake.set()
 
     async def drain(self, timeout_s: float) -> list[PoolEvent]:
-        """Send nothing more, give rows in flight this long to finish, end commits under way, journal what is finished."""
+        """Send nothing more, give rows in flight this long to finish, end commits under way, journal what is finished. The
+        journal comes first, too: whoever stops us may not wait (`ray job stop` kills after 3 s)."""
         self._stop()
+        self._other_tasks.spawn(self._flush())
         await self._sender.settle(timeout_s)
-        await self._shard_tasks.wait()
+        await self._flush()
+        await self._shard_tasks.wait(COMMIT_S)
         await self._flush()
         events, self._events = self._events, []
         return events
@@ -145,6 +162,10 @@ class Worker:
             await shard.wait_ended()
             if shard.is_closed:
                 return
+            if shard.lease.only:
+                await self._flush()
+                self._emit(ShardReturned(self.info.worker_id, shard.lease.batch_id, shard.lease.shard.number))
+                return
             wall_s = time.monotonic() - started
             mean = (self._window.read_integral() - integral) / wall_s if wall_s > 0 else None
             async with self._committing:
@@ -171,13 +192,19 @@ class Worker:
             kept, replaced_attempt = await asyncio.to_thread(self._files.read_kept, lease, self._spec.retry.errors)
             shard.recover(kept, are_copied=True)
         if lease.journal:
-            saved = await asyncio.to_thread(self._files.read_journal, lease, replaced_attempt)
+            saved, left_out = await asyncio.to_thread(self._files.read_journal, lease, replaced_attempt)
             shard.recover(saved, are_copied=False)
+            for message in left_out:
+                self._emit(WorkerWarned(self._setup.worker_id, message))
 
     async def _read(self, shard: OpenShard) -> None:
         # A row is n requests: what one step makes is bounded by both.
         max_rows = max(1, MAX_BATCH_ROWS // self._spec.sampling.n)
-        batches = iter_shard(shard.lease.shard, list_columns(self._spec), max_rows=max_rows)
+        lease = shard.lease
+        wanted = (
+            replace(lease.shard, row_start=lease.only[0][0], row_end=lease.only[-1][1]) if lease.only else lease.shard
+        )
+        batches = iter_shard(wanted, list_columns(self._spec), max_rows=max_rows)
         try:
             while not shard.is_closed:
                 started = time.monotonic()
@@ -186,7 +213,8 @@ class Worker:
                 if step is None:
                     return
                 inputs, prepared = step
-                shard.add_inputs(inputs)
+                if not lease.only:
+                    shard.add_inputs(inputs)
                 for item in prepared:
                     await self._admit(shard, item)
         finally:
@@ -204,7 +232,7 @@ class Worker:
         if isinstance(rows, Unreadable):
             prepared = self._preparer.make_unreadable(rows, file, first_row)
             return make_unknown_inputs(rows.num_rows, passthrough), prepared
-        prepared, custom_ids = self._preparer.prepare(rows, file, first_row)
+        prepared, custom_ids = self._preparer.prepare(rows, file, first_row, shard.lease.only, shard.lease.quarantined)
         return make_inputs(rows, custom_ids, passthrough, file), prepared
 
     async def _admit(self, shard: OpenShard, item: Prepared) -> None:
@@ -220,28 +248,8 @@ class Worker:
 
     # ---- the journal -------------------------------------------------------------------------------------------------
 
-    async def _flush_often(self) -> None:
-        while True:
-            await asyncio.sleep(self._spec.output.journal_interval_s)
-            await self._flush()
-
     async def _flush(self) -> None:
-        """Journal what is finished and not committed. A store that fails now is tried again at the next interval."""
-        async with self._flushing:
-            taken = {shard: taken for shard in self._shards.values() if (taken := shard.take_unflushed())}
-            if not taken:
-                return
-            self._num_segments += 1
-            path = make_segment_path(self._setup.epoch, self._setup.worker_id, self._num_segments)
-            rows: dict[int, pa.Table] = {shard.lease.shard.number: table for shard, (table, _) in taken.items()}
-            try:
-                refs = await asyncio.to_thread(self._files.write_segment, path, rows)
-            except StorageError as error:
-                self._emit(WorkerWarned(self._setup.worker_id, f"finished rows are not journaled yet: {error}"))
-                return
-            for shard, (_, mark) in taken.items():
-                shard.set_flushed(mark)
-            self._emit(JournalFlushed(self._setup.worker_id, tuple(refs.items())))
+        await self._spill.flush([*self._shards.values()])
 
     # ---- ends --------------------------------------------------------------------------------------------------------
 
@@ -258,23 +266,41 @@ class Worker:
             self._other_tasks.spawn(self._report_death(reason))
 
     async def _report_death(self, reason: str) -> None:
+        inflight = self._sender.died_with
         try:
             await self._sender.settle(0)
             await self._flush()
         finally:  # whatever kept us from saving, the driver must hear of the loss, or it waits for us
-            self._emit(WorkerLost(self._setup.worker_id, reason))
+            suspects = None if inflight is None else list_rows(inflight)
+            self._emit(WorkerLost(self._setup.worker_id, reason, suspects))
+
+    def _note_restart(self, reason: str, inflight: list[Ready]) -> None:
+        if not self._has_ended:
+            self._other_tasks.spawn(self._give_all_back(reason, list_rows(inflight)))
+
+    async def _give_all_back(self, reason: str, inflight: tuple[ShardRows, ...]) -> None:
+        """The engine died and starts anew: which of its rows killed it is found without the others. Nothing else was in
+        flight, so no work is lost that isn't already."""
+        shards = [shard for shard in self._shards.values() if not shard.has_ended]
+        for shard in shards:
+            shard.close()
+        await self._spill.flush(shards)
+        batch_ids = tuple(shard.lease.batch_id for shard in shards)
+        self._emit(EngineRestarted(self._setup.worker_id, reason, inflight, batch_ids))
 
     def _emit(self, event: PoolEvent) -> None:
         self._events.append(event)
         self._wake.set()
 
     def _make_heartbeat(self) -> Heartbeat:
+        is_still, self._last_turn = self._sender.num_turns == self._last_turn, self._sender.num_turns
         return Heartbeat(
             worker_id=self._setup.worker_id,
             total_tokens=self._engine.total_tokens,
             num_inflight=self._window.num_rows,
             integral=self._window.read_integral(),
             shards=tuple(shard.progress for shard in self._shards.values()),
+            inflight=list_rows(self._sender.inflight) if is_still else None,
         )
 
 

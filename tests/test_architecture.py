@@ -20,7 +20,8 @@ MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 300
 
 LAYERS = [
-    ["__init__", "records", "batches", "errors", "urls"],
+    ["__init__", "row_ranges", "batches", "errors", "urls"],
+    ["records", "suspects"],
     ["sections"],
     ["tensorrt_llm_spec", "sampling_spec"],
     ["engine_specs"],
@@ -76,8 +77,10 @@ LAYERS = [
     ["engines.contract_answers"],
     ["engines.contract"],
     ["shard_files", "sender", "validate"],
+    ["spill"],
     ["worker", "job"],
     # many workers
+    ["inquiry"],
     ["inline_pool", "ray_pool", "dispatch"],
     ["pools"],
     # one run
@@ -94,6 +97,7 @@ LAYERS = [
 ]
 PURE = {"records", "events", "errors", "urls", "sections", "engine_specs", "tensorrt_llm_spec"}
 PURE |= {"spec", "prompt", "plan", "sampling_spec", "batches", "engines.deepseek_turns", "engines.deepseek_v32"}
+PURE |= {"row_ranges", "suspects"}
 PURE |= {"work_queue", "scaling", "stats", "answer", "verify_rows"}
 PURE |= {"checkpoint", "stage_plan", "preflight", "preflight_model"}
 PURE |= {"engines.trtllm.sampling", "engines.trtllm.env", "engines.trtllm.args", "engines.trtllm.health"}

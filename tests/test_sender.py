@@ -48,7 +48,7 @@ def run(answer: Callable[[int], BatchgenError | None], num_rows: int = 1, retry:
     engine, shard = Script(answer), Shard()
 
     async def main() -> None:
-        sending = Sender(cast(Engine, engine), 4, retry, pytest.fail)
+        sending = Sender(cast(Engine, engine), 4, retry, pytest.fail, pytest.fail)
         for row in range(num_rows):
             await sending.push(cast(OpenShard, shard), make_request(row))
         async with asyncio.timeout(10):
@@ -88,7 +88,9 @@ def test_no_more_rows_are_read_while_many_wait() -> None:
 
     async def main() -> int:
         shard, num_pushed = Shard(), 0
-        sending = Sender(cast(Engine, Script(busy)), 4, RetrySpec(backoff_s=1000.0, max_backoff_s=1000.0), pytest.fail)
+        sending = Sender(
+            cast(Engine, Script(busy)), 4, RetrySpec(backoff_s=1000.0, max_backoff_s=1000.0), pytest.fail, pytest.fail
+        )
 
         async def push_all() -> None:
             nonlocal num_pushed

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import random
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from batchgen import __version__
 from batchgen.answer import Parsed, split_reasoning
 from batchgen.engine_specs import SimulatedEngineSpec
 from batchgen.engines.base import Tokenizer
-from batchgen.errors import EngineDied, RequestFailed, RequestRejected
+from batchgen.errors import BatchgenError, EngineDied, EngineRestarted, RequestFailed, RequestRejected
 from batchgen.records import Generation, Request, Usage
 
 WORDS = ("amber", "brook", "cedar", "delta", "ember", "fjord", "grove", "heath", "inlet", "jetty", "knoll", "larch")
@@ -71,7 +72,7 @@ class SimulatedEngine:
         self.max_model_len = min(spec.max_model_len, max_model_len or spec.max_model_len)
         self.total_tokens = 0
         self._log_fd: int | None = None
-        self._death: asyncio.Future[None] | None = None
+        self._death: asyncio.Future[Generation] | None = None
 
     async def open(self) -> None:
         await asyncio.sleep(self._spec.startup_s)
@@ -85,28 +86,31 @@ class SimulatedEngine:
             self._log_fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def kill(self, reason: str) -> None:
+        self._end_all(EngineDied(reason))
+
+    def _end_all(self, error: BatchgenError) -> None:
         if self._death is not None and not self._death.done():
-            self._death.set_exception(EngineDied(reason))
+            self._death.set_exception(error)
             self._death.exception()  # marks it retrieved: nobody may be waiting just now
 
     async def generate(self, request: Request) -> Generation:
-        if self._death is None:
+        death = self._death
+        if death is None:
             raise EngineDied("the simulated engine is not open")
-        if self._death.done():
-            self._death.result()
+        if death.done():
+            death.result()
         self._record(request)
         self._check(request)
         if not self._spec.has_latency:
-            return self._answer(request, queued_s=0.0, ttft_s=0.0)
+            await self._fault(request)
+            return death.result() if death.done() else self._answer(request, queued_s=0.0, ttft_s=0.0)
         work = asyncio.ensure_future(self._work(request))
         try:
-            waited: list[asyncio.Future[Any]] = [work, self._death]
+            waited: list[asyncio.Future[Any]] = [work, death]
             await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
         finally:
             work.cancel()  # of no effect on one that has ended
-        if self._death.done():
-            self._death.result()
-        return work.result()
+        return death.result() if death.done() else work.result()
 
     async def close(self) -> None:
         self.kill("the engine was closed")
@@ -120,6 +124,7 @@ class SimulatedEngine:
             queued_s = time.monotonic() - started
             async with self._prefill:
                 await asyncio.sleep(len(request.ids) / self._spec.prefill_tokens_per_s)
+            await self._fault(request)
             ttft_s = time.monotonic() - started
             num_tokens = self._choose_length(request)
             for step in range(STEPS_PER_ANSWER):
@@ -128,9 +133,23 @@ class SimulatedEngine:
                 self.total_tokens += num_tokens // STEPS_PER_ANSWER + is_last * (num_tokens % STEPS_PER_ANSWER)
             return self._answer(request, queued_s=queued_s, ttft_s=ttft_s)
 
+    async def _fault(self, request: Request) -> None:
+        """Hang or die where the request says so."""
+        if _holds(request, self._spec.hang_text):
+            await asyncio.Event().wait()
+        if not _holds(request, self._spec.die_text):
+            return
+        told = "the simulated engine died on purpose (engine.die_text)"
+        if self._spec.death == "process":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif self._spec.death == "restart":
+            self._end_all(EngineRestarted("engine_restarted", told))
+            self._death = asyncio.get_running_loop().create_future()
+        else:
+            self.kill(told)
+
     def _check(self, request: Request) -> None:
-        reject = self._spec.reject_text
-        if reject is not None and reject.encode() in bytes(token & 255 for token in request.ids):
+        if _holds(request, self._spec.reject_text):
             raise RequestRejected("rejected", "the simulated engine refuses this prompt (engine.reject_text)")
         if request.attempt == 1 and self._random(request, "failure").random() < self._spec.failure_rate:
             raise RequestFailed("engine_error", "the simulated engine failed on purpose (engine.failure_rate)")
@@ -176,6 +195,10 @@ class SimulatedEngine:
         row = request.row_id
         fields = [row.source_file, row.source_row, row.sample_index, request.attempt, round(time.time(), 3)]
         os.write(self._log_fd, (json.dumps(fields) + "\n").encode())
+
+
+def _holds(request: Request, text: str | None) -> bool:
+    return text is not None and text.encode() in bytes(token & 255 for token in request.ids)
 
 
 def read_calls(call_log: str) -> list[tuple[str, int, int, int]]:
