@@ -65,8 +65,8 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class JournalFlushed:
-    """A segment was written: where each shard's rows lie in it. `replaced`: earlier segments whose rows of a shard it holds,
-    too."""
+    """A segment was written: where each shard's rows lie in it. `replaced`: earlier segments of which it holds a shard's
+    rows, too."""
 
     worker_id: str
     refs: tuple[tuple[int, JournalRef], ...]

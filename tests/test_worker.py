@@ -179,7 +179,7 @@ def test_the_loss_is_told_whatever_keeps_the_last_rows_from_being_saved(
 
     engine._change = die
     event = asyncio.run(run_lease(make_worker(spec, engine), lease))
-    assert event == WorkerLost("w1", "gone")
+    assert event == WorkerLost("w1", "gone", ((0, ((1, 2),)),))
 
 
 @pytest.mark.parametrize("bad_column", ["prompt", "key"])
