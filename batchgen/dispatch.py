@@ -35,7 +35,8 @@ from batchgen.scaling import Facts, choose_num_to_start
 from batchgen.spec import JobSpec
 from batchgen.stats import make_lost_stats
 from batchgen.storage import FileInfo, Storage
-from batchgen.work_queue import LostLease, WorkQueue
+from batchgen.trial_queue import TrialQueue
+from batchgen.work_queue import LostLease
 
 POLL_S = 0.5
 MAX_LEASES_PER_TURN = 1000
@@ -67,7 +68,7 @@ class Dispatcher:
 
     spec: JobSpec
     storage: Storage
-    queue: WorkQueue
+    queue: TrialQueue
     pool: WorkerPool
     epoch: int
     index: journal.JournalIndex

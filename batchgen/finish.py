@@ -15,6 +15,7 @@ from batchgen.dispatch import Dispatcher
 from batchgen.hold import Hold
 from batchgen.inventory import write_manifest
 from batchgen.job import Job
+from batchgen.length_files import write_lengths
 from batchgen.manifest import CommittedShard
 from batchgen.report import make_report, write_report
 from batchgen.seal import seal_json
@@ -30,6 +31,7 @@ def finish(
     committed = {**job.committed, **(dispatcher.committed if dispatcher else {})}
     batches, unsettled = settle_batches(job, dispatcher, committed, hold.epoch)
     manifest.write_committed(storage, committed.values())
+    write_lengths(storage, committed.values())
     report = make_report(
         job.spec,
         [committed[shard.number] for shard in job.wanted if shard.number in committed],

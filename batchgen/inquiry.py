@@ -21,7 +21,8 @@ from batchgen.seal import seal_json
 from batchgen.spec import JobSpec
 from batchgen.storage import Storage
 from batchgen.suspects import ShardRows, Suspects
-from batchgen.work_queue import LostLease, WorkQueue
+from batchgen.trial_queue import TrialQueue
+from batchgen.work_queue import LostLease
 
 PATH = "_batchgen/suspects.json"
 DAMAGED = "is damaged; delete it: rows that kill engines are then looked for anew"
@@ -40,7 +41,7 @@ class Inquiry:
 
     storage: Storage
     spec: JobSpec
-    queue: WorkQueue
+    queue: TrialQueue
     index: journal.JournalIndex
     on_warning: Callable[[str], None]
     state: Suspects = field(default_factory=Suspects)
@@ -78,7 +79,7 @@ class Inquiry:
         free = [group for group in self.state.groups if group.number not in tried]
         ready = next((g for g in free if self.queue.can_lend_rows(number for number, _ in g.rows)), None)
         idle = self.queue.find_idle() if ready is not None else None
-        self.queue.reserve(ready is not None and idle is None and num_starting == 0 and not self._trials)
+        self.queue.reserve(is_wanted=ready is not None and idle is None and num_starting == 0 and not self._trials)
         if ready is None or idle is None:
             return []
         leases = self.queue.lend_rows(idle, ready.rows, now)

@@ -34,6 +34,8 @@ COMMITTED = "_batchgen/committed.parquet"
 LOCK = "_batchgen/lock.json"
 SUCCESS = "_SUCCESS"
 NUM_FOOTER_THREADS = 32
+# What a plan knows of its shards' lengths. Plans of earlier versions lack these columns: then nothing is known.
+EXPECTED = ("expected_tokens", "max_expected_tokens", "prompt_bytes")
 DAMAGED = f"is damaged; {RESTORE}"
 
 _FLOATS = ("num_gpus", "started_at", "wall_s", "tokens_per_s", "tokens_per_s_per_gpu", "mean_inflight")
@@ -48,7 +50,9 @@ def _stats_type(name: str) -> pa.DataType:
 
 # Not an Arrow map: the library datasets can't read one.
 _COUNTS = pa.list_(pa.struct([("value", pa.string()), ("count", pa.int64())]))
-_PLAIN = [field.name for field in dataclasses.fields(BatchStats) if field.name not in ("latency", "sketches")]
+_PLAIN = [
+    field.name for field in dataclasses.fields(BatchStats) if field.name not in ("latency", "sketches", "lengths")
+]
 STATS_SCHEMA = pa.schema(
     [("format_version", pa.int32())]
     + [(name, _COUNTS if name in ("finish_reasons", "error_types") else _stats_type(name)) for name in _PLAIN]
@@ -237,7 +241,7 @@ def read_plan(storage: Storage) -> tuple[list[InputFile], pa.Schema, list[Shard]
         if info.path != PLAN_FILES:
             with refusing_damage(storage.url(info.path), DAMAGED), storage.open_read(info.path) as source:
                 shards += [
-                    Shard(row["number"], files[row["file"]], row["row_start"], row["row_end"])
+                    Shard(row["number"], files[row["file"]], row["row_start"], row["row_end"], *map(row.get, EXPECTED))
                     for row in pq.read_table(source).to_pylist()
                 ]
     return files, passthrough, shards
@@ -252,6 +256,7 @@ def write_plan_shards(storage: Storage, files: Sequence[InputFile], shards: Sequ
             "file": [numbers[shard.file.path] for shard in shards],
             "row_start": [shard.row_start for shard in shards],
             "row_end": [shard.row_end for shard in shards],
+            **{name: pa.array([getattr(shard, name) for shard in shards], pa.float64()) for name in EXPECTED},
         }
     )
     _create_once(storage, PLAN_SHARDS.format(shards[0].number), _to_parquet(table))

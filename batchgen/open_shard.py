@@ -7,16 +7,17 @@ back. No I/O, no Ray, one thread (the worker's event loop) but for `make_parts`.
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate, chain
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batchgen.answer import make_unstorable
-from batchgen.records import JournalRef, Lease, Result, ShardProgress, TokenLogprob
-from batchgen.row_ranges import has_row
-from batchgen.write import LOGPROBS_TYPE, make_output_table, make_result_batch
+from batchgen.answer import make_quarantined, make_unstorable
+from batchgen.errors import BatchgenError
+from batchgen.records import JournalRef, Lease, Result, RowId, ShardProgress
+from batchgen.result_batch import count_values, make_result_batch
+from batchgen.row_ranges import RowRanges, count_rows, iter_rows
+from batchgen.write import make_output_table
 
 # Results become Arrow this many rows, or token ids and logprobs, at a time: Python objects of more never pile up, and the
 # event loop is never held longer than packing takes: 10 ms for so many logprobs.
@@ -44,7 +45,10 @@ class Finished:
 
     @property
     def num_bytes(self) -> int:
-        return 0 if self.rows is None else self.rows.nbytes
+        return 0 if self.rows is None else int(self.rows.nbytes)
+
+
+ReadBack = Callable[[JournalRef], pa.Table]
 
 
 class OpenShard:
@@ -57,6 +61,7 @@ class OpenShard:
         self.num_recovered = 0
         self.num_error = 0
         self.read_s = 0.0
+        self.prepare_s = 0.0
         self._finished = bytearray(lease.shard.num_rows * n)
         self._num_finished = 0
         self._num_wanted = len(self._finished)
@@ -70,6 +75,7 @@ class OpenShard:
         self._parts: tuple[Finished, ...] = ()
         self._inputs: list[pa.Table] = []
         self._ended = asyncio.Event()
+        self._error: BatchgenError | None = None
 
     # ---- what comes in -----------------------------------------------------------------------------------------------
 
@@ -105,10 +111,17 @@ class OpenShard:
             self._pack()
         self._check_ended()
 
-    def close(self) -> None:
-        """Nothing more is read or committed for this attempt: whatever waits for it goes on at once. Answers that still
-        come are kept for the journal."""
+    def quarantine(self, rows: RowRanges) -> None:
+        """These rows end as errors, where they did not end before."""
+        for row in iter_rows(rows):
+            for sample in range(self._n):
+                self.add(make_quarantined(RowId(self.lease.shard.file.path, row, sample)))
+
+    def close(self, error: BatchgenError | None = None) -> None:
+        """Nothing more is read or committed for this attempt: whatever waits for it goes on at once, `wait_ended` with
+        the error where one is given. Answers that still come are kept for the journal."""
         self.is_closed = True
+        self._error = self._error or error
         self._ended.set()
 
     # ---- what is known -----------------------------------------------------------------------------------------------
@@ -117,13 +130,25 @@ class OpenShard:
         return bool(self._finished[self._slot(source_row, sample_index)])
 
     @property
+    def has_ended(self) -> bool:
+        """Is every row finished, so that it is committed now or will be?"""
+        return self._num_finished == self._num_wanted
+
+    @property
     def progress(self) -> ShardProgress:
         """Input rows done, counted in whole rows of n samples."""
         return ShardProgress(self.lease.batch_id, self._num_finished // self._n, self.num_error)
 
+    def is_row_finished(self, source_row: int) -> bool:
+        """All its samples."""
+        slot = self._slot(source_row, 0)
+        return 0 not in self._finished[slot : slot + self._n]
+
     async def wait_ended(self) -> None:
-        """Until every row is finished, or the shard was closed."""
+        """Until every row is finished, or the shard was closed. Raises the error that it was closed with."""
         await self._ended.wait()
+        if self._error is not None:
+            raise self._error
 
     # ---- what goes out -----------------------------------------------------------------------------------------------
 
@@ -138,7 +163,7 @@ class OpenShard:
         taken = [part.rows for part in self._parts[:mark] if part.ref is None]
         kept = [part for part in self._parts[:mark] if part.ref is not None]
         self._parts = (*kept, Finished(pa.concat_tables(taken), ref), *self._parts[mark:])
-        self.num_unflushed_bytes = sum(part.num_bytes for part in self._parts[mark:])
+        self.num_unflushed_bytes = sum(part.num_bytes for part in self._parts[len(kept) + 1 :])
 
     @property
     def flushed(self) -> tuple[Finished, ...]:
@@ -152,31 +177,23 @@ class OpenShard:
         kept = [part for part in self._parts if id(part) not in gone]
         self._parts = (*kept[:place], new, *kept[place:])
 
-    @property
-    def has_ended(self) -> bool:
-        """Is every row finished, so that it is committed now or will be?"""
-        return self._num_finished == self._num_wanted
-
-    def make_parts(self, output_schema: pa.Schema, read_back: "ReadBack | None" = None) -> Parts:
+    def make_parts(self, output_schema: pa.Schema, read_back: ReadBack | None = None) -> Parts:
         """The finished shard; may run in another thread. `read_back`: rows that are journaled only. Raises ValueError when
         a row is missing or twice, and what `read_back` raises."""
         self._pack()
-        tables = [self._schema.empty_table()]
-        for part in self._parts:
-            tables.append(_load(part, read_back) if part.rows is None else part.rows)
-        generated = pa.concat_tables(tables)
+        generated = pa.concat_tables([self._schema.empty_table(), *(_load(part, read_back) for part in self._parts)])
         recovered = pa.concat_tables([self._schema.empty_table(), *self._recovered])
         inputs = pa.concat_tables(self._inputs)
         output = make_output_table(pa.concat_tables([generated, recovered]), inputs, self.lease, self._n, output_schema)
         return Parts(output, generated, recovered)
 
     def _leave_out_all_but_wanted(self) -> None:
-        shard, only = self.lease.shard, self.lease.only
-        for row in range(shard.row_start, shard.row_end):
-            if not has_row(only, row):
-                start = self._slot(row, 0)
-                self._finished[start : start + self._n] = b"\x01" * self._n
-        self._num_wanted -= sum(self._finished)
+        shard, wanted = self.lease.shard, self.lease.only
+        self._finished = bytearray(b"\x01" * len(self._finished))
+        for start, end in wanted:
+            first, last = (start - shard.row_start) * self._n, (end - shard.row_start) * self._n
+            self._finished[first:last] = bytes(last - first)
+        self._num_wanted = count_rows(wanted) * self._n
 
     def _slot(self, source_row: int, sample_index: int) -> int:
         shard = self.lease.shard
@@ -206,7 +223,7 @@ class OpenShard:
         self._buffer, self._num_values = [], 0
 
     def _make_batch(self, results: Sequence[Result]) -> pa.RecordBatch:
-        return make_flat_batch(results, self.lease.batch_id, self._schema)
+        return make_result_batch(results, self.lease.batch_id, self._schema)
 
     def _make_storable(self, result: Result) -> Result:
         """The result, or the failure that stands for a generation that Arrow refuses."""
@@ -225,60 +242,9 @@ class OpenShard:
             self._ended.set()
 
 
-ReadBack = Callable[[JournalRef], pa.Table]
-
-
 def _load(part: Finished, read_back: ReadBack | None) -> pa.Table:
+    if part.rows is not None:
+        return part.rows
     if read_back is None or part.ref is None:
         raise ValueError("rows were dropped from memory, and there is no way to read them back")
     return read_back(part.ref)
-
-
-# ---- results as Arrow ------------------------------------------------------------------------------------------------
-
-
-def count_values(result: Result) -> int:
-    """Token ids and logprobs of a result: what packing it takes time for."""
-    answer = result.generation
-    if answer is None:
-        return 0
-    logprobs = answer.logprobs or ()
-    return len(answer.token_ids or ()) + len(logprobs) * (1 + len(logprobs[0].top) if logprobs else 1)
-
-
-def make_flat_batch(results: Sequence[Result], batch_id: str, schema: pa.Schema) -> pa.RecordBatch:
-    """As `make_result_batch`, the logprobs from flat arrays: a dict for each token took ten times as long."""
-    bare = [_without_logprobs(result) for result in results]
-    batch = make_result_batch(bare, batch_id, schema)
-    if (place := schema.get_field_index("logprobs")) < 0:
-        return batch
-    logprobs = [result.generation.logprobs if result.generation else None for result in results]
-    return batch.set_column(place, schema.field(place), make_logprobs(logprobs))
-
-
-def _without_logprobs(result: Result) -> Result:
-    answer = result.generation
-    return (
-        result
-        if answer is None or answer.logprobs is None
-        else replace(result, generation=replace(answer, logprobs=None))
-    )
-
-
-def make_logprobs(answers: Sequence[Sequence[TokenLogprob] | None]) -> pa.Array:
-    """The column `logprobs`; None is null."""
-    tokens = list(chain.from_iterable(answer for answer in answers if answer))
-    tops = [pair for token in tokens for pair in token.top]
-    top = pa.ListArray.from_arrays(
-        pa.array(accumulate((len(token.top) for token in tokens), initial=0), pa.int32()),
-        _make_struct([pair[0] for pair in tops], [pair[1] for pair in tops]),
-    )
-    values = _make_struct([token.token_id for token in tokens], [token.logprob for token in tokens], top)
-    ends = list(accumulate((len(answer or ()) for answer in answers), initial=0))
-    starts = [None if answer is None else start for answer, start in zip(answers, ends, strict=False)]
-    return pa.ListArray.from_arrays(pa.array([*starts, ends[-1]], pa.int32()), values, type=LOGPROBS_TYPE)
-
-
-def _make_struct(token_ids: Sequence[int | None], logprobs: Sequence[float], *more: pa.Array) -> pa.StructArray:
-    columns = [pa.array(token_ids, pa.int32()), pa.array(logprobs, pa.float32()), *more]
-    return pa.StructArray.from_arrays(columns, names=["token_id", "logprob", "top"][: len(columns)])

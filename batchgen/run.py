@@ -21,8 +21,8 @@ from batchgen.pools import create_pool
 from batchgen.signals import stop_on_signal
 from batchgen.spec import JobSpec
 from batchgen.storage import Storage
+from batchgen.trial_queue import TrialQueue
 from batchgen.view import View
-from batchgen.work_queue import WorkQueue
 from batchgen.worker import WorkerSetup
 
 
@@ -41,7 +41,7 @@ def run_job(spec: JobSpec, view: View, *, limit: int | None = None) -> dict[str,
             return finish(job, None, hold, is_trial=limit is not None)
         storage.delete(manifest.SUCCESS)
         freeze(job)
-        setup = WorkerSetup("", job.spec, hold.epoch, storage, job.passthrough)
+        setup = WorkerSetup("", job.spec, hold.epoch, storage, job.passthrough, job.prior)
         with closing(create_pool(setup)) as pool, stop_on_signal() as check_signal:
             dispatcher = make_dispatcher(job, hold, pool, view, check_signal)
             message = dispatch(dispatcher, view)
@@ -61,7 +61,7 @@ def make_dispatcher(job: Job, hold: Hold, pool: WorkerPool, view: View, check_si
         view.show(progress)
         status.update(dispatcher)
 
-    queue = WorkQueue(todo, epoch=hold.epoch, retry=spec.retry, cluster=spec.cluster, n=spec.sampling.n)
+    queue = TrialQueue(todo, epoch=hold.epoch, retry=spec.retry, cluster=spec.cluster, n=spec.sampling.n)
     index = load_journal(job, view.warn)
     inquiry = Inquiry(job.storage, spec, queue, index, view.warn)
     inquiry.load(queued.shard.number for queued in todo)

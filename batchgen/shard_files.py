@@ -102,7 +102,7 @@ class ShardFiles:
             mean_inflight=spent.mean_inflight,
             num_from_journal=shard.num_recovered,
             num_copied=shard.num_copied,
-            read_s=shard.read_s,
+            read_s=shard.read_s + shard.prepare_s,
             write_s=None,
         )
         footer = FileFooter(

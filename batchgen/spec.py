@@ -43,6 +43,15 @@ class InputSpec(Section):
     limit: int | None = Field(
         default=None, ge=1, description="Only the first N rows (rows). May be raised later: finished rows are kept."
     )
+    length_hint: str | None = Field(
+        default=None,
+        description="Column with a row's expected completion (tokens): long rows start first. Wrong or null costs nothing "
+        "but time at the end.",
+    )
+    length_prior: Url | None = Field(
+        default=None,
+        description="output.path of an earlier run over prompts like these: what it measured is expected where no hint is.",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchgen.batches import BatchStats
+from batchgen.lengths import make_lengths
 from batchgen.records import Lease, WorkerInfo, parse_batch_id
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
@@ -31,6 +32,7 @@ ROW_FIELDS = (
     "cached_tokens",
     "latency",
     "sketches",
+    "lengths",
     "finish_reasons",
     "error_types",
     "num_retries",
@@ -129,6 +131,7 @@ def describe_rows(rows: pa.Table) -> dict[str, Any]:
         "cached_tokens": total(rows["cached_tokens"]),
         "latency": make_latency(rows),
         "sketches": make_sketches(rows),
+        "lengths": make_lengths(rows),
         "finish_reasons": count_values(rows["finish_reason"]),
         "error_types": count_values(rows["error_type"]),
         "num_retries": total(pc.max_element_wise(pc.subtract(rows["num_attempts"], 1), 0)) or 0,

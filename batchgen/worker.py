@@ -12,12 +12,10 @@ any unexpected error ends the worker, never a row silently.
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
-from batchgen.answer import make_given_up
 from batchgen.build import build_id
 from batchgen.engines import create_engine, list_refused
 from batchgen.engines.base import Engine
@@ -31,11 +29,11 @@ from batchgen.events import (
     WorkerLost,
     WorkerWarned,
 )
+from batchgen.feeder import Feeder
+from batchgen.lengths import LengthPrior
 from batchgen.open_shard import OpenShard
-from batchgen.prepare import Prepared, Preparer, make_inputs, make_unknown_inputs
-from batchgen.prompt import list_columns
-from batchgen.read import MAX_BATCH_ROWS, Rows, Unreadable, iter_shard
-from batchgen.records import Lease, Result, WorkerInfo
+from batchgen.prepare import Preparer
+from batchgen.records import Lease, WorkerInfo
 from batchgen.sender import Ready, Sender, list_rows
 from batchgen.shard_files import ShardFiles, Spent, make_event
 from batchgen.spec import JobSpec
@@ -60,6 +58,7 @@ class WorkerSetup:
     epoch: int
     storage: Storage
     passthrough: pa.Schema
+    prior: LengthPrior | None = None
 
 
 class Worker:
@@ -74,7 +73,7 @@ class Worker:
         self._shard_tasks = TaskGroup(self._die)
         self._other_tasks = TaskGroup(self._die)
         self._has_ended = False
-        self._last_turn = -1
+        self._last_sent = (-1, 0)
 
     # ---- what the pool calls -----------------------------------------------------------------------------------------
 
@@ -84,14 +83,16 @@ class Worker:
         await self._engine.open()
         spec = self._spec
         engine, refused = self._engine, list_refused(spec.engine.kind)
-        self._preparer = Preparer(spec, engine.tokenizer, engine.max_model_len, refused)
+        preparer = Preparer(spec, engine.tokenizer, engine.max_model_len, refused, self._setup.prior)
         self._sender = Sender(self._engine, spec.engine.max_inflight, spec.retry, self._die, self._note_restart)
+        self._feeder = Feeder(spec, self._setup.passthrough, preparer, self._sender)
         self._window = self._sender.window
         self._wake = asyncio.Event()
-        self._reading = asyncio.Lock()
+        self._spill = Spill(
+            self._files, self._setup.epoch, self._setup.worker_id, lambda: [*self._shards.values()], self._emit
+        )
         self._committing = asyncio.Semaphore(MAX_COMMITS)
-        setup = self._setup
-        self._spill = Spill(self._files, setup.epoch, setup.worker_id, lambda: [*self._shards.values()], self._emit)
+        self._other_tasks.spawn(self._feeder.run())
         self._other_tasks.spawn(self._spill.flush_often(spec.output.journal_interval_s))
         self.info = WorkerInfo(
             worker_id=self._setup.worker_id,
@@ -157,8 +158,7 @@ class Worker:
                 self._emit(make_event(self.info.worker_id, stats, standing))
                 return
             await self._recover(shard)
-            async with self._reading:
-                await self._read(shard)
+            await self._feeder.feed(shard)
             await shard.wait_ended()
             if shard.is_closed:
                 return
@@ -196,55 +196,7 @@ class Worker:
             shard.recover(saved, are_copied=False)
             for message in left_out:
                 self._emit(WorkerWarned(self._setup.worker_id, message))
-
-    async def _read(self, shard: OpenShard) -> None:
-        # A row is n requests: what one step makes is bounded by both.
-        max_rows = max(1, MAX_BATCH_ROWS // self._spec.sampling.n)
-        lease = shard.lease
-        wanted = (
-            replace(lease.shard, row_start=lease.only[0][0], row_end=lease.only[-1][1]) if lease.only else lease.shard
-        )
-        batches = iter_shard(wanted, list_columns(self._spec), max_rows=max_rows)
-        try:
-            while not shard.is_closed:
-                started = time.monotonic()
-                step = await asyncio.to_thread(self._read_batch, shard, batches)
-                shard.read_s += time.monotonic() - started
-                if step is None:
-                    return
-                inputs, prepared = step
-                if not lease.only:
-                    shard.add_inputs(inputs)
-                for item in prepared:
-                    await self._admit(shard, item)
-        finally:
-            batches.close()
-
-    def _read_batch(
-        self, shard: OpenShard, batches: Iterator[tuple[int, Rows]]
-    ) -> tuple[pa.Table, list[Prepared]] | None:
-        """(custom_id and passthrough columns, requests or failures) of the next few rows. In a thread."""
-        step = next(batches, None)
-        if step is None:
-            return None
-        first_row, rows = step
-        file, passthrough = shard.lease.shard.file.path, self._setup.passthrough
-        if isinstance(rows, Unreadable):
-            prepared = self._preparer.make_unreadable(rows, file, first_row)
-            return make_unknown_inputs(rows.num_rows, passthrough), prepared
-        prepared, custom_ids = self._preparer.prepare(rows, file, first_row, shard.lease.only, shard.lease.quarantined)
-        return make_inputs(rows, custom_ids, passthrough, file), prepared
-
-    async def _admit(self, shard: OpenShard, item: Prepared) -> None:
-        """Queue one request for the window, after waiting for room to read ahead; failures end at once."""
-        if shard.is_closed or shard.is_finished(item.row_id.source_row, item.row_id.sample_index):
-            return
-        if isinstance(item, Result):
-            shard.add(item)
-        elif shard.lease.is_last_resort:
-            shard.add(make_given_up(item, shard.lease))
-        else:
-            await self._sender.push(shard, item)
+        shard.quarantine(lease.quarantined)
 
     # ---- the journal -------------------------------------------------------------------------------------------------
 
@@ -293,7 +245,8 @@ class Worker:
         self._wake.set()
 
     def _make_heartbeat(self) -> Heartbeat:
-        is_still, self._last_turn = self._sender.num_turns == self._last_turn, self._sender.num_turns
+        sent = (self._sender.num_sent, len(self._sender.inflight))
+        is_still, self._last_sent = sent == self._last_sent, sent
         return Heartbeat(
             worker_id=self._setup.worker_id,
             total_tokens=self._engine.total_tokens,

@@ -25,10 +25,13 @@ LAYERS = [
     ["sections"],
     ["tensorrt_llm_spec", "sampling_spec"],
     ["engine_specs"],
+    ["lazy_heap", "leases"],
     ["spec", "events", "build", "tasks", "window", "signals", "damage", "seal"],
     ["tokenizer_files"],
     # pure decisions
-    ["prompt", "plan", "work_queue", "scaling", "stats", "answer", "verify_rows"],
+    ["prompt", "plan", "backlog", "scaling", "lengths", "answer", "verify_rows"],
+    ["stats", "work_queue"],
+    ["trial_queue"],
     ["checkpoint", "stage_plan", "engines.trtllm.env"],
     ["preflight"],
     ["preflight_model"],
@@ -72,12 +75,15 @@ LAYERS = [
     ["training.rows", "training.save", "training.accuracy"],
     ["training.train"],
     # one worker
+    ["result_batch", "read_ahead"],
     ["manifest", "open_shard", "prepare"],
+    ["length_files"],
     ["engines.contract_subject"],
     ["engines.contract_answers"],
     ["engines.contract"],
     ["shard_files", "sender", "validate"],
     ["spill"],
+    ["feeder"],
     ["worker", "job"],
     # many workers
     ["inquiry"],
@@ -97,8 +103,9 @@ LAYERS = [
 ]
 PURE = {"records", "events", "errors", "urls", "sections", "engine_specs", "tensorrt_llm_spec"}
 PURE |= {"spec", "prompt", "plan", "sampling_spec", "batches", "engines.deepseek_turns", "engines.deepseek_v32"}
-PURE |= {"row_ranges", "suspects"}
-PURE |= {"work_queue", "scaling", "stats", "answer", "verify_rows"}
+PURE |= {"row_ranges", "suspects", "trial_queue"}
+PURE |= {"work_queue", "backlog", "lazy_heap", "leases", "scaling", "lengths", "stats", "answer", "verify_rows"}
+PURE |= {"read_ahead"}
 PURE |= {"checkpoint", "stage_plan", "preflight", "preflight_model"}
 PURE |= {"engines.trtllm.sampling", "engines.trtllm.env", "engines.trtllm.args", "engines.trtllm.health"}
 # What only does I/O: pure modules may not even import it from the standard library.

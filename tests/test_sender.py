@@ -49,8 +49,7 @@ def run(answer: Callable[[int], BatchgenError | None], num_rows: int = 1, retry:
 
     async def main() -> None:
         sending = Sender(cast(Engine, engine), 4, retry, pytest.fail, pytest.fail)
-        for row in range(num_rows):
-            await sending.push(cast(OpenShard, shard), make_request(row))
+        await sending.push(cast(OpenShard, shard), [make_request(row) for row in range(num_rows)])
         async with asyncio.timeout(10):
             while len(shard.results) < num_rows:
                 await asyncio.sleep(0)
@@ -95,7 +94,7 @@ def test_no_more_rows_are_read_while_many_wait() -> None:
         async def push_all() -> None:
             nonlocal num_pushed
             for row in range(10_000):
-                await sending.push(cast(OpenShard, shard), make_request(row))
+                await sending.push(cast(OpenShard, shard), [make_request(row)])
                 num_pushed += 1
 
         pushing = asyncio.create_task(push_all())
