@@ -43,6 +43,7 @@ MAX_REFUSALS = 1000
 TIMEOUT_SHARE, MIN_LOOK_S = 0.05, 0.05
 # Requests that die together are told of in one tick of the loop or two.
 RESTART_S = 0.05
+APART_LOOK_S = 0.05
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -134,6 +135,11 @@ class Sender:
         await self._watching.cancel()
         await self._lanes.cancel()
 
+    async def wait_apart(self) -> None:
+        """Until nothing is in flight but rows that are tried apart."""
+        while any(ready.shard.is_closed or not ready.shard.lease.only for ready in self.inflight):
+            await asyncio.sleep(APART_LOOK_S)
+
     # ---- ready rows --------------------------------------------------------------------------------------------------
 
     def _is_full(self) -> bool:
@@ -149,7 +155,10 @@ class Sender:
         self._call_lane()
 
     def _take(self) -> Ready | None:
-        """The next row, if the window has room for it; a large one is never overtaken, or it would wait for ever."""
+        """The next row, if the window has room for it; a large one is never overtaken, or it would wait for ever. None
+        while an engine's death is being told: then the shards are closed, and what is sent now would be in the way."""
+        if self._restarted:
+            return None
         while self._ready and (self._ready[0].shard.is_closed or self.window.fits(self._ready[0].num_bytes)):
             ready = self._ready.popleft()
             self._num_bytes -= ready.num_bytes
@@ -245,8 +254,10 @@ class Sender:
         self._restarted.append(ready)
 
     def _tell_restart(self, reason: str) -> None:
-        restarted, self._restarted = self._restarted, []
-        self._on_restart(reason, restarted)
+        self._on_restart(reason, self._restarted)
+        self._restarted = []
+        for _ in range(len(self._ready)):
+            self._call_lane()
 
     # ---- retries -----------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ any unexpected error ends the worker, never a row silently.
 import asyncio
 import contextlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
@@ -158,6 +159,8 @@ class Worker:
                 self._emit(make_event(self.info.worker_id, stats, standing))
                 return
             await self._recover(shard)
+            if shard.lease.only:
+                await self._sender.wait_apart()
             await self._feeder.feed(shard)
             await shard.wait_ended()
             if shard.is_closed:
@@ -227,15 +230,16 @@ class Worker:
             self._emit(WorkerLost(self._setup.worker_id, reason, suspects))
 
     def _note_restart(self, reason: str, inflight: list[Ready]) -> None:
-        if not self._has_ended:
-            self._other_tasks.spawn(self._give_all_back(reason, list_rows(inflight)))
-
-    async def _give_all_back(self, reason: str, inflight: tuple[ShardRows, ...]) -> None:
         """The engine died and starts anew: which of its rows killed it is found without the others. Nothing else was in
         flight, so no work is lost that isn't already."""
+        if self._has_ended:
+            return
         shards = [shard for shard in self._shards.values() if not shard.has_ended]
         for shard in shards:
             shard.close()
+        self._other_tasks.spawn(self._give_all_back(reason, list_rows(inflight), shards))
+
+    async def _give_all_back(self, reason: str, inflight: tuple[ShardRows, ...], shards: Sequence[OpenShard]) -> None:
         await self._spill.flush(shards)
         batch_ids = tuple(shard.lease.batch_id for shard in shards)
         self._emit(EngineRestarted(self._setup.worker_id, reason, inflight, batch_ids))
