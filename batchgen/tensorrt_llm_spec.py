@@ -136,7 +136,7 @@ class TensorRTLLMEngineSpec(EngineSection):
     )
     no_progress_s: float = Field(
         default=300.0,
-        gt=1,
+        gt=0,
         description="With requests in flight and not one token more for this long, the engine hangs and is started anew "
         "(s). As long as the vendor's own hang detector waits.",
     )

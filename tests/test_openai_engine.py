@@ -226,6 +226,7 @@ def test_statuses(
         ({"headers": {"Retry-After": "1e9"}}, 600, 600),
         ({"headers": {"Retry-After": "soon"}}, None, None),
         ({"headers": {"Retry-After": "nan"}}, None, None),
+        ({"headers": {"Retry-After": "Fri, 31 Dec 2027 23:59:59 +99999999999999"}}, None, None),
         ({}, None, None),
     ],
 )
