@@ -6,6 +6,7 @@ doesn't hold are the suspects. A run that would quarantine more than `retry.max_
 the engine that is broken.
 """
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -120,15 +121,15 @@ class Inquiry:
         self, worker_id: str, reason: str, inflight: Sequence[ShardRows] | None, lost: Sequence[LostLease], window: int
     ) -> bool:
         """An engine died; `lost`: the leases that it had. Is it looked into? Raises RunStopped where it is enough."""
-        trial = self._trials.pop(worker_id, None)
+        trial, now = self._trials.pop(worker_id, None), time.time()
         before, num_before = self.state, self.state.num_quarantined
         if trial is not None:
             rows = self._list_unfinished(lost) if inflight is None else inflight
-            self._change(suspects.blame(self.state, trial.group, rows))
+            self._change(suspects.blame(self.state, trial.group, rows, now, self.spec.retry.max_deaths_alone))
         elif inflight is None:
-            self._change(suspects.accuse_unknown(self.state, self._list_unfinished(lost), window))
+            self._change(suspects.accuse_unknown(self.state, self._list_unfinished(lost), window, now))
         else:
-            self._change(suspects.accuse(self.state, inflight, window))
+            self._change(suspects.accuse(self.state, inflight, window, now))
         self._tell(worker_id, reason, before, num_before)
         return self.state.groups != before.groups or self.state.num_quarantined > num_before
 

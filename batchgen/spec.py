@@ -239,6 +239,12 @@ class RetrySpec(Section):
         description="A request that the engine has not answered after this is given up: an error row, which a later run "
         "tries again (s).",
     )
+    max_deaths_alone: int = Field(
+        default=2,
+        ge=2,
+        description="Engines that died with one row alone in flight before the row is quarantined; more where engines die "
+        "of other things, too (engines).",
+    )
     max_quarantined: int = Field(
         default=100,
         ge=0,

@@ -3,24 +3,27 @@
 Pure: a frozen value, and what follows from a fact. Suspects stand in groups. A group is tried by an engine that has
 nothing else in flight: when all its rows end, they are cleared (and their generations kept); when the engine dies, it died
 of one of them, and what was still in flight is halved. A row with which an engine died twice while it was alone is the
-culprit: it is quarantined, which no spot loss or broken cable does to an innocent row by chance. Groups are tried in turn,
-halves after all that stand already: so an engine that works shows it soon, and the cleared don't wait for the guilty.
+culprit, and is quarantined. Groups are tried in turn, halves after all that stand already: so an engine that works shows
+it soon, and the cleared don't wait for the guilty.
 
 For n suspects and one culprit that takes at most ceil(log2 n) + 1 further deaths, and as many for each further culprit:
-a group of m rows costs one death and a half of it the next, m = n / 2 at first, and the last row costs two.
+a group of m rows costs one death and a half of it the next, m = n / 2 at first, and the last row costs two. Unless engines
+die by chance as well (somebody kills them, a node is broken). A death whose suspects were all cleared was chance, and for
+each of the last hour a culprit must have died twice more alone: else a storm of kills would condemn the innocent.
 Where it is not known what was in flight, all unfinished rows of the worker's shards are suspects, in groups of at most a
 window; and when these are many, the first death is only remembered (`struck`), for it costs less than to try them all.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Any
 
 from batchgen.row_ranges import RowRanges, count_rows, subtract, take_first, unite
 
-# An engine died so often with one row alone in flight: the row is the reason.
-MAX_DEATHS_ALONE = 2
+# So many more deaths with a row alone in flight for each death by chance, and how long that one is remembered.
+CHANCE_DEATHS_ALONE = 2
+CHANCE_MEMORY_S = 3600.0
 # Unknown suspects of more windows than this are tried after a second death only. Four: then even so no more engines die
 # than ceil(log2 n) + 1, because groups of a window are tried at once instead of halves.
 MAX_UNKNOWN_WINDOWS = 4
@@ -30,12 +33,13 @@ ShardRows = tuple[int, RowRanges]
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Rows of one or more shards, by shard number, tried at once with nothing beside them. `num_deaths`: engines that
-    died with this one row alone in flight."""
+    """Rows of one or more shards, by shard number, tried at once with nothing beside them. `num_alone`: engines that died
+    with this one row alone in flight; `deaths`: all that died with these rows in flight, by number."""
 
     number: int
     rows: tuple[ShardRows, ...]
-    num_deaths: int = 0
+    num_alone: int = 0
+    deaths: tuple[int, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -44,12 +48,13 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Suspects:
-    """All of a run. `groups` in the order to be tried; `quarantined` rows end as errors; `struck`: shards that were lost
-    once with too many rows to try."""
+    """All of a job. `groups` in the order to be tried; `quarantined` rows end as errors; `struck`: shards that were lost
+    once with too many rows to try; `deaths`: those that no culprit explains, with their Unix times."""
 
     groups: tuple[Group, ...] = ()
     quarantined: tuple[ShardRows, ...] = ()
     struck: frozenset[int] = frozenset()
+    deaths: tuple[tuple[int, float], ...] = ()
     next_number: int = 1
 
     @property
@@ -72,25 +77,27 @@ def count_suspects(rows: Iterable[ShardRows]) -> int:
 # ---- facts in --------------------------------------------------------------------------------------------------------
 
 
-def accuse(state: Suspects, rows: Sequence[ShardRows], max_group: int) -> Suspects:
+def accuse(state: Suspects, rows: Sequence[ShardRows], max_group: int, now: float) -> Suspects:
     """An engine died with these rows in flight and no others. Those that stand in a group are tried there."""
     rows = _clean(rows, _list_known(state))
     num_rows = count_suspects(rows)
+    state, deaths = _note_death(state, (), now)
     if num_rows == 1:  # it was alone already
-        return _add(state, [rows], num_deaths=1)
-    return _add(state, _split(rows, max(2, -(-num_rows // max_group))))
+        return _add(state, [rows], deaths, num_alone=1)
+    return _add(state, _split(rows, max(2, -(-num_rows // max_group))), deaths)
 
 
-def accuse_unknown(state: Suspects, rows: Sequence[ShardRows], max_group: int) -> Suspects:
+def accuse_unknown(state: Suspects, rows: Sequence[ShardRows], max_group: int, now: float) -> Suspects:
     """An engine died with some of these rows in flight, or one that is being prepared."""
     numbers = frozenset(number for number, _ in rows)
     num_rows = count_suspects(rows)
     if num_rows > MAX_UNKNOWN_WINDOWS * max_group and not numbers & state.struck:
         return replace(state, struck=state.struck | numbers)
-    struck = state.struck - numbers
-    if num_rows == 1:  # whether it was in flight at all is not known
-        return _add(replace(state, struck=struck), [_clean(rows, _list_known(state))])
-    return accuse(replace(state, struck=struck), rows, max_group)
+    state = replace(state, struck=state.struck - numbers)
+    if num_rows > 1:
+        return accuse(state, rows, max_group, now)
+    state, deaths = _note_death(state, (), now)
+    return _add(state, [_clean(rows, _list_known(state))], deaths)  # whether it was in flight at all is not known
 
 
 def clear(state: Suspects, group_number: int) -> Suspects:
@@ -98,24 +105,45 @@ def clear(state: Suspects, group_number: int) -> Suspects:
     return replace(state, groups=tuple(group for group in state.groups if group.number != group_number))
 
 
-def blame(state: Suspects, group_number: int, inflight: Sequence[ShardRows]) -> Suspects:
-    """The engine died while it tried the group, with these of its rows in flight; the group's other rows are cleared."""
+def blame(
+    state: Suspects, group_number: int, inflight: Sequence[ShardRows], now: float, max_alone: int = 2
+) -> Suspects:
+    """The engine died while it tried the group, with these of its rows in flight; the group's other rows are cleared.
+    `max_alone`: so often with one row alone, and the row is the reason."""
     group = next(group for group in state.groups if group.number == group_number)
-    state = clear(state, group_number)
     rows = _clean(inflight, ())
     num_rows = count_suspects(rows)
+    state = clear(state, group_number)
     if num_rows == 0:
         return state
+    state, deaths = _note_death(state, group.deaths, now)
     if num_rows > 1:
-        return _add(state, _split(rows, 2))
+        return _add(state, _split(rows, 2), deaths)
     # A row that was in flight with others of its group until those ended died alone as well.
-    num_deaths = 1 + (group.num_deaths if group.num_rows == 1 else 0)
-    if num_deaths < MAX_DEATHS_ALONE:
-        return _add(state, [rows], num_deaths=num_deaths)
+    num_alone = 1 + (group.num_alone if group.num_rows == 1 else 0)
+    if num_alone < max_alone + CHANCE_DEATHS_ALONE * _count_chance(state, deaths, now):
+        return _add(state, [rows], deaths, num_alone)
     ((number, ranges),) = rows
     quarantined = dict(state.quarantined)
     quarantined[number] = unite(quarantined.get(number, ()), ranges)
-    return replace(state, quarantined=tuple(sorted(quarantined.items())))
+    return replace(
+        state,
+        quarantined=tuple(sorted(quarantined.items())),
+        deaths=tuple(death for death in state.deaths if death[0] not in deaths),
+    )
+
+
+def _note_death(state: Suspects, earlier: tuple[int, ...], now: float) -> tuple[Suspects, tuple[int, ...]]:
+    """(the state with one more, all deaths of the rows that were in flight)."""
+    recent = tuple(death for death in state.deaths if now - death[1] < CHANCE_MEMORY_S)
+    number = state.next_number
+    return replace(state, deaths=(*recent, (number, now)), next_number=number + 1), (*earlier, number)
+
+
+def _count_chance(state: Suspects, own: tuple[int, ...], now: float) -> int:
+    """Deaths of which nobody is suspected any more, and no culprit was found."""
+    open_deaths = {number for group in state.groups for number in group.deaths} | set(own)
+    return sum(number not in open_deaths and now - at < CHANCE_MEMORY_S for number, at in state.deaths)
 
 
 def keep_shards(state: Suspects, numbers: Iterable[int]) -> Suspects:
@@ -145,9 +173,11 @@ def _clean(rows: Sequence[ShardRows], left_out: Sequence[ShardRows]) -> list[Sha
     return [(number, ranges) for number, ranges in cleaned if ranges]
 
 
-def _add(state: Suspects, parts: Sequence[Sequence[ShardRows]], num_deaths: int = 0) -> Suspects:
+def _add(
+    state: Suspects, parts: Sequence[Sequence[ShardRows]], deaths: tuple[int, ...], num_alone: int = 0
+) -> Suspects:
     filled = [tuple(part) for part in parts if part]
-    groups = [Group(state.next_number + place, part, num_deaths) for place, part in enumerate(filled)]
+    groups = [Group(state.next_number + place, part, num_alone, deaths) for place, part in enumerate(filled)]
     return replace(state, groups=(*state.groups, *groups), next_number=state.next_number + len(groups))
 
 
@@ -175,11 +205,10 @@ def _split(rows: Sequence[ShardRows], num_parts: int) -> list[list[ShardRows]]:
 
 def to_json(state: Suspects) -> dict[str, Any]:
     return {
-        "groups": [
-            {"number": group.number, "rows": list(group.rows), "num_deaths": group.num_deaths} for group in state.groups
-        ],
+        "groups": [asdict(group) for group in state.groups],
         "quarantined": list(state.quarantined),
         "struck": sorted(state.struck),
+        "deaths": list(state.deaths),
         "next_number": state.next_number,
     }
 
@@ -187,9 +216,13 @@ def to_json(state: Suspects) -> dict[str, Any]:
 def from_json(fields: Mapping[str, Any]) -> Suspects:
     """Raises KeyError, TypeError or ValueError for what is none."""
     return Suspects(
-        groups=tuple(Group(int(g["number"]), _read_rows(g["rows"]), int(g["num_deaths"])) for g in fields["groups"]),
+        groups=tuple(
+            Group(int(g["number"]), _read_rows(g["rows"]), int(g["num_alone"]), tuple(int(d) for d in g["deaths"]))
+            for g in fields["groups"]
+        ),
         quarantined=_read_rows(fields["quarantined"]),
         struck=frozenset(int(number) for number in fields["struck"]),
+        deaths=tuple((int(number), float(at)) for number, at in fields["deaths"]),
         next_number=int(fields["next_number"]),
     )
 
