@@ -12,8 +12,8 @@ Rows that are finished already (from the journal, or copied) are not prepared ag
 import asyncio
 import time
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import pyarrow as pa
@@ -32,7 +32,7 @@ from batchgen.prepare import (
 from batchgen.prompt import list_columns, list_row_columns
 from batchgen.read import BATCH_BYTES, Rows, Unreadable, iter_shard, pick_rows
 from batchgen.read_ahead import ReadAhead, Stretch
-from batchgen.records import Result
+from batchgen.records import Result, Shard, Slot
 from batchgen.sender import Sender
 from batchgen.spec import JobSpec
 
@@ -45,12 +45,14 @@ PREPARED_ROWS = 64
 
 @dataclass(slots=True, eq=False)
 class Page:
-    """Rows that were read together. `kept`: which of them `rows` still holds, by their place when they were read."""
+    """Rows that were read together. `kept`: which of them `rows` still holds, by their place when they were read.
+    `wanted`: the only requests of theirs to be sent; None for all."""
 
     shard: OpenShard
     first_row: int
     rows: pa.RecordBatch
     kept: Sequence[int]
+    wanted: Collection[Slot] | None = None
 
     def pick(self, places: Sequence[int]) -> pa.RecordBatch:
         is_whole = isinstance(self.kept, range)
@@ -62,6 +64,14 @@ class Page:
         if left and 2 * len(left) <= len(self.kept):
             kept = sorted(left)
             self.rows, self.kept = self.pick(kept), kept
+
+
+def narrow(shard: Shard, wanted: Collection[Slot] | None) -> Shard:
+    """The part of the shard that holds all wanted requests; all of it where they are not told."""
+    if wanted is None:
+        return shard
+    rows = [row for row, _ in wanted]
+    return replace(shard, row_start=min(rows), row_end=max(rows) + 1)
 
 
 class Feeder:
@@ -76,28 +86,32 @@ class Feeder:
 
     # ---- reading -----------------------------------------------------------------------------------------------------
 
-    async def feed(self, shard: OpenShard) -> None:
-        """Read all rows of the shard, each stretch as soon as there is room for it, or until the shard is closed. Raises
-        StorageError, InputError."""
+    async def feed(self, shard: OpenShard, wanted: Collection[Slot] | None = None) -> None:
+        """Read all rows of the shard, each stretch as soon as there is room for it, or until the shard is closed. `wanted`:
+        the only requests to send, for a share of another worker's shard, or a second time; their passthrough columns are
+        not kept. Raises StorageError, InputError."""
         async with self._readers:
-            stretches = iter_shard(shard.lease.read_shard, list_columns(self._spec), max_rows=STRETCH_ROWS)
+            part = narrow(shard.lease.shard, wanted)
+            stretches = iter_shard(part, list_columns(self._spec), max_rows=STRETCH_ROWS)
             try:
-                while not shard.is_closed and await self._read(shard, stretches):
+                while not shard.is_closed and await self._read(shard, stretches, wanted):
                     while self._ahead.is_full and not shard.is_closed:
                         self._has_room.clear()
                         await self._has_room.wait()
             finally:
                 stretches.close()
 
-    async def _read(self, shard: OpenShard, stretches: Iterator[tuple[int, Rows]]) -> bool:
+    async def _read(
+        self, shard: OpenShard, stretches: Iterator[tuple[int, Rows]], wanted: Collection[Slot] | None
+    ) -> bool:
         """The next stretch; False at the end."""
         started = time.monotonic()
-        step = await asyncio.to_thread(self._read_stretch, shard, stretches)
+        step = await asyncio.to_thread(self._read_stretch, shard, stretches, wanted)
         shard.read_s += time.monotonic() - started
         if step is None:
             return False
         inputs, found = step
-        if not shard.lease.only:
+        if wanted is None:
             shard.add_inputs(inputs)
         if isinstance(found, Stretch):
             self._ahead.add(found)
@@ -108,7 +122,7 @@ class Feeder:
         return True
 
     def _read_stretch(
-        self, shard: OpenShard, stretches: Iterator[tuple[int, Rows]]
+        self, shard: OpenShard, stretches: Iterator[tuple[int, Rows]], wanted: Collection[Slot] | None
     ) -> tuple[pa.Table, Stretch[Page] | list[Result]] | None:
         """(custom_id and passthrough columns, rows to be sent or failures of rows that can't be read). In a thread."""
         if (step := next(stretches, None)) is None:
@@ -122,7 +136,7 @@ class Feeder:
         custom_ids = make_custom_ids(rows, self._spec.input.custom_id, file, first_row)
         inputs = make_inputs(rows, custom_ids, self._passthrough, file)
         prompts = rows.select(list_row_columns(self._spec))
-        page = Page(shard, first_row, prompts, range(rows.num_rows))
+        page = Page(shard, first_row, prompts, range(rows.num_rows), wanted)
         left = [place for place in range(rows.num_rows) if not shard.is_row_finished(first_row + place)]
         return inputs, Stretch(page, left, prompts.nbytes / rows.num_rows, self._preparer.expect(prompts))
 
@@ -149,10 +163,14 @@ class Feeder:
         for page, run in runs:
             places.setdefault(page, []).extend(run)
         made = {page: self._prepare_page(page, some) for page, some in places.items()}
-        return [
-            (page.shard, found if isinstance(found := made[page], Refusal) else list(islice(found, len(run) * self._n)))
-            for page, run in runs
-        ]
+        return [(page.shard, self._cut(page, made[page], len(run))) for page, run in runs]
+
+    def _cut(self, page: Page, made: Iterator[Prepared] | Refusal, num_rows: int) -> list[Prepared] | Refusal:
+        """What belongs to the page's next rows."""
+        if isinstance(made, Refusal):
+            return made
+        some = islice(made, num_rows * self._n)
+        return list(some) if page.wanted is None else [item for item in some if item.row_id.slot in page.wanted]
 
     def _prepare_page(self, page: Page, places: Sequence[int]) -> Iterator[Prepared] | Refusal:
         file, numbers = page.shard.lease.shard.file.path, [page.first_row + place for place in places]
@@ -171,7 +189,7 @@ class Feeder:
             return
         requests = []
         for item in prepared:
-            if shard.is_finished(item.row_id.source_row, item.row_id.sample_index):
+            if shard.is_settled(*item.row_id.slot):
                 continue
             if isinstance(item, Result):
                 shard.add(item)

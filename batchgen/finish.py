@@ -28,7 +28,7 @@ def finish(
     LeaseLost when the folder is not ours any more."""
     storage = job.storage
     hold.check_lease()
-    committed = {**job.committed, **(dispatcher.committed if dispatcher else {})}
+    committed = {**job.committed, **(dispatcher.ledger.committed if dispatcher else {})}
     batches, unsettled = settle_batches(job, dispatcher, committed, hold.epoch)
     manifest.write_committed(storage, committed.values())
     write_lengths(storage, committed.values())
@@ -42,6 +42,7 @@ def finish(
         num_input_rows=job.num_wanted_rows,
         elapsed_s=dispatcher.make_progress().elapsed_s if dispatcher else 0.0,
         is_unique_checked=job.is_unique_checked,
+        gpu_hours=dispatcher.count_gpu_hours() if dispatcher else None,
     )
     report["exit_code"] = choose_exit_code(report, job.spec.retry.max_error_rate)
     report["output"] = storage.root
@@ -58,7 +59,7 @@ def settle_batches(
     job: Job, dispatcher: Dispatcher | None, committed: Mapping[int, CommittedShard], epoch: int
 ) -> tuple[dict[str, BatchStats], list[BatchStats]]:
     """(all batches that are known, those of them that batch_stats can't have yet). Writes batch_stats."""
-    batches = dict(dispatcher.batches) if dispatcher else {}
+    batches = dict(dispatcher.ledger.batches) if dispatcher else {}
     for shard in committed.values():
         manifest.add_batches(batches, shard.footer.batches)
     manifest.add_batches(batches, read_lost_batches(job.storage))

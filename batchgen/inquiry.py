@@ -15,6 +15,7 @@ import pyarrow as pa
 from batchgen import journal, suspects
 from batchgen.damage import refusing_damage
 from batchgen.errors import RunStopped, StorageError
+from batchgen.events import EngineRestarted, WorkerLost
 from batchgen.manifest import read_json
 from batchgen.records import Lease
 from batchgen.row_ranges import RowRanges, make_ranges, subtract
@@ -113,23 +114,39 @@ class Inquiry:
         if trial is not None and batch_id in trial.open:
             del self._trials[worker_id]
 
-    def note_innocent(self, worker_id: str) -> None:
-        """The worker is gone, and its rows had nothing to do with it."""
-        self._trials.pop(worker_id, None)
+    def note_loss(self, lost: WorkerLost, window: int) -> bool:
+        """A worker is gone, its leases not taken yet. Is it for its rows, and looked into? Raises RunStopped."""
+        if not lost.has_rows_to_blame:
+            self._trials.pop(lost.worker_id, None)
+            return False
+        held = self.queue.list_leases(lost.worker_id)
+        return self._note_death(lost.worker_id, lost.reason, lost.inflight, held, window)
 
-    def note_death(
-        self, worker_id: str, reason: str, inflight: Sequence[ShardRows] | None, lost: Sequence[LostLease], window: int
+    def note_restart(self, event: EngineRestarted, window: int) -> None:
+        """Raises RunStopped."""
+        held = [lost for lost in self.queue.list_leases(event.worker_id) if lost.lease.batch_id in event.batch_ids]
+        self._note_death(event.worker_id, event.reason, event.inflight, held, window)
+
+    def note_committed(self, shard_number: int) -> None:
+        """Somebody had finished its rows: nobody is suspected of them any more."""
+        if shard_number in self.state.shards:
+            self._change(suspects.keep_shards(self.state, self._list_shards() - {shard_number}))
+
+    def _list_shards(self) -> frozenset[int]:
+        return self.state.shards | {number for number, _ in self.state.quarantined} | self.state.struck
+
+    def _note_death(
+        self, worker_id: str, reason: str, inflight: Sequence[ShardRows] | None, held: Sequence[LostLease], window: int
     ) -> bool:
-        """An engine died; `lost`: the leases that it had. Is it looked into? Raises RunStopped where it is enough."""
         trial, now = self._trials.pop(worker_id, None), time.time()
         before, num_before = self.state, self.state.num_quarantined
-        if trial is not None:
-            rows = self._list_unfinished(lost) if inflight is None else inflight
-            self._change(suspects.blame(self.state, trial.group, rows, now, self.spec.retry.max_deaths_alone))
+        if trial is not None and any(group.number == trial.group for group in before.groups):
+            rows = self._list_unfinished(held) if inflight is None else inflight
+            self._change(suspects.blame(before, trial.group, rows, now, self.spec.retry.max_deaths_alone))
         elif inflight is None:
-            self._change(suspects.accuse_unknown(self.state, self._list_unfinished(lost), window, now))
+            self._change(suspects.accuse_unknown(before, self._list_unfinished(held), window, now))
         else:
-            self._change(suspects.accuse(self.state, inflight, window, now))
+            self._change(suspects.accuse(before, inflight, window, now))
         self._tell(worker_id, reason, before, num_before)
         return self.state.groups != before.groups or self.state.num_quarantined > num_before
 

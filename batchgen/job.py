@@ -16,6 +16,7 @@ from batchgen import manifest
 from batchgen.damage import refusing_damage
 from batchgen.engines import create_tokenizer
 from batchgen.errors import Foreign, InputError, OutputError, Refusal, StorageError
+from batchgen.handoff import list_handoffs
 from batchgen.journal import JournalIndex, list_segments, read_indexes
 from batchgen.length_files import measure_shards, read_prior
 from batchgen.lengths import LengthPrior, choose_cost
@@ -257,8 +258,9 @@ def freeze(job: Job) -> None:
 
 
 def load_journal(job: Job, on_warning: Callable[[str], None]) -> JournalIndex:
-    """What earlier runs journaled; segments whose shards are all committed are deleted here. A damaged one costs the work
-    in it, for which nobody need be woken; raises OutputError for a file that somebody else put there."""
+    """What earlier runs journaled; segments whose shards are all committed are deleted here, and handoffs, which mean
+    nothing to another run. A damaged segment costs the work in it, for which nobody need be woken; raises OutputError for
+    a file that somebody else put there."""
     index = JournalIndex()
     for number in job.committed.keys() - {queued.shard.number for queued in job.todo}:
         index.complete(number)
@@ -268,6 +270,7 @@ def load_journal(job: Job, on_warning: Callable[[str], None]) -> JournalIndex:
             job.storage.delete_many(index.add(refs))
     except Foreign as error:
         raise OutputError(str(error)) from error
+    job.storage.delete_many(list_handoffs(job.storage))
     return index
 
 

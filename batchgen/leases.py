@@ -28,8 +28,9 @@ class OpenLease:
 
 @dataclass(slots=True)
 class QueueWorker:
-    """A worker as the queue sees it. `num_rows_ended`: rows of leases that it has done with. `is_apart`: it
-    has suspects, and gets nothing beside them; `is_leaving`: it gets nothing any more."""
+    """A worker as the queue sees it. `num_rows_ended`: rows of leases that it has done with.
+    `share_unsent`: requests of each share that it has not sent yet. `is_apart`: it has suspects, and gets nothing beside
+    them; `is_leaving`: it gets nothing any more."""
 
     info: WorkerInfo
     joined_at: float
@@ -43,6 +44,7 @@ class QueueWorker:
     num_inflight: int = 0
     open: dict[str, OpenLease] = field(default_factory=dict)
     shares: dict[str, Share] = field(default_factory=dict)
+    share_unsent: dict[str, int] = field(default_factory=dict)
     is_apart: bool = False
     is_leaving: bool = False
 

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -34,6 +35,8 @@ COMMITTED = "_batchgen/committed.parquet"
 LOCK = "_batchgen/lock.json"
 SUCCESS = "_SUCCESS"
 NUM_FOOTER_THREADS = 32
+COMMITTED_ROWS = 4096
+COMMITTED_SCHEMA = pa.schema([(name, pa.string()) for name in ("path", "version", "footer", "footer_sha256")])
 # What a plan knows of its shards' lengths. Plans of earlier versions lack these columns: then nothing is known.
 EXPECTED = ("expected_tokens", "max_expected_tokens", "prompt_bytes")
 DAMAGED = f"is damaged; {RESTORE}"
@@ -100,11 +103,12 @@ def load_committed(
 def _load_compacted(storage: Storage) -> dict[tuple[str, str], tuple[FileFooter, str]]:
     """What the copy holds; nothing where it is damaged, or of an earlier version: then the footers are read again."""
     try:
-        with refusing_damage(storage.url(COMMITTED), "is damaged"):
-            with storage.open_read(COMMITTED) as source:
-                rows = pq.read_table(source).to_pylist()
+        with refusing_damage(storage.url(COMMITTED), "is damaged"), storage.open_read(COMMITTED) as source:
+            parts = pq.ParquetFile(source).iter_batches(COMMITTED_ROWS)
             return {
-                (row["path"], row["version"]): (footer_from_json(row["footer"]), row["footer_sha256"]) for row in rows
+                (row["path"], row["version"]): (footer_from_json(row["footer"]), row["footer_sha256"])
+                for part in parts
+                for row in part.to_pylist()
             }
     except (NotFound, OutputError):
         return {}
@@ -112,17 +116,14 @@ def _load_compacted(storage: Storage) -> dict[tuple[str, str], tuple[FileFooter,
 
 def write_committed(storage: Storage, committed: Iterable[CommittedShard]) -> None:
     """Compact the footers, so that the next run need not read them one by one. A cache: may be deleted at any time."""
-    shards = list(committed)
-    table = pa.table(
-        {
-            "path": [shard.info.path for shard in shards],
-            "version": [shard.info.version for shard in shards],
-            "footer": [footer_to_json(shard.footer) for shard in shards],
-            "footer_sha256": [shard.footer_sha256 for shard in shards],
-        },
-        schema=pa.schema([(name, pa.string()) for name in ("path", "version", "footer", "footer_sha256")]),
-    )
-    storage.put(COMMITTED, _to_parquet(table))
+    sink, shards = pa.BufferOutputStream(), iter(committed)
+    with pq.ParquetWriter(sink, COMMITTED_SCHEMA, compression="zstd") as writer:
+        # 200,000 footers are a gigabyte as text: a part of them at a time.
+        while part := list(islice(shards, COMMITTED_ROWS)):
+            rows = [(s.info.path, s.info.version, footer_to_json(s.footer), s.footer_sha256) for s in part]
+            columns = [pa.array(values, pa.string()) for values in zip(*rows, strict=True)]
+            writer.write_table(pa.Table.from_arrays(columns, schema=COMMITTED_SCHEMA))
+    storage.put(COMMITTED, sink.getvalue())
 
 
 def _to_parquet(table: pa.Table) -> pa.Buffer:
@@ -180,7 +181,8 @@ def is_settled(batch: BatchStats, committed: Mapping[int, CommittedShard]) -> bo
     if batch.outcome != "lost":
         return True
     standing = committed.get(parse_batch_id(batch.batch_id)[0])
-    return standing is not None and (batch.epoch, batch.attempt) <= (standing.footer.epoch, standing.footer.attempt)
+    # Within one run a shard is done once: nothing of it comes after its commit, whatever its attempt's number.
+    return standing is not None and batch.epoch <= standing.footer.epoch
 
 
 def write_batch_stats(storage: Storage, epoch: int, batches: Mapping[str, BatchStats]) -> None:

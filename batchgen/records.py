@@ -5,13 +5,17 @@ contiguous range of rows of one input file; a *lease* lends it to a worker for o
 is a *batch*. Units end a name: `_s` seconds, `_at` seconds since the Unix epoch, `_bytes`, `_tokens`. None is unknown.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from batchgen.row_ranges import RowRanges
 
 # A Python int and its place in a tuple.
 TOKEN_BYTES = 36
+
+
+# (source_row, sample_index): a request of a shard whose file is known.
+Slot = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -21,6 +25,10 @@ class RowId:
     source_file: str
     source_row: int
     sample_index: int
+
+    @property
+    def slot(self) -> Slot:
+        return self.source_row, self.sample_index
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,11 +256,6 @@ class Lease:
     @property
     def batch_id(self) -> str:
         return make_batch_id(self.shard.number, self.epoch, self.attempt)
-
-    @property
-    def read_shard(self) -> Shard:
-        """The rows that must be read."""
-        return replace(self.shard, row_start=self.only[0][0], row_end=self.only[-1][1]) if self.only else self.shard
 
 
 @dataclass(frozen=True, slots=True)

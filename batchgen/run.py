@@ -10,7 +10,7 @@ from typing import Any
 
 from batchgen import manifest
 from batchgen.control import StatusWriter
-from batchgen.dispatch import Dispatcher, Progress
+from batchgen.dispatch import Dispatcher
 from batchgen.errors import LeaseLost, RunStopped, StorageError
 from batchgen.events import WorkerPool
 from batchgen.finish import finish
@@ -18,6 +18,7 @@ from batchgen.hold import Hold, hold_folder
 from batchgen.inquiry import Inquiry
 from batchgen.job import Job, check_renders, freeze, limit_rows, load_journal, open_job, reopen
 from batchgen.pools import create_pool
+from batchgen.progress import Progress
 from batchgen.signals import stop_on_signal
 from batchgen.spec import JobSpec
 from batchgen.storage import Storage

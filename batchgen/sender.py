@@ -57,6 +57,10 @@ class Ready:
     ready_at: float
     num_refusals: int = 0
 
+    @property
+    def is_again(self) -> bool:
+        return self.num_refusals > 0 or self.request.attempt > 1
+
 
 def choose_delay_s(retry: RetrySpec, error: RequestFailed, num_tries: int) -> float:
     """How long to wait before a try after `num_tries` of them: what the engine asks for and a little jitter, else full
@@ -100,7 +104,7 @@ class Sender:
         self._num_bytes = 0
         self._num_waiting = 0
         self._room = asyncio.Event()
-        self._is_stopped = False
+        self.is_stopped = False
         self._lanes = TaskGroup(on_death)
         self._num_lanes = 0
         self._idle: list[asyncio.Future[None]] = []
@@ -111,16 +115,16 @@ class Sender:
         """Queue the requests in order, each as soon as there is room to read ahead. Returns without the rest when shard or
         sender are closed."""
         for request in requests:
-            while self._is_full() and not shard.is_closed and not self._is_stopped:
+            while self._is_full() and not shard.is_closed and not self.is_stopped:
                 self._room.clear()
                 await self._room.wait()
-            if self._is_stopped or shard.is_closed:
+            if self.is_stopped or shard.is_closed:
                 return
             self._put(Ready(shard, request, request.num_bytes, time.monotonic()))
 
     def stop(self) -> None:
         """Send nothing more; what is in flight goes on."""
-        self._is_stopped = True
+        self.is_stopped = True
         self._room.set()
         while self._idle:
             self._wake_lane()
@@ -155,16 +159,17 @@ class Sender:
         self._call_lane()
 
     def _take(self) -> Ready | None:
-        """The next row, if the window has room for it; a large one is never overtaken, or it would wait for ever. None
-        while an engine's death is being told: then the shards are closed, and what is sent now would be in the way."""
+        """The next row that is still wanted, if the window has room for it; a large one is never overtaken, or it would
+        wait for ever. None while an engine's death is being told: then the shards are closed, and what is sent now would be
+        in the way."""
         if self._restarted:
             return None
-        while self._ready and (self._ready[0].shard.is_closed or self.window.fits(self._ready[0].num_bytes)):
+        while self._ready and self.window.fits(self._ready[0].num_bytes):
             ready = self._ready.popleft()
             self._num_bytes -= ready.num_bytes
             if 2 * len(self._ready) <= self._max_ready:  # else whoever pushes would be woken for each row
                 self._room.set()
-            if not ready.shard.is_closed:
+            if not ready.shard.is_closed and ready.shard.wants(*ready.request.row_id.slot, is_again=ready.is_again):
                 self.window.enter(ready.num_bytes)
                 return ready
         return None
@@ -185,7 +190,7 @@ class Sender:
             waiter.set_result(None)
 
     async def _run_lane(self) -> None:
-        while not self._is_stopped:
+        while not self.is_stopped:
             if (ready := self._take()) is not None:
                 if self._ready and self._idle:  # an answer may have left room for the bytes of many
                     self._wake_lane()
@@ -199,6 +204,7 @@ class Sender:
         waited_s = sent - ready.ready_at
         self.num_sent += 1
         self.inflight[ready] = sent, cast("asyncio.Task[None]", asyncio.current_task())
+        ready.shard.note_sent(ready.request.row_id)
         try:
             generation = await self._engine.generate(ready.request)
             latency_s = time.monotonic() - sent
@@ -221,6 +227,7 @@ class Sender:
             raise
         finally:
             del self.inflight[ready]
+            ready.shard.num_inflight -= 1
             self.window.leave(ready.num_bytes)
 
     # ---- what never ends, and what dies ------------------------------------------------------------------------------

@@ -17,9 +17,11 @@ import pyarrow as pa
 from batchgen.errors import StorageError
 from batchgen.events import JournalFlushed, PoolEvent, WorkerWarned
 from batchgen.journal import make_segment_path
-from batchgen.open_shard import Finished, OpenShard
+from batchgen.open_shard import OpenShard
 from batchgen.records import JournalRef
 from batchgen.shard_files import ShardFiles
+from batchgen.spilled import Finished, load_rows
+from batchgen.worker_shares import join_rows
 
 # Finished rows that stay in memory though they are journaled, so that most commits need not read them back.
 MAX_KEPT_BYTES = 256 * 2**20
@@ -44,6 +46,7 @@ class Spill:
         self._files, self._epoch, self._worker_id = files, epoch, worker_id
         self._list_shards, self._emit = list_shards, emit
         self._num_segments = 0
+        self._mixed: set[str] = set()
         self._flushing = asyncio.Lock()
 
     async def flush_often(self, interval_s: float) -> None:
@@ -71,7 +74,10 @@ class Spill:
         taken = {shard: taken for shard in shards if (taken := shard.take_unflushed())}
         if not taken:
             return
-        refs = await self._write({shard.lease.shard.number: table for shard, (table, _) in taken.items()})
+        rows = join_rows((shard.lease.shard.number, table) for shard, (table, _) in taken.items())
+        refs = await self._write(rows)
+        if len(rows) < len(taken):  # two batches of one shard, its own and a share: not one's to merge
+            self._mixed |= {ref.path for ref in refs.values()}
         for shard, (_, mark) in taken.items():
             shard.set_flushed(mark, refs[shard.lease.shard.number])
         self._emit(JournalFlushed(self._worker_id, tuple(refs.items())))
@@ -79,8 +85,10 @@ class Spill:
     async def _merge(self, shards: Iterable[OpenShard]) -> None:
         """Many segments of a shard become one. A crash in between leaves rows twice, which is fine."""
         for shard in shards:
-            number, old = shard.lease.shard.number, shard.flushed
-            tables = [await self._load(part) for part in old]
+            number = shard.lease.shard.number
+            old = [part for part in shard.flushed if part.ref is not None and part.ref.path not in self._mixed]
+            read_back, batch_id = self._files.read_back, shard.lease.batch_id
+            tables = [await asyncio.to_thread(load_rows, part, batch_id, read_back) for part in old]
             merged = pa.concat_tables(tables)
             if shard.has_ended:
                 continue
@@ -92,12 +100,6 @@ class Spill:
             shard.replace_flushed(old, Finished(merged if is_kept else None, refs[number]))
             paths = tuple(part.ref.path for part in old if part.ref is not None)
             self._emit(JournalFlushed(self._worker_id, tuple(refs.items()), ((number, paths),)))
-
-    async def _load(self, part: Finished) -> pa.Table:
-        if part.rows is not None:
-            return part.rows
-        assert part.ref is not None, "only journaled rows are dropped from memory"
-        return await asyncio.to_thread(self._files.read_back, part.ref)
 
     async def _write(self, rows: dict[int, pa.Table]) -> dict[int, JournalRef]:
         self._num_segments += 1

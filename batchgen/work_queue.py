@@ -76,6 +76,8 @@ class WorkQueue:
                 held.num_rows_done, held.num_rows_error = shard.num_rows_done, shard.num_rows_error
                 held.num_unsent = shard.num_unsent
                 self._count_open(held, +1)
+            elif shard.batch_id in worker.shares:
+                worker.share_unsent[shard.batch_id] = shard.num_unsent
         worker.count()
         progress = (beat.total_tokens, sum(held.num_rows_done for held in worker.open.values()))
         if progress != worker.progress or (beat.num_inflight == 0 and not worker.is_busy):
@@ -206,13 +208,14 @@ class WorkQueue:
 
     # ---- shares of lent shards ---------------------------------------------------------------------------------------
 
-    def lend_share(self, owner_id: str, batch_id: str, helper_id: str, now: float) -> Share:
+    def lend_share(self, owner_id: str, batch_id: str, helper_id: str, num_requests: int, now: float) -> Share:
         """Part of what the owner holds under this batch goes to a helper, as an attempt of its own."""
         held, helper = self._workers[owner_id].open[batch_id], self._workers[helper_id]
         share = Share(self._backlog.make_lease(held.lease.shard.number, helper_id), owner_id, batch_id)
         if not helper.is_busy:
             helper.progress_at = now
         helper.shares[share.lease.batch_id] = share
+        helper.share_unsent[share.lease.batch_id] = num_requests
         self._place(helper)
         return share
 
@@ -221,8 +224,13 @@ class WorkQueue:
         helper = self._workers.get(share.lease.worker_id)
         if helper is None or helper.shares.pop(share.lease.batch_id, None) is None:
             return False
+        helper.share_unsent.pop(share.lease.batch_id)
         self._place(helper)
         return True
+
+    def has_share(self, share: Share) -> bool:
+        helper = self._workers.get(share.lease.worker_id)
+        return helper is not None and share.lease.batch_id in helper.shares
 
     def list_shares(self, worker_id: str) -> list[Share]:
         """What a worker has of others' shards."""

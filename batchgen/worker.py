@@ -13,9 +13,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
-import pyarrow as pa
+from dataclasses import replace
 
 from batchgen.build import build_id
 from batchgen.engines import create_engine, list_refused
@@ -31,35 +29,24 @@ from batchgen.events import (
     WorkerWarned,
 )
 from batchgen.feeder import Feeder
-from batchgen.lengths import LengthPrior
 from batchgen.open_shard import OpenShard
+from batchgen.orders import Order
 from batchgen.prepare import Preparer
 from batchgen.records import Lease, WorkerInfo
+from batchgen.row_ranges import iter_rows
 from batchgen.sender import Ready, Sender, list_rows
 from batchgen.shard_files import ShardFiles, Spent, make_event
-from batchgen.spec import JobSpec
 from batchgen.spill import Spill
 from batchgen.stats import make_lost_stats
-from batchgen.storage import Storage
 from batchgen.suspects import ShardRows
 from batchgen.tasks import TaskGroup
+from batchgen.worker_setup import WorkerSetup as WorkerSetup  # known here to all who make workers
+from batchgen.worker_shares import Hooks, WorkerShares
 
 # Shards written at the same time: one uploads while the next is encoded; more would only take memory.
 MAX_COMMITS = 2
 # A drain waits this long for commits under way; their rows are journaled before.
 COMMIT_S = 4.0
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerSetup:
-    """All a worker needs to be made, in any process. Pickles."""
-
-    worker_id: str
-    spec: JobSpec
-    epoch: int
-    storage: Storage
-    passthrough: pa.Schema
-    prior: LengthPrior | None = None
 
 
 class Worker:
@@ -105,13 +92,20 @@ class Worker:
             window=spec.engine.max_inflight,
             startup_s=time.monotonic() - started,
         )
+        hooks = Hooks(self._feeder.feed, self._flush, self._emit)
+        self._shares = WorkerShares(self.info, self._files, self._sender, self._shards, hooks)
         return self.info
 
     def assign(self, lease: Lease) -> None:
         """Begin a shard."""
-        shard = OpenShard(lease, self._spec.sampling.n, self._files.result_schema)
-        self._shards[lease.batch_id] = shard
+        n = self._spec.sampling.n
+        wanted = [(row, sample) for row in iter_rows(lease.only) for sample in range(n)] if lease.only else None
+        self._shards[lease.batch_id] = shard = OpenShard(lease, n, self._files.result_schema, wanted)
         self._shard_tasks.spawn(self._run_shard(shard))
+
+    def tell(self, order: Order) -> None:
+        """Carry out an order about shares of a shard."""
+        self._shard_tasks.spawn(self._shares.obey(order))
 
     async def poll(self, timeout_s: float) -> list[PoolEvent]:
         """Events since the last poll, at once or when the first comes, and always a heartbeat."""
@@ -160,14 +154,12 @@ class Worker:
                 return
             await self._recover(shard)
             if shard.lease.only:
-                await self._sender.wait_apart()
+                await self._try_apart(shard)
+                return
+            shard.is_recovered = True
             await self._feeder.feed(shard)
             await shard.wait_ended()
             if shard.is_closed:
-                return
-            if shard.lease.only:
-                await self._flush()
-                self._emit(ShardReturned(self.info.worker_id, shard.lease.batch_id, shard.lease.shard.number))
                 return
             wall_s = time.monotonic() - started
             mean = (self._window.read_integral() - integral) / wall_s if wall_s > 0 else None
@@ -181,6 +173,17 @@ class Worker:
             if not self._has_ended:  # else its finished rows still go to the journal
                 self._shards.pop(shard.lease.batch_id, None)
 
+    async def _try_apart(self, shard: OpenShard) -> None:
+        """Suspected rows of a shard: with nothing beside them, into the journal, and back."""
+        lease = shard.lease
+        await self._sender.wait_apart()
+        slots = frozenset((row, sample) for row in iter_rows(lease.only) for sample in range(self._spec.sampling.n))
+        await self._feeder.feed(shard, slots)
+        await shard.wait_ended()
+        if not shard.is_closed:
+            await self._flush()
+            self._emit(ShardReturned(self.info.worker_id, lease.batch_id, lease.shard.number))
+
     async def _give_back(self, shard: OpenShard, error: BatchgenError) -> None:
         """The store or the input failed, or rows show that the job can't work as asked (the model has no chat template):
         the lease ends here, its finished rows are journaled for the next one."""
@@ -190,12 +193,14 @@ class Worker:
         self._emit(ShardFailed(self.info.worker_id, lease.batch_id, lease.shard.number, str(error), is_fatal))
 
     async def _recover(self, shard: OpenShard) -> None:
-        lease, replaced_attempt = shard.lease, 0
+        lease = shard.lease
         if lease.replaces is not None:
-            kept, replaced_attempt = await asyncio.to_thread(self._files.read_kept, lease, self._spec.retry.errors)
+            kept, shard.replaced_attempt = await asyncio.to_thread(
+                self._files.read_kept, lease, self._spec.retry.errors
+            )
             shard.recover(kept, are_copied=True)
         if lease.journal:
-            saved, left_out = await asyncio.to_thread(self._files.read_journal, lease, replaced_attempt)
+            saved, left_out = await asyncio.to_thread(self._files.read_journal, lease, shard.replaced_attempt)
             shard.recover(saved, are_copied=False)
             for message in left_out:
                 self._emit(WorkerWarned(self._setup.worker_id, message))

@@ -22,15 +22,15 @@ MAX_FILE_LINES = 300
 LAYERS = [
     ["__init__", "row_ranges", "batches", "errors", "urls"],
     ["records", "suspects"],
-    ["sections"],
+    ["sections", "orders", "spilled"],
     ["tensorrt_llm_spec", "sampling_spec"],
     ["engine_specs"],
-    ["lazy_heap", "leases"],
+    ["lazy_heap", "leases", "tail"],
     ["spec", "events", "build", "tasks", "window", "signals", "damage", "seal"],
     ["tokenizer_files"],
     # pure decisions
-    ["prompt", "plan", "backlog", "scaling", "lengths", "answer", "verify_rows"],
-    ["stats", "work_queue"],
+    ["prompt", "plan", "backlog", "scaling", "governor", "lengths", "answer", "verify_rows"],
+    ["stats", "work_queue", "progress", "roster"],
     ["trial_queue"],
     ["checkpoint", "stage_plan", "engines.trtllm.env"],
     ["preflight"],
@@ -43,7 +43,7 @@ LAYERS = [
     ["stores.s3"],
     ["storage"],
     ["stores.probe", "spec_load", "read", "write", "journal", "driver_lease"],
-    ["shard_footer"],
+    ["shard_footer", "handoff"],
     # weights on the node's own disk
     ["stage_fetch", "stage_lock"],
     ["stage_hub"],
@@ -82,11 +82,12 @@ LAYERS = [
     ["engines.contract_answers"],
     ["engines.contract"],
     ["shard_files", "sender", "validate"],
-    ["spill"],
     ["feeder"],
+    ["worker_setup", "worker_shares"],
+    ["spill"],
     ["worker", "job"],
     # many workers
-    ["inquiry"],
+    ["inquiry", "sharing", "ledger", "staffing"],
     ["inline_pool", "ray_pool", "dispatch"],
     ["pools"],
     # one run
@@ -95,18 +96,39 @@ LAYERS = [
     ["control"],
     ["finish", "verify_files", "verify_folder"],
     ["run", "verify"],
-    ["demo", "bench_decode"],
+    ["demo", "bench_decode", "bench_queue"],
+    ["bench_worker"],
+    # beside other systems; a peer's process may have no more of ours than child and workload
+    ["bench", "bench.workload", "bench.oracle", "bench.child", "bench.processes", "bench.homes"],
+    ["bench.ways", "bench.inputs", "bench.server"],
+    ["bench.runs"],
+    ["bench.measure", "bench.summary"],
+    ["bench.benchmark", "bench.saturation"],
     ["cli.base"],
     ["cli.jobs", "cli.outputs", "cli.nodes"],
     ["cli"],
     ["cli.__main__"],
 ]
-PURE = {"records", "events", "errors", "urls", "sections", "engine_specs", "tensorrt_llm_spec"}
+PURE = {"records", "events", "orders", "errors", "urls", "sections", "engine_specs", "tensorrt_llm_spec"}
 PURE |= {"spec", "prompt", "plan", "sampling_spec", "batches", "engines.deepseek_turns", "engines.deepseek_v32"}
 PURE |= {"row_ranges", "suspects", "trial_queue"}
-PURE |= {"work_queue", "backlog", "lazy_heap", "leases", "scaling", "lengths", "stats", "answer", "verify_rows"}
+PURE |= {
+    "work_queue",
+    "tail",
+    "progress",
+    "roster",
+    "backlog",
+    "lazy_heap",
+    "leases",
+    "scaling",
+    "lengths",
+    "stats",
+    "answer",
+    "verify_rows",
+}
 PURE |= {"read_ahead"}
 PURE |= {"checkpoint", "stage_plan", "preflight", "preflight_model"}
+PURE |= {"bench.oracle", "bench.runs"}
 PURE |= {"engines.trtllm.sampling", "engines.trtllm.env", "engines.trtllm.args", "engines.trtllm.health"}
 # What only does I/O: pure modules may not even import it from the standard library.
 EFFECTS = {
@@ -127,15 +149,21 @@ EFFECTS = {
 VENDORS = {
     "ray": {"ray_pool"},
     "torch": {"engines.sampling", "engines.decode", "engines.hf_model()", "engines.transformers()", "bench_decode()"}
-    | {"training.muon()", "training.train()", "training.save()", "training.accuracy()"},
-    "transformers": {"bench_decode()", "engines.hf_model()", "engines.hf_tokenizer()", "training.train()"},
+    | {"training.muon()", "training.train()", "training.save()", "training.accuracy()", "bench_worker()"},
+    "transformers": {
+        "bench_decode()",
+        "bench_worker()",
+        "engines.hf_model()",
+        "engines.hf_tokenizer()",
+        "training.train()",
+    },
     "safetensors": {"engines.hf_model()"},
     "jinja2": {"engines.hf_tokenizer"},
     "tensorrt_llm": {"engines.trtllm.vendor()"},
     "huggingface_hub": {"stage_hub()"},
     "fsspec": {"stores.remote", "stores.s3"},
     "s3fs": {"stores.s3"},
-    "aiohttp": {"stores.remote", "engines.openai", "engines.openai_http"},
+    "aiohttp": {"stores.remote", "engines.openai", "engines.openai_http", "bench.server()"},
     "botocore": {"stores.remote"},
     "pynvml": {"engines.trtllm.gpu()", "node_facts()"},
     "yaml": {"spec_load"},

@@ -56,7 +56,7 @@ def test_a_second_answer_is_dropped_and_the_first_stands() -> None:
     shard.add(make_ok(1, text="second"))
     shard.add(make_error(1))
     assert (shard.is_finished(0, 0), shard.is_finished(1, 0)) == (False, True)
-    assert shard.progress == ShardProgress(BATCH_ID, 1, 0)
+    assert shard.progress == ShardProgress(BATCH_ID, 1, 0, num_unsent=1)
     assert not has_ended(shard)
     shard.add(make_error(0))
     assert shard.progress == ShardProgress(BATCH_ID, 2, 1)

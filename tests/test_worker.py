@@ -264,7 +264,7 @@ def test_journaled_errors_of_an_earlier_run_are_tried_again(tmp_path: Path, erro
     assert sorted(found["source_row"].to_pylist()) == kept
     by_row = {row["source_row"]: row["text"] for row in found.to_pylist()}
     assert by_row[3] == (None if errors == "none" else "new")
-    same = files.read_journal(make_lease(epoch=1, journal=tuple(refs[:1])), 0)
+    same, _ = files.read_journal(make_lease(epoch=1, journal=tuple(refs[:1])), 0)
     assert same.num_rows == 4, "errors of the run itself are final"
 
 
