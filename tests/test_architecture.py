@@ -23,7 +23,7 @@ LAYERS = [
     ["__init__", "row_ranges", "batches", "errors", "urls"],
     ["records", "suspects"],
     ["sections", "orders", "spilled"],
-    ["tensorrt_llm_spec", "sampling_spec"],
+    ["tensorrt_llm_spec", "sampling_spec", "retry_spec"],
     ["engine_specs"],
     ["lazy_heap", "leases", "tail"],
     ["spec", "events", "build", "tasks", "window", "signals", "damage", "seal"],
@@ -111,7 +111,7 @@ LAYERS = [
 ]
 PURE = {"records", "events", "orders", "errors", "urls", "sections", "engine_specs", "tensorrt_llm_spec"}
 PURE |= {"spec", "prompt", "plan", "sampling_spec", "batches", "engines.deepseek_turns", "engines.deepseek_v32"}
-PURE |= {"row_ranges", "suspects", "trial_queue"}
+PURE |= {"row_ranges", "suspects", "trial_queue", "retry_spec"}
 PURE |= {
     "work_queue",
     "tail",
