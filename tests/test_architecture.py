@@ -96,7 +96,7 @@ LAYERS = [
     ["control"],
     ["finish", "verify_files", "verify_folder"],
     ["run", "verify"],
-    ["demo", "bench_decode", "bench_queue"],
+    ["demo", "bench_decode", "bench_queue", "bench_memory"],
     ["bench_worker"],
     # beside other systems; a peer's process may have no more of ours than child and workload
     ["bench", "bench.workload", "bench.oracle", "bench.child", "bench.processes", "bench.homes"],
