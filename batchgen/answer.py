@@ -108,3 +108,9 @@ def make_given_up(request: Request, lease: Lease) -> Result:
     reason = f"given up at attempt {lease.attempt}, the last one lost: {lease.reason}"
     failure = Failure("worker_lost", reason, is_retryable=True)
     return Result(request.row_id, 0, Timing(), failure=failure, prompt_tokens=count_prompt(request))
+
+
+def make_quarantined(row_id: RowId) -> Result:
+    """The result of a sample whose row killed engines. Only a run with `retry.errors: all` tries it again."""
+    failure = Failure("quarantined", "engines died with this row alone in flight", is_retryable=False)
+    return Result(row_id, 0, Timing(), failure=failure)

@@ -48,6 +48,8 @@ class Backlog:
         self._reasons: dict[int, str] = {}
         self._attempts: dict[int, int] = {}
         self._done: set[int] = set()
+        self._held: frozenset[int] = frozenset()
+        self._held_waiting: set[int] = set()
         self.is_hinted = any(queued.shard.expected_tokens is not None for queued in self._all.values())
         for number in self._all:
             self.put_back(number)
@@ -68,7 +70,21 @@ class Backlog:
     def take(self, number: int, worker_id: str) -> Lease:
         """It waits no more: the worker has it."""
         self._waiting.discard(number)
+        self._held_waiting.discard(number)
         return self.make_lease(number, worker_id)
+
+    def hold(self, numbers: Iterable[int]) -> None:
+        """These shards, and no others, wait apart: they are not picked."""
+        before, self._held = self._held, frozenset(numbers)
+        for number in sorted(self._held - before):
+            if number in self._waiting:
+                self._waiting.discard(number)
+                self._held_waiting.add(number)
+        for number in sorted((before - self._held) & self._held_waiting):
+            self.put_back(number)
+
+    def waits_apart(self, number: int) -> bool:
+        return number in self._held_waiting
 
     def make_lease(self, number: int, worker_id: str) -> Lease:
         """The shard's next attempt, whoever holds it."""
@@ -92,7 +108,12 @@ class Backlog:
     # ---- what became of them -----------------------------------------------------------------------------------------
 
     def put_back(self, number: int) -> None:
-        if number not in self._done:
+        self._held_waiting.discard(number)
+        if number in self._done:
+            return
+        if number in self._held:
+            self._held_waiting.add(number)
+        else:
             self._waiting.set(number, -self._all[number].cost)
 
     def complete(self, number: int) -> bool:
@@ -101,6 +122,7 @@ class Backlog:
             return False
         self._done.add(number)
         self._waiting.discard(number)
+        self._held_waiting.discard(number)
         self._delayed.discard(number)
         self._hopeless.pop(number, None)
         return True
@@ -116,6 +138,11 @@ class Backlog:
         self._delayed.add(number)
         if self._num_failed[number] >= self._retry.max_shard_attempts:
             self._hopeless[number] = None
+
+    def note_return(self, number: int, reason: str) -> None:
+        """It waits again at once, for no fault of its own."""
+        self._reasons[number] = reason
+        self.put_back(number)
 
     def note_loss(self, number: int, num_rows_done: int, reason: str) -> None:
         """It waits again at once. Only losses without progress count towards the last resort: a shard that gets further
@@ -139,7 +166,7 @@ class Backlog:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting) + len(self._delayed)
+        return len(self._waiting) + len(self._delayed) + len(self._held_waiting)
 
     @property
     def num_shards(self) -> int:

@@ -24,6 +24,7 @@ from batchgen.batches import BatchStats, FileFooter
 from batchgen.build import build_id
 from batchgen.dispatch import Dispatcher
 from batchgen.events import Heartbeat, PoolEvent, ShardCommitted, WorkerStarted
+from batchgen.inquiry import Inquiry
 from batchgen.journal import JournalIndex
 from batchgen.manifest import write_committed
 from batchgen.orders import Order
@@ -31,6 +32,7 @@ from batchgen.records import InputFile, Lease, Shard, ShardProgress, WorkerInfo
 from batchgen.spec import JobSpec
 from batchgen.stats import count_rows, make_batch_stats
 from batchgen.storage import Storage
+from batchgen.trial_queue import TrialQueue
 from batchgen.work_queue import QueuedShard, WorkQueue
 from batchgen.write import make_result_schema
 
@@ -223,13 +225,15 @@ def measure_driver(num_shards: int, num_workers: int) -> dict[str, float]:
         rows = make_rows(spec)
         pool = CountingPool(rows, make_sample_stats(shards[0].shard, rows))
         turns: list[float] = []
+        queue, index = TrialQueue(shards, epoch=1, retry=spec.retry, cluster=spec.cluster), JournalIndex()
         dispatcher = Dispatcher(
             spec=spec,
             storage=Storage(folder),
-            queue=WorkQueue(shards, epoch=1, retry=spec.retry, cluster=spec.cluster),
+            queue=queue,
             pool=pool,
             epoch=1,
-            index=JournalIndex(),
+            index=index,
+            inquiry=Inquiry(Storage(folder), spec, queue, index, lambda _: None),
             num_rows=num_shards * ROWS_PER_SHARD,
             num_rows_done_before=0,
             check=lambda: None,

@@ -13,19 +13,23 @@ from batchgen import journal
 from batchgen.build import build_id
 from batchgen.errors import RunStopped, StorageError
 from batchgen.events import (
+    EngineRestarted,
     Heartbeat,
     JournalFlushed,
     PoolEvent,
     RowsGiven,
     ShardCommitted,
     ShardFailed,
+    ShardReturned,
     ShareEnded,
+    WorkerLeaving,
     WorkerLost,
     WorkerPool,
     WorkerStarted,
     WorkerStartFailed,
     WorkerWarned,
 )
+from batchgen.inquiry import Inquiry
 from batchgen.ledger import Ledger
 from batchgen.progress import Progress
 from batchgen.records import WorkerInfo
@@ -35,7 +39,8 @@ from batchgen.spec import JobSpec
 from batchgen.staffing import Staffing
 from batchgen.storage import Storage
 from batchgen.tail import TailPolicy
-from batchgen.work_queue import LostLease, WorkQueue
+from batchgen.trial_queue import TrialQueue
+from batchgen.work_queue import LostLease
 
 __all__ = ["Dispatcher", "Progress"]
 
@@ -50,10 +55,11 @@ class Dispatcher:
 
     spec: JobSpec
     storage: Storage
-    queue: WorkQueue
+    queue: TrialQueue
     pool: WorkerPool
     epoch: int
     index: journal.JournalIndex
+    inquiry: Inquiry
     num_rows: int
     num_rows_done_before: int
     check: Callable[[], None]
@@ -102,11 +108,13 @@ class Dispatcher:
 
     def _lend(self) -> None:
         """Not more than so many leases a turn, so that the first fill of a large cluster doesn't hold up the events."""
+        for trial in self.inquiry.lend(self.clock(), num_starting=len(self.roster.starting)):
+            self.pool.assign(self.inquiry.complete(trial))
         for _ in range(MAX_LEASES_PER_TURN):
             lease = self.queue.lease_next(self.clock())
             if lease is None:
                 break
-            self.pool.assign(replace(lease, journal=self.index.get(lease.shard.number)))
+            self.pool.assign(self.inquiry.complete(lease))
         self.sharing.split(self.clock())
 
     # ---- one turn ----------------------------------------------------------------------------------------------------
@@ -125,10 +133,11 @@ class Dispatcher:
         now, limit = self.clock(), self.spec.cluster.start_timeout_s
         for worker_id in self.roster.list_overdue(now, limit):
             self.pool.kill(worker_id)
-            self._lose(worker_id, f"not up after {limit:g} s (cluster.start_timeout_s); has the cluster room for it?")
+            told = f"not up after {limit:g} s (cluster.start_timeout_s); has the cluster room for it?"
+            self._lose(WorkerLost(worker_id, told))
         for worker_id, reason in self.queue.list_silent(self.clock()):
             self.pool.kill(worker_id)
-            self._lose(worker_id, reason)
+            self._lose(WorkerLost(worker_id, reason, self.ledger.tally.get_inflight(worker_id)))
 
     def _check_hopeless(self) -> None:
         if (found := self.queue.find_hopeless()) is not None:
@@ -147,16 +156,25 @@ class Dispatcher:
                 self._greet(info)
             case WorkerStartFailed(worker_id, reason):
                 self._count_start_failure(worker_id, reason)
-            case WorkerLost(worker_id, reason):
-                self._lose(worker_id, reason)
+            case WorkerLost():
+                self._lose(event)
+            case WorkerLeaving(worker_id, reason):
+                self.on_warning(f"{worker_id} gets no more: {reason}")
+                self.queue.retire(worker_id)
+            case EngineRestarted():
+                self._note_restart(event)
             case WorkerWarned(worker_id, message):
                 self.on_warning(f"{worker_id}: {message}")
-            case JournalFlushed(_, refs):
-                self._delete(self.index.add(dict(refs)))
+            case JournalFlushed(_, refs, replaced):
+                free = self.index.add(dict(refs))
+                self._delete(free + [path for number, old in replaced for path in self.index.replace(number, old)])
             case ShardCommitted():
                 self._commit(event)
             case ShardFailed():
                 self._fail(event)
+            case ShardReturned(worker_id, batch_id, _):
+                self._give_back(worker_id, batch_id, "its rows are journaled")
+                self.inquiry.note_returned(worker_id, batch_id)
             case RowsGiven():
                 self.sharing.note_given(event, self.clock())
             case ShareEnded():
@@ -176,7 +194,8 @@ class Dispatcher:
         self.roster.count_start_failure(worker_id, self.clock(), reason)
         self.on_warning(f"{worker_id} failed to start: {reason}")
 
-    def _lose(self, worker_id: str, reason: str) -> None:
+    def _lose(self, gone: WorkerLost) -> None:
+        worker_id, reason = gone.worker_id, gone.reason
         if worker_id in self.roster.starting:
             self._count_start_failure(worker_id, reason)
             return
@@ -187,20 +206,34 @@ class Dispatcher:
         self.on_warning(f"{worker_id} was lost: {reason}")
         beat = self.ledger.tally.forget(worker_id)
         shares = self.queue.list_shares(worker_id)
-        lost = self.queue.lose(worker_id, self.clock(), reason)
         self._find_segments(worker_id)
+        is_trial = self.inquiry.is_trying(worker_id)
+        is_looked_into = self.inquiry.note_loss(gone, info.window)
+        lost = self.queue.lose(worker_id, self.clock(), reason, is_counted=not is_looked_into)
         for one in [*lost, *self.sharing.note_lost(worker_id, shares, self.clock(), reason)]:
             self._note_lost(one, info)
-        if beat is None or beat.total_tokens == 0:
+        is_mute = gone.has_rows_to_blame and (beat is None or beat.total_tokens == 0)
+        if is_mute and self.roster.is_failure(is_trial=is_trial):
             # It came up and made no token: an engine that always dies so must not be started for ever.
             self._count_start_failure(worker_id, reason)
+
+    def _note_restart(self, event: EngineRestarted) -> None:
+        if (info := self.roster.workers.get(event.worker_id)) is not None:
+            self.on_warning(f"{event.worker_id}'s engine died and is started anew: {event.reason}")
+            self.inquiry.note_restart(event, info.window)
+            for batch_id in event.batch_ids:
+                self._give_back(event.worker_id, batch_id, event.reason)
+
+    def _give_back(self, worker_id: str, batch_id: str, reason: str) -> None:
+        if (lost := self.queue.give_back(worker_id, batch_id, self.clock(), reason)) is not None:
+            self._note_lost(lost)
 
     def _find_segments(self, worker_id: str) -> None:
         """A segment may have been written whose news died with the worker."""
         prefix = journal.make_worker_prefix(self.epoch, worker_id)
         paths = [path for path in journal.list_segments(self.storage) if path.startswith(prefix)]
         new = [path for path in paths if not self.index.knows(path)]
-        for refs in journal.read_indexes(self.storage, new, self.spec.fingerprint()):
+        for refs in journal.read_indexes(self.storage, new, self.spec.fingerprint(), self.on_warning):
             self._delete(self.index.add(refs))
 
     def _note_lost(self, lost: LostLease, info: WorkerInfo | None = None) -> None:
@@ -214,6 +247,7 @@ class Dispatcher:
             for lost in self.sharing.note_committed(number, self.clock()):
                 self._note_lost(lost)
             self._delete(self.index.complete(number))
+            self.inquiry.note_committed(number)
 
     def _fail(self, event: ShardFailed) -> None:
         if event.is_fatal:
@@ -222,6 +256,7 @@ class Dispatcher:
         if lost is not None:
             self.on_warning(f"{event.batch_id} on {event.worker_id}: {event.reason}")
             self._note_lost(lost)
+            self.inquiry.note_failed(event.worker_id, event.batch_id)
 
     def _end_share(self, event: ShareEnded) -> None:
         if self.sharing.note_ended(event) and event.reason is not None:

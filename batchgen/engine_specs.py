@@ -60,6 +60,15 @@ class SimulatedEngineSpec(EngineSection):
     reject_text: str | None = Field(
         default=None, description="Refuse each prompt that contains this text: a stand-in for a poison row."
     )
+    die_text: str | None = Field(
+        default=None, description="Die of each prompt that contains this text, once it is prefilled."
+    )
+    death: Literal["engine", "process", "restart"] = Field(
+        default="engine",
+        description="How. engine: for good; process: its process gets SIGKILL; restart: everything in flight is lost, and "
+        "it starts anew by itself.",
+    )
+    hang_text: str | None = Field(default=None, description="Never answer a prompt that contains this text.")
     failure_rate: float = Field(
         default=0.0, ge=0.0, le=1.0, description="Share of first attempts that fail and may be retried, seeded by row."
     )

@@ -15,12 +15,14 @@
     │   ├── RequestRejected      the engine will never take this request               not retryable
     │   └── RequestFailed        the engine failed on this request                     retryable
     │       └── EngineUnavailable    it was not there or had no room; says nothing of the request
+    │           └── EngineRestarted      it died with the request in flight, and starts anew by itself
     ├── EngineDied               the engine can't go on; its worker is lost
     └── StorageError             the store failed after its own retries
         ├── NotFound             no such object
         ├── AlreadyExists        create-if-absent found the object there
         ├── Conflict             replace-if-match found another version
         ├── Damaged              a journal segment is not what was written
+        │   └── Foreign          it is another job's, or nobody's
         └── InputChanged         a planned input file is no longer what was planned
 
 Every one of them pickles with its message, because they cross processes. No message ever holds prompt or generated
@@ -109,6 +111,11 @@ class EngineUnavailable(RequestFailed):
     attempt. The engine bounds how long this goes on: it raises EngineDied when it has been of no use for too long."""
 
 
+class EngineRestarted(EngineUnavailable):
+    """The engine died with this request in flight, and starts anew by itself: every request that was in flight gets this
+    at once. The worker gives all of them up, so that whichever killed it is found (`suspects`)."""
+
+
 class EngineDied(BatchgenError):
     """The engine can't serve any more. Rows in flight are given back to the queue."""
 
@@ -139,6 +146,10 @@ class Damaged(StorageError):
     """A journal segment is not what was written, or not this job's. Without it its rows are generated again."""
 
     is_retryable = False
+
+
+class Foreign(Damaged):
+    """A file among the journal's segments that batchgen, or this job, didn't write."""
 
 
 class InputChanged(StorageError):

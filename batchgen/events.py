@@ -6,6 +6,7 @@ from typing import Protocol
 from batchgen.batches import BatchStats, FileFooter
 from batchgen.orders import Order
 from batchgen.records import JournalRef, Lease, ShardProgress, Share, WorkerInfo
+from batchgen.suspects import ShardRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,28 +22,56 @@ class WorkerStartFailed:
 
 @dataclass(frozen=True, slots=True)
 class WorkerLost:
-    """The worker is gone (killed, node lost, engine dead). Its leases must be lent again."""
+    """The worker is gone (killed, node lost, engine dead). Its leases must be lent again. `inflight`: rows that its engine
+    had when it died; None: not known. `has_rows_to_blame`: False where the machine went, or somebody asked for it."""
+
+    worker_id: str
+    reason: str
+    inflight: tuple[ShardRows, ...] | None = None
+    has_rows_to_blame: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLeaving:
+    """Its node is being drained: it gets no more leases, journals what it has, and is lost soon."""
 
     worker_id: str
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
+class EngineRestarted:
+    """The engine died with these rows in flight and starts anew by itself. The worker lives; the leases named ended, and
+    their finished rows are journaled."""
+
+    worker_id: str
+    reason: str
+    inflight: tuple[ShardRows, ...]
+    batch_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Heartbeat:
     """Sent with every poll, idle or not. `total_tokens` only grows while the engine works; `integral` is the rows x
-    seconds in flight since the worker's start."""
+    seconds in flight since the worker's start. `inflight`: the rows, told when nothing was sent and nothing ended since the
+    last heartbeat: then they may hang, and while they change what is told is old when it arrives."""
 
     worker_id: str
     total_tokens: int
     num_inflight: int
     integral: float
     shards: tuple[ShardProgress, ...]
+    inflight: tuple[ShardRows, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class JournalFlushed:
+    """A segment was written: where each shard's rows lie in it. `replaced`: earlier segments of which it holds a shard's
+    rows, too."""
+
     worker_id: str
     refs: tuple[tuple[int, JournalRef], ...]
+    replaced: tuple[tuple[int, tuple[str, ...]], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +108,15 @@ class ShardFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class ShardReturned:
+    """The lease's rows (`Lease.only`) ended and are journaled; their shard is to be done yet."""
+
+    worker_id: str
+    batch_id: str
+    shard_number: int
+
+
+@dataclass(frozen=True, slots=True)
 class RowsGiven:
     """The owner's answer to `GiveRows`: so many requests wait in the handoff, and it will not send them. 0: it had none to
     give, and there is no handoff."""
@@ -103,11 +141,14 @@ PoolEvent = (
     WorkerStarted
     | WorkerStartFailed
     | WorkerLost
+    | WorkerLeaving
+    | EngineRestarted
     | WorkerWarned
     | Heartbeat
     | JournalFlushed
     | ShardCommitted
     | ShardFailed
+    | ShardReturned
     | RowsGiven
     | ShareEnded
 )

@@ -15,6 +15,8 @@ from batchgen.records import Lease
 from batchgen.worker import Worker, WorkerSetup, open_worker
 
 POLL_S = 0.2
+# A thread that doesn't end (an engine that hangs in its close) is left behind after this: it can't be killed.
+JOIN_S = 60.0
 
 
 class InlinePool:
@@ -51,14 +53,17 @@ class InlinePool:
     def drain(self, timeout_s: float) -> list[PoolEvent]:
         for thread in self._threads.values():
             thread.stop(drain_s=timeout_s)
+        for thread in self._threads.values():
+            thread.join(timeout_s + JOIN_S)
         self.close()
         return self.poll(0.0)
 
     def close(self) -> None:
+        """Those that drain are not waited for: a second Ctrl-C came in between."""
         for thread in self._threads.values():
-            thread.stop()
+            thread.end()
         for thread in self._threads.values():
-            thread.join()
+            thread.join(JOIN_S)
         self._threads.clear()
 
 
@@ -71,6 +76,7 @@ class _WorkerThread:
         self._is_stopping = threading.Event()
         self._drain_s: float | None = None
         self._wake: Callable[[], None] = lambda: None
+        self._cancel: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), name=setup.worker_id, daemon=True)
         self._thread.start()
 
@@ -85,8 +91,15 @@ class _WorkerThread:
             self._is_stopping.set()
             self._wake()
 
-    def join(self) -> None:
-        self._thread.join()
+    def end(self) -> None:
+        """Now, whatever it does."""
+        is_draining = self._is_stopping.is_set() and self._drain_s is not None
+        self.stop()
+        if is_draining:
+            self._cancel()
+
+    def join(self, timeout_s: float) -> None:
+        self._thread.join(timeout_s)
 
     async def _main(self) -> None:
         try:
@@ -100,10 +113,17 @@ class _WorkerThread:
             with contextlib.suppress(RuntimeError):  # it ended meanwhile: there is nothing left to wake
                 loop.call_soon_threadsafe(worker.wake)
 
-        self._wake = wake
+        def cancel() -> None:
+            with contextlib.suppress(RuntimeError):  # the same
+                loop.call_soon_threadsafe(serving.cancel)
+
+        serving = asyncio.ensure_future(self._serve(worker))
+        self._wake, self._cancel = wake, cancel
         self._events.put(WorkerStarted(worker.info))
         try:
-            await self._serve(worker)
+            await asyncio.wait([serving])
+            if not serving.cancelled():
+                serving.result()
         finally:
             await worker.close()
 

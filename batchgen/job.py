@@ -4,7 +4,7 @@ Opening the same job twice gives the same plan. New input files are left out wit
 ones that are missing or changed are refused by name.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,16 +15,17 @@ import pyarrow as pa
 from batchgen import manifest
 from batchgen.damage import refusing_damage
 from batchgen.engines import create_tokenizer
-from batchgen.errors import InputError, OutputError, Refusal, StorageError
+from batchgen.errors import Foreign, InputError, OutputError, Refusal, StorageError
 from batchgen.handoff import list_handoffs
 from batchgen.journal import JournalIndex, list_segments, read_indexes
 from batchgen.length_files import measure_shards, read_prior
 from batchgen.lengths import LengthPrior, choose_cost, choose_work
 from batchgen.manifest import CommittedShard
+from batchgen.names import make_data_path
 from batchgen.plan import Plan, expected_tokens, list_changes, make_plan
 from batchgen.prompt import list_prompt_columns
 from batchgen.read import read_footers
-from batchgen.records import InputFile, Shard, make_data_path
+from batchgen.records import InputFile, Shard
 from batchgen.seal import seal_json
 from batchgen.spec import JobSpec
 from batchgen.storage import FileInfo, Storage, is_input, list_inputs
@@ -257,14 +258,19 @@ def freeze(job: Job) -> None:
         manifest.write_plan_shards(storage, job.plan.files, job.new_shards)
 
 
-def load_journal(job: Job) -> JournalIndex:
-    """What earlier runs journaled; segments whose shards are all committed are deleted here, and
-    handoffs, which mean nothing to another run."""
+def load_journal(job: Job, on_warning: Callable[[str], None]) -> JournalIndex:
+    """What earlier runs journaled; segments whose shards are all committed are deleted here, and handoffs, which mean
+    nothing to another run. A damaged segment costs the work in it, for which nobody need be woken; raises OutputError for
+    a file that somebody else put there."""
     index = JournalIndex()
     for number in job.committed.keys() - {queued.shard.number for queued in job.todo}:
         index.complete(number)
-    for refs in read_indexes(job.storage, list_segments(job.storage), job.spec.fingerprint()):
-        job.storage.delete_many(index.add(refs))
+    segments = list_segments(job.storage)
+    try:
+        for refs in read_indexes(job.storage, segments, job.spec.fingerprint(), on_warning):
+            job.storage.delete_many(index.add(refs))
+    except Foreign as error:
+        raise OutputError(str(error)) from error
     job.storage.delete_many(list_handoffs(job.storage))
     return index
 

@@ -3,12 +3,13 @@
 A segment is one object for one flush of one worker, created if absent, never changed: a Parquet file with one row group
 for each shard it holds rows of, and an index of them in its footer. Rows may be in several segments (a row may be
 generated twice); the first one that counts wins, so what an attempt commits depends on the order of segment names only.
-`JournalIndex` knows which segments still matter; a segment goes when every shard in it is committed. Pages bear checksums,
-for a segment's rows end up in shard files: a damaged one is refused by name, and without it its rows are made again.
+`JournalIndex` knows which segments still matter; a segment goes when every shard in it is committed, or when its rows
+stand in a later one. Pages bear checksums, for a segment's rows end up in shard files: a damaged one is left out, by name,
+and its rows are made again. A file that is no segment of this job is refused: somebody put it there.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchgen.damage import refusing_damage
-from batchgen.errors import AlreadyExists, Damaged, NotFound
+from batchgen.errors import AlreadyExists, Damaged, Foreign, NotFound
 from batchgen.records import JournalRef
 from batchgen.storage import Storage
 
@@ -62,16 +63,16 @@ def write_segment(storage: Storage, path: str, rows: Mapping[int, pa.Table], fin
 
 
 def read_index(storage: Storage, path: str, fingerprint: str) -> dict[int, JournalRef]:
-    """Where each shard's rows lie in one segment. Raises Damaged when it is none, or belongs to another job."""
+    """Where each shard's rows lie in one segment. Raises Damaged when it is none, Foreign when it is not this job's."""
     url = storage.url(path)
     with refusing_damage(url, "is damaged, or no journal segment; remove it", Damaged):
         with storage.open_read(path) as source:
             metadata = pq.ParquetFile(source).schema_arrow.metadata or {}
         if INDEX_KEY not in metadata:
-            raise Damaged(f"{url}: was not written by batchgen; remove it")
+            raise Foreign(f"{url}: was not written by batchgen; remove it")
         index = json.loads(metadata[INDEX_KEY])
         if index["fingerprint"] != fingerprint:
-            raise Damaged(f"{url}: was written by a job with another fingerprint; remove it")
+            raise Foreign(f"{url}: was written by a job with another fingerprint; remove it")
         return {int(number): JournalRef(path, group) for group, number in enumerate(index["shards"])}
 
 
@@ -80,10 +81,27 @@ def list_segments(storage: Storage) -> list[str]:
     return [info.path for info in storage.list_files(FOLDER, suffix=".parquet")]
 
 
-def read_indexes(storage: Storage, paths: Sequence[str], fingerprint: str) -> list[dict[int, JournalRef]]:
-    """Indexes of many segments, read in parallel, in the order given."""
+def read_indexes(
+    storage: Storage, paths: Sequence[str], fingerprint: str, on_damage: Callable[[str], None]
+) -> list[dict[int, JournalRef]]:
+    """Indexes of many segments, read in parallel, in the order given; those that are damaged are told of and left out.
+    Raises Foreign."""
+
+    def read(path: str) -> dict[int, JournalRef]:
+        try:
+            return read_index(storage, path, fingerprint)
+        except Foreign:
+            raise
+        except Damaged as error:
+            on_damage(describe_left_out(error))
+            return {}
+
     with ThreadPoolExecutor(NUM_INDEX_THREADS, thread_name_prefix="journal") as threads:
-        return list(threads.map(lambda path: read_index(storage, path, fingerprint), paths))
+        return [refs for refs in threads.map(read, paths) if refs]
+
+
+def describe_left_out(error: Damaged) -> str:
+    return f"{str(error).partition(';')[0]}: left out, its rows are generated again"
 
 
 def read_rows(storage: Storage, refs: Sequence[JournalRef], schema: pa.Schema) -> pa.Table:
@@ -95,16 +113,32 @@ def read_rows(storage: Storage, refs: Sequence[JournalRef], schema: pa.Schema) -
     """
     tables = []
     for ref in refs:
-        damage = refusing_damage(storage.url(ref.path), "is a damaged journal segment; remove it", Damaged)
         try:
-            with damage, storage.open_read(ref.path) as source:
-                parquet = pq.ParquetFile(source, page_checksum_verification=True)
-                rows = parquet.read_row_group(ref.row_group).cast(schema)
-                rows.validate(full=True)  # text that is none would be found much later, by whoever reads the output
-                tables.append(rows)
+            tables.append(read_ref(storage, ref, schema))
         except NotFound:
             continue
     return pa.concat_tables(tables) if tables else schema.empty_table()
+
+
+def read_sound_rows(storage: Storage, refs: Sequence[JournalRef], schema: pa.Schema) -> tuple[pa.Table, list[str]]:
+    """(rows as `read_rows` of all segments that are whole, what is to be said of the others)."""
+    tables, left_out = [schema.empty_table()], []
+    for ref in refs:
+        try:
+            tables.append(read_rows(storage, [ref], schema))
+        except Damaged as error:
+            left_out.append(describe_left_out(error))
+    return pa.concat_tables(tables), left_out
+
+
+def read_ref(storage: Storage, ref: JournalRef, schema: pa.Schema) -> pa.Table:
+    """Rows of one shard from one segment; of columns only those of the schema. Raises Damaged, NotFound."""
+    damage = refusing_damage(storage.url(ref.path), "is a damaged journal segment; remove it", Damaged)
+    with damage, storage.open_read(ref.path) as source:
+        parquet = pq.ParquetFile(source, page_checksum_verification=True)
+        rows = parquet.read_row_group(ref.row_group, columns=schema.names).cast(schema)
+        rows.validate(full=True)  # text that is none would be found much later, by whoever reads the output
+        return rows
 
 
 def drop_repeated(rows: pa.Table) -> pa.Table:
@@ -142,8 +176,17 @@ class JournalIndex:
     def complete(self, shard_number: int) -> list[str]:
         """The shard is committed."""
         self._done.add(shard_number)
+        return self._free(shard_number, self._refs.pop(shard_number, ()))
+
+    def replace(self, shard_number: int, paths: Iterable[str]) -> list[str]:
+        """The shard's rows in these segments stand in a later one, too."""
+        gone, refs = set(paths), self._refs.get(shard_number, [])
+        self._refs[shard_number] = [ref for ref in refs if ref.path not in gone]
+        return self._free(shard_number, [ref for ref in refs if ref.path in gone])
+
+    def _free(self, shard_number: int, refs: Iterable[JournalRef]) -> list[str]:
         free = []
-        for ref in self._refs.pop(shard_number, ()):
+        for ref in refs:
             shards = self._shards[ref.path]
             shards.discard(shard_number)
             if not shards:

@@ -29,7 +29,8 @@ class OpenLease:
 @dataclass(slots=True)
 class QueueWorker:
     """A worker as the queue sees it. `num_rows_ended`: rows of leases that it has done with.
-    `share_unsent`: requests of each share that it has not sent yet."""
+    `share_unsent`: requests of each share that it has not sent yet. `is_apart`: it has suspects, and gets nothing beside
+    them; `is_leaving`: it gets nothing any more."""
 
     info: WorkerInfo
     joined_at: float
@@ -44,6 +45,8 @@ class QueueWorker:
     open: dict[str, OpenLease] = field(default_factory=dict)
     shares: dict[str, Share] = field(default_factory=dict)
     share_unsent: dict[str, int] = field(default_factory=dict)
+    is_apart: bool = False
+    is_leaving: bool = False
 
     @property
     def is_busy(self) -> bool:

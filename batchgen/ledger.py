@@ -9,8 +9,9 @@ from typing import TypeVar
 from batchgen.batches import BatchStats, FileFooter
 from batchgen.events import ShardCommitted
 from batchgen.manifest import CommittedShard, add_batches
+from batchgen.names import make_data_path
 from batchgen.progress import Tally
-from batchgen.records import WorkerInfo, make_data_path
+from batchgen.records import WorkerInfo
 from batchgen.stats import make_lost_stats
 from batchgen.storage import FileInfo
 from batchgen.work_queue import LostLease

@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 from batchgen.batches import BatchStats, FileFooter
 from batchgen.damage import RESTORE, refusing_damage
 from batchgen.errors import AlreadyExists, LeaseLost, NotFound, OutputError
-from batchgen.records import InputFile, Shard, parse_batch_id
+from batchgen.names import parse_batch_id
+from batchgen.records import InputFile, Shard
 from batchgen.shard_footer import read_footer
 from batchgen.stats import LATENCY_FIELDS, merge_stats
 from batchgen.storage import FileInfo, Storage

@@ -1,8 +1,9 @@
 """One leased shard while its worker works on it: which rows are finished, their results as Arrow, what is journaled.
 
-Invariants: each (row, sample) is finished at most once, later answers for it are dropped; results in `unflushed` are
-exactly those that a lost worker would cost; a request that is away is another worker's until it is taken back. No I/O,
-no Ray, one thread (the worker's event loop) but for `make_parts`.
+Invariants: each (row, sample) is finished at most once, later answers for it are dropped; results without a journal
+reference are exactly those that a lost worker would cost; a request that is away is another worker's until it is taken
+back. What is journaled may be dropped from memory; the commit reads it back. No I/O, no Ray, one thread (the worker's event
+loop) but for `make_parts`.
 """
 
 import asyncio
@@ -13,10 +14,12 @@ from itertools import islice
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batchgen.answer import make_unstorable
+from batchgen.answer import make_quarantined, make_unstorable
 from batchgen.errors import BatchgenError
-from batchgen.records import Lease, Result, RowId, ShardProgress, Slot
+from batchgen.records import JournalRef, Lease, Result, RowId, ShardProgress, Slot
 from batchgen.result_batch import count_values, make_result_batch
+from batchgen.row_ranges import RowRanges, iter_rows
+from batchgen.spilled import Finished, ReadBack, load_rows
 from batchgen.write import make_output_table
 
 # Results become Arrow this many rows, or token ids and logprobs, at a time: Python objects of more never pile up, and the
@@ -60,8 +63,10 @@ class OpenShard:
         self._recovered: list[pa.Table] = []
         self._buffer: list[Result] = []
         self._num_values = 0
-        self._batches: list[pa.RecordBatch] = []
-        self._num_flushed = 0
+        self.num_unflushed_bytes = 0
+        # Replaced as a whole, never changed: the commit takes it in another thread.
+        self._parts: tuple[Finished, ...] = ()
+        self._num_left_out = 0
         self._inputs: list[pa.Table] = []
         self._ended = asyncio.Event()
         if wanted is not None:
@@ -70,7 +75,7 @@ class OpenShard:
     def _leave_out_all_but(self, wanted: Sequence[Slot]) -> None:
         places = {self._slot(*slot) for slot in wanted}
         self._finished = bytearray(place not in places for place in range(len(self._finished)))
-        self._num_finished = len(self._finished) - len(places)
+        self._num_finished = self._num_left_out = len(self._finished) - len(places)
 
     # ---- what comes in -----------------------------------------------------------------------------------------------
 
@@ -121,6 +126,12 @@ class OpenShard:
         if len(self._buffer) >= BATCH_ROWS or self._num_values >= BATCH_VALUES:
             self._pack()
         self._check_ended()
+
+    def quarantine(self, rows: RowRanges) -> None:
+        """These rows end as errors, where they did not end before."""
+        for row in iter_rows(rows):
+            for sample in range(self._n):
+                self.add(make_quarantined(RowId(self.lease.shard.file.path, row, sample)))
 
     def close(self, error: BatchgenError | None = None) -> None:
         """Nothing more is read or committed for this attempt: whatever waits for it goes on at once, `wait_ended` with
@@ -175,10 +186,14 @@ class OpenShard:
         return bool(self._finished[self._slot(source_row, sample_index)])
 
     @property
+    def _num_made(self) -> int:
+        return self._num_finished - self._num_left_out
+
+    @property
     def progress(self) -> ShardProgress:
         """Input rows done, counted in whole rows of n samples."""
         num_unsent = len(self._finished) - self._num_finished - len(self._away) - self.num_inflight
-        return ShardProgress(self.lease.batch_id, self._num_finished // self._n, self.num_error, max(0, num_unsent))
+        return ShardProgress(self.lease.batch_id, self._num_made // self._n, self.num_error, max(0, num_unsent))
 
     def is_row_finished(self, source_row: int) -> bool:
         """All its samples."""
@@ -196,16 +211,34 @@ class OpenShard:
     def take_unflushed(self) -> tuple[pa.Table, int] | None:
         """(results not journaled yet, mark for `set_flushed`); None when there are none."""
         self._pack()
-        new = self._batches[self._num_flushed :]
-        return (pa.Table.from_batches(new, schema=self._schema), len(self._batches)) if new else None
+        new = [part.rows for part in self._parts if part.ref is None]
+        return (pa.concat_tables(new), len(self._parts)) if new else None
 
-    def set_flushed(self, mark: int) -> None:
-        self._num_flushed = mark
+    def set_flushed(self, mark: int, ref: JournalRef) -> None:
+        """What was taken with this mark is journaled there."""
+        taken = [part.rows for part in self._parts[:mark] if part.ref is None]
+        kept = [part for part in self._parts[:mark] if part.ref is not None]
+        self._parts = (*kept, Finished(pa.concat_tables(taken), ref), *self._parts[mark:])
+        self.num_unflushed_bytes = sum(part.num_bytes for part in self._parts[len(kept) + 1 :])
 
-    def make_parts(self, output_schema: pa.Schema) -> Parts:
-        """The finished shard; may run in another thread. Raises ValueError when a row is missing or twice."""
+    @property
+    def flushed(self) -> tuple[Finished, ...]:
+        """What this attempt has journaled."""
+        return tuple(part for part in self._parts if part.ref is not None)
+
+    def replace_flushed(self, old: Sequence[Finished], new: Finished) -> None:
+        """The same results, journaled elsewhere or dropped from memory."""
+        gone = {id(part) for part in old}
+        place = next(place for place, part in enumerate(self._parts) if id(part) in gone)
+        kept = [part for part in self._parts if id(part) not in gone]
+        self._parts = (*kept[:place], new, *kept[place:])
+
+    def make_parts(self, output_schema: pa.Schema, read_back: ReadBack | None = None) -> Parts:
+        """The finished shard; may run in another thread. `read_back`: rows that are journaled only. Raises ValueError when
+        a row is missing or twice, and what `read_back` raises."""
         self._pack()
-        generated = pa.Table.from_batches(self._batches, schema=self._schema)
+        made = (load_rows(part, self.lease.batch_id, read_back) for part in self._parts)
+        generated = pa.concat_tables([self._schema.empty_table(), *made])
         recovered = pa.concat_tables([self._schema.empty_table(), *self._recovered])
         inputs = pa.concat_tables(self._inputs)
         output = make_output_table(pa.concat_tables([generated, recovered]), inputs, self.lease, self._n, output_schema)
@@ -234,7 +267,8 @@ class OpenShard:
             kept = [self._make_storable(result) for result in self._buffer]
             self.num_error += sum(new is not old for new, old in zip(kept, self._buffer, strict=True))
             batch = self._make_batch(kept)
-        self._batches.append(batch)
+        self._parts = (*self._parts, Finished(pa.Table.from_batches([batch])))
+        self.num_unflushed_bytes += batch.nbytes
         self._buffer, self._num_values = [], 0
 
     def _make_batch(self, results: Sequence[Result]) -> pa.RecordBatch:

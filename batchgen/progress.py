@@ -6,6 +6,7 @@ Rows are input rows, tokens completion tokens; rows of open shards count as thei
 from dataclasses import dataclass, field
 
 from batchgen.events import Heartbeat
+from batchgen.suspects import ShardRows
 
 
 @dataclass(slots=True)
@@ -48,6 +49,11 @@ class Tally:
         last = self._beats.pop(worker_id, None)
         self.num_inflight -= last.num_inflight if last else 0
         return last
+
+    def get_inflight(self, worker_id: str) -> tuple[ShardRows, ...] | None:
+        """Rows that the worker's engine has, where its last heartbeat told them."""
+        last = self._beats.get(worker_id)
+        return last.inflight if last is not None else None
 
     def commit(self, num_ok: int, num_error: int) -> None:
         self.num_results += num_ok + num_error

@@ -10,18 +10,19 @@ import hashlib
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import AuthenticationError, RayActorError, RayError, RayTaskError
 
 from batchgen.errors import LeaseHeld, Refusal
-from batchgen.events import PoolEvent, WorkerLost, WorkerStarted, WorkerStartFailed
+from batchgen.events import PoolEvent, WorkerLeaving, WorkerLost, WorkerStarted, WorkerStartFailed
 from batchgen.orders import Order
 from batchgen.records import Lease
 from batchgen.spec import ClusterSpec
@@ -32,8 +33,11 @@ CONNECT_TIMEOUT_S = 10.0
 TOKEN_LOGGER = "ray._private.authentication.authentication_token_setup"
 # How long one poll waits in the actor for news. Its reply is the heartbeat, so also how old a heartbeat gets.
 ACTOR_POLL_S = 2.0
-# A drained worker may need this much longer than its rows got, to journal and commit.
-DRAIN_MARGIN_S = 30.0
+# A drained worker may need this much longer than its rows got, to journal and commit; what then is missing is lost, as in
+# any crash. With `cluster.drain_s` that is the 20 s in which a stopped run ends.
+DRAIN_MARGIN_S = 7.0
+# How often is asked which nodes are being drained, and what of their time is kept for the journal.
+DRAINING_LOOK_S, DRAINING_MARGIN_S = 2.0, 5.0
 
 
 def connect(cluster: ClusterSpec) -> None:
@@ -100,7 +104,7 @@ class WorkerActor:
 @dataclass(frozen=True, slots=True)
 class _Waiting:
     worker_id: str
-    is_opening: bool
+    call: Literal["open", "poll", "drain"]
 
 
 class RayPool:
@@ -112,6 +116,9 @@ class RayPool:
         self._cluster = setup.spec.cluster
         self._actors: dict[str, ActorHandle] = {}
         self._waiting: dict[ray.ObjectRef, _Waiting] = {}
+        self._nodes: dict[str, str] = {}
+        self._leaving: set[str] = set()
+        self._look_at = 0.0
 
     def start_worker(self, worker_id: str) -> None:
         cluster = self._cluster
@@ -130,7 +137,7 @@ class RayPool:
             .remote()
         )
         self._actors[worker_id] = actor
-        self._waiting[actor.open.remote(replace(self._setup, worker_id=worker_id))] = _Waiting(worker_id, True)
+        self._waiting[actor.open.remote(replace(self._setup, worker_id=worker_id))] = _Waiting(worker_id, "open")
 
     def assign(self, lease: Lease) -> None:
         # Its own failure says nothing that the outstanding poll does not say too.
@@ -147,21 +154,22 @@ class RayPool:
     def poll(self, timeout_s: float) -> list[PoolEvent]:
         if not self._waiting:
             return []
-        ready, _ = ray.wait(list(self._waiting), num_returns=1, timeout=timeout_s)
+        leaving = self._leave_draining_nodes()
+        ready, _ = ray.wait(list(self._waiting), num_returns=1, timeout=0.0 if leaving else timeout_s)
         if ready:
             ready, _ = ray.wait(list(self._waiting), num_returns=len(self._waiting), timeout=0)
-        return [event for ref in ready for event in self._take(ref)]
+        return [*leaving, *(event for ref in ready for event in self._take(ref))]
 
     def drain(self, timeout_s: float) -> list[PoolEvent]:
         """News that the polls still hold is taken in first, so that no commit goes unnoticed."""
         events = self.poll(0.0)
-        opening = {waiting.worker_id for waiting in self._waiting.values() if waiting.is_opening}
+        opening = {waiting.worker_id for waiting in self._waiting.values() if waiting.call == "open"}
         draining = {
             actor.drain.remote(timeout_s): worker_id
             for worker_id, actor in self._actors.items()
             if worker_id not in opening
         }
-        refs = [*draining, *(ref for ref, waiting in self._waiting.items() if not waiting.is_opening)]
+        refs = [*draining, *(ref for ref, waiting in self._waiting.items() if waiting.call != "open")]
         ready, _ = ray.wait(refs, num_returns=len(refs), timeout=timeout_s + DRAIN_MARGIN_S) if refs else ([], [])
         for ref in ready:
             try:
@@ -177,19 +185,57 @@ class RayPool:
 
     def _take(self, ref: ray.ObjectRef) -> list[PoolEvent]:
         """Events of one reply; the next poll is sent at once."""
-        waiting = self._waiting.pop(ref)
+        waiting = self._waiting.pop(ref, None)
+        if waiting is None:
+            return []  # forgotten a moment ago, by an earlier reply
         worker_id = waiting.worker_id
         try:
             reply = ray.get(ref)
         except RayError as error:
+            loss = self._make_loss(worker_id, error)
             self._forget(worker_id)
-            reason = describe_error(error)
-            return [WorkerStartFailed(worker_id, reason) if waiting.is_opening else WorkerLost(worker_id, reason)]
-        events: list[PoolEvent] = [WorkerStarted(reply)] if waiting.is_opening else reply
+            return [WorkerStartFailed(worker_id, loss.reason) if waiting.call == "open" else loss]
+        if waiting.call == "drain":
+            self._forget(worker_id)
+            return [*reply, WorkerLost(worker_id, "its node is being drained", (), has_rows_to_blame=False)]
+        if waiting.call == "open":
+            self._nodes[worker_id] = reply.node
+        events: list[PoolEvent] = [WorkerStarted(reply)] if waiting.call == "open" else reply
         if any(isinstance(event, WorkerLost) for event in events):
             self._forget(worker_id)
         elif (actor := self._actors.get(worker_id)) is not None:
-            self._waiting[actor.poll.remote()] = _Waiting(worker_id, False)
+            self._waiting[actor.poll.remote()] = _Waiting(worker_id, "poll")
+        return events
+
+    def _make_loss(self, worker_id: str, error: RayError) -> WorkerLost:
+        """A machine that went says nothing of the rows that were on it."""
+        is_preempted = isinstance(error, RayActorError) and error.preempted
+        node = self._nodes.get(worker_id, "")
+        is_gone = worker_id in self._leaving or (
+            bool(node) and not any(known["Alive"] and known["NodeID"].startswith(node) for known in ray.nodes())
+        )
+        return WorkerLost(worker_id, describe_error(error), has_rows_to_blame=not (is_preempted or is_gone))
+
+    def _leave_draining_nodes(self) -> list[PoolEvent]:
+        """Ray was told that a node goes soon (a spot notice, `ray drain-node`, the autoscaler): its workers journal what
+        they have and hand it back while there is time."""
+        now = time.monotonic()
+        if now < self._look_at:
+            return []
+        self._look_at = now + DRAINING_LOOK_S
+        # The call that Ray's own libraries (Train, Data) make; there is no public one as of Ray 2.60.
+        draining: dict[str, int] = ray._private.state.state.get_draining_nodes()
+        events: list[PoolEvent] = []
+        for worker_id, actor in self._actors.items():
+            node = self._nodes.get(worker_id)
+            deadlines = [at_ms for name, at_ms in draining.items() if node and name.startswith(node)]
+            if not deadlines or worker_id in self._leaving:
+                continue
+            left_s = deadlines[0] / 1000 - time.time() - DRAINING_MARGIN_S if deadlines[0] else self._cluster.drain_s
+            drain = actor.drain.remote(max(0.0, min(self._cluster.drain_s, left_s)))
+            self._leaving.add(worker_id)
+            self._waiting[drain] = _Waiting(worker_id, "drain")
+            events.append(WorkerLeaving(worker_id, f"its node {node} is being drained"))
         return events
 
     def _forget(self, worker_id: str) -> None:

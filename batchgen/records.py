@@ -8,6 +8,9 @@ is a *batch*. Units end a name: `_s` seconds, `_at` seconds since the Unix epoch
 from dataclasses import dataclass
 from typing import Any
 
+from batchgen.names import make_batch_id, make_data_path
+from batchgen.row_ranges import RowRanges
+
 # A Python int and its place in a tuple.
 TOKEN_BYTES = 36
 
@@ -227,22 +230,6 @@ class Shard:
         return make_data_path(self.number)
 
 
-def make_data_path(shard_number: int) -> str:
-    """Where a shard's output lives below the output folder."""
-    return f"data/shard-{shard_number:09d}.parquet"
-
-
-def make_batch_id(shard_number: int, epoch: int, attempt: int) -> str:
-    """Unique over all runs of a job: two drivers never have the same epoch."""
-    return f"shard-{shard_number:09d}-e{epoch}-a{attempt}"
-
-
-def parse_batch_id(batch_id: str) -> tuple[int, int, int]:
-    """(shard number, epoch, attempt)."""
-    _, number, epoch, attempt = batch_id.split("-")
-    return int(number), int(epoch[1:]), int(attempt[1:])
-
-
 @dataclass(frozen=True, slots=True)
 class JournalRef:
     """Where journaled rows of one shard lie: a segment's path and the row group of that shard in it."""
@@ -254,7 +241,9 @@ class JournalRef:
 @dataclass(frozen=True, slots=True)
 class Lease:
     """A shard lent to a worker for one attempt. `epoch` is the driver's; `is_last_resort` means: generate nothing,
-    commit what the journal holds and an error row for each row that is missing (the retry policy has given up)."""
+    commit what the journal holds and an error row for each row that is missing (the retry policy has given up). `only`,
+    where it isn't empty: generate and journal these rows, nothing else beside them, and give the shard back without a
+    commit. `quarantined` rows end as errors: engines died of them."""
 
     shard: Shard
     attempt: int
@@ -264,6 +253,8 @@ class Lease:
     replaces: str | None = None
     is_last_resort: bool = False
     reason: str | None = None
+    only: RowRanges = ()
+    quarantined: RowRanges = ()
 
     @property
     def batch_id(self) -> str:

@@ -25,6 +25,7 @@ class Roster:
     num_lost: int = 0
     num_released: int = 0
     num_start_failures: int = 0
+    num_mute_trials: int = 0
     first_start_failure: str = ""
     window: int = 0
     ready_worker_s: float = 0.0
@@ -63,10 +64,16 @@ class Roster:
         self.num_start_failures += 1
         self.first_start_failure = self.first_start_failure or reason
 
+    def is_failure(self, *, is_trial: bool) -> bool:
+        """Is a worker that died without a token one that can't start? While suspects are tried that is what is waited for:
+        then every second one counts."""
+        self.num_mute_trials += is_trial
+        return not is_trial or self.num_mute_trials % 2 == 0
+
     def note_proof(self, beat: Heartbeat) -> None:
         if beat.total_tokens > 0 and beat.worker_id not in self._proven:
             self._proven.add(beat.worker_id)
-            self.num_start_failures, self.first_start_failure = 0, ""
+            self.num_start_failures, self.num_mute_trials, self.first_start_failure = 0, 0, ""
 
     def remove(self, worker_id: str, now: float) -> WorkerInfo | None:
         """It is gone; None for one that was not up."""

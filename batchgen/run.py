@@ -15,14 +15,15 @@ from batchgen.errors import LeaseLost, RunStopped, StorageError
 from batchgen.events import WorkerPool
 from batchgen.finish import finish
 from batchgen.hold import Hold, hold_folder
+from batchgen.inquiry import Inquiry
 from batchgen.job import Job, check_renders, freeze, limit_rows, load_journal, open_job, reopen
 from batchgen.pools import create_pool
 from batchgen.progress import Progress
 from batchgen.signals import stop_on_signal
 from batchgen.spec import JobSpec
 from batchgen.storage import Storage
+from batchgen.trial_queue import TrialQueue
 from batchgen.view import View
-from batchgen.work_queue import WorkQueue
 from batchgen.worker import WorkerSetup
 
 
@@ -61,13 +62,18 @@ def make_dispatcher(job: Job, hold: Hold, pool: WorkerPool, view: View, check_si
         view.show(progress)
         status.update(dispatcher)
 
+    queue = TrialQueue(todo, epoch=hold.epoch, retry=spec.retry, cluster=spec.cluster, n=spec.sampling.n)
+    index = load_journal(job, view.warn)
+    inquiry = Inquiry(job.storage, spec, queue, index, view.warn)
+    inquiry.load(queued.shard.number for queued in todo)
     dispatcher = Dispatcher(
         spec=spec,
         storage=job.storage,
-        queue=WorkQueue(todo, epoch=hold.epoch, retry=spec.retry, cluster=spec.cluster, n=spec.sampling.n),
+        queue=queue,
         pool=pool,
         epoch=hold.epoch,
-        index=load_journal(job),
+        index=index,
+        inquiry=inquiry,
         num_rows=job.num_wanted_rows,
         num_rows_done_before=job.num_wanted_rows - sum(queued.shard.num_rows for queued in todo),
         check=check,

@@ -18,8 +18,9 @@ from batchgen.batches import BatchStats, FileFooter
 from batchgen.errors import AlreadyExists, Conflict, Damaged
 from batchgen.events import ShardCommitted
 from batchgen.manifest import CommittedShard
+from batchgen.names import parse_batch_id
 from batchgen.open_shard import OpenShard
-from batchgen.records import JournalRef, Lease, Share, Slot, WorkerInfo, parse_batch_id
+from batchgen.records import JournalRef, Lease, Share, Slot, WorkerInfo
 from batchgen.seal import digest_footer
 from batchgen.shard_footer import read_footer, read_whole_file
 from batchgen.spec import JobSpec
@@ -61,17 +62,21 @@ class ShardFiles:
             return None
         return CommittedShard(info, *read_footer(self._storage, info.path))
 
-    def read_journal(self, lease: Lease, after_attempt: int) -> pa.Table:
-        """Rows that attempts later than this one finished and journaled, each once. Those of the attempt that committed
+    def read_journal(self, lease: Lease, after_attempt: int) -> tuple[pa.Table, list[str]]:
+        """(rows that attempts later than this one finished and journaled, each once. Those of the attempt that committed
         the file to be replaced are in that file, and a segment of it that was not deleted must not bring its errors back.
         Errors of an earlier run are tried again as those of a committed shard are: what `retry.errors` names is left
-        out."""
-        rows = journal.read_rows(self._storage, lease.journal, self.result_schema)
+        out; what is to be said of segments that are damaged)."""
+        rows, left_out = journal.read_sound_rows(self._storage, lease.journal, self.result_schema)
         batches = [parse_batch_id(batch_id) for batch_id in rows["batch_id"].to_pylist()]
         is_late = pa.array([attempt > after_attempt for _, _, attempt in batches], pa.bool_())
         is_old = pa.array([epoch < lease.epoch for _, epoch, _ in batches], pa.bool_())
         is_again = pc.and_(is_old, find_again(rows, self._spec.retry.errors))
-        return journal.drop_repeated(rows.filter(pc.and_not(is_late, is_again)))
+        return journal.drop_repeated(rows.filter(pc.and_not(is_late, is_again))), left_out
+
+    def read_back(self, ref: JournalRef) -> pa.Table:
+        """What this worker journaled there. Raises StorageError."""
+        return journal.read_ref(self._storage, ref, self.result_schema)
 
     def read_kept(self, lease: Lease, errors: str) -> tuple[pa.Table, int]:
         """(rows of the file to be replaced that stay as they are: all but the error rows to be tried again; the attempt
@@ -103,7 +108,7 @@ class ShardFiles:
     def commit(self, shard: OpenShard, info: WorkerInfo, spent: Spent) -> ShardCommitted:
         """Publish the shard, all or nothing. Raises StorageError; then nothing is published, or our own file is."""
         started = time.monotonic()
-        lease, parts = shard.lease, shard.make_parts(self._output_schema)
+        lease, parts = shard.lease, shard.make_parts(self._output_schema, self.read_back)
         stats = make_batch_stats(
             lease,
             info,

@@ -43,9 +43,9 @@ class Sharing:
         if self.queue.num_waiting or now < self._look_at:
             return
         self._look_at = now + self.policy.look_s
-        for split in choose_splits(
-            [self._measure(worker, now) for worker in self.queue.look_at_workers()], self.policy
-        ):
+        # Whoever tries suspects gets no company.
+        workers = [w for w in self.queue.look_at_workers() if not w.is_apart and not w.is_leaving]
+        for split in choose_splits([self._measure(worker, now) for worker in workers], self.policy):
             num_requests = split.num_requests
             share = self.queue.lend_share(split.owner_id, split.batch_id, split.helper_id, num_requests, now)
             self._asked[share.lease.batch_id] = share, num_requests

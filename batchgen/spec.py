@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, AwareDatetime, Field, model_validator
 
 from batchgen.engine_specs import EngineSpec
+from batchgen.retry_spec import RetrySpec as RetrySpec  # a section like the others
 from batchgen.sampling_spec import SamplingSpec
 from batchgen.sections import PromptForm, Section
 from batchgen.urls import check_url
@@ -161,7 +162,7 @@ class OutputSpec(Section):
     )
     compression_level: int = Field(default=3, ge=1, le=19, description="zstd level.")
     journal_interval_s: float = Field(
-        default=30.0, gt=0, description="Finished rows are made safe this often (s): what a crash can cost."
+        default=10.0, gt=0, description="Finished rows are made safe this often (s): what a crash can cost."
     )
     lock_url: Url | None = Field(
         default=None,
@@ -209,7 +210,7 @@ class ClusterSpec(Section):
         description="A worker that is not up this long after it was asked for counts as failed (s).",
     )
     drain_s: float = Field(
-        default=20.0, ge=0, description="When a run is stopped, rows in flight get this long to finish (s)."
+        default=12.0, ge=0, description="When a run is stopped, rows in flight get this long to finish (s)."
     )
     worker_timeout_s: float = Field(
         default=120.0, gt=0, description="A worker that was not heard of for this long is given up (s)."
@@ -233,28 +234,6 @@ class ClusterSpec(Section):
         if self.max_gpu_hours is not None and self.gpus_per_worker == 0:
             raise ValueError("max_gpu_hours counts what workers reserve, and gpus_per_worker is 0; set it")
         return self
-
-
-class RetrySpec(Section):
-    """What is tried again, and when it is enough."""
-
-    max_attempts: int = Field(default=4, ge=1, description="Tries of one request that fails retryably (tries).")
-    backoff_s: float = Field(default=1.0, ge=0, description="First wait before a retry; doubles, with jitter (s).")
-    max_backoff_s: float = Field(default=60.0, ge=0, description="Longest wait (s).")
-    max_shard_attempts: int = Field(
-        default=4,
-        ge=1,
-        description="Leases of one shard lost without progress before its missing rows become error rows (leases).",
-    )
-    max_start_failures: int = Field(
-        default=3, ge=1, description="Workers in a row that fail to start before the run stops (workers)."
-    )
-    max_error_rate: float = Field(
-        default=0.0, ge=0, le=1, description="Share of error rows up to which the job counts as a success."
-    )
-    errors: Literal["retryable", "all", "none"] = Field(
-        default="retryable", description="Which error rows of an earlier run are generated again."
-    )
 
 
 def _dump(section: Section) -> dict[str, Any]:

@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 
 from batchgen.batches import BatchStats
 from batchgen.lengths import make_lengths
-from batchgen.records import Lease, WorkerInfo, parse_batch_id
+from batchgen.names import parse_batch_id
+from batchgen.records import Lease, WorkerInfo
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 LATENCIES = ("queued", "ttft", "per_token", "latency")

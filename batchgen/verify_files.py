@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 from batchgen.batches import FileFooter
 from batchgen.damage import OF_DAMAGE
 from batchgen.errors import NotFound, OutputError
-from batchgen.records import Shard, make_batch_id
+from batchgen.names import make_batch_id
+from batchgen.records import Shard
 from batchgen.seal import END_BYTES, Seal, digest, find_footer
 from batchgen.shard_footer import parse_footer
 from batchgen.storage import FileInfo, Storage

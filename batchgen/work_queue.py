@@ -11,13 +11,14 @@ a share changes nothing of the above. A decision costs O(log n) in shards and wo
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from batchgen.backlog import BACKOFF_S, MAX_BACKOFF_S, NEIGHBOUR_SHARE, Backlog, QueuedShard
 from batchgen.events import Heartbeat
 from batchgen.lazy_heap import LazyHeap
 from batchgen.leases import OpenLease, QueueWorker
 from batchgen.records import Lease, Share, WorkerInfo
+from batchgen.row_ranges import RowRanges
 from batchgen.spec import ClusterSpec, RetrySpec
 
 __all__ = ["BACKOFF_S", "MAX_BACKOFF_S", "NEIGHBOUR_SHARE", "LostLease", "QueuedShard", "WorkQueue"]
@@ -103,8 +104,9 @@ class WorkQueue:
         self._backlog.note_failure(held.lease.shard.number, now, reason)
         return LostLease(held.lease, held.started_at, now, held.num_rows_done, reason)
 
-    def lose(self, worker_id: str, now: float, reason: str) -> list[LostLease]:
-        """The worker is gone: its shards wait again at once. (What it has of others' shards: `list_shares`, before.)"""
+    def lose(self, worker_id: str, now: float, reason: str, *, is_counted: bool = True) -> list[LostLease]:
+        """The worker is gone: its shards wait again at once. (What it has of others' shards: `list_shares`, before.)
+        `is_counted`: towards the last resort."""
         worker = self._workers.pop(worker_id, None)
         if worker is None:
             return []
@@ -113,7 +115,10 @@ class WorkQueue:
         lost = []
         for batch_id in list(worker.open):
             held = self._drop(worker, batch_id)
-            self._backlog.note_loss(held.lease.shard.number, held.num_rows_done, reason)
+            if is_counted:
+                self._backlog.note_loss(held.lease.shard.number, held.num_rows_done, reason)
+            else:
+                self._backlog.note_return(held.lease.shard.number, reason)
             lost.append(LostLease(held.lease, held.started_at, now, held.num_rows_done, reason))
         return lost
 
@@ -161,12 +166,13 @@ class WorkQueue:
 
     def _wants_more(self, worker: QueueWorker) -> bool:
         num_open = len(worker.open)
-        if num_open >= MAX_OPEN_SHARDS:
+        if num_open >= MAX_OPEN_SHARDS or worker.is_apart or worker.is_leaving:
             return False
         return num_open < MIN_OPEN_SHARDS or self._n * worker.num_unfinished < self._windows_ahead * worker.info.window
 
-    def _lend(self, worker: QueueWorker, number: int, now: float) -> Lease:
+    def _lend(self, worker: QueueWorker, number: int, now: float, only: RowRanges = ()) -> Lease:
         lease, work = self._backlog.take(number, worker.info.worker_id), self._backlog.get_work(number)
+        lease = replace(lease, only=only, is_last_resort=False) if only else lease
         if not worker.is_busy:
             worker.progress_at = now
         self._held[number] = worker.open[lease.batch_id] = OpenLease(lease, work, now)

@@ -3,7 +3,8 @@
 Rows of all open shards share one in-flight window, longest expected first where lengths are hinted, else in lease order:
 while the last rows of one shard are decoded the next shard's rows are read, tokenised and sent already. A retry waits
 outside the window. Finished rows wait as Arrow and go to the journal at every interval; a complete shard is committed off
-the event loop while the window stays full.
+the event loop while the window stays full. A lease of some rows only (`Lease.only`) ends with them in the journal. When an
+engine dies, what it had in flight is told.
 
 Invariants: a shard is committed by its own task only; after `WorkerLost` or `drain` nothing more is sent to the engine;
 any unexpected error ends the worker, never a row silently.
@@ -12,6 +13,7 @@ any unexpected error ends the worker, never a row silently.
 import asyncio
 import contextlib
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 from batchgen.build import build_id
@@ -19,23 +21,35 @@ from batchgen.continuation import make_serving
 from batchgen.engines import create_engine, list_refused
 from batchgen.engines.base import Engine
 from batchgen.errors import BatchgenError, EngineDied, InputChanged, Refusal, StorageError
-from batchgen.events import Heartbeat, JournalFlushed, PoolEvent, ShardFailed, WorkerLost, WorkerWarned
+from batchgen.events import (
+    EngineRestarted,
+    Heartbeat,
+    PoolEvent,
+    ShardFailed,
+    ShardReturned,
+    WorkerLost,
+    WorkerWarned,
+)
 from batchgen.feeder import Feeder
 from batchgen.hint_check import HintCheck
-from batchgen.journal import make_segment_path
 from batchgen.open_shard import OpenShard
 from batchgen.orders import Order
 from batchgen.prepare import Preparer
 from batchgen.records import Lease, WorkerInfo
-from batchgen.sender import Sender
+from batchgen.row_ranges import iter_rows
+from batchgen.sender import Ready, Sender, list_rows
 from batchgen.shard_files import ShardFiles, Spent, make_event
+from batchgen.spill import Spill
 from batchgen.stats import make_lost_stats
+from batchgen.suspects import ShardRows
 from batchgen.tasks import TaskGroup
 from batchgen.worker_setup import WorkerSetup as WorkerSetup  # known here to all who make workers
-from batchgen.worker_shares import Hooks, WorkerShares, join_rows
+from batchgen.worker_shares import Hooks, WorkerShares
 
 # Shards written at the same time: one uploads while the next is encoded; more would only take memory.
 MAX_COMMITS = 2
+# A drain waits this long for commits under way; their rows are journaled before.
+COMMIT_S = 4.0
 
 
 class Worker:
@@ -49,8 +63,8 @@ class Worker:
         self._events: list[PoolEvent] = []
         self._shard_tasks = TaskGroup(self._die)
         self._other_tasks = TaskGroup(self._die)
-        self._num_segments = 0
         self._has_ended = False
+        self._last_sent = (-1, 0)
 
     # ---- what the pool calls -----------------------------------------------------------------------------------------
 
@@ -60,14 +74,17 @@ class Worker:
         await self._engine.open()
         spec, engine, prior = self._spec, self._engine, self._setup.prior
         preparer = Preparer(spec, engine.tokenizer, engine.max_model_len, list_refused(spec.engine.kind), prior)
-        serving, hints = make_serving(engine, spec, prior), HintCheck()
-        self._sender = Sender(serving, spec.engine.max_inflight, spec.retry, self._die, hints.note)
+        serving, hints, size = make_serving(engine, spec, prior), HintCheck(), spec.engine.max_inflight
+        self._sender = Sender(serving, size, spec.retry, self._die, self._note_restart, hints.note)
         self._feeder = Feeder(spec, self._setup.passthrough, preparer, self._sender, hints)
         self._window = self._sender.window
-        self._wake, self._flushing = asyncio.Event(), asyncio.Lock()
+        self._wake = asyncio.Event()
+        self._spill = Spill(
+            self._files, self._setup.epoch, self._setup.worker_id, lambda: [*self._shards.values()], self._emit
+        )
         self._committing = asyncio.Semaphore(MAX_COMMITS)
         self._other_tasks.spawn(self._feeder.run())
-        self._other_tasks.spawn(self._flush_often())
+        self._other_tasks.spawn(self._spill.flush_often(spec.output.journal_interval_s))
         self.info = WorkerInfo(
             worker_id=self._setup.worker_id,
             build=build_id(),
@@ -84,8 +101,9 @@ class Worker:
 
     def assign(self, lease: Lease) -> None:
         """Begin a shard."""
-        shard = OpenShard(lease, self._spec.sampling.n, self._files.result_schema)
-        self._shards[lease.batch_id] = shard
+        n = self._spec.sampling.n
+        wanted = [(row, sample) for row in iter_rows(lease.only) for sample in range(n)] if lease.only else None
+        self._shards[lease.batch_id] = shard = OpenShard(lease, n, self._files.result_schema, wanted)
         self._shard_tasks.spawn(self._run_shard(shard))
 
     def tell(self, order: Order) -> None:
@@ -106,10 +124,13 @@ class Worker:
         self._wake.set()
 
     async def drain(self, timeout_s: float) -> list[PoolEvent]:
-        """Send nothing more, give rows in flight this long to finish, end commits under way, journal what is finished."""
+        """Send nothing more, give rows in flight this long to finish, end commits under way, journal what is finished. The
+        journal comes first, too: whoever stops us may not wait (`ray job stop` kills after 3 s)."""
         self._stop()
+        self._other_tasks.spawn(self._flush())
         await self._sender.settle(timeout_s)
-        await self._shard_tasks.wait()
+        await self._flush()
+        await self._shard_tasks.wait(COMMIT_S)
         await self._flush()
         events, self._events = self._events, []
         return events
@@ -135,6 +156,9 @@ class Worker:
                 self._emit(make_event(self.info.worker_id, stats, standing))
                 return
             await self._recover(shard)
+            if shard.lease.only:
+                await self._try_apart(shard)
+                return
             shard.is_recovered = True
             await self._feeder.feed(shard)
             await shard.wait_ended()
@@ -152,6 +176,17 @@ class Worker:
             if not self._has_ended:  # else its finished rows still go to the journal
                 self._shards.pop(shard.lease.batch_id, None)
 
+    async def _try_apart(self, shard: OpenShard) -> None:
+        """Suspected rows of a shard: with nothing beside them, into the journal, and back."""
+        lease = shard.lease
+        await self._sender.wait_apart()
+        slots = frozenset((row, sample) for row in iter_rows(lease.only) for sample in range(self._spec.sampling.n))
+        await self._feeder.feed(shard, slots)
+        await shard.wait_ended()
+        if not shard.is_closed:
+            await self._flush()
+            self._emit(ShardReturned(self.info.worker_id, lease.batch_id, lease.shard.number))
+
     async def _give_back(self, shard: OpenShard, error: BatchgenError) -> None:
         """The store or the input failed, or rows show that the job can't work as asked (the model has no chat template):
         the lease ends here, its finished rows are journaled for the next one."""
@@ -168,33 +203,16 @@ class Worker:
             )
             shard.recover(kept, are_copied=True)
         if lease.journal:
-            saved = await asyncio.to_thread(self._files.read_journal, lease, shard.replaced_attempt)
+            saved, left_out = await asyncio.to_thread(self._files.read_journal, lease, shard.replaced_attempt)
             shard.recover(saved, are_copied=False)
+            for message in left_out:
+                self._emit(WorkerWarned(self._setup.worker_id, message))
+        shard.quarantine(lease.quarantined)
 
     # ---- the journal -------------------------------------------------------------------------------------------------
 
-    async def _flush_often(self) -> None:
-        while True:
-            await asyncio.sleep(self._spec.output.journal_interval_s)
-            await self._flush()
-
     async def _flush(self) -> None:
-        """Journal what is finished and not committed. A store that fails now is tried again at the next interval."""
-        async with self._flushing:
-            taken = {shard: taken for shard in self._shards.values() if (taken := shard.take_unflushed())}
-            if not taken:
-                return
-            self._num_segments += 1
-            path = make_segment_path(self._setup.epoch, self._setup.worker_id, self._num_segments)
-            rows = join_rows((shard.lease.shard.number, table) for shard, (table, _) in taken.items())
-            try:
-                refs = await asyncio.to_thread(self._files.write_segment, path, rows)
-            except StorageError as error:
-                self._emit(WorkerWarned(self._setup.worker_id, f"finished rows are not journaled yet: {error}"))
-                return
-            for shard, (_, mark) in taken.items():
-                shard.set_flushed(mark)
-            self._emit(JournalFlushed(self._setup.worker_id, tuple(refs.items())))
+        await self._spill.flush([*self._shards.values()])
 
     # ---- ends --------------------------------------------------------------------------------------------------------
 
@@ -211,23 +229,43 @@ class Worker:
             self._other_tasks.spawn(self._report_death(reason))
 
     async def _report_death(self, reason: str) -> None:
+        inflight = self._sender.died_with
         try:
             await self._sender.settle(0)
             await self._flush()
         finally:  # whatever kept us from saving, the driver must hear of the loss, or it waits for us
-            self._emit(WorkerLost(self._setup.worker_id, reason))
+            suspects = None if inflight is None else list_rows(inflight)
+            self._emit(WorkerLost(self._setup.worker_id, reason, suspects))
+
+    def _note_restart(self, reason: str, inflight: list[Ready]) -> None:
+        """The engine died and starts anew: which of its rows killed it is found without the others. Nothing else was in
+        flight, so no work is lost that isn't already."""
+        if self._has_ended:
+            return
+        shards = [shard for shard in self._shards.values() if not shard.has_ended]
+        for shard in shards:
+            shard.close()
+        self._other_tasks.spawn(self._give_all_back(reason, list_rows(inflight), shards))
+
+    async def _give_all_back(self, reason: str, inflight: tuple[ShardRows, ...], shards: Sequence[OpenShard]) -> None:
+        await self._spill.flush(shards)
+        batch_ids = tuple(shard.lease.batch_id for shard in shards)
+        self._emit(EngineRestarted(self._setup.worker_id, reason, inflight, batch_ids))
 
     def _emit(self, event: PoolEvent) -> None:
         self._events.append(event)
         self._wake.set()
 
     def _make_heartbeat(self) -> Heartbeat:
+        sent = (self._sender.num_sent, len(self._sender.inflight))
+        is_still, self._last_sent = sent == self._last_sent, sent
         return Heartbeat(
             worker_id=self._setup.worker_id,
             total_tokens=self._engine.total_tokens,
             num_inflight=self._window.num_rows,
             integral=self._window.read_integral(),
             shards=tuple(shard.progress for shard in self._shards.values()),
+            inflight=list_rows(self._sender.inflight) if is_still else None,
         )
 
 

@@ -20,9 +20,10 @@ MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 300
 
 LAYERS = [
-    ["__init__", "records", "batches", "errors", "urls", "paths"],
-    ["sections", "orders"],
-    ["tensorrt_llm_spec", "sampling_spec"],
+    ["__init__", "names", "row_ranges", "batches", "errors", "urls", "paths"],
+    ["records", "suspects"],
+    ["sections", "orders", "spilled"],
+    ["tensorrt_llm_spec", "sampling_spec", "retry_spec"],
     ["engine_specs"],
     ["lazy_heap", "leases", "tail"],
     ["spec", "events", "build", "tasks", "window", "signals", "damage", "seal"],
@@ -30,7 +31,7 @@ LAYERS = [
     # pure decisions
     ["prompt", "plan", "backlog", "scaling", "governor", "lengths", "answer", "verify_rows"],
     ["stats", "work_queue", "progress", "roster"],
-    ["budget", "placement", "stops"],
+    ["budget", "placement", "stops", "trial_queue"],
     ["seam"],
     ["checkpoint", "stage_plan", "engines.trtllm.env"],
     ["preflight"],
@@ -98,9 +99,10 @@ LAYERS = [
     ["shard_files", "sender", "validate"],
     ["feeder"],
     ["worker_setup", "worker_shares"],
+    ["spill"],
     ["worker", "job"],
     # many workers
-    ["sharing", "ledger", "staffing"],
+    ["inquiry", "sharing", "ledger", "staffing"],
     # many virtual workers
     ["simulate.open_rows"],
     ["simulate.record"],
@@ -122,7 +124,7 @@ LAYERS = [
     ["control"],
     ["finish", "verify_files", "verify_folder"],
     ["run", "verify"],
-    ["demo", "bench_decode", "bench_queue", "bench_placement"],
+    ["demo", "bench_decode", "bench_queue", "bench_placement", "bench_memory"],
     ["bench_worker"],
     # beside other systems; a peer's process may have no more of ours than child and workload
     ["bench", "bench.workload", "bench.oracle", "bench.child", "bench.processes", "bench.homes"],
@@ -135,8 +137,9 @@ LAYERS = [
     ["cli"],
     ["cli.__main__"],
 ]
-PURE = {"records", "events", "orders", "errors", "urls", "sections", "engine_specs", "tensorrt_llm_spec"}
+PURE = {"names", "records", "events", "orders", "errors", "urls", "sections", "engine_specs", "tensorrt_llm_spec"}
 PURE |= {"spec", "prompt", "plan", "sampling_spec", "batches", "engines.deepseek_turns", "engines.deepseek_v32"}
+PURE |= {"row_ranges", "suspects", "trial_queue", "retry_spec"}
 PURE |= {
     "work_queue",
     "governor",

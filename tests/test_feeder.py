@@ -72,7 +72,7 @@ def make_parts(max_inflight: int = 1, **sections: Any) -> Parts:
     plain = {"prompt": {"column": "p", "chat": False}, "input": {"paths": ["x"], "length_hint": "hint"}}
     spec, tokenizer = make_job_spec(**{**plain, **sections}), CountingTokenizer()
     engine = Gate(tokenizer)
-    sender = Sender(cast(Engine, engine), max_inflight, RetrySpec(), pytest.fail)
+    sender = Sender(cast(Engine, engine), max_inflight, RetrySpec(), pytest.fail, pytest.fail)
     made = Feeder(spec, NO_PASSTHROUGH, Preparer(spec, tokenizer, 1000), sender, HintCheck())
     return Parts(spec, tokenizer, engine, made)
 

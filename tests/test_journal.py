@@ -87,7 +87,7 @@ def test_a_segment_of_another_job_is_refused(storage: Storage) -> None:
     with pytest.raises(StorageError, match=r"e000001-w-000001\.parquet: was written by a job with another fingerprint"):
         read_index(storage, path, JOB)
     with pytest.raises(StorageError, match="another fingerprint"):
-        read_indexes(storage, [path], JOB)
+        read_indexes(storage, [path], JOB, pytest.fail)
 
 
 def test_the_first_segment_by_order_wins_and_repeated_rows_are_dropped(storage: Storage) -> None:
@@ -141,8 +141,10 @@ def test_indexes_are_read_in_the_order_asked_for(storage: Storage) -> None:
     paths = [make_segment_path(1, "w", number) for number in range(8)]
     for number, path in enumerate(paths):
         write_segment(storage, path, {number: make_rows(make_ok(0))}, JOB)
-    assert read_indexes(storage, paths[::-1], JOB) == [{n: JournalRef(paths[n], 0)} for n in range(7, -1, -1)]
-    assert read_indexes(storage, [], JOB) == []
+    assert read_indexes(storage, paths[::-1], JOB, pytest.fail) == [
+        {n: JournalRef(paths[n], 0)} for n in range(7, -1, -1)
+    ]
+    assert read_indexes(storage, [], JOB, pytest.fail) == []
 
 
 def test_drop_repeated_keeps_the_first_of_each_row_and_sample() -> None:

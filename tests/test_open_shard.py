@@ -11,13 +11,14 @@ from makers import make_error, make_job_spec, make_lease, make_ok, make_rows, ma
 
 from batchgen.open_shard import BATCH_ROWS, BATCH_VALUES, OpenShard
 from batchgen.prepare import make_inputs, make_unknown_inputs
-from batchgen.records import Generation, Lease, Result, ShardProgress, TokenLogprob, Usage
+from batchgen.records import Generation, JournalRef, Lease, Result, ShardProgress, TokenLogprob, Usage
 from batchgen.result_batch import make_result_batch
 from batchgen.write import LOGPROBS_TYPE, make_output_schema, make_result_schema
 
 SPEC = make_job_spec()
 PASSTHROUGH = pa.schema([("tag", pa.int64())])
 OUTPUT = make_output_schema(SPEC, PASSTHROUGH)
+REF = JournalRef("_batchgen/journal/e000001-w-000001.parquet", 0)
 BATCH_ID = "shard-000000000-e1-a1"
 
 
@@ -94,11 +95,11 @@ def test_unflushed_is_what_a_lost_worker_would_cost() -> None:
     later = range(3, 3 + BATCH_ROWS)
     for row in later:
         shard.add(make_ok(row))
-    shard.set_flushed(mark)
+    shard.set_flushed(mark, REF)
     left = shard.take_unflushed()
     assert left is not None
     assert [row for row, _, _ in list_texts(left[0])] == [*later], "what came during the flush is not flushed"
-    shard.set_flushed(left[1])
+    shard.set_flushed(left[1], REF)
     assert shard.take_unflushed() is None
 
 
@@ -107,7 +108,7 @@ def test_results_do_not_pile_up_as_python_objects() -> None:
     for row in range(2 * BATCH_ROWS + 5):
         shard.add(make_ok(row))
     assert len(shard._buffer) == 5
-    assert [batch.num_rows for batch in shard._batches] == [BATCH_ROWS, BATCH_ROWS]
+    assert [part.rows.num_rows for part in shard._parts if part.rows is not None] == [BATCH_ROWS, BATCH_ROWS]
 
 
 def make_logprobs(num_tokens: int, top: int) -> tuple[TokenLogprob, ...]:
@@ -144,7 +145,7 @@ def test_long_answers_are_packed_by_their_size() -> None:
     logprobs = make_logprobs(BATCH_VALUES // 42 + 1, 20)  # half of what may wait
     for row in range(5):
         shard.add(with_logprobs(row, logprobs))
-    assert [batch.num_rows for batch in shard._batches] == [2, 2]
+    assert [part.rows.num_rows for part in shard._parts if part.rows is not None] == [2, 2]
 
 
 def test_an_answer_that_arrow_refuses_becomes_its_rows_failure() -> None:
@@ -267,7 +268,7 @@ def test_in_whatever_order_answers_come_every_row_is_there_once(
         shard.add(make_ok(*key, text=f"{key}"))
         if data.draw(st.booleans()) and (taken := shard.take_unflushed()) is not None:
             flushed += [(row, sample) for row, sample, _ in list_texts(taken[0])]
-            shard.set_flushed(taken[1])
+            shard.set_flushed(taken[1], REF)
     assert shard.progress.num_rows_done == num_rows
     assert has_ended(shard)
     add_inputs(shard)

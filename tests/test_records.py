@@ -15,31 +15,24 @@ from batchgen import batches, errors, events, orders, records
 from batchgen.batches import BatchStats, FileFooter
 from batchgen.errors import BatchgenError, RowError
 from batchgen.events import (
+    EngineRestarted,
     Heartbeat,
     JournalFlushed,
     PoolEvent,
     RowsGiven,
     ShardCommitted,
     ShardFailed,
+    ShardReturned,
     ShareEnded,
+    WorkerLeaving,
     WorkerLost,
     WorkerStarted,
     WorkerStartFailed,
     WorkerWarned,
 )
+from batchgen.names import make_batch_id, make_data_path, parse_batch_id
 from batchgen.orders import DropShare, GiveRows, HelpShare, TakeIn
-from batchgen.records import (
-    Guided,
-    JournalRef,
-    Prompt,
-    RowId,
-    ShardProgress,
-    Share,
-    TokenLogprob,
-    make_batch_id,
-    make_data_path,
-    parse_batch_id,
-)
+from batchgen.records import Guided, JournalRef, Partial, Prompt, RowId, ShardProgress, Share, TokenLogprob
 from batchgen.storage import Storage
 from batchgen.worker import WorkerSetup
 
@@ -53,6 +46,7 @@ VALUES: list[Any] = [
     make_ok(1),
     make_error(1),
     TokenLogprob(1, -0.5, ((1, -0.5),)),
+    Partial((1, 2), ttft_s=0.5),
     make_file(row_group_rows=(1, 2)),
     make_shard(3),
     make_lease(journal=(REF,), replaces="etag", is_last_resort=True, reason="lost"),
@@ -60,7 +54,10 @@ VALUES: list[Any] = [
     FOOTER,
     WorkerStarted(make_worker_info()),
     WorkerStartFailed("w", "why"),
-    WorkerLost("w", "why"),
+    WorkerLost("w", "why", ((3, ((0, 2), (5, 6))),)),
+    WorkerLeaving("w", "why"),
+    EngineRestarted("w", "why", ((3, ((0, 2),)),), ("b",)),
+    ShardReturned("w", "b", 3),
     WorkerWarned("w", "why"),
     Heartbeat("w", 1, 2, 3.5, (ShardProgress("b", 1, 2),)),
     JournalFlushed("w", ((3, REF),)),

@@ -52,7 +52,7 @@ def run(answer: Callable[[int], BatchgenError | None], num_rows: int = 1, retry:
     engine, shard = Script(answer), Shard(num_rows)
 
     async def main() -> None:
-        sending = Sender(cast(Engine, engine), 4, retry, pytest.fail)
+        sending = Sender(cast(Engine, engine), 4, retry, pytest.fail, pytest.fail)
         await sending.push(shard, [make_request(row) for row in range(num_rows)])
         async with asyncio.timeout(10):
             while len(shard.results) < num_rows:
@@ -91,7 +91,9 @@ def test_no_more_rows_are_read_while_many_wait() -> None:
 
     async def main() -> int:
         shard, num_pushed = Shard(10_000), 0
-        sending = Sender(cast(Engine, Script(busy)), 4, RetrySpec(backoff_s=1000.0, max_backoff_s=1000.0), pytest.fail)
+        sending = Sender(
+            cast(Engine, Script(busy)), 4, RetrySpec(backoff_s=1000.0, max_backoff_s=1000.0), pytest.fail, pytest.fail
+        )
 
         async def push_all() -> None:
             nonlocal num_pushed
@@ -137,7 +139,7 @@ class Slow:
 def sending(work: Callable[[Sender, Slow, Shard], Coroutine[Any, Any, None]], max_inflight: int = 4) -> None:
     async def main() -> None:
         engine = Slow()
-        made = Sender(cast(Engine, engine), max_inflight, NOW, pytest.fail)
+        made = Sender(cast(Engine, engine), max_inflight, NOW, pytest.fail, pytest.fail)
         await work(made, engine, Shard(100))
         await made.close()
 
@@ -229,7 +231,9 @@ def test_expected_and_actual_lengths_are_told() -> None:
 
     async def main() -> None:
         shard = Shard(3)
-        made = Sender(cast(Engine, Counting(lambda _: None)), 4, NOW, pytest.fail, lambda *pair: told.append(pair))
+        made = Sender(
+            cast(Engine, Counting(lambda _: None)), 4, NOW, pytest.fail, pytest.fail, lambda *pair: told.append(pair)
+        )
         hinted = [replace(make_request(row), expected_tokens=hint) for row, hint in enumerate([3.0, 5.0, None])]
         await made.push(shard, hinted)
         await shard.wait_ended()

@@ -67,7 +67,7 @@ def test_a_job_survives_twenty_kills(stand_in: StandIn, tmp_path: Path) -> None:
         str(tmp_path / "out"),
         output={"rows_per_shard": 50},
         cluster={"workers": {"min": 1, "max": 1}},
-        retry={"max_attempts": 30, "backoff_s": 0.01},
+        retry={"max_attempts": 30, "max_deaths_alone": 30, "backoff_s": 0.01},
     )
     # No start is too many here, and a row that is there each time is only unlucky.
     tree["engine"] = {**SMALL, "max_inflight": 12, "max_restarts": 100}

@@ -35,7 +35,7 @@ from batchgen.engines import create_engine, tensorrt_llm
 from batchgen.engines.base import Answering
 from batchgen.engines.contract import CHECKS, Subject
 from batchgen.engines.tensorrt_llm import TensorRTLLMEngine
-from batchgen.errors import EngineDied, EngineUnavailable, RequestFailed, RequestRejected, SpecError
+from batchgen.errors import EngineDied, EngineRestarted, EngineUnavailable, RequestFailed, RequestRejected, SpecError
 from batchgen.records import Generation, Guided, Prompt, Request, RowId, SamplingParams
 from batchgen.spec import ModelSpec
 
@@ -220,7 +220,7 @@ def test_a_dead_or_stuck_engine_is_started_anew(fault: str, stand_in: StandIn) -
             stand_in.control(**SLOW, **FAULTS[fault])
             ends = await asyncio.wait_for(asyncio.gather(*tasks), 15)
             # What a rank that lives had is answered meanwhile.
-            assert {type(end) for end in ends} <= {EngineUnavailable, Generation}, ends
+            assert {type(end) for end in ends} <= {EngineRestarted, EngineUnavailable, Generation}, ends
             assert any(isinstance(end, EngineUnavailable) for end in ends), ends
             stand_in.control(token_s=0.0)
             refused = await catch(engine, make_request(9))
@@ -321,19 +321,16 @@ def test_orphans_of_a_killed_process_are_ended(victim: str, stand_in: StandIn) -
     run(main())
 
 
-def test_a_row_that_kills_each_time_ends_as_an_error(stand_in: StandIn) -> None:
+def test_each_death_is_told_to_those_that_were_in_flight_and_to_nobody_else(stand_in: StandIn) -> None:
     async def main() -> None:
         stand_in.control(**SLOW)
         async with opened(stand_in, max_restarts=9) as engine:
-            ends = []
-            for _ in range(3):
-                await until(lambda: engine._client is not None and engine._client.is_open, "it is up")
-                tasks = await start_rows(stand_in, engine, 1)
-                stand_in.kill(CHILD)
-                ends += await asyncio.gather(*tasks)
-            assert [type(end) for end in ends] == [EngineUnavailable, EngineUnavailable, RequestFailed]
-            assert ends[-1].error_type == "engine_died"
-            assert ends[-1].is_retryable
+            tasks = await start_rows(stand_in, engine, 3)
+            stand_in.kill(CHILD)
+            assert {type(end) for end in await asyncio.gather(*tasks)} == {EngineRestarted}
+            with pytest.raises(EngineUnavailable) as refused:
+                await engine.generate(make_request(9))
+            assert type(refused.value) is EngineUnavailable
 
     run(main())
 
@@ -347,7 +344,7 @@ def test_restarts_that_help_nobody_end_the_worker(stand_in: StandIn) -> None:
             tasks = await start_rows(stand_in, engine)
             stand_in.control(start_fault="exit")
             stand_in.kill(CHILD)
-            assert {type(end) for end in await asyncio.gather(*tasks)} == {EngineUnavailable}
+            assert {type(end) for end in await asyncio.gather(*tasks)} == {EngineRestarted}
             with pytest.raises(EngineDied, match=r"2 starts of the engine in a row finished no request"):
                 await asyncio.wait_for(persist(engine, make_request(1)), 8)
             assert stand_in.count_llms() <= 3

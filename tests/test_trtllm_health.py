@@ -6,7 +6,6 @@ import pytest
 
 from batchgen.engines.trtllm.health import (
     MAX_ANSWER_RECYCLES,
-    MAX_DEATHS,
     MAX_LOOK_GAP_S,
     MENDED_ANSWERS,
     SHARE_ANSWERS,
@@ -236,17 +235,8 @@ def test_restarts_that_help_nobody_are_numbered() -> None:
     assert history.may_restart()
     assert history.may_restart()
     assert not history.may_restart()
-    history.note_finished("row")
+    history.note_finished()
     assert history.may_restart()
-
-
-def test_a_row_is_guilty_after_a_few_deaths_in_which_it_was_there() -> None:
-    history = History(max_restarts=99)
-    for _ in range(MAX_DEATHS - 1):
-        assert history.note_deaths(["poison", "often"]) == set()
-    history.note_finished("often")
-    assert history.note_deaths(["poison", "often", "new"]) == {"poison"}
-    assert history.note_deaths(["poison"]) == {"poison"}
 
 
 def test_what_starting_anew_does_not_mend_is_left() -> None:
@@ -262,9 +252,9 @@ def test_what_it_mended_may_be_mended_again() -> None:
     history, recycle = History(max_restarts=1), Recycle("empty", is_for_answers=True)
     for _ in range(MAX_ANSWER_RECYCLES):
         history.note_recycle(recycle)
-    for row in range(MENDED_ANSWERS):
+    for _ in range(MENDED_ANSWERS):
         assert not history.can_recycle(recycle)
-        history.note_finished(row)
+        history.note_finished()
     for _ in range(MAX_ANSWER_RECYCLES):
         assert history.can_recycle(recycle)
         history.note_recycle(recycle)

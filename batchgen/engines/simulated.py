@@ -15,6 +15,7 @@ import json
 import math
 import os
 import random
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from batchgen import __version__
 from batchgen.answer import Parsed, split_reasoning
 from batchgen.engine_specs import SimulatedEngineSpec
 from batchgen.engines.base import Tokenizer
-from batchgen.errors import EngineDied, RequestFailed, RequestRejected
+from batchgen.errors import BatchgenError, EngineDied, EngineRestarted, RequestFailed, RequestRejected
 from batchgen.records import Generation, Request, Usage
 
 WORDS = ("amber", "brook", "cedar", "delta", "ember", "fjord", "grove", "heath", "inlet", "jetty", "knoll", "larch")
@@ -75,7 +76,7 @@ class SimulatedEngine:
         self.max_model_len = min(spec.max_model_len, max_model_len or spec.max_model_len)
         self.total_tokens = 0
         self._log_fds: dict[str, int] = {}
-        self._death: asyncio.Future[None] | None = None
+        self._death: asyncio.Future[Generation] | None = None
 
     async def open(self) -> None:
         await asyncio.sleep(self._spec.startup_s)
@@ -92,28 +93,31 @@ class SimulatedEngine:
             self._log_fds = {kind: os.open(path, flags, 0o644) for kind, path in paths.items()}
 
     def kill(self, reason: str) -> None:
+        self._end_all(EngineDied(reason))
+
+    def _end_all(self, error: BatchgenError) -> None:
         if self._death is not None and not self._death.done():
-            self._death.set_exception(EngineDied(reason))
+            self._death.set_exception(error)
             self._death.exception()  # marks it retrieved: nobody may be waiting just now
 
     async def generate(self, request: Request) -> Generation:
-        if self._death is None:
+        death = self._death
+        if death is None:
             raise EngineDied("the simulated engine is not open")
-        if self._death.done():
-            self._death.result()
+        if death.done():
+            death.result()
         self._log(request, "calls", round(time.time(), 3))
         self._check(request)
         if not self._spec.has_latency:
-            return self._answer(request, queued_s=0.0, ttft_s=0.0)
+            await self._fault(request)
+            return death.result() if death.done() else self._answer(request, queued_s=0.0, ttft_s=0.0)
         work = asyncio.ensure_future(self._work(request))
         try:
-            waited: list[asyncio.Future[Any]] = [work, self._death]
+            waited: list[asyncio.Future[Any]] = [work, death]
             await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
         finally:
             work.cancel()  # of no effect on one that has ended
-        if self._death.done():
-            self._death.result()
-        return work.result()
+        return death.result() if death.done() else work.result()
 
     async def close(self) -> None:
         self.kill("the engine was closed")
@@ -137,6 +141,7 @@ class SimulatedEngine:
             self._prefilled_at = max(began, self._prefilled_at) + len(request.ids) / self._spec.prefill_tokens_per_s
             first_at = self._prefilled_at
             await sleep_until(first_at)
+            await self._fault(request)
             await self._decode(self._choose_length(request)[0], first_at)
             answer = self._answer(request, queued_s=began - started, ttft_s=first_at - started)
         self._log(request, "answers", round(time.time() - (time.monotonic() - began), 4), round(time.time(), 4))
@@ -151,11 +156,25 @@ class SimulatedEngine:
             await sleep_until(started + duration_s * step / num_steps)
             self.total_tokens += num_tokens * step // num_steps - num_tokens * (step - 1) // num_steps
 
+    async def _fault(self, request: Request) -> None:
+        """Hang or die where the request says so."""
+        if _holds(request, self._spec.hang_text):
+            await asyncio.Event().wait()
+        if not _holds(request, self._spec.die_text):
+            return
+        told = "the simulated engine died on purpose (engine.die_text)"
+        if self._spec.death == "process":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif self._spec.death == "restart":
+            self._end_all(EngineRestarted("engine_restarted", told))
+            self._death = asyncio.get_running_loop().create_future()
+        else:
+            self.kill(told)
+
     def _check(self, request: Request) -> None:
         if request.rank is not None and not 0 <= request.rank < self._spec.ranks:
             raise RequestRejected("bad_rank", f"rank {request.rank} is not one of {self._spec.ranks} (engine.ranks)")
-        reject = self._spec.reject_text
-        if reject is not None and reject.encode() in bytes(token & 255 for token in request.ids):
+        if _holds(request, self._spec.reject_text):
             raise RequestRejected("rejected", "the simulated engine refuses this prompt (engine.reject_text)")
         if request.attempt == 1 and self._random(request, "failure").random() < self._spec.failure_rate:
             raise RequestFailed("engine_error", "the simulated engine failed on purpose (engine.failure_rate)")
@@ -221,6 +240,10 @@ async def sleep_until(at: float) -> None:
 
 def count_done(request: Request) -> int:
     return 0 if request.partial is None else len(request.partial.token_ids)
+
+
+def _holds(request: Request, text: str | None) -> bool:
+    return text is not None and text.encode() in bytes(token & 255 for token in request.ids)
 
 
 def read_calls(call_log: str) -> list[tuple[str, int, int, int]]:

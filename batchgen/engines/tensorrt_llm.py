@@ -4,9 +4,9 @@ One supervisor brings the processes up, watches them (`trtllm.client`, `trtllm.h
 ends them to the last one, waits until the GPUs' memory is free, and starts anew. The event loop never waits for any of
 it, so the worker's heartbeat goes on while the engine is stuck.
 
-Invariants: a request that was in flight when the engine died costs its row no attempt (EngineUnavailable), unless it was
-there three times: then it is taken for the reason (RequestFailed). While there is no engine, requests are refused with a
-time to come back, so that no row waits inside the window. When `max_restarts` starts in a row finish no request, all get
+Invariants: a request that was in flight when the engine died costs its row no attempt; it is told so (EngineRestarted), and
+the worker finds out which one it died of. While there is no engine, requests are refused (EngineUnavailable) with a time to
+come back, so that no row waits inside the window. When `max_restarts` starts in a row finish no request, all get
 EngineDied. An answer without a token is a failure, counted by `Client`: the vendor gives them when its cache is broken.
 """
 
@@ -31,6 +31,7 @@ from batchgen.engines.trtllm.wire import BEAT_S, Finished, Start, Started
 from batchgen.errors import (
     BatchgenError,
     EngineDied,
+    EngineRestarted,
     EngineUnavailable,
     RequestFailed,
     RequestRejected,
@@ -109,7 +110,7 @@ class TensorRTLLMEngine:
                 raise self._make_unavailable("engine_restarting", "the engine is being started")
             sampling = self._fit(request)
             finished = await client.ask(request.row_id, request.ids, sampling, request.rank)
-        self._check_answer(request, finished)
+        self._check_answer(finished)
         return await self._make_generation(request, finished)
 
     async def close(self) -> None:
@@ -143,12 +144,12 @@ class TensorRTLLMEngine:
             raise RequestRejected("prompt_too_long", told)
         return replace(request.sampling, max_tokens=min(request.sampling.max_tokens, room))
 
-    def _check_answer(self, request: Request, finished: Finished) -> None:
+    def _check_answer(self, finished: Finished) -> None:
         if finished.finish_reason not in ("stop", "length"):
             raise RequestFailed(finished.finish_reason, "the engine ended the request before it was done")
         if is_answer_empty(finished):
             raise RequestFailed("empty_answer", "the engine answered without a single token")
-        self._history.note_finished(request.row_id)
+        self._history.note_finished()
 
     async def _make_generation(self, request: Request, finished: Finished) -> Generation:
         assert self.tokenizer is not None, "it is there once open has returned"
@@ -279,17 +280,14 @@ class TensorRTLLMEngine:
 
     def _settle(self, client: Client, end: End) -> None:
         """What was in flight learns what to do."""
-        if end.kind == "died":
-            guilty = self._history.note_deaths([ticket.row_id for ticket in client.tickets.values()])
-        else:
-            guilty = set()
         if client.recycle is not None:
             self._history.note_recycle(client.recycle)
+        has_died = end.kind == "died"
 
-        def choose(ticket: Ticket) -> BatchgenError:
-            if ticket.row_id in guilty:
-                return RequestFailed("engine_died", "the engine died each of the last times that it had this request")
-            return self._make_unavailable("engine_restarting", f"the engine is being started: it {end.kind}")
+        def choose(_: Ticket) -> BatchgenError:
+            message = f"the engine is being started: it {end.kind}"
+            refused = self._make_unavailable("engine_restarting", message)
+            return EngineRestarted(*refused.args) if has_died else refused
 
         client.end_all(choose)
 

@@ -3,12 +3,12 @@
 `Health` judges one start of the engine by what its process says and by what it does not say. The vendor's own word is
 worth little: a dead rank leaves waiters hanging, and its liveness answer stays true meanwhile. So what counts is tokens,
 and answers: a request that was given up is no sign of life, or a hang would hide behind those whose time is over.
-`History` is what is remembered from one start to the next: restarts that helped nobody, and rows that were there each
-time the engine died.
+`History` is what is remembered from one start to the next: restarts that helped nobody. Which row an engine dies of is
+not found here (`suspects`).
 """
 
-from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterable
+from collections import deque
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from batchgen.tensorrt_llm_spec import TensorRTLLMEngineSpec
@@ -18,9 +18,6 @@ SHARE_ANSWERS = 500
 MIN_SHARE_EMPTY = 8
 # A look that comes this much later than the one before: this process stood still, not the engine.
 MAX_LOOK_GAP_S = 30.0
-# A row that was in flight when the engine died this often is taken for the reason.
-MAX_DEATHS = 3
-MAX_REMEMBERED = 100_000
 # Empty answers and failures that starting anew does not mend are the model's own, or the rows'. It did mend them, if so
 # many rows were finished since.
 MAX_ANSWER_RECYCLES = 3
@@ -173,12 +170,10 @@ class History:
     num_restarts: int = 0
     _num_answer_recycles: int = 0
     _num_finished: int = 0
-    _deaths: OrderedDict[Hashable, int] = field(default_factory=OrderedDict)
 
-    def note_finished(self, row: Hashable) -> None:
+    def note_finished(self) -> None:
         self.num_restarts = 0
         self._num_finished += 1
-        self._deaths.pop(row, None)
 
     def note_recycle(self, recycle: Recycle) -> None:
         if recycle.is_for_answers:
@@ -191,17 +186,6 @@ class History:
     @property
     def _is_mended(self) -> bool:
         return self._num_finished >= MENDED_ANSWERS
-
-    def note_deaths(self, rows: Iterable[Hashable]) -> set[Hashable]:
-        """These rows were in flight when the engine died; those that were it too often."""
-        guilty = set()
-        for row in rows:
-            self._deaths[row] = self._deaths.pop(row, 0) + 1
-            if self._deaths[row] >= MAX_DEATHS:
-                guilty.add(row)
-        while len(self._deaths) > MAX_REMEMBERED:
-            self._deaths.popitem(last=False)
-        return guilty
 
     def may_restart(self) -> bool:
         """Counts the restart where it may be."""

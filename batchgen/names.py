@@ -1,0 +1,17 @@
+"""Names of what a job makes: shard files, and batches. Pure text."""
+
+
+def make_data_path(shard_number: int) -> str:
+    """Where a shard's output lives below the output folder."""
+    return f"data/shard-{shard_number:09d}.parquet"
+
+
+def make_batch_id(shard_number: int, epoch: int, attempt: int) -> str:
+    """Unique over all runs of a job: two drivers never have the same epoch."""
+    return f"shard-{shard_number:09d}-e{epoch}-a{attempt}"
+
+
+def parse_batch_id(batch_id: str) -> tuple[int, int, int]:
+    """(shard number, epoch, attempt)."""
+    _, number, epoch, attempt = batch_id.split("-")
+    return int(number), int(epoch[1:]), int(attempt[1:])

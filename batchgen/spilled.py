@@ -1,0 +1,33 @@
+"""Finished rows of one batch, in memory or in the journal. Values."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from batchgen.records import JournalRef
+
+ReadBack = Callable[[JournalRef], pa.Table]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Results as Arrow. `ref`: where they are journaled; None: nowhere yet. `rows` is None when they are journaled only."""
+
+    rows: pa.Table | None
+    ref: JournalRef | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return 0 if self.rows is None else int(self.rows.nbytes)
+
+
+def load_rows(part: Finished, batch_id: str, read_back: ReadBack | None) -> pa.Table:
+    """The rows, wherever they are. A segment may hold another batch's of the same shard, too: a share of it."""
+    if part.rows is not None:
+        return part.rows
+    if read_back is None or part.ref is None:
+        raise ValueError("rows were dropped from memory, and there is no way to read them back")
+    rows = read_back(part.ref)
+    return rows.filter(pc.equal(rows["batch_id"], batch_id))
