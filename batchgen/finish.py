@@ -12,8 +12,9 @@ from batchgen import manifest
 from batchgen.batches import BatchStats
 from batchgen.control import read_lost_batches, write_status
 from batchgen.dispatch import Dispatcher
+from batchgen.fence import Fence, Put
 from batchgen.hold import Hold
-from batchgen.inventory import write_manifest
+from batchgen.inventory import MANIFEST, REWRITTEN, write_manifest
 from batchgen.job import Job
 from batchgen.manifest import CommittedShard
 from batchgen.report import make_report, write_report
@@ -26,10 +27,10 @@ def finish(
     """Write everything that is written last; the report. `dispatcher` is None when nothing was left to do. Raises
     LeaseLost when the folder is not ours any more."""
     storage = job.storage
-    hold.check_lease()
+    fence = Fence(storage, (*REWRITTEN, MANIFEST, manifest.SUCCESS), hold.check_lease)
     committed = {**job.committed, **(dispatcher.committed if dispatcher else {})}
     batches, unsettled = settle_batches(job, dispatcher, committed, hold.epoch)
-    manifest.write_committed(storage, committed.values())
+    manifest.write_committed(fence.put, committed.values())
     report = make_report(
         job.spec,
         [committed[shard.number] for shard in job.wanted if shard.number in committed],
@@ -43,12 +44,12 @@ def finish(
     )
     report["exit_code"] = choose_exit_code(report, job.spec.retry.max_error_rate)
     report["output"] = storage.root
-    write_report(storage, report, job.spec)
-    write_manifest(storage, job.spec, committed.values(), report, is_trial=is_trial)
+    write_report(fence.put, report, job.spec)
+    write_manifest(storage, fence.put, job.spec, committed.values(), report, is_trial=is_trial)
     if dispatcher is not None:
         write_status(storage, hold.epoch, report["state"], dispatcher.make_progress(), unsettled, message)
     hold.check_lease()
-    mark_success(job, report, hold.epoch, is_trial=is_trial)
+    mark_success(job, fence.put, report, hold.epoch, is_trial=is_trial)
     return report
 
 
@@ -64,16 +65,16 @@ def settle_batches(
     open_ids = {batch.batch_id for batch in unsettled}
     settled = {batch_id: batch for batch_id, batch in batches.items() if batch_id not in open_ids}
     manifest.write_batch_stats(job.storage, epoch, settled)
-    manifest.add_batches(batches, manifest.read_batch_stats(job.storage))  # older losses are in no file of data/
+    manifest.add_batches(batches, manifest.read_batch_stats(job.storage, epoch))  # older losses are in no file of data/
     return batches, unsettled
 
 
-def mark_success(job: Job, report: dict[str, Any], epoch: int, *, is_trial: bool) -> None:
+def mark_success(job: Job, put: Put, report: dict[str, Any], epoch: int, *, is_trial: bool) -> None:
     """`_SUCCESS` there or not, as the report says. A trial that went well leaves it as it is."""
     if report["exit_code"] != 0 or not report["rows"]["is_complete"]:
         job.storage.delete(manifest.SUCCESS)
     elif not is_trial:
-        job.storage.put(manifest.SUCCESS, seal_json({"epoch": epoch, "made_at": time.time()}))
+        put(manifest.SUCCESS, seal_json({"epoch": epoch, "made_at": time.time()}))
 
 
 def choose_exit_code(report: dict[str, Any], max_error_rate: float) -> int:

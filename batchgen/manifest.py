@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from batchgen.batches import BatchStats, FileFooter
 from batchgen.damage import RESTORE, refusing_damage
 from batchgen.errors import AlreadyExists, LeaseLost, NotFound, OutputError
+from batchgen.fence import Put
 from batchgen.records import InputFile, Shard, parse_batch_id
 from batchgen.shard_footer import read_footer
 from batchgen.stats import LATENCY_FIELDS, merge_stats
@@ -34,6 +35,8 @@ COMMITTED = "_batchgen/committed.parquet"
 LOCK = "_batchgen/lock.json"
 SUCCESS = "_SUCCESS"
 NUM_FOOTER_THREADS = 32
+# Runs before this one whose stats are looked for by name: those that may have ended within a stale listing's age.
+NUM_RECENT = 8
 DAMAGED = f"is damaged; {RESTORE}"
 
 _FLOATS = ("num_gpus", "started_at", "wall_s", "tokens_per_s", "tokens_per_s_per_gpu", "mean_inflight")
@@ -106,7 +109,7 @@ def _load_compacted(storage: Storage) -> dict[tuple[str, str], tuple[FileFooter,
         return {}
 
 
-def write_committed(storage: Storage, committed: Iterable[CommittedShard]) -> None:
+def write_committed(put: Put, committed: Iterable[CommittedShard]) -> None:
     """Compact the footers, so that the next run need not read them one by one. A cache: may be deleted at any time."""
     shards = list(committed)
     table = pa.table(
@@ -118,7 +121,7 @@ def write_committed(storage: Storage, committed: Iterable[CommittedShard]) -> No
         },
         schema=pa.schema([(name, pa.string()) for name in ("path", "version", "footer", "footer_sha256")]),
     )
-    storage.put(COMMITTED, _to_parquet(table))
+    put(COMMITTED, _to_parquet(table).to_pybytes())
 
 
 def _to_parquet(table: pa.Table) -> pa.Buffer:
@@ -141,21 +144,33 @@ def make_stats_table(batches: Iterable[BatchStats]) -> pa.Table:
     return pa.Table.from_pylist([make_stats_row(stats) for stats in batches], schema=STATS_SCHEMA)
 
 
-def read_stats_table(storage: Storage) -> pa.Table:
-    """All of batch_stats, one row a batch. Raises OutputError where a file of it is damaged."""
+def _make_stats_path(epoch: int) -> str:
+    return f"{STATS_FOLDER}/run-{epoch:06d}.parquet"
+
+
+def list_stats_files(storage: Storage, epoch: int | None = None) -> list[str]:
+    """Paths of all files of batch_stats. `epoch`: of the run that asks, which looks for its neighbours' files by name: a
+    network file system's listing may lack what another machine wrote seconds ago, and its batches would be written again."""
+    listed = {info.path for info in storage.list_files(STATS_FOLDER, suffix=".parquet")}
+    recent = [] if epoch is None else [_make_stats_path(n) for n in range(max(1, epoch - NUM_RECENT), epoch + 1)]
+    return sorted(listed.union(path for path in recent if path not in listed and storage.info(path) is not None))
+
+
+def read_stats_table(storage: Storage, epoch: int | None = None) -> pa.Table:
+    """All of batch_stats, one row a batch; `epoch` as above. Raises OutputError where a file of it is damaged."""
     tables = [STATS_SCHEMA.empty_table()]
-    for info in storage.list_files(STATS_FOLDER, suffix=".parquet"):
-        with refusing_damage(storage.url(info.path), DAMAGED), storage.open_read(info.path) as source:
+    for path in list_stats_files(storage, epoch):
+        with refusing_damage(storage.url(path), DAMAGED), storage.open_read(path) as source:
             table = pq.read_table(source).cast(STATS_SCHEMA)
             table.validate(full=True)  # text that is none shows here, not when somebody reads the value
             tables.append(table)
     return pa.concat_tables(tables)
 
 
-def read_batch_stats(storage: Storage) -> list[BatchStats]:
+def read_batch_stats(storage: Storage, epoch: int | None = None) -> list[BatchStats]:
     """The batches of batch_stats, without what it doesn't hold: their sketches."""
     batches = []
-    for row in read_stats_table(storage).to_pylist():
+    for row in read_stats_table(storage, epoch).to_pylist():
         fields = {name: row[name] for name in _PLAIN}
         for name in ("finish_reasons", "error_types"):
             fields[name] = None if row[name] is None else {c["value"]: c["count"] for c in row[name]}
@@ -181,12 +196,12 @@ def is_settled(batch: BatchStats, committed: Mapping[int, CommittedShard]) -> bo
 
 def write_batch_stats(storage: Storage, epoch: int, batches: Mapping[str, BatchStats]) -> None:
     """Add the batches that batch_stats doesn't have yet, as this run's one file."""
-    have = set(read_stats_table(storage)["batch_id"].to_pylist())
+    have = set(read_stats_table(storage, epoch)["batch_id"].to_pylist())
     new = [batches[batch_id] for batch_id in sorted(batches.keys() - have)]
     if not new:
         return
     try:
-        storage.create(f"{STATS_FOLDER}/run-{epoch:06d}.parquet", _to_parquet(make_stats_table(new)))
+        storage.create(_make_stats_path(epoch), _to_parquet(make_stats_table(new)))
     except AlreadyExists:
         return  # ours, after a lost reply: no other driver ever has this epoch
 

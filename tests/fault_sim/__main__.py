@@ -7,21 +7,26 @@ import sys
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
+
+import pytest
 
 from .world import Outcome, run_world  # isort: skip  # before anything of batchgen
 from .mutants import MUTANTS
 
+MAX_SEEDS = 500
+
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("seeds", help="FIRST:END, or one seed")
+    parser.add_argument("seeds", nargs="?", default="0:300", help="FIRST:END, or one seed")
     parser.add_argument("--story", action="store_true", help="Tell the story of each seed.")
-    parser.add_argument("--mutant", help="Break one promise first (see mutants), to see that it is found.")
+    parser.add_argument("--mutants", action="store_true", help="Break each promise in turn, and see that it is found.")
     arguments = parser.parse_args()
     first, _, end = arguments.seeds.partition(":")
     quieten()
-    if arguments.mutant:
-        MUTANTS[arguments.mutant]()
+    if arguments.mutants:
+        return 0 if all([find(mutant, first) for mutant, first in MUTANTS.items()]) else 1
     started, totals, strikes, num_failed = time.perf_counter(), Counter[str](), Counter[str](), 0
     seeds = range(int(first), int(end or int(first) + 1))
     for number, seed in enumerate(seeds, 1):
@@ -30,8 +35,6 @@ def main() -> int:
         if arguments.story or outcome.violation is not None:
             print(outcome.tell(), flush=True)
         num_failed += outcome.violation is not None
-        if arguments.mutant and num_failed:
-            break
         if number % 1000 == 0:
             rate = number / (time.perf_counter() - started)
             print(f"seeds {first} to {seed}: {num_failed} violations, {rate:.1f} seeds/s", flush=True)
@@ -40,6 +43,21 @@ def main() -> int:
     print(", ".join(f"{count} {name}" for name, count in totals.items()))
     print(", ".join(f"{count} {name}" for name, count in sorted(strikes.items())))
     return 1 if num_failed else 0
+
+
+def find(mutant: Callable[[pytest.MonkeyPatch], None], first: int) -> bool:
+    """Does a seed find it?"""
+    for seed in range(first, first + MAX_SEEDS):
+        with pytest.MonkeyPatch.context() as patch:
+            mutant(patch)
+            outcome = run_world(seed)
+        if outcome.violation is not None:
+            print(
+                f"{mutant.__name__}: found by seed {seed}, number {seed - first + 1}: {outcome.violation}", flush=True
+            )
+            return True
+    print(f"{mutant.__name__}: not found by {MAX_SEEDS} seeds", flush=True)
+    return False
 
 
 def add(outcome: Outcome, totals: Counter[str], strikes: Counter[str]) -> None:

@@ -67,7 +67,9 @@ class Checker:
         if known is not None and known[1]["status"] == "ok" and known[1] != row:
             changed = [name for name in row if row[name] != known[1][name]]
             raise Violation(f"{path}: the committed generation of {key} was changed ({', '.join(changed)})")
-        if (row["status"] == "ok") == (row["text"] is None) or (row["status"] == "error") == (row["error_type"] is None):
+        if (row["status"] == "ok") == (row["text"] is None) or (row["status"] == "error") == (
+            row["error_type"] is None
+        ):
             raise Violation(f"{path}: {key} is neither a generation nor an error")
         self._standing[key] = (path, row)
 
@@ -109,5 +111,5 @@ def get_key(row: Mapping[str, Any]) -> Key:
 
 
 def read_rows(data: bytes, columns: list[str] | None = None) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = pq.ParquetFile(io.BytesIO(data)).read(columns=columns, use_threads=False).to_pylist()
+    rows: list[dict[str, Any]] = pq.ParquetFile(io.BytesIO(data)).read(columns=columns).to_pylist()
     return rows

@@ -1,7 +1,6 @@
 """What befalls a world: chosen by its seed, between its begin and the time when faults end."""
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from .store import Rates
@@ -44,11 +43,15 @@ def make_weather(rng: random.Random) -> Weather:
         return rng.uniform(0, most) if rng.random() < chance else 0.0
 
     strikes = tuple((name, rng.uniform(0.2, 1.0)) for name in STRIKES if rng.random() < 0.45)
+    freezes_at = rng.choice(["", "", "/data/", "manifest", "report", "lease/", "journal/", "plan/", "batch_stats"])
     rates = Rates(
         fails=some(0.4, 0.05),
         loses_reply=some(0.4, 0.05),
         is_retried=some(0.5, 0.2),
         kills=some(0.5, 0.02),
+        freezes=rng.uniform(0.1, 0.5) if freezes_at else some(0.3, 0.1),
+        freezes_at=freezes_at,
+        freeze_s=rng.uniform(5, 40),
         is_slow=some(0.4, 0.05),
         slow_s=rng.uniform(2, 25),
         is_stale=some(0.3, 0.3),
@@ -68,6 +71,3 @@ def make_weather(rng: random.Random) -> Weather:
 
 def choose(rng: random.Random, strikes: tuple[tuple[str, float], ...]) -> str:
     return rng.choices([name for name, _ in strikes], [weight for _, weight in strikes])[0]
-
-
-Act = Callable[[], None]

@@ -1,45 +1,52 @@
-"""Ways to break the production code, one promise each: proof that a world would find it. Applied to a whole process."""
+"""Ways to break the production code, one promise each: proof that a world would find it. Undone by `MonkeyPatch`."""
+
+# ruff: noqa: ARG005
 
 from collections.abc import Callable
 from typing import Any
 
 from . import patches  # isort: skip  # noqa: F401 - before anything of batchgen
 import pyarrow.compute as pc
+import pytest
 
-from batchgen import driver_lease, finish, journal, manifest, shard_files
-from batchgen.errors import AlreadyExists
+from batchgen import driver_lease, fence, finish, journal, manifest, shard_files
 from batchgen.open_shard import OpenShard
 from batchgen.shard_files import ShardFiles
 from batchgen.storage import Storage
 from batchgen.work_queue import WorkQueue
 
 
-def _set(owner: Any, name: str, value: Any) -> None:
-    setattr(owner, name, value)
-
-
-def commit_overwrites() -> None:
+def commit_overwrites(patch: pytest.MonkeyPatch) -> None:
     """A second attempt's file replaces the first one's."""
     create = Storage.create
-    _set(Storage, "create", lambda self, path, data: (self.put if path.startswith("data/") else create.__get__(self))(path, data))
+
+    def overwrite(self: Any, path: str, data: Any) -> str:
+        return str(self.put(path, data) if path.startswith("data/") else create(self, path, data))
+
+    patch.setattr(Storage, "create", overwrite)
 
 
-def replace_overwrites() -> None:
+def replace_overwrites(patch: pytest.MonkeyPatch) -> None:
     """Error rows are replaced in whatever file is there by now."""
-    _set(Storage, "replace", lambda self, path, data, version: self.put(path, data))
+    patch.setattr(Storage, "replace", lambda self, path, data, version: self.put(path, data))
 
 
-def retry_touches_generations() -> None:
+def retry_touches_generations(patch: pytest.MonkeyPatch) -> None:
     """A later run makes all rows of a file with errors anew."""
-    _set(shard_files, "find_again", lambda rows, errors: pc.is_valid(rows["status"]))
+    patch.setattr(shard_files, "find_again", lambda rows, errors: pc.is_valid(rows["status"]))
 
 
-def lost_leases_are_forgotten() -> None:
+def lost_leases_are_forgotten(patch: pytest.MonkeyPatch) -> None:
     """A dead worker's shards are never lent again."""
-    _set(WorkQueue, "_wait", lambda self, number: None)
+    patch.setattr(WorkQueue, "_wait", lambda self, number: None)
 
 
-def commit_lies() -> None:
+def last_words_are_not_fenced(patch: pytest.MonkeyPatch) -> None:
+    """A driver that was frozen overwrites the manifest of its successor."""
+    patch.setattr(fence.Fence, "put", lambda self, path, data: self._storage.put(path, data))
+
+
+def commit_lies(patch: pytest.MonkeyPatch) -> None:
     """A shard counts as committed though the store refused it."""
     publish = ShardFiles._publish
 
@@ -51,38 +58,38 @@ def commit_lies() -> None:
                 shard_files.FileInfo(lease.shard.data_path, data.size, "x"), footer, shard_files.digest_footer(data)
             )
 
-    _set(ShardFiles, "_publish", lie)
+    patch.setattr(ShardFiles, "_publish", lie)
 
 
-def success_is_early() -> None:
+def success_is_early(patch: pytest.MonkeyPatch) -> None:
     """`_SUCCESS` without a look at what is there."""
     seal = finish.seal_json
-    _set(
+    patch.setattr(
         finish,
         "mark_success",
-        lambda job, report, epoch, is_trial: job.storage.put(manifest.SUCCESS, seal({"epoch": epoch, "made_at": 0.0})),
+        lambda job, put, report, epoch, is_trial: put(manifest.SUCCESS, seal({"epoch": epoch, "made_at": 0.0})),
     )
 
 
-def epochs_are_shared() -> None:
+def epochs_are_shared(patch: pytest.MonkeyPatch) -> None:
     """Who loses the race for an epoch believes that it won."""
     create = driver_lease._create
-    _set(driver_lease, "_create", lambda storage, holder: create(storage, holder) or True)
+    patch.setattr(driver_lease, "_create", lambda storage, holder: create(storage, holder) or True)
 
 
-def stats_forget_the_lost() -> None:
+def stats_forget_the_lost(patch: pytest.MonkeyPatch) -> None:
     """Batches of which only journaled rows are left have no line in batch_stats."""
-    _set(ShardFiles, "_list_earlier", lambda self, lease, recovered: [])
+    patch.setattr(ShardFiles, "_list_earlier", lambda self, lease, recovered: [])
 
 
-def journal_is_read_twice() -> None:
+def journal_is_read_twice(patch: pytest.MonkeyPatch) -> None:
     """Rows of two segments are both taken, whoever finished them first."""
-    _set(journal, "drop_repeated", lambda rows: rows)
+    patch.setattr(journal, "drop_repeated", lambda rows: rows)
     mark = OpenShard._mark
-    _set(OpenShard, "_mark", lambda self, row, sample: mark(self, row, sample) or True)
+    patch.setattr(OpenShard, "_mark", lambda self, row, sample: mark(self, row, sample) or True)
 
 
-def answers_change_after_a_retry() -> None:
+def answers_change_after_a_retry(patch: pytest.MonkeyPatch) -> None:
     """A lost reply of a commit is taken for another's, and the shard is put there once more."""
     publish = ShardFiles._publish
 
@@ -92,22 +99,20 @@ def answers_change_after_a_retry() -> None:
             self._storage.put(lease.shard.data_path, memoryview(data))
         return standing
 
-    _set(ShardFiles, "_publish", again)
+    patch.setattr(ShardFiles, "_publish", again)
 
 
-MUTANTS: dict[str, Callable[[], None]] = {
-    work.__name__: work
-    for work in (
-        commit_overwrites,
-        replace_overwrites,
-        retry_touches_generations,
-        lost_leases_are_forgotten,
-        commit_lies,
-        success_is_early,
-        epochs_are_shared,
-        stats_forget_the_lost,
-        journal_is_read_twice,
-        answers_change_after_a_retry,
-    )
+MUTANTS: dict[Callable[[pytest.MonkeyPatch], None], int] = {
+    commit_overwrites: 0,
+    replace_overwrites: 0,
+    retry_touches_generations: 0,
+    lost_leases_are_forgotten: 0,
+    commit_lies: 0,
+    last_words_are_not_fenced: 0,
+    success_is_early: 0,
+    epochs_are_shared: 0,
+    stats_forget_the_lost: 0,
+    journal_is_read_twice: 0,
+    answers_change_after_a_retry: 0,
 }
-__all__ = ["MUTANTS", "AlreadyExists"]
+"""A seed from where on each is soon found; any other would do, later."""

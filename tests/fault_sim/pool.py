@@ -59,7 +59,8 @@ class SimPool:
         self._later(0.5, lambda: self._kernel.spawn(process, lambda: self._run(peer, setup)))
 
     def assign(self, lease: Lease) -> None:
-        self._send(self._peers[lease.worker_id], lambda peer: peer.leases.append(pickle.loads(pickle.dumps(lease))))
+        if (peer := self._peers.get(lease.worker_id)) is not None:  # else its loss is on its way to the driver
+            self._send(peer, lambda peer: peer.leases.append(pickle.loads(pickle.dumps(lease))))
 
     def kill(self, worker_id: str) -> None:
         if (peer := self._peers.pop(worker_id, None)) is not None:
@@ -149,11 +150,13 @@ class SimPool:
                 self._kill_later(peer, "was taken for dead")
 
     def _kill_later(self, peer: Peer, why: str) -> None:
-        kernel = self._kernel
+        """Not before its node can be reached: what froze may be the whole of it."""
+        kernel, is_node_frozen = self._kernel, self._kernel.rng.random() < 0.7
 
         def end() -> None:
-            if peer.process.net_cut_until > kernel.now:
-                kernel.call_at(peer.process.net_cut_until + kernel.rng.uniform(0, 2), end)
+            out_until = max(peer.process.net_cut_until, peer.process.frozen_until if is_node_frozen else 0.0)
+            if out_until > kernel.now:
+                kernel.call_at(out_until + kernel.rng.uniform(0, 2), end)
             else:
                 kernel.kill(peer.process, why)
 

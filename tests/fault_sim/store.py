@@ -22,12 +22,16 @@ CLIENT_PATIENCE_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Chances of one operation. `slow_s` bounds how long a slow one takes."""
+    """Chances of one operation. `slow_s` bounds how long a slow one takes; `freezes`: its process, before a write that it
+    has decided on, so that it comes too late; `freezes_at`: only writes with this in their names."""
 
     fails: float = 0.0
     loses_reply: float = 0.0
     is_retried: float = 0.0
     kills: float = 0.0
+    freezes: float = 0.0
+    freezes_at: str = ""
+    freeze_s: float = 30.0
     is_slow: float = 0.0
     slow_s: float = 20.0
     is_stale: float = 0.0
@@ -50,6 +54,7 @@ class SimStore:
     def __init__(self, kernel: Kernel, watch: Callable[[str, bytes | None, bytes | None], None]) -> None:
         self._kernel, self._watch = kernel, watch
         self.rates = Rates()
+        self.on_freeze: Callable[[], None] = lambda: None
         self.held: dict[str, Held] = {}
         self.num_operations = 0
         self.num_faults: dict[str, int] = {}
@@ -109,8 +114,7 @@ class SimStore:
         return [
             FileInfo(name, len(held.data), held.version)
             for name, held in self.held.items()
-            if (name.startswith(inside) or name == folder)
-            and (held.at <= newest or held.writer is reader)
+            if (name.startswith(inside) or name == folder) and (held.at <= newest or held.writer is reader)
         ]
 
     def _get(self, name: str) -> Held:
@@ -145,6 +149,11 @@ class SimStore:
             self._fail(what, name)
         if self._draws(rates.kills / 2, "killed before"):
             kernel.kill(process, f"before {what} {name}")
+        if what == "write" and rates.freezes_at in name and self._draws(rates.freezes, "frozen"):
+            kernel.tell(f"frozen before {what} {name}")
+            process.frozen_until = kernel.now + kernel.rng.uniform(0, rates.freeze_s)
+            self.on_freeze()
+            kernel.sleep(0.001)
         if what in ("write", "delete") and self._draws(rates.is_retried, "retried"):
             act()  # the reply is lost, and the client's own retry meets what it wrote
             kernel.tell(f"{what} {name}: reply lost, tried again")

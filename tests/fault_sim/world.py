@@ -34,7 +34,8 @@ from .store import SimStore
 # A fair schedule must be done by then: many times what the slowest job takes without faults.
 MAX_CALM_S = 900.0
 MAX_ZOMBIE_S = 60.0
-MAX_RUNS = 60
+MAX_RUNS = 80
+MAX_DRIVERS = 4
 IN, OUT = "sim://in", "sim://out"
 
 
@@ -65,8 +66,10 @@ class World:
         self.outcome = Outcome(seed)
         self.kernel = Kernel(self.rng, lambda at, who, words: self.outcome.story.append((at, who, words)))
         self.weather = make_weather(self.rng)
-        self.keys, self.bad = [], set[Key]()
+        self.keys: list[Key] = []
+        self.bad: set[Key] = set()
         self.store = SimStore(self.kernel, lambda *change: self.checker.watch(*change))
+        self.store.on_freeze = self._submit_again
         self.spec = self._make_job()
         self.checker = Checker(self.keys, self.store.held)
         self.drivers: list[Process] = []
@@ -163,8 +166,9 @@ class World:
         self.kernel.call_at(self.kernel.now + self.rng.uniform(0.1, 5.0), self._start_if_none)
 
     def _start_if_none(self) -> None:
+        """Whoever submits sees a frozen driver no more than a dead one."""
         self.drivers = [process for process in self.drivers if not process.is_dead]
-        if not self.drivers and not self.is_done:
+        if all(driver.frozen_until > self.kernel.now for driver in self.drivers) and not self.is_done:
             self.start_driver()
 
     def create_pool(self, setup: Any) -> SimPool:
@@ -207,7 +211,8 @@ class World:
                 self.kernel.kill(process, "all were")
             return True
         if name == "second_driver":
-            self.start_driver()
+            if len(self.drivers) < MAX_DRIVERS:
+                self.start_driver()
             return True
         victims = self.drivers if whom.startswith(("driver", "to_stop")) else self.workers
         if not victims:
@@ -222,6 +227,7 @@ class World:
             self.kernel.kill(victim, "at random")
         elif what == "freeze":
             victim.frozen_until = until
+            self._submit_again()
         elif what == "ask":
             victim.is_asked_to_stop = True
         elif whom.endswith("store"):
