@@ -75,13 +75,17 @@ class Checker:
 
     def check_end(self, expected_errors: set[Key]) -> None:
         """Everything is there, once, and the counts agree."""
-        rows = [row for path in sorted(self._rows_of) for row in self._rows_of[path]]
+        rows = self.list_rows()
         if sorted(map(get_key, rows)) != sorted(self._keys):
             raise Violation(f"{len(rows)} rows in the output where {len(self._keys)} are wanted")
         errors = {get_key(row) for row in rows if row["status"] == "error"}
         if errors != expected_errors:
             raise Violation(f"error rows {sorted(errors ^ expected_errors)} are wrong or missing")
         self._check_counts(rows, len(errors))
+
+    def list_rows(self) -> list[dict[str, Any]]:
+        """All rows of the output, in the order of the files' names."""
+        return [row for path in sorted(self._rows_of) for row in self._rows_of[path]]
 
     def _check_counts(self, rows: list[dict[str, Any]], num_errors: int) -> None:
         manifest = json.loads(self._read("manifest.json"))

@@ -22,12 +22,13 @@ from batchgen.records import Generation, Request
 from batchgen.spec import JobSpec
 from batchgen.spec_load import make_spec
 from batchgen.storage import Storage
+from batchgen.stores.base import Client
 from batchgen.stores.opening import opening_through
 from batchgen.verify import verify
 
 from .checker import Checker, Key, Violation
-from .faults import CALM, choose, make_weather
-from .kernel import Kernel, Process, Strand
+from .faults import CALM, Weather, choose, make_weather
+from .kernel import Kernel, Process
 from .pool import SimPool
 from .store import SimStore
 
@@ -65,7 +66,7 @@ class World:
         self.rng = random.Random(seed)
         self.outcome = Outcome(seed)
         self.kernel = Kernel(self.rng, lambda at, who, words: self.outcome.story.append((at, who, words)))
-        self.weather = make_weather(self.rng)
+        self.weather = self._make_weather()
         self.keys: list[Key] = []
         self.bad: set[Key] = set()
         self.store = SimStore(self.kernel, lambda *change: self.checker.watch(*change))
@@ -77,6 +78,9 @@ class World:
         self.pools: list[SimPool] = []
         self.is_done = False
         self.calm_at = self.weather.until
+
+    def _make_weather(self) -> Weather:
+        return make_weather(self.rng)
 
     # ---- the job -----------------------------------------------------------------------------------------------------
 
@@ -119,7 +123,11 @@ class World:
         )
 
     def _plant_file(self, name: str, num_rows: int, n: int) -> None:
-        is_bad = [self.rng.random() < 0.08 for _ in range(num_rows)]
+        self._plant_rows(name, [self.rng.random() < 0.08 for _ in range(num_rows)], n)
+
+    def _plant_rows(self, name: str, is_bad: list[bool], n: int) -> None:
+        """One file; a bad row has no prompt."""
+        num_rows = len(is_bad)
         rows = {
             "prompt": pa.array([None if bad else f"{name} {row}?" for row, bad in enumerate(is_bad)], pa.string()),
             "key": pa.array([f"{name}-{row}" for row in range(num_rows)]),
@@ -326,19 +334,25 @@ class World:
             (lease, "get_machine", lambda: self._me().machine),
             (lease.socket, "gethostname", lambda: self._me().name),
             (lease.os, "getpid", lambda: 1),
-            (worker, "create_engine", lambda spec: SimEngine(create_engine(spec), self)),
+            (worker, "create_engine", lambda spec: self._wrap_engine(create_engine(spec))),
         ]
         before = [(module, name, getattr(module, name)) for module, name, _ in fakes]
         for module, name, fake in fakes:
             setattr(module, name, fake)
         patches.enter(self.kernel)
         try:
-            with opening_through(lambda _: self.store):
+            with opening_through(lambda _: self._open_client()):
                 yield
         finally:
             patches.leave()
             for module, name, value in before:
                 setattr(module, name, value)
+
+    def _open_client(self) -> Client:
+        return self.store
+
+    def _wrap_engine(self, engine: Any) -> Any:
+        return SimEngine(engine, self)
 
     def _me(self) -> Process:
         process = self.kernel.process
@@ -409,4 +423,3 @@ def run_world(seed: int) -> Outcome:
     return World(seed).run()
 
 
-__all__ = ["Outcome", "Strand", "World", "run_world"]
