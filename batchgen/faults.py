@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 from batchgen.engines import wrapping_engines
 from batchgen.errors import RequestFailed, SpecError, StorageError
@@ -65,7 +65,7 @@ def parse_fault(text: str) -> Fault:
         raise SpecError(
             f"fault '{text}': write step:when:nth, with a step of {', '.join(STEPS)} and when one of {', '.join(WHENS)}"
         )
-    return Fault(cast(Step, step), cast(When, when), int(nth))
+    return Fault(step, when, int(nth))
 
 
 def find_impossible(step: Step, when: When) -> str | None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from batchgen import manifest
+from batchgen.batch_stats import read_batch_stats, write_batch_stats
 from batchgen.batches import BatchStats
 from batchgen.control import read_lost_batches, write_status
 from batchgen.dispatch import Dispatcher
@@ -29,7 +30,7 @@ def finish(
     storage = job.storage
     fence = Fence(storage, (*REWRITTEN, MANIFEST, manifest.SUCCESS), hold.check_lease)
     committed = {**job.committed, **(dispatcher.committed if dispatcher else {})}
-    batches, unsettled = settle_batches(job, dispatcher, committed, hold.epoch)
+    batches, unsettled = settle_batches(job, dispatcher, committed)
     manifest.write_committed(fence.put, committed.values())
     report = make_report(
         job.spec,
@@ -54,7 +55,7 @@ def finish(
 
 
 def settle_batches(
-    job: Job, dispatcher: Dispatcher | None, committed: Mapping[int, CommittedShard], epoch: int
+    job: Job, dispatcher: Dispatcher | None, committed: Mapping[int, CommittedShard]
 ) -> tuple[dict[str, BatchStats], list[BatchStats]]:
     """(all batches that are known, those of them that batch_stats can't have yet). Writes batch_stats."""
     batches = dict(dispatcher.batches) if dispatcher else {}
@@ -64,8 +65,8 @@ def settle_batches(
     unsettled = [batch for batch in batches.values() if not manifest.is_settled(batch, committed)]
     open_ids = {batch.batch_id for batch in unsettled}
     settled = {batch_id: batch for batch_id, batch in batches.items() if batch_id not in open_ids}
-    manifest.write_batch_stats(job.storage, epoch, settled)
-    manifest.add_batches(batches, manifest.read_batch_stats(job.storage, epoch))  # older losses are in no file of data/
+    write_batch_stats(job.storage, settled)
+    manifest.add_batches(batches, read_batch_stats(job.storage))  # older losses are in no file of data/
     return batches, unsettled
 
 

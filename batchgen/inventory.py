@@ -9,9 +9,10 @@ manifest, so that damage between two runs is not blessed by the second.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from batchgen.batch_stats import list_stats_files
 from batchgen.errors import NotFound
 from batchgen.fence import Put
-from batchgen.manifest import COMMITTED, PLAN_FOLDER, SPEC, CommittedShard, list_stats_files, read_json
+from batchgen.manifest import COMMITTED, PLAN_FOLDER, SPEC, CommittedShard, read_json
 from batchgen.report import REPORT_HTML, REPORT_JSON
 from batchgen.seal import digest, is_json_whole, seal_json
 from batchgen.spec import JobSpec
@@ -81,16 +82,16 @@ def write_manifest(
         committed,
         report,
         tokenizer_sha256=saved.get("tokenizer_sha256"),
-        checksums=list_checksums(storage, _read_earlier_checksums(storage), report["epoch"]),
+        checksums=list_checksums(storage, _read_earlier_checksums(storage)),
         is_trial=is_trial,
     )
     put(MANIFEST, seal_json(value))
 
 
-def list_checksums(storage: Storage, earlier: Mapping[str, str], epoch: int) -> dict[str, str]:
+def list_checksums(storage: Storage, earlier: Mapping[str, str]) -> dict[str, str]:
     """SHA-256 by path of what is there; of what is written once, the sum that an earlier manifest has."""
     planned = [info.path for info in storage.list_files(PLAN_FOLDER, ".parquet")]
-    kept = [*list_stats_files(storage, epoch), *planned]
+    kept = [*list_stats_files(storage), *planned]
     known = {path: earlier[path] for path in [SPEC, *kept] if path in earlier}
     for path in [SPEC, *kept, *REWRITTEN]:
         if path not in known:

@@ -26,7 +26,7 @@ def main() -> int:
     first, _, end = arguments.seeds.partition(":")
     quieten()
     if arguments.mutants:
-        return 0 if all([find(mutant, first) for mutant, first in MUTANTS.items()]) else 1
+        return int(False in [find(mutant, first) for mutant, first in MUTANTS.items()])
     started, totals, strikes, num_failed = time.perf_counter(), Counter[str](), Counter[str](), 0
     seeds = range(int(first), int(end or int(first) + 1))
     for number, seed in enumerate(seeds, 1):

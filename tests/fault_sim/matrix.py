@@ -68,8 +68,8 @@ class RoleStriker(Striker):
 
 
 class CellWorld(World):
-    """The same small job for each cell: two files, five shards, a row without a prompt, and rows that fail when they are first
-    generated, so that a later run replaces a file."""
+    """The same small job for each cell: two files, five shards, a row without a prompt, and rows that fail when they are
+    first generated, so that a later run replaces a file."""
 
     def __init__(self, cell: Cell | None) -> None:
         super().__init__(0)

@@ -421,5 +421,3 @@ def _place(error: BaseException) -> str:
 
 def run_world(seed: int) -> Outcome:
     return World(seed).run()
-
-
