@@ -89,9 +89,10 @@ LAYERS = [
     ["control"],
     ["finish", "verify_files", "verify_folder"],
     ["run", "verify"],
+    ["chaos", "chaos_child"],
     ["demo", "bench_decode"],
     ["cli.base"],
-    ["cli.jobs", "cli.outputs", "cli.nodes"],
+    ["cli.jobs", "cli.outputs", "cli.nodes", "cli.chaos"],
     ["cli"],
     ["cli.__main__"],
 ]
@@ -132,7 +133,7 @@ VENDORS = {
     "pynvml": {"engines.trtllm.gpu()", "node_facts()"},
     "yaml": {"spec_load"},
     "jsonschema": {"sampling_spec()"},
-    "typer": {"cli.base", "cli.jobs", "cli.outputs", "cli.nodes"},
+    "typer": {"cli.base", "cli.jobs", "cli.outputs", "cli.nodes", "cli.chaos"},
     "rich": {"view", "cli.jobs()", "cli.outputs()", "cli.nodes()", "doctor()"},
 }
 # Modules that import a heavy vendor at their top: whoever imports one of them does so lazily, or is one itself.

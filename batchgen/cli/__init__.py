@@ -10,7 +10,8 @@ import sys
 # Each of these adds its commands to the app, in the order of the help.
 import batchgen.cli.jobs  # isort: skip
 import batchgen.cli.outputs  # isort: skip
-import batchgen.cli.nodes  # isort: skip  # noqa: F401
+import batchgen.cli.nodes  # isort: skip
+import batchgen.cli.chaos  # isort: skip  # noqa: F401
 from batchgen.cli.base import app
 
 __all__ = ["app", "main"]
