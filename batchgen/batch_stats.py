@@ -6,7 +6,7 @@ of two that would add the same batches only one creates the file of that number.
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import count
 from typing import Any
 
@@ -99,9 +99,10 @@ def read_batch_stats(storage: Storage) -> list[BatchStats]:
     return batches
 
 
-def write_batch_stats(storage: Storage, batches: Mapping[str, BatchStats]) -> None:
+def write_batch_stats(storage: Storage, batches: Mapping[str, BatchStats], check: Callable[[], None]) -> None:
     """Add the batches that batch_stats doesn't have yet, as the next file. Of two drivers that would add the same ones (one
-    was frozen, the other took over) one creates the file of that number; the other reads it, and has nothing to add."""
+    was frozen, the other took over) one creates the file of that number; the other reads it, and has nothing to add.
+    `check` raises LeaseLost where the folder is not ours any more."""
     paths = list_stats_files(storage)
     have = {batch_id for path in paths for batch_id in _read_stats_file(storage, path)["batch_id"].to_pylist()}
     number = len(paths) + 1
@@ -110,7 +111,8 @@ def write_batch_stats(storage: Storage, batches: Mapping[str, BatchStats]) -> No
         try:
             storage.create(path, make_parquet(make_stats_table(new)))
         except AlreadyExists:
-            have.update(_read_stats_file(storage, path)["batch_id"].to_pylist())  # our own, too, after a lost reply
+            check()  # it may be our own, after a lost reply, or what a listing did not show yet, or a successor's
+            have.update(_read_stats_file(storage, path)["batch_id"].to_pylist())
             number += 1
         else:
             return

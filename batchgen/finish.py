@@ -5,7 +5,7 @@ the output and that no more than `retry.max_error_rate` of the rows are errors.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from batchgen import manifest
@@ -20,6 +20,7 @@ from batchgen.job import Job
 from batchgen.manifest import CommittedShard
 from batchgen.report import make_report, write_report
 from batchgen.seal import seal_json
+from batchgen.storage import Storage
 
 
 def finish(
@@ -30,7 +31,7 @@ def finish(
     storage = job.storage
     fence = Fence(storage, (*REWRITTEN, MANIFEST, manifest.SUCCESS), hold.check_lease)
     committed = {**job.committed, **(dispatcher.committed if dispatcher else {})}
-    batches, unsettled = settle_batches(job, dispatcher, committed)
+    batches, unsettled = settle_batches(job, dispatcher, committed, hold.check_lease)
     manifest.write_committed(fence.put, committed.values())
     report = make_report(
         job.spec,
@@ -55,7 +56,7 @@ def finish(
 
 
 def settle_batches(
-    job: Job, dispatcher: Dispatcher | None, committed: Mapping[int, CommittedShard]
+    job: Job, dispatcher: Dispatcher | None, committed: Mapping[int, CommittedShard], check: Callable[[], None]
 ) -> tuple[dict[str, BatchStats], list[BatchStats]]:
     """(all batches that are known, those of them that batch_stats can't have yet). Writes batch_stats."""
     batches = dict(dispatcher.batches) if dispatcher else {}
@@ -65,7 +66,7 @@ def settle_batches(
     unsettled = [batch for batch in batches.values() if not manifest.is_settled(batch, committed)]
     open_ids = {batch.batch_id for batch in unsettled}
     settled = {batch_id: batch for batch_id, batch in batches.items() if batch_id not in open_ids}
-    write_batch_stats(job.storage, settled)
+    write_batch_stats(job.storage, settled, check)
     manifest.add_batches(batches, read_batch_stats(job.storage))  # older losses are in no file of data/
     return batches, unsettled
 
@@ -73,9 +74,15 @@ def settle_batches(
 def mark_success(job: Job, put: Put, report: dict[str, Any], epoch: int, *, is_trial: bool) -> None:
     """`_SUCCESS` there or not, as the report says. A trial that went well leaves it as it is."""
     if report["exit_code"] != 0 or not report["rows"]["is_complete"]:
-        job.storage.delete(manifest.SUCCESS)
+        withdraw_success(job.storage)
     elif not is_trial:
         put(manifest.SUCCESS, seal_json({"epoch": epoch, "made_at": time.time()}))
+
+
+def withdraw_success(storage: Storage) -> None:
+    """Not asked for where there is none: a driver that is frozen just then would delete that of its successor."""
+    if storage.info(manifest.SUCCESS) is not None:
+        storage.delete(manifest.SUCCESS)
 
 
 def choose_exit_code(report: dict[str, Any], max_error_rate: float) -> int:

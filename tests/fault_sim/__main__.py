@@ -14,7 +14,7 @@ import pytest
 from .world import Outcome, run_world  # isort: skip  # before anything of batchgen
 from .mutants import MUTANTS
 
-MAX_SEEDS = 500
+MAX_SEEDS = 1000
 
 
 def main() -> int:
@@ -26,7 +26,7 @@ def main() -> int:
     first, _, end = arguments.seeds.partition(":")
     quieten()
     if arguments.mutants:
-        return int(False in [find(mutant, first) for mutant, first in MUTANTS.items()])
+        return int(False in [find(mutant, int(first)) for mutant in MUTANTS])
     started, totals, strikes, num_failed = time.perf_counter(), Counter[str](), Counter[str](), 0
     seeds = range(int(first), int(end or int(first) + 1))
     for number, seed in enumerate(seeds, 1):

@@ -7,8 +7,11 @@ import argparse
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import pytest
 
 from . import patches  # isort: skip  # noqa: F401 - before anything of batchgen
 from batchgen.errors import RequestFailed
@@ -22,9 +25,12 @@ from .__main__ import quieten
 from .checker import Violation, get_key
 from .faults import CALM, Weather
 from .kernel import Kernel, Process
+from .mutants import MUTANTS
 from .world import IN, OUT, World
 
 Role = Literal["driver", "worker"]
+# Longer than any lease, shorter than what a world waits for its zombies.
+FREEZE_S = 30.0
 ROLES: tuple[Role, ...] = ("driver", "worker")
 QUIET = Weather(CALM, (), 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 # What a run that was struck may not change. Times, and the batch that made a row, are another's then.
@@ -34,19 +40,22 @@ STABLE += ["error_type", "error_message", "is_retryable"]
 
 @dataclass(frozen=True, slots=True)
 class Cell:
+    """`is_zombie`: the process does not die there: it is frozen, taken for dead, and goes on when others have."""
+
     role: Role
     fault: Fault
+    is_zombie: bool = False
 
     def __str__(self) -> str:
-        return f"{self.role} {self.fault}"
+        return f"{self.role} {self.fault}{' as a zombie' if self.is_zombie else ''}"
 
 
 class RoleStriker(Striker):
     """Strikes in processes of one role; counts the steps of each role."""
 
-    def __init__(self, cell: Cell | None, kernel: Kernel) -> None:
-        super().__init__(cell and cell.fault, lambda: kernel.kill(self._me(), str(cell)))
-        self._cell, self._kernel = cell, kernel
+    def __init__(self, cell: Cell | None, kernel: Kernel, on_freeze: Callable[[], None]) -> None:
+        super().__init__(cell and cell.fault)
+        self._cell, self._kernel, self._on_freeze = cell, kernel, on_freeze
         self.taken: Counter[tuple[str, str]] = Counter()
         self.has_struck = False
 
@@ -54,6 +63,15 @@ class RoleStriker(Striker):
         process = self._kernel.process
         assert process is not None
         return process
+
+    def die(self) -> None:
+        if self._cell is not None and self._cell.is_zombie:
+            self._kernel.tell(f"frozen at {self._cell}")
+            self._me().frozen_until = self._kernel.now + FREEZE_S
+            self._on_freeze()
+            self._kernel.sleep(0.001)
+        else:
+            self._kernel.kill(self._me(), str(self._cell))
 
     def choose(self, step: Step | None) -> When | None:
         name = self._me().name
@@ -73,7 +91,7 @@ class CellWorld(World):
 
     def __init__(self, cell: Cell | None) -> None:
         super().__init__(0)
-        self.striker = RoleStriker(cell, self.kernel)
+        self.striker = RoleStriker(cell, self.kernel, self._submit_again)
 
     def _make_weather(self) -> Weather:
         return QUIET
@@ -148,6 +166,8 @@ def list_cells(taken: Counter[tuple[str, str]], *, is_whole: bool) -> tuple[list
                 last = taken[role, step]
                 times = range(1, last + 1) if is_whole else sorted({1, (last + 1) // 2, last})
                 cells += [Cell(role, Fault(step, when, nth)) for nth in times]
+                if when in ("before", "after") and step not in ("list", "read"):
+                    cells += [Cell(role, Fault(step, when, nth), is_zombie=True) for nth in times]
     return cells, impossible
 
 
@@ -162,27 +182,50 @@ def run_cell(cell: Cell | None) -> CellWorld:
     return world
 
 
+def find_failures(cells: Iterable[Cell], expected: list[Any]) -> Iterator[str]:
+    for cell in cells:
+        try:
+            if run_cell(cell).read_stable() != expected:
+                yield f"{cell}: the output differs from that of a run that nothing befell"
+        except Violation as error:
+            yield str(error)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--all", action="store_true", help="Strike at every time that each step is taken.")
+    parser.add_argument("--part", default="1/1", help="The n-th of so many parts of the cells.")
+    parser.add_argument("--mutants", action="store_true", help="Break each promise in turn, and see that it is found.")
     arguments = parser.parse_args()
     quieten()
     started, num_failed = time.perf_counter(), 0
     reference = run_cell(None)
-    expected = reference.read_stable()
     cells, impossible = list_cells(reference.striker.taken, is_whole=arguments.all)
-    for cell in cells:
-        try:
-            if run_cell(cell).read_stable() != expected:
-                raise Violation(f"{cell}: the output differs from that of a run that nothing befell")
-        except Violation as error:
-            num_failed += 1
-            print(error, flush=True)
+    if arguments.mutants:
+        return int(False in [find(mutant, cells, reference.read_stable()) for mutant, step in MUTANTS.items() if step])
+    part, _, num_parts = arguments.part.partition("/")
+    cells = cells[int(part) - 1 :: int(num_parts)]
+    for failure in find_failures(cells, reference.read_stable()):
+        num_failed += 1
+        print(failure, flush=True)
     for line in impossible:
         print(f"no cell: {line}")
     elapsed_s = time.perf_counter() - started
     print(f"{len(cells)} cells, {num_failed} failed, {len(impossible)} that can't be, {elapsed_s:.1f} s")
     return 1 if num_failed else 0
+
+
+def find(mutant: Callable[[pytest.MonkeyPatch], None], cells: Sequence[Cell], expected: list[Any]) -> bool:
+    """Does a cell find it? Those of its step first."""
+    step = MUTANTS[mutant]
+    with pytest.MonkeyPatch.context() as patch:
+        mutant(patch)
+        ordered = sorted(cells, key=lambda cell: (cell.fault.step != step, not cell.is_zombie))
+        for number, failure in enumerate(find_failures(ordered, expected), 1):
+            print(f"{mutant.__name__}: found, the {number}. failure: {failure.splitlines()[0][:300]}", flush=True)
+            return True
+    print(f"{mutant.__name__}: not found by {len(cells)} cells", flush=True)
+    return False
 
 
 if __name__ == "__main__":

@@ -316,7 +316,10 @@ class World:
 
         def look() -> None:
             verdict = verify(Storage(OUT), with_input=True)
-            found.extend([*map(str, verdict.findings), *(verdict.todo if is_released else [])])
+            findings = [str(finding) for finding in verdict.findings]
+            if not is_released:  # a store has no conditional delete: see docs/crash_points.md
+                findings = [finding for finding in findings if not finding.startswith(f"{OUT}/_SUCCESS: is gone")]
+            found.extend([*findings, *(verdict.todo if is_released else [])])
 
         self.kernel.spawn(auditor, look)
         self.kernel.run(lambda: False, self.kernel.now + 1e6)
