@@ -24,9 +24,12 @@ _SCALES = (".weight_scale_2", ".weight_scale", ".input_scale")
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
+    """`dtype` in the format's words: BF16, F32, F8_E4M3, U8, …"""
+
     name: str
     dtype: str
     num_bytes: int
+    shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +104,12 @@ def parse_header(header: bytes, num_file_bytes: int) -> list[Tensor]:
     """The tensors of a file of this size. Raises ValueError, a clause that says what is wrong."""
     try:
         entries = json.loads(header)
-        tensors = {
-            name: (str(entry["dtype"]), *entry["data_offsets"]) for name, entry in entries.items() if name != META
-        }
+        tensors = {name: (entry, *entry["data_offsets"]) for name, entry in entries.items() if name != META}
         ends = [int(end) for _, _, end in tensors.values()]
-        found = [Tensor(name, dtype, end - start) for name, (dtype, start, end) in tensors.items()]
+        found = [
+            Tensor(name, str(entry["dtype"]), end - start, tuple(map(int, entry["shape"])))
+            for name, (entry, start, end) in tensors.items()
+        ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError("has a header that is not safetensors JSON; it is damaged") from error
     expected = LENGTH_BYTES + len(header) + max(ends, default=0)

@@ -17,7 +17,7 @@ from batchgen.checkpoint import (
     parse_index,
     read_length,
 )
-from batchgen.errors import StorageError
+from batchgen.errors import InputError, StorageError
 from batchgen.storage import FileInfo, Storage
 
 NUM_THREADS = 16
@@ -30,11 +30,8 @@ def read_checkpoint(url: str) -> CheckpointFacts:
     faults: list[str] = []
     config = _read_json(storage, "config.json", listing, faults)
     quant_config = _read_json(storage, QUANT_CONFIG, listing, faults)
-    with ThreadPoolExecutor(NUM_THREADS, "headers") as pool:
-        weights = [info for path, info in listing.items() if path.endswith(".safetensors") and "/" not in path]
-        headers = list(pool.map(lambda info: _read_header(storage, info), weights))
     modules = Modules()
-    for found in headers:
+    for found in _read_headers(storage, listing):
         if isinstance(found, str):
             faults.append(found)
         else:
@@ -51,6 +48,30 @@ def read_checkpoint(url: str) -> CheckpointFacts:
         num_shared_bytes=modules.num_shared_bytes,
         num_expert_bytes=modules.num_expert_bytes,
     )
+
+
+def read_tensors(url: str) -> tuple[dict[str, Any], list[Tensor]]:
+    """(config, tensors of all weight files) of a checkpoint; no tensors where there is nothing but a config. Raises
+    InputError for a folder without a config or with a broken file, StorageError where it can't be read."""
+    storage = Storage(url)
+    listing = {info.path: info for info in storage.list_files()}
+    faults: list[str] = []
+    config = _read_json(storage, "config.json", listing, faults)
+    headers = _read_headers(storage, listing)
+    indexed = _read_index(storage, listing, faults) or frozenset()
+    faults += [f"{name} is missing, which the index names" for name in sorted(indexed - listing.keys())]
+    faults += [found for found in headers if isinstance(found, str)]
+    if config is None or faults:
+        what = faults[0] if faults else "has no config.json"
+        raise InputError(f"{storage.root}: {what}; copy the checkpoint there again")
+    return config, [tensor for found in headers if not isinstance(found, str) for tensor in found]
+
+
+def _read_headers(storage: Storage, listing: Mapping[str, FileInfo]) -> list[list[Tensor] | str]:
+    """The tensors of each weight file, or a sentence on what is wrong with it."""
+    with ThreadPoolExecutor(NUM_THREADS, "headers") as pool:
+        weights = [info for path, info in listing.items() if path.endswith(".safetensors") and "/" not in path]
+        return list(pool.map(lambda info: _read_header(storage, info), weights))
 
 
 def _read_header(storage: Storage, info: FileInfo) -> list[Tensor] | str:

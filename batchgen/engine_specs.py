@@ -82,6 +82,15 @@ class TransformersEngineSpec(EngineSection):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto: float32 on CPU (faster there than bfloat16), the checkpoint's on CUDA."
     )
+    nvfp4: Literal["w4a16", "w4a4"] = Field(
+        default="w4a16",
+        description="How an NVFP4 checkpoint is run: w4a16 dequantizes its weights; w4a4 also rounds activations to NVFP4, "
+        "as a B200 would, to see what that costs.",
+    )
+
+    def fingerprint_fields(self) -> dict[str, Any]:
+        """`nvfp4` is younger than the fingerprint: its default asks for nothing."""
+        return {"kind": self.kind} | ({"nvfp4": self.nvfp4} if self.nvfp4 != "w4a16" else {})
 
 
 class OpenAIEngineSpec(EngineSection):
@@ -164,6 +173,15 @@ class OpenAIEngineSpec(EngineSection):
         if self.send_token_ids and self.api != "completions":
             raise ValueError("send_token_ids needs api: completions; chat takes messages only")
         return self
+
+    @property
+    def max_start_s(self) -> float:
+        return self.open_timeout_s
+
+    @property
+    def max_silence_s(self) -> float:
+        """All servers are away."""
+        return self.give_up_s
 
     def fingerprint_fields(self) -> dict[str, Any]:
         return self.model_dump(mode="json", include={"kind", "model", "api", "send_token_ids", "extra_body"})

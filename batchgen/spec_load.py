@@ -8,8 +8,7 @@ import os
 import types
 import typing
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -17,8 +16,12 @@ from pydantic_core import ErrorDetails, PydanticSerializationError
 
 from batchgen.engine_specs import SimulatedEngineSpec, find_section
 from batchgen.errors import SpecError
+from batchgen.paths import expand_home
+from batchgen.sections import Section
 from batchgen.spec import JobSpec
 from batchgen.storage import read_text
+
+SectionT = TypeVar("SectionT", bound=Section)
 
 # PyYAML's own, and what it lets through for a value such as 2024-13-45, which looks like a date and is none.
 YAML_ERRORS = (yaml.YAMLError, ValueError, AttributeError)
@@ -31,6 +34,11 @@ def load_spec(url: str, overrides: Sequence[str] = ()) -> JobSpec:
 
 def parse_spec(text: str, overrides: Sequence[str] = (), *, source: str = "spec") -> JobSpec:
     """The spec in a YAML (or JSON) text. Local paths become absolute, because workers run elsewhere."""
+    return make_spec(parse_tree(text, overrides, source=source), source=source)
+
+
+def parse_tree(text: str, overrides: Sequence[str] = (), *, source: str = "spec") -> dict[str, Any]:
+    """Plain values, overridden. Raises SpecError."""
     try:
         tree = yaml.safe_load(text)
     except YAML_ERRORS as error:
@@ -41,21 +49,26 @@ def parse_spec(text: str, overrides: Sequence[str] = (), *, source: str = "spec"
         raise SpecError(f"{source}: must be a mapping with the sections input, prompt, engine, output")
     for override in overrides:
         _set(tree, override)
-    return make_spec(tree, source=source)
+    return tree
 
 
 def make_spec(tree: dict[str, Any], *, source: str = "spec") -> JobSpec:
     """The spec from plain values. Raises SpecError."""
-    try:
-        spec = JobSpec.model_validate(tree)
-    except ValidationError as error:
-        raise SpecError(f"{source}: {describe(error)}") from error
+    spec = make_section(JobSpec, tree, source=source)
     try:
         spec.model_dump_json()
     except PydanticSerializationError:
         reason = "holds half of a surrogate pair (\\ud800 to \\udfff), which is no text; write the character itself"
         raise SpecError(f"{source}: {reason}") from None
-    return _with_absolute_paths(spec)
+    return with_absolute_paths(spec)
+
+
+def make_section(kind: type[SectionT], tree: dict[str, Any], *, source: str) -> SectionT:
+    """A spec of any kind, or a part of one. Raises SpecError with one sentence."""
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise SpecError(f"{source}: {describe(error, kind)}") from error
 
 
 def _set(tree: dict[str, Any], override: str) -> None:
@@ -73,19 +86,19 @@ def _set(tree: dict[str, Any], override: str) -> None:
         raise SpecError(f"--set {override}: the value is not valid YAML; quote it") from error
 
 
-def describe(error: ValidationError) -> str:
-    """One sentence for the first thing wrong, and how many more there are."""
+def describe(error: ValidationError, root: type[BaseModel] = JobSpec) -> str:
+    """One sentence for the first thing wrong, and how many more there are. `root`: what was validated."""
     # A misspelt field is told before the required one that it was meant to be.
     errors = sorted(error.errors(include_url=False, include_input=False), key=lambda e: e["type"] != "extra_forbidden")
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    return _describe_one(errors[0]) + more
+    return _describe_one(errors[0], root) + more
 
 
-def _describe_one(error: ErrorDetails) -> str:
+def _describe_one(error: ErrorDetails, root: type[BaseModel]) -> str:
     path = [str(part) for position, part in enumerate(error["loc"]) if not _is_kind(error["loc"], position)]
     where = ".".join(path) or "spec"
     if error["type"] == "extra_forbidden":
-        names = list_field_names(path[:-1], [str(part) for part in error["loc"]])
+        names = list_field_names(path[:-1], [str(part) for part in error["loc"]], root)
         close = difflib.get_close_matches(path[-1], names, n=1)
         mend = f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(sorted(names))}"
         return f"{where}: unknown field; {mend}"
@@ -110,11 +123,11 @@ def _members(annotation: Any) -> Iterable[type[BaseModel]]:
         yield from _members(argument)
 
 
-def list_field_names(path: Sequence[str], location: Sequence[str]) -> list[str]:
+def list_field_names(path: Sequence[str], location: Sequence[str], root: type[BaseModel] = JobSpec) -> list[str]:
     """Field names of the section at `path`; of the chosen engine's own where `location` names its kind."""
     if path[:1] == ["engine"] and len(location) > 1 and (section := find_section(location[1])) is not None:
         return list(section.model_fields)
-    models: list[type[BaseModel]] = [JobSpec]
+    models: list[type[BaseModel]] = [root]
     for name in path:
         fields = [model.model_fields[name] for model in models if name in model.model_fields]
         models = [member for field in fields for member in _members(field.annotation)]
@@ -127,15 +140,16 @@ def is_local(path: str) -> bool:
 
 
 def _absolute(path: str) -> str:
-    return os.path.abspath(Path(path).expanduser()) if is_local(path) else path  # noqa: PTH100 - resolve() follows links
+    return os.path.abspath(expand_home(path)) if is_local(path) else path  # noqa: PTH100 - resolve() follows links
 
 
-def _with_absolute_paths(spec: JobSpec) -> JobSpec:
+def with_absolute_paths(spec: JobSpec) -> JobSpec:
+    """Local paths are the caller's: workers run elsewhere."""
     paths = tuple(_absolute(path) for path in spec.input.paths)
     engine, model, output = spec.engine, spec.model, spec.output
     if isinstance(engine, SimulatedEngineSpec) and engine.call_log is not None:
         engine = engine.model_copy(update={"call_log": _absolute(engine.call_log)})
-    if is_local(model.path) and Path(model.path).expanduser().is_dir():
+    if is_local(model.path) and expand_home(model.path).is_dir():
         if model.revision is not None:
             raise SpecError(f"model.revision: goes with a hub id, and {model.path} is a folder here; leave it out")
         model = model.model_copy(update={"path": _absolute(model.path)})

@@ -20,7 +20,7 @@ MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 300
 
 LAYERS = [
-    ["__init__", "records", "batches", "errors", "urls"],
+    ["__init__", "records", "batches", "errors", "urls", "paths"],
     ["sections"],
     ["tensorrt_llm_spec", "sampling_spec"],
     ["engine_specs"],
@@ -31,6 +31,9 @@ LAYERS = [
     ["checkpoint", "stage_plan", "engines.trtllm.env"],
     ["preflight"],
     ["preflight_model"],
+    ["quantize", "quantize.recipe"],
+    ["quantize.architecture"],
+    ["quantize.weigh"],
     # the embedded model's questions, and how it was made
     ["demo_questions", "training", "training.recipe", "training.muon"],
     # the store seam
@@ -66,7 +69,11 @@ LAYERS = [
     ["engines.trtllm.process"],
     ["engines.trtllm.client"],
     ["engines.openai_stream", "engines.openai_errors", "engines.openai_http"],
-    ["engines.decode", "engines.hf_model", "engines.simulated"],
+    ["quantize.nvfp4", "quantize.folder"],
+    ["quantize.weights"],
+    ["engines.nvfp4_model"],
+    ["engines.hf_model"],
+    ["engines.decode", "engines.simulated"],
     ["engines.transformers", "engines.openai", "engines.tensorrt_llm"],
     ["engines"],
     ["faults"],
@@ -85,6 +92,9 @@ LAYERS = [
     ["pools"],
     # one run
     ["hold", "view", "report"],
+    # an NVFP4 checkpoint
+    ["quantize.spec", "quantize.calibrate", "quantize.check"],
+    ["quantize.spec_load", "quantize.job"],
     ["inventory"],
     ["control"],
     ["finish", "verify_files", "verify_folder"],
@@ -92,7 +102,7 @@ LAYERS = [
     ["chaos", "chaos_child"],
     ["demo", "bench_decode"],
     ["cli.base"],
-    ["cli.jobs", "cli.outputs", "cli.nodes", "cli.chaos"],
+    ["cli.jobs", "cli.outputs", "cli.nodes", "cli.models", "cli.chaos"],
     ["cli"],
     ["cli.__main__"],
 ]
@@ -100,6 +110,7 @@ PURE = {"records", "events", "errors", "urls", "sections", "engine_specs", "tens
 PURE |= {"spec", "prompt", "plan", "sampling_spec", "batches", "engines.deepseek_turns", "engines.deepseek_v32"}
 PURE |= {"work_queue", "scaling", "stats", "answer", "verify_rows"}
 PURE |= {"checkpoint", "stage_plan", "preflight", "preflight_model"}
+PURE |= {"quantize.recipe", "quantize.architecture", "quantize.weigh"}
 PURE |= {"engines.trtllm.sampling", "engines.trtllm.env", "engines.trtllm.args", "engines.trtllm.health"}
 # What only does I/O: pure modules may not even import it from the standard library.
 EFFECTS = {
@@ -120,9 +131,13 @@ EFFECTS = {
 VENDORS = {
     "ray": {"ray_pool"},
     "torch": {"engines.sampling", "engines.decode", "engines.hf_model()", "engines.transformers()", "bench_decode()"}
-    | {"training.muon()", "training.train()", "training.save()", "training.accuracy()"},
-    "transformers": {"bench_decode()", "engines.hf_model()", "engines.hf_tokenizer()", "training.train()"},
-    "safetensors": {"engines.hf_model()"},
+    | {"training.muon()", "training.train()", "training.save()", "training.accuracy()"}
+    | {"quantize.nvfp4", "quantize.weights", "quantize.calibrate", "quantize.check", "engines.nvfp4_model"}
+    | {"quantize.folder()", "quantize.job()"},
+    "transformers": {"bench_decode()", "engines.hf_model()", "engines.hf_tokenizer()", "training.train()"}
+    | {"engines.nvfp4_model()", "quantize.job()"},
+    "modelopt": {"quantize.calibrate()"},
+    "safetensors": {"engines.hf_model()", "quantize.folder()"},
     "jinja2": {"engines.hf_tokenizer"},
     "tensorrt_llm": {"engines.trtllm.vendor()"},
     "huggingface_hub": {"stage_hub()"},
@@ -133,8 +148,8 @@ VENDORS = {
     "pynvml": {"engines.trtllm.gpu()", "node_facts()"},
     "yaml": {"spec_load"},
     "jsonschema": {"sampling_spec()"},
-    "typer": {"cli.base", "cli.jobs", "cli.outputs", "cli.nodes", "cli.chaos"},
-    "rich": {"view", "cli.jobs()", "cli.outputs()", "cli.nodes()", "doctor()"},
+    "typer": {"cli.base", "cli.jobs", "cli.outputs", "cli.nodes", "cli.models", "cli.chaos"},
+    "rich": {"view", "cli.jobs()", "cli.outputs()", "cli.nodes()", "cli.models()", "doctor()"},
 }
 # Modules that import a heavy vendor at their top: whoever imports one of them does so lazily, or is one itself.
 HEAVY = {
@@ -247,6 +262,11 @@ def test_whoever_loads_a_heavy_vendor_at_its_top_is_itself_loaded_lazily() -> No
         "engines.hf_tokenizer",
         "engines.openai",
         "engines.openai_http",
+        "engines.nvfp4_model",
+        "quantize.nvfp4",
+        "quantize.weights",
+        "quantize.calibrate",
+        "quantize.check",
     }
     # hf_tokenizer needs jinja2 only, and what imports it at its top is imported lazily in turn.
     allowed = heavy | {"engines.hf_model", "engines.transformers", "engines.deepseek_tokenizer"}

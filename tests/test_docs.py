@@ -13,12 +13,15 @@ from typer.testing import CliRunner
 from batchgen.batch_stats import STATS_SCHEMA
 from batchgen.cli import app
 from batchgen.errors import SpecError
+from batchgen.quantize.spec_load import load_quantize_spec
 from batchgen.spec_load import load_spec, make_spec, parse_spec
 from batchgen.validate import check_spec
 from batchgen.write import make_output_schema
 
 REPO = Path(__file__).parents[1]
 ERROR_MAKERS = {"BadRow", "BadCell", "RequestRejected", "RequestFailed", "Failure"}
+# Specs in jobs/ of which no job is made.
+OTHER_SPECS = {"quantize.yaml"}
 README = (REPO / "README.md").read_text()
 
 
@@ -76,7 +79,17 @@ def list_error_types() -> set[str]:
     return {value.value for value in given if isinstance(value, ast.Constant) and isinstance(value.value, str)}
 
 
-@pytest.mark.parametrize("path", sorted((REPO / "jobs").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_quantization_spec_works() -> None:
+    path = str(REPO / "jobs" / "quantize.yaml")
+    check_spec(load_quantize_spec(path).as_job())
+    with pytest.raises(SpecError, match="did you mean 'num_rows'"):
+        load_quantize_spec(path, ["calibration.num_row=1"])
+
+
+JOB_SPECS = sorted(path for path in (REPO / "jobs").glob("*.yaml") if path.name not in OTHER_SPECS)
+
+
+@pytest.mark.parametrize("path", JOB_SPECS, ids=lambda path: path.name)
 def test_job_specs_work(path: Path) -> None:
     spec = load_spec(str(path))
     check_spec(spec)

@@ -11,6 +11,7 @@ import sys
 import batchgen.cli.jobs  # isort: skip
 import batchgen.cli.outputs  # isort: skip
 import batchgen.cli.nodes  # isort: skip
+import batchgen.cli.models  # isort: skip
 import batchgen.cli.chaos  # isort: skip  # noqa: F401
 from batchgen.cli.base import app
 

@@ -4,15 +4,17 @@ Every way in which that fails is a SpecError that names the field to change, but
 moment (memory), which is EngineDied. Torch and transformers are imported by the functions.
 """
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from batchgen.checkpoint import QUANT_CONFIG
 from batchgen.engine_specs import TransformersEngineSpec
 from batchgen.engines.hf_tokenizer import resolve_model, unloadable
-from batchgen.errors import EngineDied, SpecError, StorageError
+from batchgen.errors import EngineDied, InputError, SpecError, StorageError
 from batchgen.spec import ModelSpec
 from batchgen.staging import stage_weights
 
@@ -41,12 +43,31 @@ def load_model(model: ModelSpec, engine: TransformersEngineSpec) -> Any:
         options["experts_implementation"] = "eager"  # on a CPU the batched kernels were measured 5 to 20 times slower
     try:
         with quiet_progress():
-            vendor = AutoModelForCausalLM.from_pretrained(resolve_model(model), revision=model.revision, **options)
+            if (folder := find_nvfp4(resolve_model(model))) is not None:
+                from batchgen.engines.nvfp4_model import load_nvfp4_model
+
+                vendor = load_nvfp4_model(folder, engine.nvfp4, options)
+            else:
+                vendor = AutoModelForCausalLM.from_pretrained(resolve_model(model), revision=model.revision, **options)
         return vendor.to(device).eval()
+    except InputError as error:
+        raise SpecError(f"model.path: {error}") from error
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise unloadable(model, "weights", error) from error
     except (RuntimeError, torch.OutOfMemoryError) as error:
         raise EngineDied(f"loading {model.path} failed: {type(error).__name__}: {str(error)[:300]}") from error
+
+
+def find_nvfp4(source: str) -> Path | None:
+    """The folder, when it holds an NVFP4 checkpoint of nvidia-modelopt's."""
+    try:
+        config = json.loads((Path(source) / QUANT_CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:  # no quantization, or a hub id
+        return None
+    algorithm = (config.get("quantization") or {}).get("quant_algo") if isinstance(config, dict) else None
+    if algorithm != "NVFP4":
+        raise ValueError(f"{QUANT_CONFIG} says {algorithm}, and NVFP4 is the one quantization that is read here")
+    return Path(source)
 
 
 def pick_device(device: str) -> str:

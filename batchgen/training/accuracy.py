@@ -13,6 +13,7 @@ from batchgen.records import SamplingParams
 from batchgen.spec import ModelSpec
 
 THINK_END = "</think>"
+ON_CPU = TransformersEngineSpec(kind="transformers", device="cpu", dtype="float32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +67,10 @@ def measure(replies: Sequence[Reply]) -> Accuracy:
 
 
 class Examinee:
-    """A model on a CPU in float32. Raises SpecError for a folder that holds none. Sets torch's thread count to 1."""
+    """A model, on a CPU in float32 unless `engine` says otherwise. Raises SpecError for a folder that holds none. Sets
+    torch's thread count to 1."""
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, engine: TransformersEngineSpec = ON_CPU) -> None:
         import torch
 
         from batchgen.engines.hf_model import find_max_model_len, load_model
@@ -77,7 +79,7 @@ class Examinee:
         torch.set_num_threads(1)
         spec = ModelSpec(path=str(folder))
         self._tokenizer = HFTokenizer(spec)
-        self._model = load_model(spec, TransformersEngineSpec(kind="transformers", device="cpu", dtype="float32"))
+        self._model = load_model(spec, engine)
         self._max_model_len = find_max_model_len(spec, self._model.config)
 
     def ask(self, questions: Sequence[Question], *, thinking: bool, temperature: float) -> list[Reply]:

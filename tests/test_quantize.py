@@ -1,0 +1,289 @@
+"""From a plain checkpoint to a checked NVFP4 one, with nvidia-modelopt and the embedded model; and what it weighs."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from batchgen.checkpoint_facts import read_tensors
+from batchgen.engine_specs import TransformersEngineSpec
+from batchgen.errors import InputError, OutputError, SpecError
+from batchgen.quantize.architecture import list_tensors, read_shape
+from batchgen.quantize.check import compare_tensors
+from batchgen.quantize.job import check_folders, quantize
+from batchgen.quantize.recipe import is_quantized, quantize_names
+from batchgen.quantize.spec import QuantizeSpec
+from batchgen.quantize.weigh import weigh_checkpoint
+from batchgen.spec import ModelSpec
+from batchgen.training.accuracy import Examinee, list_questions, measure
+
+EMBEDDED = Path(str(files("batchgen") / "embedded"))
+# deepseek-ai/DeepSeek-V3.2-Exp, inference/config_671B_v3.2.json, in Hugging Face's words.
+DEEPSEEK_V32 = {
+    "architectures": ["DeepseekV32ForCausalLM"],
+    "hidden_size": 7168,
+    "num_hidden_layers": 61,
+    "first_k_dense_replace": 3,
+    "num_attention_heads": 128,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "vocab_size": 129280,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+    "num_nextn_predict_layers": 1,
+    "quantization_config": {"quant_method": "fp8"},
+}
+
+
+def make_spec(folder: Path, **calibration: int) -> QuantizeSpec:
+    prompts = folder / "prompts"
+    prompts.mkdir(exist_ok=True)
+    texts = [question.text for question in list_questions(80, thinking=False, held_out=False)]
+    pq.write_table(pa.table({"question": texts}), prompts / "part.parquet")
+    values = {
+        "input": {"paths": str(prompts)},
+        "prompt": {"column": "question"},
+        "calibration": {"num_rows": 64, **calibration},
+        "output": {"path": str(folder / "out")},
+        "work_dir": str(folder / "work"),
+    }
+    return QuantizeSpec.model_validate(values)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An NVFP4 checkpoint of the embedded model."""
+    folder = tmp_path_factory.mktemp("quantize")
+    quantize(make_spec(folder), lambda _: None)
+    return folder / "out"
+
+
+# ---- the recipe and the sizes
+
+
+@pytest.mark.parametrize(
+    ("module", "is_packed"),
+    [
+        ("model.layers.0.mlp.down_proj", True),
+        ("model.layers.3.mlp.experts.255.up_proj", True),
+        ("model.layers.3.mlp.shared_experts.gate_proj", True),
+        ("model.layers.3.self_attn.o_proj", True),
+        ("model.layers.3.self_attn.q_b_proj", False),
+        ("model.layers.3.self_attn.indexer.wk", False),
+        ("model.layers.3.mlp.gate", False),
+        ("model.layers.61.mlp.experts.0.up_proj", False),
+        ("model.embed_tokens", False),
+        ("lm_head", False),
+    ],
+)
+def test_the_recipe_is_nvidias(module: str, is_packed: bool) -> None:
+    assert is_quantized(module, num_layers=61) is is_packed
+
+
+def test_the_model_cards_ratio_follows_from_the_config() -> None:
+    before, after = weigh_checkpoint(DEEPSEEK_V32, [])
+    assert (before.form, after.form) == ("FP8", "NVFP4")
+    assert round(before.num_bytes / after.num_bytes, 2) == 1.66
+    assert round(before.num_bytes / 1e9, 1) == 689.5  # what the published FP8 files take
+    assert round(before.per_gpu(8, is_attention_dp=False) / 1e9, 1) == 86.2
+    assert round(after.per_gpu(8, is_attention_dp=False) / 1e9, 1) == 51.9
+
+
+def test_the_architecture_is_that_of_a_real_file() -> None:
+    config, tensors = read_tensors(str(EMBEDDED))
+    made = {(tensor.name, tensor.shape) for tensor in list_tensors(read_shape(config), is_fp8=False)}
+    assert made == {(tensor.name, tensor.shape) for tensor in tensors}
+
+
+def test_the_estimate_is_what_the_checkpoint_then_weighs(made: Path) -> None:
+    _, estimated = weigh_checkpoint(*read_tensors(str(EMBEDDED)))
+    found = sum(tensor.num_bytes for tensor in read_tensors(str(made))[1])
+    # modelopt writes the routers' biases, four numbers a layer here, in float32.
+    assert found - estimated.num_bytes == 2 * 4 * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM"),
+        ({"hidden_size": None}, "lacks hidden_size"),
+        ({"num_hidden_layers": None}, "lacks num_hidden_layers"),
+    ],
+)
+def test_a_config_that_tells_no_size_is_refused(change: dict[str, object], what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        weigh_checkpoint({**DEEPSEEK_V32, **change}, [])
+
+
+# ---- making one
+
+
+def test_a_quantized_checkpoint_is_whole_and_checked(made: Path) -> None:
+    report = json.loads((made / "quantize_report.json").read_text())
+    assert report["faults"] == []
+    assert len(report["layers"]) == 36
+    assert 1.55 < report["ratio"] < 1.66
+    assert all(0.05 < layer["relative_error"] < 0.15 for layer in report["layers"])
+    quantization = json.loads((made / "hf_quant_config.json").read_text())["quantization"]
+    assert (quantization["quant_algo"], quantization["group_size"]) == ("NVFP4", 16)
+    assert quantization["kv_cache_quant_algo"] == "FP8"
+    assert {"lm_head", "model.layers.1.mlp.gate", "model.layers.1.self_attn.q_a_proj"} <= set(
+        quantization["exclude_modules"]
+    )
+    assert "layer_types" not in json.loads((made / "config.json").read_text())
+
+
+def test_running_it_again_finds_everything_done(made: Path) -> None:
+    said: list[str] = []
+    quantize(make_spec(made.parent), said.append)
+    assert said == ["nothing left to do: the checkpoint is there and was checked"]
+
+
+def test_a_folder_with_another_checkpoint_is_refused(made: Path) -> None:
+    with pytest.raises(OutputError, match="another quantization"):
+        quantize(make_spec(made.parent, num_rows=65), lambda _: None)
+
+
+def test_a_killed_quantization_goes_on_with_what_was_measured(tmp_path: Path, made: Path) -> None:
+    spec = make_spec(tmp_path, max_batch_rows=1, save_interval_rows=1)
+    (tmp_path / "spec.json").write_text(spec.model_dump_json())
+    code = (
+        "import sys; from pathlib import Path; from batchgen.quantize.job import quantize\n"
+        "from batchgen.quantize.spec import QuantizeSpec\n"
+        "quantize(QuantizeSpec.model_validate_json(Path(sys.argv[1]).read_text()), lambda text: print(text, flush=True))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "spec.json")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("measured 9 of"):
+                process.send_signal(signal.SIGKILL)
+                break
+    said: list[str] = []
+    quantize(spec, said.append)
+    assert any(text.endswith("of 64 calibration rows were measured before") for text in said)
+    assert "measured 9 of 64 rows" not in said
+    ours, theirs = load_file(tmp_path / "out/model.safetensors"), load_file(made / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(
+        torch.equal(ours[name].view(torch.uint8), theirs[name].view(torch.uint8)) for name in ours if ours[name].dim()
+    )
+    scales = [name for name in ours if name.endswith("input_scale")]
+    assert scales
+    # bfloat16 sums of a batch of one and of eight differ in the last digit.
+    assert all(float(ours[name]) == pytest.approx(float(theirs[name]), rel=0.02) for name in scales)
+
+
+def test_too_few_rows_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"80 rows make a prompt, and calibration\.num_rows asks for 81"):
+        quantize(make_spec(tmp_path, num_rows=81), lambda _: None)
+
+
+def test_a_quantized_source_is_refused(tmp_path: Path, made: Path) -> None:
+    spec = make_spec(tmp_path).model_copy(update={"model": ModelSpec(path=str(made))})
+    with pytest.raises(InputError, match="quantized already"):
+        quantize(spec, lambda _: None)
+
+
+def test_an_incomplete_source_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(EMBEDDED, tmp_path / "model")
+    weights = tmp_path / "model/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    spec = make_spec(tmp_path).model_copy(update={"model": ModelSpec(path=str(tmp_path / "model"))})
+    with pytest.raises(InputError, match="truncated"):
+        quantize(spec, lambda _: None)
+
+
+# ---- checking one
+
+
+def change(made: Path, tmp_path: Path, edit: dict[str, torch.Tensor | None]) -> Path:
+    folder = tmp_path / "changed"
+    shutil.copytree(made, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors.update({name: tensor for name, tensor in edit.items() if tensor is not None})
+    kept = {name: tensor for name, tensor in tensors.items() if edit.get(name, tensor) is not None}
+    save_file(kept, folder / "model.safetensors")
+    return folder
+
+
+MODULE = "model.layers.1.mlp.experts.2.up_proj"
+
+
+@pytest.mark.parametrize("kind", ["missing", "shape", "type", "code", "other", "scale", "input_scale", "stray"])
+def test_a_checkpoint_that_is_not_what_it_should_be_is_found_out(made: Path, tmp_path: Path, kind: str) -> None:
+    tensors = load_file(made / "model.safetensors")
+    codes, norm = tensors[f"{MODULE}.weight"], tensors["model.norm.weight"]
+    flipped = codes.clone()
+    flipped[3, 5] ^= 0x70
+    edits: dict[str, tuple[dict[str, torch.Tensor | None], str]] = {
+        "missing": ({f"{MODULE}.input_scale": None}, "input_scale is missing"),
+        "shape": ({f"{MODULE}.weight": codes[:-1].clone()}, "has shape"),
+        "type": ({f"{MODULE}.weight": codes.view(torch.int8)}, "is I8, U8 was expected"),
+        "code": ({f"{MODULE}.weight": flipped}, "1 weights that are not the source's, rounded"),
+        "other": ({"model.norm.weight": norm * 2}, "model.norm.weight is not the source's"),
+        "scale": ({f"{MODULE}.weight_scale_2": tensors[f"{MODULE}.weight_scale_2"] * 2}, "not the source's"),
+        "input_scale": ({f"{MODULE}.input_scale": torch.tensor(float("nan"))}, "input_scale is nan"),
+        "stray": ({"model.extra.weight": norm}, "is not of the recipe"),
+    }
+    edit, what = edits[kind]
+    faults = check_folders(EMBEDDED, change(made, tmp_path, edit), lambda _: None)["faults"]
+    assert any(what in fault for fault in faults), faults
+
+
+def test_a_source_of_odd_widths_is_refused() -> None:
+    config, tensors = read_tensors(str(EMBEDDED))
+    odd = list(list_tensors(read_shape({**config, "moe_intermediate_size": 24}), is_fp8=False))
+    with pytest.raises(InputError, match="no multiple of 16"):
+        compare_tensors(odd, tensors, 3)
+    with pytest.raises(InputError, match="packed already"):
+        compare_tensors(list(quantize_names(tensors, 3)), tensors, 3)
+
+
+# ---- running one
+
+
+@pytest.mark.parametrize(("mode", "least"), [("w4a16", 0.97), ("w4a4", 0.9)])
+def test_a_quantized_model_still_answers(made: Path, mode: str, least: float) -> None:
+    engine = TransformersEngineSpec.model_validate({"kind": "transformers", "device": "cpu", "nvfp4": mode})
+    examinee = Examinee(made, engine)
+    replies = examinee.ask(list_questions(60, thinking=False, held_out=True), thinking=False, temperature=0.0)
+    share = measure(replies).share
+    assert share is not None
+    assert share >= least
+
+
+def test_rounded_activations_make_a_difference_that_does_not_depend_on_the_batch(made: Path) -> None:
+    questions = list_questions(12, thinking=True, held_out=True)
+    texts = {}
+    for mode in ("w4a16", "w4a4"):
+        engine = TransformersEngineSpec.model_validate({"kind": "transformers", "device": "cpu", "nvfp4": mode})
+        examinee = Examinee(made, engine)
+        texts[mode] = [reply.text for reply in examinee.ask(questions, thinking=True, temperature=0.0)]
+        alone = [examinee.ask([question], thinking=True, temperature=0.0)[0].text for question in questions[:4]]
+        assert texts[mode][:4] == alone
+    assert texts["w4a16"] != texts["w4a4"]
+
+
+def test_another_quantization_is_refused_by_name(made: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "fp8"
+    shutil.copytree(made, folder)
+    (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+    with pytest.raises(SpecError, match="says FP8"):
+        Examinee(folder)
