@@ -38,7 +38,9 @@ def _stats_type(name: str) -> pa.DataType:
 
 # Not an Arrow map: the library datasets can't read one.
 _COUNTS = pa.list_(pa.struct([("value", pa.string()), ("count", pa.int64())]))
-_PLAIN = [field.name for field in dataclasses.fields(BatchStats) if field.name not in ("latency", "sketches")]
+_PLAIN = [
+    field.name for field in dataclasses.fields(BatchStats) if field.name not in ("latency", "sketches", "lengths")
+]
 STATS_SCHEMA = pa.schema(
     [("format_version", pa.int32())]
     + [(name, _COUNTS if name in ("finish_reasons", "error_types") else _stats_type(name)) for name in _PLAIN]

@@ -32,8 +32,10 @@ def make_report(
     num_input_rows: int,
     elapsed_s: float,
     is_unique_checked: bool | None,
+    gpu_hours: float | None = None,
 ) -> dict[str, Any]:
-    """The report. `state`: finished, stopped. `batches`: all that are known, of this and earlier runs."""
+    """The report. `state`: finished, stopped. `batches`: all that are known, of this and earlier runs. `gpu_hours`: of this
+    run's workers, start-up included; None where they reserve none."""
     everything = list(batches)
     ours = [batch for batch in everything if batch.epoch == epoch]
     return {
@@ -48,7 +50,12 @@ def make_report(
         "custom_id": "unique" if is_unique_checked else "not checked",
         "rows": make_row_counts(spec, committed, num_input_rows),
         "job": make_totals(everything),
-        "run": {**make_totals(ours), "elapsed_s": elapsed_s, "tokens_per_s": _rate(ours, elapsed_s)},
+        "run": {
+            **make_totals(ours),
+            "elapsed_s": elapsed_s,
+            "tokens_per_s": _rate(ours, elapsed_s),
+            "gpu_hours": gpu_hours,
+        },
     }
 
 
@@ -122,6 +129,8 @@ def make_text_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("tokens", f"prompt {_show(job['prompt_tokens'])}, completion {_show(job['completion_tokens'])}"),
         ("this run", f"{_show(run['elapsed_s'], 's')}, {_show(run['tokens_per_s'])} completion tokens/s"),
     ]
+    if run["gpu_hours"] is not None:
+        lines.append(("GPU-hours", _show(run["gpu_hours"])))
     for name in LATENCIES:
         values = [_show(job["latency"][f"{name}_{key}_s"], "s") for key in QUANTILES]
         lines.append((f"{name.replace('_', ' ')} {'/'.join(QUANTILES)}", ", ".join(values)))

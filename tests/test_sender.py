@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
-from makers import make_request
+from makers import make_job_spec, make_lease, make_request, make_shard
 
 from batchgen import sender
 from batchgen.engines.base import Engine
@@ -14,6 +14,7 @@ from batchgen.open_shard import OpenShard
 from batchgen.records import Generation, Request, Result, Usage
 from batchgen.sender import Sender, choose_delay_s
 from batchgen.spec import RetrySpec
+from batchgen.write import make_result_schema
 
 NOW = RetrySpec(backoff_s=0.0, max_attempts=3)
 
@@ -33,24 +34,25 @@ class Script:
         return Generation("fine", (1,), "stop", Usage())
 
 
-class Shard:
-    is_closed = False
+class Shard(OpenShard):
+    """Notes what it is given."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_rows: int) -> None:
+        super().__init__(make_lease(make_shard(row_end=num_rows)), 1, make_result_schema(make_job_spec()))
         self.results: list[Result] = []
 
     def add(self, result: Result) -> None:
         self.results.append(result)
+        super().add(result)
 
 
 def run(answer: Callable[[int], BatchgenError | None], num_rows: int = 1, retry: RetrySpec = NOW) -> tuple[Any, Any]:
     """(engine, results) once each row has its result."""
-    engine, shard = Script(answer), Shard()
+    engine, shard = Script(answer), Shard(num_rows)
 
     async def main() -> None:
         sending = Sender(cast(Engine, engine), 4, retry, pytest.fail)
-        for row in range(num_rows):
-            await sending.push(cast(OpenShard, shard), make_request(row))
+        await sending.push(shard, [make_request(row) for row in range(num_rows)])
         async with asyncio.timeout(10):
             while len(shard.results) < num_rows:
                 await asyncio.sleep(0)
@@ -87,13 +89,13 @@ def test_no_more_rows_are_read_while_many_wait() -> None:
     """A shard of any size, an engine that takes nothing: what is read ahead stays within its bound."""
 
     async def main() -> int:
-        shard, num_pushed = Shard(), 0
+        shard, num_pushed = Shard(10_000), 0
         sending = Sender(cast(Engine, Script(busy)), 4, RetrySpec(backoff_s=1000.0, max_backoff_s=1000.0), pytest.fail)
 
         async def push_all() -> None:
             nonlocal num_pushed
             for row in range(10_000):
-                await sending.push(cast(OpenShard, shard), make_request(row))
+                await sending.push(shard, [make_request(row)])
                 num_pushed += 1
 
         pushing = asyncio.create_task(push_all())
