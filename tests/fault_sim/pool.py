@@ -14,6 +14,7 @@ from typing import Any
 
 from batchgen.errors import EngineDied
 from batchgen.events import PoolEvent, WorkerLost, WorkerStarted, WorkerStartFailed
+from batchgen.orders import Order
 from batchgen.records import Lease
 from batchgen.worker import Worker, WorkerSetup, open_worker
 
@@ -30,7 +31,7 @@ class Peer:
     """The driver's end of one worker. `is_gone`: nothing of it is listened to any more."""
 
     process: Process
-    leases: deque[Lease] = field(default_factory=deque)
+    orders: deque[Lease | Order] = field(default_factory=deque)
     drain_s: float | None = None
     wake: Callable[[], None] = lambda: None
     is_gone: bool = False
@@ -59,8 +60,15 @@ class SimPool:
         self._later(0.5, lambda: self._kernel.spawn(process, lambda: self._run(peer, setup)))
 
     def assign(self, lease: Lease) -> None:
-        if (peer := self._peers.get(lease.worker_id)) is not None:  # else its loss is on its way to the driver
-            self._send(peer, lambda peer: peer.leases.append(pickle.loads(pickle.dumps(lease))))
+        self._order(lease.worker_id, lease)
+
+    def tell(self, worker_id: str, order: Order) -> None:
+        self._kernel.tell(f"{type(order).__name__} for {worker_id}")
+        self._order(worker_id, order)
+
+    def _order(self, worker_id: str, order: Lease | Order) -> None:
+        if (peer := self._peers.get(worker_id)) is not None:  # else its loss is on its way to the driver
+            self._send(peer, lambda peer: peer.orders.append(pickle.loads(pickle.dumps(order))))
 
     def kill(self, worker_id: str) -> None:
         if (peer := self._peers.pop(worker_id, None)) is not None:
@@ -194,8 +202,9 @@ class SimPool:
 
     async def _serve(self, peer: Peer, worker: Worker) -> None:
         while peer.drain_s is None:
-            while peer.leases:
-                worker.assign(peer.leases.popleft())
+            while peer.orders:
+                order = peer.orders.popleft()
+                worker.assign(order) if isinstance(order, Lease) else worker.tell(order)
             for event in await worker.poll(WORKER_POLL_S):
                 self._hear(peer, event)
                 if isinstance(event, WorkerLost):
