@@ -110,10 +110,11 @@ def write_batch_stats(storage: Storage, batches: Mapping[str, BatchStats], check
     number = len(paths) + 1
     while new := [batches[batch_id] for batch_id in sorted(batches.keys() - have)]:
         path = _make_stats_path(number)
+        check()
         try:
             storage.create(path, make_parquet(make_stats_table(new)))
         except AlreadyExists:
-            check()  # it may be our own, after a lost reply, or what a listing did not show yet, or a successor's
+            # It may be our own, after a lost reply, or what a listing did not show yet, or a successor's.
             have.update(_read_stats_file(storage, path)["batch_id"].to_pylist())
             number += 1
         else:

@@ -7,6 +7,7 @@ at the end of a run are looked at while the lease is surely ours, and each is re
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 from batchgen.errors import AlreadyExists, Conflict, LeaseLost
 from batchgen.storage import Storage
@@ -15,10 +16,12 @@ Put = Callable[[str, bytes], None]
 
 
 class Fence:
-    """`check` raises LeaseLost where the lease may not be ours any more; it is asked after the versions were."""
+    """`check` raises LeaseLost where the lease may not be ours any more; it is asked after the versions were. Where
+    another's last words stand and the lease is ours, they are a predecessor's that came too late."""
 
     def __init__(self, storage: Storage, paths: Iterable[str], check: Callable[[], None]) -> None:
         self._storage = storage
+        self._check = check
         infos = {path: storage.info(path) for path in paths}
         check()
         self._versions = {path: None if info is None else info.version for path, info in infos.items()}
@@ -36,9 +39,12 @@ class Fence:
 
     def _find_own(self, path: str, data: bytes, error: Exception) -> str:
         """After a lost reply what stands there is our own."""
-        if (info := self._storage.info(path)) is not None:
+        where = self._storage.url(path)
+        if self._storage.info(path) is not None:
             standing, version = self._storage.read_versioned(path)
             if standing == data:
                 return version
-        where = f"{self._storage.url(path)} ({'is gone' if info is None else 'was written anew'})"
-        raise LeaseLost(f"another run went on with this folder meanwhile: {where}; start it again") from error
+            self._check()
+            with suppress(Conflict):
+                return self._storage.replace(path, data, version)
+        raise LeaseLost(f"another run went on with this folder meanwhile, and wrote {where}; start it again") from error

@@ -155,6 +155,9 @@ def open_job(spec: JobSpec, storage: Storage) -> Job:
         is_unique = facts.get("is_unique_checked")
         planned_hint = find_planned_hint(storage, facts)
         warnings = [*check_frozen(files, found), *check_tokenizer(spec, facts.get("tokenizer_sha256"))]
+        if not planned:  # a driver died between files and shards: these are cut as it would have cut them
+            frozen = {file.path for file in files}
+            *_, group_bytes = inspect_inputs(spec, [info for info in found if info.path in frozen])
     plan = make_plan(spec, files, planned, group_bytes)
     plan = replace(plan, shards=tuple(measure_shards(plan.shards, spec, planned_hint)))
     make_output_schema(spec, passthrough)

@@ -37,8 +37,14 @@ def retry_touches_generations(patch: pytest.MonkeyPatch) -> None:
 
 
 def lost_leases_are_forgotten(patch: pytest.MonkeyPatch) -> None:
-    """A dead worker's shards are never lent again."""
-    patch.setattr(WorkQueue, "_wait", lambda self, number: None)
+    """A shard that was lent once reaches no worker again."""
+    lease_next = WorkQueue.lease_next
+
+    def forget(self: Any, now: float) -> Any:
+        lease = lease_next(self, now)
+        return None if lease is None or lease.attempt > 1 else lease
+
+    patch.setattr(WorkQueue, "lease_next", forget)
 
 
 def last_words_are_not_fenced(patch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,8 @@ MAX_ZOMBIE_S = 60.0
 MAX_RUNS = 80
 MAX_DRIVERS = 4
 IN, OUT = "sim://in", "sim://out"
+# What a zombie may leave until the next run mends it: docs/crash_points.md says why. No row is among it.
+WINDOWS = (f"{OUT}/_SUCCESS: is gone", f"{OUT}/_SUCCESS: is not of the last run", f"{OUT}/batch_stats/run-")
 
 
 @dataclass(slots=True)
@@ -317,8 +319,8 @@ class World:
         def look() -> None:
             verdict = verify(Storage(OUT), with_input=True)
             findings = [str(finding) for finding in verdict.findings]
-            if not is_released:  # a store has no conditional delete: see docs/crash_points.md
-                findings = [finding for finding in findings if not finding.startswith(f"{OUT}/_SUCCESS: is gone")]
+            if not is_released:
+                findings = [finding for finding in findings if not finding.startswith(WINDOWS)]
             found.extend([*findings, *(verdict.todo if is_released else [])])
 
         self.kernel.spawn(auditor, look)
