@@ -4,13 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint types clean
+.PHONY: demo test soak lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python jobs/demo.py
 
 test: lint types
 	$(BIN)/python -m pytest
+
+# Real kills by the dozen, and 100,000 seeded worlds on two cores: hours. SEEDS=20000:40000 goes on where another ended.
+SEEDS ?= 0:100000
+soak: $(VENV)/.test
+	BATCHGEN_SOAK=$(SEEDS) $(BIN)/python -m pytest -m soak -s
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -240,11 +240,15 @@ def measure_driver(num_shards: int, num_workers: int) -> dict[str, float]:
             on_progress=lambda _: turns.append(time.perf_counter()),
             on_warning=lambda _: None,
         )
+
+        def put(path: str, data: bytes) -> None:
+            dispatcher.storage.put(path, data)
+
         started = time.perf_counter()
         dispatcher.run()
         spent = time.perf_counter() - started - pool.outside_s
         held = read_rss_mb()
-        write_committed(dispatcher.storage, dispatcher.ledger.committed.values())
+        write_committed(put, dispatcher.ledger.committed.values())
     return {
         "us_a_shard": round(1e6 * spent / num_shards, 1),
         "turns": len(turns),

@@ -9,8 +9,10 @@ manifest, so that damage between two runs is not blessed by the second.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from batchgen.batch_stats import list_stats_files
 from batchgen.errors import NotFound
-from batchgen.manifest import COMMITTED, PLAN_FOLDER, SPEC, STATS_FOLDER, CommittedShard, read_json
+from batchgen.fence import Put
+from batchgen.manifest import COMMITTED, PLAN_FOLDER, SPEC, CommittedShard, read_json
 from batchgen.report import REPORT_HTML, REPORT_JSON
 from batchgen.seal import digest, is_json_whole, seal_json
 from batchgen.spec import JobSpec
@@ -65,7 +67,13 @@ def list_engine_versions(shards: Iterable[CommittedShard]) -> list[str]:
 
 
 def write_manifest(
-    storage: Storage, spec: JobSpec, committed: Iterable[CommittedShard], report: Mapping[str, Any], *, is_trial: bool
+    storage: Storage,
+    put: Put,
+    spec: JobSpec,
+    committed: Iterable[CommittedShard],
+    report: Mapping[str, Any],
+    *,
+    is_trial: bool,
 ) -> None:
     """After everything that it has sums of."""
     saved = read_json(storage, SPEC) or {}
@@ -77,12 +85,13 @@ def write_manifest(
         checksums=list_checksums(storage, _read_earlier_checksums(storage)),
         is_trial=is_trial,
     )
-    storage.put(MANIFEST, seal_json(value))
+    put(MANIFEST, seal_json(value))
 
 
 def list_checksums(storage: Storage, earlier: Mapping[str, str]) -> dict[str, str]:
     """SHA-256 by path of what is there; of what is written once, the sum that an earlier manifest has."""
-    kept = [info.path for folder in (STATS_FOLDER, PLAN_FOLDER) for info in storage.list_files(folder, ".parquet")]
+    planned = [info.path for info in storage.list_files(PLAN_FOLDER, ".parquet")]
+    kept = [*list_stats_files(storage), *planned]
     known = {path: earlier[path] for path in [SPEC, *kept] if path in earlier}
     for path in [SPEC, *kept, *REWRITTEN]:
         if path not in known:

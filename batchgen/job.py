@@ -4,7 +4,7 @@ Opening the same job twice gives the same plan. New input files are left out wit
 ones that are missing or changed are refused by name.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,24 +17,20 @@ from batchgen.damage import refusing_damage
 from batchgen.engines import create_tokenizer
 from batchgen.errors import Foreign, InputError, OutputError, Refusal, StorageError
 from batchgen.handoff import list_handoffs
+from batchgen.job_inputs import check_frozen, find_inputs, inspect_inputs
 from batchgen.journal import JournalIndex, list_segments, read_indexes
 from batchgen.length_files import measure_shards, read_prior
 from batchgen.lengths import LengthPrior, choose_cost, choose_work
 from batchgen.manifest import CommittedShard
-from batchgen.names import make_data_path
-from batchgen.plan import Plan, expected_tokens, list_changes, make_plan
-from batchgen.prompt import list_prompt_columns
-from batchgen.read import read_footers
-from batchgen.records import InputFile, Shard
+from batchgen.plan import Plan, expected_tokens, make_plan
+from batchgen.records import Shard
 from batchgen.seal import seal_json
 from batchgen.spec import JobSpec
-from batchgen.storage import FileInfo, Storage, is_input, list_inputs
+from batchgen.storage import Storage
 from batchgen.tokenizer_files import digest_tokenizer
-from batchgen.validate import check_footer, check_spec, check_unique, make_passthrough_schema, render_first
+from batchgen.validate import check_spec, render_first
 from batchgen.work_queue import QueuedShard
 from batchgen.write import make_output_schema
-
-MAX_NAMED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +152,9 @@ def open_job(spec: JobSpec, storage: Storage) -> Job:
         is_unique = facts.get("is_unique_checked")
         planned_hint = find_planned_hint(storage, facts)
         warnings = [*check_frozen(files, found), *check_tokenizer(spec, facts.get("tokenizer_sha256"))]
+        if not planned:  # a driver died between files and shards: these are cut as it would have cut them
+            frozen = {file.path for file in files}
+            *_, group_bytes = inspect_inputs(spec, [info for info in found if info.path in frozen])
     plan = make_plan(spec, files, planned, group_bytes)
     plan = replace(plan, shards=tuple(measure_shards(plan.shards, spec, planned_hint)))
     make_output_schema(spec, passthrough)
@@ -189,42 +188,6 @@ def reopen(job: Job, storage: Storage) -> Job:
     return replace(job, storage=storage, committed=committed)
 
 
-def find_inputs(spec: JobSpec) -> list[FileInfo]:
-    """All input files, each once, in the order of input.paths and by name below each."""
-    output = Storage(spec.output.path)
-    for url in spec.input.paths:
-        if is_input(url, output.url(make_data_path(0))):
-            raise InputError(f"output.path: {output.root} lies inside the input {url}; choose a folder outside")
-    found = {info.path: info for url in spec.input.paths for info in list_inputs(url)}
-    inside = next((path for path in found if path.startswith(f"{output.root.rstrip('/')}/")), None)
-    if inside is not None:
-        raise InputError(f"{inside}: lies inside output.path; choose an output folder outside the input")
-    return list(found.values())
-
-
-def inspect_inputs(
-    spec: JobSpec, found: Sequence[FileInfo]
-) -> tuple[list[InputFile], pa.Schema, bool | None, dict[str, tuple[int, ...]]]:
-    """(files, passthrough schema, was custom_id checked, bytes of the prompts in each row group by file). Raises
-    InputError."""
-    footers = read_footers(found, list_prompt_columns(spec.prompt))
-    for footer in footers:
-        check_footer(footer, spec)
-    files = [footer.file for footer in footers]
-    sizes = {footer.file.path: footer.row_group_bytes for footer in footers if footer.row_group_bytes is not None}
-    return files, make_passthrough_schema(footers, spec), check_unique(files, spec), sizes
-
-
-def check_frozen(files: Sequence[InputFile], found: Sequence[FileInfo]) -> list[str]:
-    """Warnings about new files. Raises InputError for planned files that are gone or changed."""
-    missing, changed, new = list_changes(files, [(info.path, info.version) for info in found])
-    if missing:
-        raise InputError(f"{_name(missing)}: was planned and is gone; restore it, or start a new output.path")
-    if changed:
-        raise InputError(f"{_name(changed)}: was changed since it was planned; restore it, or start a new output.path")
-    return [f"{len(new)} new input files are not part of this job: {_name(new)}"] if new else []
-
-
 def check_tokenizer(spec: JobSpec, planned_sha256: str | None) -> list[str]:
     """A warning where the tokenizer's files are not those that the job began with. Unknown is no change."""
     current = digest_tokenizer(spec)
@@ -234,11 +197,6 @@ def check_tokenizer(spec: JobSpec, planned_sha256: str | None) -> list[str]:
         f"model.path: the tokenizer files of {spec.model.path} were changed since the job began; rows made from here on "
         "may differ from those that are there"
     ]
-
-
-def _name(paths: Sequence[str]) -> str:
-    more = f" and {len(paths) - MAX_NAMED} more" if len(paths) > MAX_NAMED else ""
-    return ", ".join(paths[:MAX_NAMED]) + more
 
 
 def freeze(job: Job) -> None:

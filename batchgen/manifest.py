@@ -2,8 +2,8 @@
 
 The output folder is the truth: a shard is committed when its file exists. What is in the files is read from
 `_batchgen/committed.parquet`, the compacted copy of their footers, and from the footers themselves where the copy has
-no line for that very version of a file (the driver died before it compacted, or the folder was copied). `batch_stats`
-gets one immutable file a run with the batches that no earlier one has. Also the frozen plan, the spec and `_SUCCESS`.
+no line for that very version of a file (the driver died before it compacted, or the folder was copied). Also the
+frozen plan, the spec and `_SUCCESS`.
 """
 
 import dataclasses
@@ -20,18 +20,18 @@ import pyarrow.parquet as pq
 from batchgen.batches import BatchStats, FileFooter
 from batchgen.damage import RESTORE, refusing_damage
 from batchgen.errors import AlreadyExists, LeaseLost, NotFound, OutputError
+from batchgen.fence import Put
 from batchgen.names import parse_batch_id
 from batchgen.records import InputFile, Shard
 from batchgen.shard_footer import read_footer
-from batchgen.stats import LATENCY_FIELDS, merge_stats
+from batchgen.stats import merge_stats
 from batchgen.storage import FileInfo, Storage
-from batchgen.write import FORMAT_VERSION, footer_from_json, footer_to_json
+from batchgen.write import footer_from_json, footer_to_json, make_parquet
 
 SPEC = "_batchgen/spec.json"
 PLAN_FOLDER = "_batchgen/plan"
 PLAN_FILES = f"{PLAN_FOLDER}/files.parquet"
 PLAN_SHARDS = PLAN_FOLDER + "/shards-{:06d}.parquet"
-STATS_FOLDER = "batch_stats"
 COMMITTED = "_batchgen/committed.parquet"
 LOCK = "_batchgen/lock.json"
 SUCCESS = "_SUCCESS"
@@ -43,27 +43,6 @@ COMMITTED_SCHEMA = pa.schema([(name, pa.string()) for name in ("path", "version"
 # What a plan knows of its shards' lengths. Plans of earlier versions lack these columns: then nothing is known.
 EXPECTED = ("expected_tokens", "max_expected_tokens", "prompt_bytes")
 DAMAGED = f"is damaged; {RESTORE}"
-
-_FLOATS = ("num_gpus", "started_at", "wall_s", "tokens_per_s", "tokens_per_s_per_gpu", "mean_inflight")
-_TEXTS = ("batch_id", "shard", "outcome", "worker", "node", "engine_kind", "engine_version")
-
-
-def _stats_type(name: str) -> pa.DataType:
-    if name in _TEXTS:
-        return pa.string()
-    return pa.float64() if name in _FLOATS or name.endswith("_s") else pa.int64()
-
-
-# Not an Arrow map: the library datasets can't read one.
-_COUNTS = pa.list_(pa.struct([("value", pa.string()), ("count", pa.int64())]))
-_PLAIN = [
-    field.name for field in dataclasses.fields(BatchStats) if field.name not in ("latency", "sketches", "lengths")
-]
-STATS_SCHEMA = pa.schema(
-    [("format_version", pa.int32())]
-    + [(name, _COUNTS if name in ("finish_reasons", "error_types") else _stats_type(name)) for name in _PLAIN]
-    + [(name, pa.float64()) for name in LATENCY_FIELDS]
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +96,7 @@ def _load_compacted(storage: Storage) -> dict[tuple[str, str], tuple[FileFooter,
         return {}
 
 
-def write_committed(storage: Storage, committed: Iterable[CommittedShard]) -> None:
+def write_committed(put: Put, committed: Iterable[CommittedShard]) -> None:
     """Compact the footers, so that the next run need not read them one by one. A cache: may be deleted at any time."""
     sink, shards = pa.BufferOutputStream(), iter(committed)
     with pq.ParquetWriter(sink, COMMITTED_SCHEMA, compression="zstd") as writer:
@@ -126,49 +105,10 @@ def write_committed(storage: Storage, committed: Iterable[CommittedShard]) -> No
             rows = [(s.info.path, s.info.version, footer_to_json(s.footer), s.footer_sha256) for s in part]
             columns = [pa.array(values, pa.string()) for values in zip(*rows, strict=True)]
             writer.write_table(pa.Table.from_arrays(columns, schema=COMMITTED_SCHEMA))
-    storage.put(COMMITTED, sink.getvalue())
+    put(COMMITTED, sink.getvalue().to_pybytes())
 
 
-def _to_parquet(table: pa.Table) -> pa.Buffer:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue()
-
-
-# ---- batch_stats -----------------------------------------------------------------------------------------------------
-
-
-def make_stats_row(stats: BatchStats) -> dict[str, Any]:
-    row = {name: getattr(stats, name) for name in _PLAIN}
-    for name in ("finish_reasons", "error_types"):
-        row[name] = None if row[name] is None else [{"value": v, "count": c} for v, c in row[name].items()]
-    return row | {"format_version": FORMAT_VERSION} | dict.fromkeys(LATENCY_FIELDS) | (stats.latency or {})
-
-
-def make_stats_table(batches: Iterable[BatchStats]) -> pa.Table:
-    return pa.Table.from_pylist([make_stats_row(stats) for stats in batches], schema=STATS_SCHEMA)
-
-
-def read_stats_table(storage: Storage) -> pa.Table:
-    """All of batch_stats, one row a batch. Raises OutputError where a file of it is damaged."""
-    tables = [STATS_SCHEMA.empty_table()]
-    for info in storage.list_files(STATS_FOLDER, suffix=".parquet"):
-        with refusing_damage(storage.url(info.path), DAMAGED), storage.open_read(info.path) as source:
-            table = pq.read_table(source).cast(STATS_SCHEMA)
-            table.validate(full=True)  # text that is none shows here, not when somebody reads the value
-            tables.append(table)
-    return pa.concat_tables(tables)
-
-
-def read_batch_stats(storage: Storage) -> list[BatchStats]:
-    """The batches of batch_stats, without what it doesn't hold: their sketches."""
-    batches = []
-    for row in read_stats_table(storage).to_pylist():
-        fields = {name: row[name] for name in _PLAIN}
-        for name in ("finish_reasons", "error_types"):
-            fields[name] = None if row[name] is None else {c["value"]: c["count"] for c in row[name]}
-        batches.append(BatchStats(**fields, latency={name: row[name] for name in LATENCY_FIELDS}))
-    return batches
+# ---- batches ---------------------------------------------------------------------------------------------------------
 
 
 def add_batches(known: dict[str, BatchStats], batches: Iterable[BatchStats]) -> None:
@@ -188,18 +128,6 @@ def is_settled(batch: BatchStats, committed: Mapping[int, CommittedShard]) -> bo
     return standing is not None and batch.epoch <= standing.footer.epoch
 
 
-def write_batch_stats(storage: Storage, epoch: int, batches: Mapping[str, BatchStats]) -> None:
-    """Add the batches that batch_stats doesn't have yet, as this run's one file."""
-    have = set(read_stats_table(storage)["batch_id"].to_pylist())
-    new = [batches[batch_id] for batch_id in sorted(batches.keys() - have)]
-    if not new:
-        return
-    try:
-        storage.create(f"{STATS_FOLDER}/run-{epoch:06d}.parquet", _to_parquet(make_stats_table(new)))
-    except AlreadyExists:
-        return  # ours, after a lost reply: no other driver ever has this epoch
-
-
 # ---- the frozen plan -------------------------------------------------------------------------------------------------
 
 
@@ -216,7 +144,7 @@ def write_plan_files(storage: Storage, files: Sequence[InputFile], passthrough: 
         metadata={b"passthrough": passthrough.serialize().to_pybytes()},
     )
     rows = [dataclasses.asdict(file) for file in files]
-    _create_once(storage, PLAN_FILES, _to_parquet(pa.Table.from_pylist(rows, schema=schema)))
+    _create_once(storage, PLAN_FILES, make_parquet(pa.Table.from_pylist(rows, schema=schema)))
 
 
 def _create_once(storage: Storage, path: str, data: pa.Buffer) -> None:
@@ -264,7 +192,7 @@ def write_plan_shards(storage: Storage, files: Sequence[InputFile], shards: Sequ
             **{name: pa.array([getattr(shard, name) for shard in shards], pa.float64()) for name in EXPECTED},
         }
     )
-    _create_once(storage, PLAN_SHARDS.format(shards[0].number), _to_parquet(table))
+    _create_once(storage, PLAN_SHARDS.format(shards[0].number), make_parquet(table))
 
 
 # ---- JSON objects ----------------------------------------------------------------------------------------------------

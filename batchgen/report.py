@@ -13,10 +13,10 @@ from typing import Any
 
 from batchgen import __version__
 from batchgen.batches import BatchStats
+from batchgen.fence import Put
 from batchgen.manifest import CommittedShard
 from batchgen.spec import JobSpec
 from batchgen.stats import LATENCIES, QUANTILES, merge_sketches, read_quantile
-from batchgen.storage import Storage
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
 
@@ -193,6 +193,6 @@ def make_html(report: Mapping[str, Any], spec: JobSpec) -> str:
     )
 
 
-def write_report(storage: Storage, report: Mapping[str, Any], spec: JobSpec) -> None:
-    storage.put(REPORT_JSON, json.dumps(report, indent=1, ensure_ascii=False).encode())
-    storage.put(REPORT_HTML, make_html(report, spec).encode())
+def write_report(put: Put, report: Mapping[str, Any], spec: JobSpec) -> None:
+    put(REPORT_JSON, json.dumps(report, indent=1, ensure_ascii=False).encode())
+    put(REPORT_HTML, make_html(report, spec).encode())

@@ -8,12 +8,11 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
-from batchgen import manifest
 from batchgen.control import StatusWriter
 from batchgen.dispatch import Dispatcher
 from batchgen.errors import LeaseLost, RunStopped, StorageError
 from batchgen.events import WorkerPool
-from batchgen.finish import finish
+from batchgen.finish import finish, withdraw_success
 from batchgen.hold import Hold, hold_folder
 from batchgen.inquiry import Inquiry
 from batchgen.job import Job, check_renders, freeze, limit_rows, load_journal, open_job, reopen
@@ -40,7 +39,7 @@ def run_job(spec: JobSpec, view: View, *, limit: int | None = None) -> dict[str,
         if not job.todo:
             view.say("nothing left to do: every planned row is committed")
             return finish(job, None, hold, is_trial=limit is not None)
-        storage.delete(manifest.SUCCESS)
+        withdraw_success(storage)
         freeze(job)
         setup = WorkerSetup("", job.spec, hold.epoch, storage, job.passthrough, job.prior)
         with closing(create_pool(setup)) as pool, stop_on_signal() as check_signal:

@@ -21,13 +21,13 @@ from batchgen.errors import AlreadyExists, Conflict, InputChanged, InputError, N
 from batchgen.paths import expand_home
 from batchgen.stores.base import ABSENT, Client, FileInfo, StoreFile
 from batchgen.stores.local import LocalClient
+from batchgen.stores.opening import open_client, scheme_of
 from batchgen.urls import has_password
 
 __all__ = ["FileInfo", "Storage", "is_input", "list_inputs", "open_input", "read_text"]
 
 _BLOCK_BYTES = 4 * 2**20
 _PARALLEL_DELETES = 16
-_SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*)://")
 _MAGIC = re.compile(r"[*?[]")
 
 
@@ -40,7 +40,7 @@ class Storage:
 
     def __init__(self, url: str, *, is_exclusive: bool = True, can_replace: bool = True) -> None:
         self.root = _absolute(url)
-        self.is_local = _scheme(self.root) == ""
+        self.is_local = scheme_of(self.root) == ""
         self.can_create_exclusively = is_exclusive
         self.can_replace_exclusively = can_replace
         self._opened: Client | None = None
@@ -123,7 +123,7 @@ class Storage:
     @property
     def _client(self) -> Client:
         if self._opened is None:
-            self._opened = _open_client(self.root)
+            self._opened = open_client(self.root)
         return self._opened
 
 
@@ -135,7 +135,7 @@ def list_inputs(url: str) -> list[FileInfo]:
     """
     try:
         root = _absolute(url)
-        found = _find_inputs(_open_client(root), root)
+        found = _find_inputs(open_client(root), root)
     except StorageError as error:
         raise InputError(f"the input can't be listed: {error}") from error
     return sorted(found, key=lambda info: info.path)
@@ -156,7 +156,7 @@ def open_input(path: str, version: str, *, block_bytes: int = _BLOCK_BYTES) -> B
     """
     name = _absolute(path)
     try:
-        file = _open_client(name).open(name, block_bytes)
+        file = open_client(name).open(name, block_bytes)
     except NotFound as error:
         raise InputChanged(f"the input file {path} is missing; it was planned as version {version}") from error
     if file.version != version:
@@ -169,7 +169,7 @@ def read_text(url: str) -> str:
     """A small UTF-8 file from anywhere. InputError."""
     try:
         name = _absolute(url)
-        content, _ = _open_client(name).read(name)
+        content, _ = open_client(name).read(name)
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{url} is not UTF-8 text; save it as UTF-8") from error
@@ -204,37 +204,17 @@ class _AsChanged:
             raise InputChanged(message) from error
 
 
-def _scheme(url: str) -> str:
-    """'' for a local path."""
-    found = _SCHEME.match(url)
-    return found.group(1).lower() if found else ""
-
-
 def _absolute(url: str) -> str:
     """One spelling for each place: a full path or `scheme://...`, without a '/' at its end."""
     if "\0" in url:
         raise InputError("cannot use a path with a zero byte in it; write the path itself")
-    scheme = _scheme(url)
+    scheme = scheme_of(url)
     rest = url[len(scheme) + 3 :]
     if scheme in {"file", "local"} or not scheme:
         return os.path.abspath(rest if scheme else expand_home(url))  # noqa: PTH100 - resolve() follows links
     if has_password(url):  # the URL is not repeated: it holds the secret
         raise InputError(f"cannot use a {scheme}:// URL with a password in it; leave credentials to the environment")
     return f"{'s3' if scheme == 's3a' else scheme}://{rest.rstrip('/')}"
-
-
-def _open_client(url: str) -> Client:
-    """Imports a vendor when its URL is met. The clients of S3 and memory share what is costly."""
-    scheme = _scheme(url)
-    if not scheme:
-        return LocalClient(url)
-    if scheme == "s3":
-        from batchgen.stores.s3 import S3Client
-
-        return S3Client()
-    from batchgen.stores.remote import FsspecClient, MemoryClient
-
-    return MemoryClient() if scheme == "memory" else FsspecClient(scheme)
 
 
 def _find_inputs(client: Client, root: str) -> list[FileInfo]:
@@ -246,7 +226,7 @@ def _find_inputs(client: Client, root: str) -> list[FileInfo]:
     if not found and _MAGIC.search(root):
         base, pattern = _split_glob(client, root)
         found = _list_matching(client, base, pattern)
-    elif not found and not (_scheme(root) == "" and Path(root).is_dir()):
+    elif not found and not (scheme_of(root) == "" and Path(root).is_dir()):
         raise InputError(f"no such path: {root}; correct input.path")
     visible = [info for info in found if not _is_hidden(_parts_below(base, info.path))]
     if not visible:
@@ -257,7 +237,7 @@ def _find_inputs(client: Client, root: str) -> list[FileInfo]:
 
 def _split_glob(client: Client, url: str) -> tuple[str, list[str]]:
     """The folder without wildcards, and the rest. A folder that is really called 'a[1]' is no wildcard."""
-    prefix = url[: len(_scheme(url)) + 3] if _scheme(url) else "/"
+    prefix = url[: len(scheme_of(url)) + 3] if scheme_of(url) else "/"
     first, *rest = url[len(prefix) :].split("/") if prefix != "/" else ["", *url[1:].split("/")]
     base = prefix + first
     while rest:

@@ -16,11 +16,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchgen import manifest
+from batchgen.batch_stats import STATS_FOLDER, read_stats_table
 from batchgen.errors import InputError, OutputError
 from batchgen.inventory import MANIFEST
-from batchgen.job import find_inputs
-from batchgen.manifest import STATS_FOLDER
+from batchgen.job_inputs import find_inputs
 from batchgen.plan import list_changes
 from batchgen.spec import JobSpec
 from batchgen.storage import FileInfo, Storage
@@ -203,7 +202,7 @@ def _check_stats(folder: Folder, facts: list[FileFacts], verdict: Verdict) -> No
     if not folder.manifest or any(path.startswith(STATS_FOLDER) for path in folder.damaged):
         return
     try:
-        table = manifest.read_stats_table(folder.storage)
+        table = read_stats_table(folder.storage)
     except OutputError as error:
         verdict.findings.append(split_error(error, STATS_MEND))
         return

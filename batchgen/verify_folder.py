@@ -13,12 +13,13 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from batchgen import journal, manifest
+from batchgen.batch_stats import STATS_FOLDER
 from batchgen.control import find_lock, read_status
 from batchgen.damage import OF_DAMAGE
 from batchgen.driver_lease import Holder, is_dead_here, read_holder
 from batchgen.errors import BatchgenError, Damaged, NotFound, OutputError
 from batchgen.inventory import MANIFEST, REWRITTEN
-from batchgen.manifest import PLAN_FOLDER, SPEC, STATS_FOLDER, SUCCESS
+from batchgen.manifest import PLAN_FOLDER, SPEC, SUCCESS
 from batchgen.records import InputFile, Shard
 from batchgen.report import REPORT_JSON
 from batchgen.seal import digest, is_json_whole

@@ -151,3 +151,10 @@ def read_file_footer(parquet: pq.ParquetFile) -> FileFooter | None:
     """The footer of a shard file; None when the file is not one of batchgen's."""
     metadata = parquet.schema_arrow.metadata or {}
     return footer_from_json(metadata[FOOTER_KEY]) if FOOTER_KEY in metadata else None
+
+
+def make_parquet(table: pa.Table) -> pa.Buffer:
+    """The bytes of a small Parquet file of ours that is no shard's."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()

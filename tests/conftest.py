@@ -26,6 +26,14 @@ s3fs.S3FileSystem.aws_environment = _AwsEnvironment()
 s3fs.S3FileSystem._extra_tokenize_attributes = (*s3fs.S3FileSystem._extra_tokenize_attributes, "aws_environment")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that take hours run only where `-m` names them, whatever else it says."""
+    if "soak" not in config.option.markexpr:
+        soaks = [item for item in items if item.get_closest_marker("soak")]
+        config.hook.pytest_deselected(items=soaks)
+        items[:] = [item for item in items if item not in soaks]
+
+
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
     with run_s3_server() as server:

@@ -10,6 +10,7 @@ Facts about moto 5.2, and what is mended here so that it decides as S3 does:
 - DeleteObjects needs no Content-MD5; bodies' checksums and signatures are not verified.
 """
 
+import asyncio
 import contextlib
 import http.client
 import os
@@ -26,6 +27,11 @@ from urllib.parse import parse_qs, urlsplit
 
 _ERROR = "<?xml version='1.0' encoding='UTF-8'?><Error><Code>{code}</Code><Message>{code}</Message></Error>"
 _CONDITIONS = {"if-none-match", "if-match"}
+# Longer than a test lets its client wait (`stores.s3.READ_TIMEOUT_S`).
+HANG_S = 1.5
+# Listings that may be stale: those that a run looks at for what others did. (A store that hides what a process wrote
+# itself is refused by the probe.)
+_STALE = re.compile(r"list-type=2.*prefix=[^&]*(data|journal)|prefix=[^&]*(data|journal).*list-type=2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +185,7 @@ class S3Proxy:
         self._store = endpoint
         self._rules: list[_Rule] = []
         self._rng, self._rate = random.Random(), 0.0
+        self._listings: dict[str, Any] = {}
 
     def hold_reply(self, pattern: str, *, nth: int = 1, method: str = "PUT") -> Held:
         """Of the n-th matching request: carried out by the store, answered on `release()` or never."""
@@ -202,10 +209,11 @@ class S3Proxy:
     def behave(self) -> None:
         self._rate = 0.0
 
-    def _draw_fault(self, method: str, conditions: frozenset[str]) -> str:
+    def _draw_fault(self, method: str, query: str, conditions: frozenset[str]) -> str:
         if self._rng.random() >= self._rate:
             return ""
-        kinds = ["slow_down", "internal_error", "reset", "lost_reply", "expired"]
+        kinds = ["slow_down", "internal_error", "reset", "lost_reply", "expired", "timeout"]
+        kinds += ["stale"] * 4 if query in self._listings else []
         kinds += ["truncated"] * 2 if method == "GET" else []
         kinds += ["conflict"] * 2 if conditions else []
         kind = self._rng.choice(kinds)
@@ -218,7 +226,12 @@ class S3Proxy:
         if kind in _ANSWERS:
             status, code = _ANSWERS[kind]
             return web.Response(status=status, text=_ERROR.format(code=code), content_type="application/xml")
-        response = await self._forward(request) if kind != "reset" else web.Response()
+        if kind == "stale":
+            status, headers, body = self._listings[request.query_string]
+            return web.Response(status=status, headers=headers, body=body)
+        if kind == "timeout":
+            await asyncio.sleep(HANG_S)
+        response = await self._forward(request) if kind in ("lost_reply", "truncated") else web.Response()
         if kind == "truncated" and len(response.body) > 1:
             partial = web.StreamResponse(status=response.status, headers=response.headers)
             partial.content_length = len(response.body)
@@ -232,8 +245,6 @@ class S3Proxy:
 
     @contextlib.contextmanager
     def running(self) -> Iterator["S3Proxy"]:
-        import asyncio
-
         loop = asyncio.new_event_loop()
         thread = threading.Thread(target=loop.run_forever, name="s3-proxy")
         thread.start()
@@ -271,13 +282,15 @@ class S3Proxy:
         method, path = request.method, request.path
         conditions = frozenset(name.lower() for name in request.headers) & _CONDITIONS
         self.seen.append(Seen(method, path, request.query_string, conditions))
-        if kind := self._draw_fault(method, conditions):
+        if kind := self._draw_fault(method, request.query_string, conditions):
             return await self._misbehave(request, kind)
         rule = next((rule for rule in self._rules if rule.takes(method, path)), None)
         status, code = self._make_refusal(request, conditions) if rule is None else (rule.status, rule.code)
         if status:
             return web.Response(status=status, text=_ERROR.format(code=code), content_type="application/xml")
         response = await self._forward(request)
+        if _STALE.search(request.query_string):  # as it was: a later listing may be answered with it
+            self._listings.setdefault(request.query_string, (response.status, response.headers.copy(), response.body))
         if rule is not None and rule.kind == "drop":
             request.transport.abort()
         if rule is not None and rule.held is not None:
@@ -292,8 +305,6 @@ class S3Proxy:
         return 0, ""
 
     async def _hold(self, held: Held) -> None:
-        import asyncio
-
         released = asyncio.Event()
         loop = asyncio.get_running_loop()
         held._release = lambda: loop.call_soon_threadsafe(released.set) and None

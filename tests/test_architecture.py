@@ -51,9 +51,11 @@ LAYERS = [
     ["stores", "stores.base"],
     ["stores.local", "stores.remote"],
     ["stores.s3"],
+    ["stores.opening"],
     ["storage"],
+    ["fence"],
     ["stores.probe", "spec_load", "read", "write", "journal", "driver_lease"],
-    ["shard_footer", "handoff"],
+    ["shard_footer", "batch_stats", "handoff"],
     # weights on the node's own disk
     ["stage_fetch", "stage_lock"],
     ["stage_hub"],
@@ -85,6 +87,7 @@ LAYERS = [
     ["engines.decode", "engines.simulated"],
     ["engines.transformers", "engines.openai", "engines.tensorrt_llm"],
     ["engines"],
+    ["faults"],
     ["doctor"],
     ["training.rows", "training.save", "training.accuracy"],
     ["training.train"],
@@ -97,6 +100,7 @@ LAYERS = [
     ["engines.contract"],
     ["continuation"],
     ["shard_files", "sender", "validate"],
+    ["job_inputs"],
     ["feeder"],
     ["worker_setup", "worker_shares"],
     ["spill"],
@@ -124,6 +128,7 @@ LAYERS = [
     ["control"],
     ["finish", "verify_files", "verify_folder"],
     ["run", "verify"],
+    ["chaos", "chaos_child"],
     ["demo", "bench_decode", "bench_queue", "bench_placement", "bench_memory"],
     ["bench_worker"],
     # beside other systems; a peer's process may have no more of ours than child and workload
@@ -133,7 +138,7 @@ LAYERS = [
     ["bench.measure", "bench.summary"],
     ["bench.benchmark", "bench.saturation"],
     ["cli.base"],
-    ["cli.jobs", "cli.outputs", "cli.nodes", "cli.models", "cli.simulate"],
+    ["cli.jobs", "cli.outputs", "cli.nodes", "cli.models", "cli.simulate", "cli.chaos"],
     ["cli"],
     ["cli.__main__"],
 ]
@@ -205,7 +210,7 @@ VENDORS = {
     "pynvml": {"engines.trtllm.gpu()", "node_facts()"},
     "yaml": {"spec_load"},
     "jsonschema": {"sampling_spec()"},
-    "typer": {"cli.base", "cli.jobs", "cli.outputs", "cli.nodes", "cli.models", "cli.simulate"},
+    "typer": {"cli.base", "cli.jobs", "cli.outputs", "cli.nodes", "cli.models", "cli.simulate", "cli.chaos"},
     "rich": {"view", "cli.jobs()", "cli.outputs()", "cli.nodes()", "cli.models()", "doctor()"},
 }
 # Modules that import a heavy vendor at their top: whoever imports one of them does so lazily, or is one itself.

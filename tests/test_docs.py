@@ -10,9 +10,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from batchgen.batch_stats import STATS_SCHEMA
 from batchgen.cli import app
 from batchgen.errors import SpecError
-from batchgen.manifest import STATS_SCHEMA
 from batchgen.quantize.spec_load import load_quantize_spec
 from batchgen.spec_load import load_spec, make_spec, parse_spec
 from batchgen.validate import check_spec

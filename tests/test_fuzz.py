@@ -19,6 +19,7 @@ from makers import make_ok, make_rows
 from makers import make_tree as make_small_tree
 
 from batchgen import journal, manifest
+from batchgen.batch_stats import read_batch_stats
 from batchgen.control import describe_status, find_lock, read_lost_batches, read_status
 from batchgen.driver_lease import FOLDER as LEASES
 from batchgen.driver_lease import read_holder
@@ -246,7 +247,7 @@ READERS: dict[str, tuple[str, Callable[[Storage], object]]] = {
     "committed shard": (SHARD, read_committed),
     "plan": (manifest.PLAN_FILES, manifest.read_plan),
     "plan part": (manifest.PLAN_SHARDS.format(0), manifest.read_plan),
-    "stats": ("batch_stats/run-000001.parquet", manifest.read_batch_stats),
+    "stats": ("batch_stats/run-000001.parquet", read_batch_stats),
     "status": (STATUS, read_control),
     "lease": (LEASE, read_lease),
     "lock": (manifest.LOCK, read_lease),

@@ -20,9 +20,9 @@ from s3_server import S3Proxy, S3Server, make_env
 from trtllm_util import CHILD, KEEPER, RANK, SMALL, create_stand_in
 
 import batchgen
+from batchgen.batch_stats import read_stats_table
 from batchgen.engines.simulated import read_calls
 from batchgen.handoff import list_handoffs
-from batchgen.manifest import read_stats_table
 from batchgen.storage import Storage
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from ray_cluster import RayCluster, run_ray_cluster
 
-from batchgen.manifest import read_stats_table
+from batchgen.batch_stats import read_stats_table
 from batchgen.storage import Storage
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]

@@ -1,5 +1,6 @@
 """Whole jobs over a store that fails at random in every way S3 is known for, by a seed: slow-downs, internal errors,
-resets, replies lost after the store obeyed, bodies cut short, conflicts of conditional writes, expired credentials.
+resets, timeouts, replies lost after the store obeyed, bodies cut short, stale listings, conflicts of conditional writes,
+expired credentials.
 
 A run may stop for it, never with anything but an error of ours; started again it goes on, and in the end nothing is
 missing, twice or damaged.
@@ -19,6 +20,11 @@ from batchgen.verify import verify
 pytestmark = pytest.mark.s3
 
 MAX_RUNS = 20
+
+
+@pytest.fixture(autouse=True)
+def _short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batchgen.stores.s3.READ_TIMEOUT_S", 0.7)
 
 
 def run_until_done(tree: dict[str, Any]) -> tuple[int, Counter[str]]:

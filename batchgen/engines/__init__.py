@@ -5,6 +5,8 @@ that a spec gives each, what it may ask of it, how one is made. It is read befor
 asks for too much is refused on a laptop without torch. The functions in the table import lazily.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from batchgen.engine_specs import (
@@ -18,6 +20,9 @@ from batchgen.engines.base import Capabilities, Engine, EngineFacts, EngineKind,
 from batchgen.errors import SpecError
 from batchgen.spec import JobSpec, ModelSpec
 from batchgen.tensorrt_llm_spec import TensorRTLLMEngineSpec
+
+# The last one is used.
+_wrappers: list[Callable[[Engine], Engine]] = []
 
 # Sampling fields that not every engine can honour -> the capability each needs.
 NEEDS = {
@@ -218,7 +223,19 @@ def check_patience(spec: JobSpec) -> None:
 
 def create_engine(spec: JobSpec) -> Engine:
     """The engine of the spec, not opened yet."""
-    return get_engine_kind(spec.engine.kind).create(spec.model, spec.engine)
+    engine = get_engine_kind(spec.engine.kind).create(spec.model, spec.engine)
+    return _wrappers[-1](engine) if _wrappers else engine
+
+
+@contextmanager
+def wrapping_engines(wrap: Callable[[Engine], Engine]) -> Iterator[None]:
+    """Every engine that this process makes meanwhile goes through `wrap`: where `faults` come between it and a worker. One
+    at a time, set up before any work begins."""
+    _wrappers.append(wrap)
+    try:
+        yield
+    finally:
+        _wrappers.remove(wrap)
 
 
 def create_tokenizer(spec: JobSpec) -> Tokenizer | None:

@@ -18,7 +18,7 @@ from batchgen import __version__
 from batchgen.checkpoint import QUANT_CONFIG
 from batchgen.checkpoint_facts import read_tensors
 from batchgen.errors import InputError, OutputError, SpecError
-from batchgen.job import find_inputs, inspect_inputs
+from batchgen.job_inputs import find_inputs, inspect_inputs
 from batchgen.paths import expand_home
 from batchgen.plan import make_plan
 from batchgen.prepare import Preparer

@@ -31,6 +31,8 @@ from batchgen.stores.base import (
 from batchgen.stores.remote import MAX_READ_TRIES, TRANSIENT, FsspecClient, explanation, mapped, vendor_errors
 
 PART_BYTES = 50 * 2**20
+# A connection that says nothing for so long is tried anew.
+READ_TIMEOUT_S = 60.0
 _ONE_PUT_BYTES = 2 * PART_BYTES
 _PARALLEL_PARTS = 4
 _MAX_CREATE_TRIES = 6
@@ -45,7 +47,7 @@ def open_s3() -> s3fs.S3FileSystem:
         retries["mode"] = "standard"
     if "AWS_MAX_ATTEMPTS" not in os.environ:
         retries["total_max_attempts"] = 8
-    options: dict[str, Any] = {"max_pool_connections": 64, "connect_timeout": 10, "read_timeout": 60}
+    options: dict[str, Any] = {"max_pool_connections": 64, "connect_timeout": 10, "read_timeout": READ_TIMEOUT_S}
     if retries:
         options["retries"] = retries
     # The body is signed with its SHA-256 anyway; the checksum trailer is what other makers' stores stumble over.

@@ -1,0 +1,101 @@
+"""Puts virtual time under Python and the production code. Import it before anything of batchgen, in a process of its own:
+`time.monotonic` and others become default arguments when batchgen's modules load.
+
+What is replaced: clocks, sleep, random ids, threads (by strands, or done at once), the engine that is made, the opener of
+clients, the store's probe and the operating system's word on dead processes. All else is what users run.
+"""
+
+import concurrent.futures
+import random
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .kernel import Kernel, Threading
+
+_kernels: list[Kernel] = []
+_real_monotonic, _real_time, _real_sleep, _real_uuid4 = time.monotonic, time.time, time.sleep, uuid.uuid4
+
+
+def enter(kernel: Kernel) -> None:
+    _kernels.append(kernel)
+    random.seed(kernel.rng.random())
+
+
+def leave() -> None:
+    _kernels.pop()
+
+
+def get_kernel() -> Kernel:
+    return _kernels[-1]
+
+
+def _monotonic() -> float:
+    return _kernels[-1].monotonic() if _kernels else _real_monotonic()
+
+
+def _wall() -> float:
+    return _kernels[-1].wall() if _kernels else _real_time()
+
+
+def _sleep(seconds: float) -> None:
+    if _kernels:
+        _kernels[-1].sleep(seconds)
+    else:
+        _real_sleep(seconds)
+
+
+def _uuid4() -> uuid.UUID:
+    return uuid.UUID(int=_kernels[-1].rng.getrandbits(128), version=4) if _kernels else _real_uuid4()
+
+
+class InlineExecutor:
+    """A ThreadPoolExecutor that does everything at once, in the order given."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __enter__(self) -> "InlineExecutor":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def map(self, work: Callable[..., Any], *items: Iterable[Any]) -> Iterator[Any]:
+        return iter([work(*arguments) for arguments in zip(*items, strict=False)])
+
+    def submit(self, work: Callable[..., Any], *arguments: Any) -> "Future[Any]":
+        future: Future[Any] = Future()
+        future.set_result(work(*arguments))
+        return future
+
+
+time.monotonic, time.time, time.sleep, uuid.uuid4 = _monotonic, _wall, _sleep, _uuid4
+concurrent.futures.ThreadPoolExecutor = InlineExecutor  # type: ignore[misc,assignment]
+
+
+def _read_table(source: Any, columns: list[str] | None = None) -> pa.Table:
+    return pq.ParquetFile(source).read(columns=columns)
+
+
+def _without_threads(name: str) -> None:
+    """Arrow's own threads bring nothing to files of ten rows but the wait for them."""
+    read = getattr(pq.ParquetFile, name)
+    setattr(pq.ParquetFile, name, lambda *args, **options: read(*args, **{**options, "use_threads": False}))
+
+
+for _name in ("read", "read_row_group", "iter_batches"):
+    _without_threads(_name)
+pq.read_table = _read_table
+
+from batchgen import driver_lease, hold, run, worker  # noqa: E402
+from batchgen.stores.probe import StoreAbilities  # noqa: E402
+
+threads = Threading(get_kernel)
+hold.threading = threads  # type: ignore[assignment]
+driver_lease.threading = threads  # type: ignore[assignment]
+hold.probe = lambda _: StoreAbilities(is_exclusive=True, can_replace=True, reason=None)
+__all__ = ["driver_lease", "enter", "get_kernel", "hold", "leave", "run", "worker"]

@@ -1,0 +1,106 @@
+"""`batchgen chaos`: real kills of real processes, and the count that it makes of what they left."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs_util import SLOW_ENGINE, Tree, list_output, make_tree, run_cli, write_prompts, write_spec
+from jobs_util import read_folder as read_output
+
+from batchgen import chaos
+from batchgen.chaos import make_chaos_spec, make_verdict, run_chaos
+from batchgen.errors import Refusal
+from batchgen.spec_load import make_spec
+
+NUM_ROWS = 300
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    write_prompts(tmp_path / "in", (180, 120))
+    engine = {**SLOW_ENGINE, "slots": 24, "max_inflight": 32}
+    return make_tree(tmp_path / "in", tmp_path / "out", engine=engine, output={"rows_per_shard": 25})
+
+
+def check_results(verdict: dict[str, Any], num_kills: int) -> None:
+    calm, struck = verdict["calm"], verdict["chaos"]
+    assert (calm["kills"], calm["num_runs"], calm["regenerated"]) == ({}, 1, 0)
+    assert sum(struck["kills"].values()) == num_kills
+    assert struck["num_runs"] > 1
+    for result in (calm, struck):
+        assert (result["rows"], result["lost"], result["twice"], result["findings"]) == (NUM_ROWS, 0, 0, [])
+    assert struck["generated"] == NUM_ROWS + struck["regenerated"]
+    assert 0 < struck["useful_work"] <= calm["useful_work"] < 1
+
+
+def test_a_job_is_killed_and_counted(tree: Tree, tmp_path: Path) -> None:
+    store = str(tmp_path / "store")
+    args = ["--store", store, "--seed", "3", "--kills", "3", "--json"]
+    ended = run_cli(tmp_path, "chaos", write_spec(tmp_path, tree), *args)
+    assert ended.code == 0, ended.err
+    check_results(ended.report, 3)
+    assert not (tmp_path / "out").exists()
+    assert ended.report["chaos"]["output"].startswith(f"{store}/batchgen-chaos-")
+    assert read_output(ended.report["chaos"]["output"]).num_rows == NUM_ROWS
+    assert "kill 3: " in ended.err
+    assert "lost 0, twice 0, generated again" in ended.err
+
+
+@pytest.mark.s3
+def test_on_a_store_that_speaks_s3(tree: Tree, s3_url: str) -> None:
+    said: list[str] = []
+    spec = make_spec(tree)
+    verdict = run_chaos(spec, s3_url, seed=5, num_kills=1, pool="inline", say=said.append)
+    check_results(verdict, 1)
+    assert verdict["exit_code"] == 0
+    assert len([line for line in said if line.startswith("kill ")]) == 1
+
+
+def test_what_is_lost_is_told(tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of the output is taken away and another one doubled, before the rows are counted."""
+    read_keys = chaos.read_keys
+
+    def damage(storage: Any) -> Any:
+        first, second, *_ = [Path(name) for name in list_output(storage.root, "data")]
+        second.write_bytes(first.read_bytes())
+        return read_keys(storage)
+
+    monkeypatch.setattr(chaos, "read_keys", damage)
+    verdict = run_chaos(
+        make_spec(tree), str(tmp_path / "store"), seed=0, num_kills=0, pool="inline", say=lambda _: None
+    )
+    assert verdict["exit_code"] == 1
+    assert verdict["chaos"]["lost"] == verdict["chaos"]["twice"] > 0
+    assert verdict["chaos"]["findings"]
+
+
+def test_a_job_that_cannot_work_is_refused_before_anything_is_started(tree: Tree, tmp_path: Path) -> None:
+    bad = make_spec({**tree, "prompt": {"column": "no such column"}})
+    with pytest.raises(Refusal, match="no such column"):
+        run_chaos(bad, str(tmp_path / "store"), seed=0, num_kills=1, pool="inline", say=lambda _: None)
+    ended = run_cli(tmp_path, "chaos", str(tmp_path / "nothing.yaml"), "--store", str(tmp_path / "store"))
+    assert ended.code == 2
+    assert "Traceback" not in ended.err
+
+
+def test_any_job_becomes_one_with_a_simulated_engine() -> None:
+    tree = make_tree("/in", "/out", engine={"kind": "transformers", "max_inflight": 7})
+    for name in ("has_latency", "mean_tokens", "sigma"):
+        del tree["engine"][name]
+    tree["model"] = {"path": "/models/x", "max_model_len": 4096}
+    tree["cluster"]["gpus_per_worker"] = 8
+    spec = make_chaos_spec(make_spec(tree), "s3://bucket/x", "/tmp/calls", "ray")
+    assert (spec.engine.kind, spec.engine.max_inflight, spec.cluster.pool) == ("simulated", 7, "ray")
+    assert (spec.model.path, spec.model.max_model_len, spec.cluster.gpus_per_worker) == ("embedded", 4096, 0)
+    assert spec.output.path == "s3://bucket/x"
+    assert make_spec(json.loads(spec.model_dump_json())) == spec
+
+
+def test_one_finding_is_enough_for_exit_code_1() -> None:
+    plain = {"output": "o", "num_runs": 1, "kills": {}, "elapsed_s": 1.0, "rows_wanted": 2, "rows": 2, "rows_error": 0}
+    good = chaos.Result(**plain, lost=0, twice=0, generated=None, useful_work=0.5, findings=())
+    bad = chaos.Result(**plain, lost=0, twice=0, generated=2, useful_work=0.5, findings=("x: is gone; restore it",))
+    assert make_verdict(good, good, 1)["exit_code"] == 0
+    assert make_verdict(good, good, 1)["chaos"]["regenerated"] is None
+    assert make_verdict(good, bad, 1)["exit_code"] == 1
