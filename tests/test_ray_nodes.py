@@ -68,12 +68,14 @@ def test_a_row_that_kills_its_process_is_found(cluster: RayCluster, tmp_path: Pa
 
 def test_a_node_that_is_drained_hands_its_rows_back(cluster: RayCluster, tmp_path: Path) -> None:
     """A spot notice: its worker journals what it has and leaves in time; no row is generated twice."""
-    files = write_rows(tmp_path / "in", 120)
+    files = write_rows(tmp_path / "in", 90)
     slots = {"resources_per_worker": {"spot": 1}, "cpus_per_worker": 0}
-    job = cluster.submit(write_spec(tmp_path, make_job(tmp_path, cluster=slots)))
+    # Slow enough that the notice comes while rows are left, however long the commands take.
+    slow = {"decode_tokens_per_s": 10, "sigma": 0.3}
     for _ in range(2):
         cluster.add_node(spot=1)
-    wait_for_calls(cluster, job, tmp_path, 30)
+    job = cluster.submit(write_spec(tmp_path, make_job(tmp_path, cluster=slots, engine=slow)))
+    wait_for_calls(cluster, job, tmp_path, 12)
     (node, *_) = re.findall(r"[0-9a-f]{56}", cluster.call("list", "nodes", "--filter", "is_head_node=False"))
     cluster.call(
         *("drain-node", "--address", cluster.address, "--node-id", node, "--deadline-remaining-seconds", "60"),
@@ -83,11 +85,11 @@ def test_a_node_that_is_drained_hands_its_rows_back(cluster: RayCluster, tmp_pat
     assert "is being drained" in cluster.read_logs(job)
     rows = check_output(tmp_path / "out", files)
     assert {row["status"] for row in rows} == {"ok"}
-    assert count_calls(tmp_path) == dict.fromkeys(range(120), 1)
+    assert count_calls(tmp_path) == dict.fromkeys(range(90), 1)
 
 
 def test_a_stopped_job_drains_and_goes_on(cluster: RayCluster, tmp_path: Path) -> None:
-    """`ray job stop`, in two lengths of patience: rows in flight end, or what ended before is kept all the same."""
+    """`ray job stop` that is given time: rows in flight end, and none is generated twice. (Without: `test_stop`.)"""
     files = write_rows(tmp_path / "in", 120)
     tree = make_job(tmp_path, output={"rows_per_shard": 60, "journal_interval_s": 600})
     spec = write_spec(tmp_path, tree)
@@ -100,14 +102,7 @@ def test_a_stopped_job_drains_and_goes_on(cluster: RayCluster, tmp_path: Path) -
     assert "stopping: stopped by a signal" in cluster.read_logs(patient)
     assert set(count_calls(tmp_path).values()) == {1}
 
-    num_before = len(read_calls(str(tmp_path / "calls")))
-    endless = write_spec(tmp_path, merge(tree, {"engine": {"decode_tokens_per_s": 40}}))
-    hasty = cluster.submit(endless)
-    wait_for_calls(cluster, hasty, tmp_path, num_before + 20)
-    cluster.call("job", "stop", "--address", cluster.dashboard, hasty)
-    assert cluster.wait(hasty) == "STOPPED"
-    last = cluster.submit(spec)
-    assert cluster.wait(last, 60) == "SUCCEEDED", cluster.read_logs(last)[-3000:]
+    again = cluster.submit(spec)
+    assert cluster.wait(again, 60) == "SUCCEEDED", cluster.read_logs(again)[-3000:]
     assert {row["status"] for row in check_output(tmp_path / "out", files)} == {"ok"}
-    twice = [row for row, num in count_calls(tmp_path).items() if num > 1]
-    assert len(twice) <= 2 * WINDOW, "only what was in flight, whatever the journal's interval"
+    assert set(count_calls(tmp_path).values()) == {1}
