@@ -78,7 +78,7 @@ class Checker:
         rows = self.list_rows()
         if sorted(map(get_key, rows)) != sorted(self._keys):
             raise Violation(f"{len(rows)} rows in the output where {len(self._keys)} are wanted")
-        errors = {get_key(row) for row in rows if row["status"] == "error"}
+        errors = self.list_errors()
         if errors != expected_errors:
             raise Violation(f"error rows {sorted(errors ^ expected_errors)} are wrong or missing")
         self._check_counts(rows, len(errors))
@@ -86,6 +86,11 @@ class Checker:
     def list_rows(self) -> list[dict[str, Any]]:
         """All rows of the output, in the order of the files' names."""
         return [row for path in sorted(self._rows_of) for row in self._rows_of[path]]
+
+    def list_errors(self, error_type: str | None = None) -> set[Key]:
+        """Error rows of the output, or those of one type."""
+        errors = (row for row in self.list_rows() if row["status"] == "error")
+        return {get_key(row) for row in errors if error_type in (None, row["error_type"])}
 
     def _check_counts(self, rows: list[dict[str, Any]], num_errors: int) -> None:
         manifest = json.loads(self._read("manifest.json"))
