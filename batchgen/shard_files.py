@@ -81,8 +81,8 @@ class ShardFiles:
 
     def read_kept(self, lease: Lease, errors: str) -> tuple[pa.Table, int]:
         """(rows of the file to be replaced that stay as they are: all but the error rows to be tried again; the epoch
-        of the run that made it). Raises OutputError where its bytes are not those that were committed: a new seal must never
-        vouch for rows that were damaged meanwhile."""
+        of the run that made it). Raises OutputError where its bytes are not those that were committed: a new seal must
+        never vouch for rows that were damaged meanwhile."""
         path = lease.shard.data_path
         data = self._storage.read_bytes(path)
         footer = read_whole_file(data, self._storage.url(path))
