@@ -106,6 +106,12 @@ class Checker:
         if unknown := {row["batch_id"] for row in rows} - set(batches):
             raise Violation(f"batch_stats lacks {sorted(unknown)}")
 
+    def has_lost_only(self, path: str) -> bool:
+        """Are the batches of this file of batch_stats lost ones, without a row in the output?"""
+        batches = read_rows(self._read(path), ["batch_id", "outcome"])
+        ours = {row["batch_id"] for row in self.list_rows()}
+        return all(row["outcome"] == "lost" and row["batch_id"] not in ours for row in batches)
+
     def _list(self, folder: str) -> list[str]:
         return sorted(name.removeprefix(OUT) for name in self._store if name.startswith(OUT + folder))
 
