@@ -1,26 +1,29 @@
 """`batchgen chaos`: real kills of real processes, and the count that it makes of what they left."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from jobs_util import SLOW_ENGINE, Tree, list_output, make_tree, run_cli, write_prompts, write_spec
 from jobs_util import read_folder as read_output
+from ray_cluster import run_ray_cluster
 
 from batchgen import chaos
 from batchgen.chaos import make_chaos_spec, make_verdict, run_chaos
 from batchgen.errors import Refusal
 from batchgen.spec_load import make_spec
 
-NUM_ROWS = 300
+NUM_ROWS = 120
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Tree:
-    write_prompts(tmp_path / "in", (180, 120))
+    write_prompts(tmp_path / "in", (70, 50))
     engine = {**SLOW_ENGINE, "slots": 24, "max_inflight": 32}
-    return make_tree(tmp_path / "in", tmp_path / "out", engine=engine, output={"rows_per_shard": 25})
+    return make_tree(tmp_path / "in", tmp_path / "out", engine=engine, output={"rows_per_shard": 16})
 
 
 def check_results(verdict: dict[str, Any], num_kills: int) -> None:
@@ -36,14 +39,14 @@ def check_results(verdict: dict[str, Any], num_kills: int) -> None:
 
 def test_a_job_is_killed_and_counted(tree: Tree, tmp_path: Path) -> None:
     store = str(tmp_path / "store")
-    args = ["--store", store, "--seed", "3", "--kills", "3", "--json"]
+    args = ["--store", store, "--seed", "3", "--kills", "2", "--json"]
     ended = run_cli(tmp_path, "chaos", write_spec(tmp_path, tree), *args)
     assert ended.code == 0, ended.err
-    check_results(ended.report, 3)
+    check_results(ended.report, 2)
     assert not (tmp_path / "out").exists()
     assert ended.report["chaos"]["output"].startswith(f"{store}/batchgen-chaos-")
     assert read_output(ended.report["chaos"]["output"]).num_rows == NUM_ROWS
-    assert "kill 3: " in ended.err
+    assert "kill 2: " in ended.err
     assert "lost 0, twice 0, generated again" in ended.err
 
 
@@ -104,3 +107,31 @@ def test_one_finding_is_enough_for_exit_code_1() -> None:
     assert make_verdict(good, good, 1)["exit_code"] == 0
     assert make_verdict(good, good, 1)["chaos"]["regenerated"] is None
     assert make_verdict(good, bad, 1)["exit_code"] == 1
+
+
+# ---- soak: `make soak` ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.soak
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_actors_and_the_driver_are_killed_on_ray(tmp_path: Path) -> None:
+    """Eight kills of a job of 2,000 rows, by the command, on a cluster that is there."""
+    write_prompts(tmp_path / "in", (1200, 800))
+    engine = {**SLOW_ENGINE, "slots": 24, "max_inflight": 32, "decode_tokens_per_s": 30}
+    settings: Tree = {"output": {"rows_per_shard": 100}, "retry": {"max_shard_attempts": 20, "max_start_failures": 50}}
+    spec = write_spec(tmp_path, make_tree(tmp_path / "in", tmp_path / "out", engine=engine, **settings))
+    home = tmp_path / "home"
+    home.mkdir()
+    with run_ray_cluster(home, {}, num_cpus=4) as cluster:
+        command = [sys.executable, "-m", "batchgen.cli", "chaos", spec, "--store", str(tmp_path / "store")]
+        command += ["--seed", "1", "--kills", "8", "--pool", "ray", "--json"]
+        env = {**cluster.env, "RAY_ADDRESS": cluster.address}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=800, check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
+    verdict = json.loads(done.stdout.splitlines()[-1])
+    print(done.stderr)
+    for result in (verdict["calm"], verdict["chaos"]):
+        assert (result["rows"], result["lost"], result["twice"], result["findings"]) == (2000, 0, 0, [])
+    assert sum(verdict["chaos"]["kills"].values()) == 8
+    assert verdict["chaos"]["kills"]["worker"] > 0
