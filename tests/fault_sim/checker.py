@@ -40,6 +40,10 @@ class Checker:
             if after is None:
                 raise Violation(f"{path} was deleted")
             self._check_rows(path, read_rows(after), is_new=before is None)
+        elif path in ("manifest.json", "report.json") and before and after:
+            was, is_now = (json.loads(content)["epoch"] for content in (before, after))
+            if is_now < was:
+                raise Violation(f"{path} of epoch {was} was replaced by that of an earlier one, {is_now}")
         elif path == "_SUCCESS" and after is not None:
             missing = self._wanted - {key for rows in self._rows_of.values() for key in map(get_key, rows)}
             if missing:
