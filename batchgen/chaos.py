@@ -121,6 +121,7 @@ class _Runner:
         self._path.write_text(spec.model_dump_json())  # JSON is YAML
         self._calls = Path(str(local / "calls"))
         self._kills: dict[str, int] = {}
+        self._born: dict[int, str | None] = {}
         self._num_runs = 0
 
     def run_to_end(self, num_kills: int) -> Result:
@@ -199,12 +200,18 @@ class _Runner:
         self._say(f"kill {sum(self._kills.values())}: {whom}, after {self._count_calls():,} requests")
 
     def _list_workers(self) -> list[int]:
-        """Processes of this machine that called an engine of this job: each has a log of its own."""
-        pids = [int(found[1]) for log in self._list_logs() if (found := re.search(r"calls-(\d+)\.jsonl$", log.name))]
-        return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+        """Processes of this machine that called an engine of this job: each has a log of its own. Not one that has the number
+        of a dead one: the system gives numbers again."""
+        self._list_logs()
+        return [pid for pid, born in self._born.items() if born is not None and read_birth(pid) == born]
 
     def _list_logs(self) -> Sequence[Path]:
-        return sorted(self._calls.glob("calls-*.jsonl"))
+        """Looked at many times a second, so a process whose log is new lives, or was alive a moment ago."""
+        logs = sorted(self._calls.glob("calls-*.jsonl"))
+        for log in logs:
+            if (found := re.search(r"calls-(\d+)\.jsonl$", log.name)) and int(found[1]) not in self._born:
+                self._born[int(found[1])] = read_birth(int(found[1]))
+        return logs
 
     def _count_calls(self) -> int:
         return sum(log.read_bytes().count(b"\n") for log in self._list_logs())
@@ -231,6 +238,14 @@ class _Runner:
             useful_work=round(tokens / engine.decode_tokens_per_s / slot_s, 4),
             findings=(*map(str, verdict.findings), *verdict.todo),
         )
+
+
+def read_birth(pid: int) -> str | None:
+    """When a process of this machine began, in ticks since the machine did; None where there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
+    except OSError:
+        return None
 
 
 def read_keys(storage: Storage) -> pa.Table:

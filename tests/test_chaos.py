@@ -101,6 +101,15 @@ def test_any_job_becomes_one_with_a_simulated_engine() -> None:
     assert make_spec(json.loads(spec.model_dump_json())) == spec
 
 
+def test_a_process_is_known_by_its_birth() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        born = chaos.read_birth(child.pid)
+        assert born is not None
+        assert chaos.read_birth(child.pid) == born != chaos.read_birth(1)
+        child.kill()
+    assert chaos.read_birth(child.pid) is None
+
+
 def test_one_finding_is_enough_for_exit_code_1() -> None:
     plain = {"output": "o", "num_runs": 1, "kills": {}, "elapsed_s": 1.0, "rows_wanted": 2, "rows": 2, "rows_error": 0}
     good = chaos.Result(**plain, lost=0, twice=0, generated=None, useful_work=0.5, findings=())
