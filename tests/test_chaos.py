@@ -1,6 +1,7 @@
 """`batchgen chaos`: real kills of real processes, and the count that it makes of what they left."""
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -101,13 +102,20 @@ def test_any_job_becomes_one_with_a_simulated_engine() -> None:
     assert make_spec(json.loads(spec.model_dump_json())) == spec
 
 
-def test_a_process_is_known_by_its_birth() -> None:
+def test_nobody_is_killed_who_only_has_a_workers_number(tree: Tree, tmp_path: Path) -> None:
+    """Logs of a worker that is gone, and of one whose number another process has now."""
+    runner = chaos._Runner(make_chaos_spec(make_spec(tree), "/out", "/calls", "ray"), tmp_path, random.Random(0), print)
+    (tmp_path / "calls").mkdir()
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
-        born = chaos.read_birth(child.pid)
-        assert born is not None
-        assert chaos.read_birth(child.pid) == born != chaos.read_birth(1)
+        (tmp_path / f"calls/calls-{child.pid}.jsonl").touch()
+        assert runner._list_workers() == [child.pid]
+        began = runner._began[child.pid]
+        assert began is not None
+        runner._began[child.pid] = began - 1
+        assert runner._list_workers() == []
+        runner._began[child.pid] = began
         child.kill()
-    assert chaos.read_birth(child.pid) is None
+    assert runner._list_workers() == []
 
 
 def test_one_finding_is_enough_for_exit_code_1() -> None:
