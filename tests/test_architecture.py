@@ -36,6 +36,9 @@ LAYERS = [
     ["quantize.weigh"],
     # the embedded model's questions, and how it was made
     ["demo_questions", "training", "training.recipe", "training.muon"],
+    # benchmarks, and what their scores say
+    ["evaluate", "evaluate.extract", "evaluate.statistics", "evaluate.speed"],
+    ["evaluate.benchmarks"],
     # the store seam
     ["stores", "stores.base"],
     ["stores.local", "stores.remote"],
@@ -97,8 +100,23 @@ LAYERS = [
     ["finish", "verify_files", "verify_folder"],
     ["run", "verify"],
     ["demo", "bench_decode"],
+    # benchmarks as jobs
+    [
+        "evaluate.spec",
+        "evaluate.folder",
+        "evaluate.dataset",
+        "evaluate.targets",
+        "evaluate.sandbox",
+        "evaluate.math_grader",
+    ],
+    ["evaluate.spec_load", "evaluate.rounds", "evaluate.compare"],
+    ["evaluate.programs", "evaluate.table"],
+    ["evaluate.score"],
+    ["evaluate.job"],
+    ["evaluate.card_demo"],
     ["cli.base"],
     ["cli.jobs", "cli.outputs", "cli.nodes", "cli.models"],
+    ["cli.evaluate"],
     ["cli"],
     ["cli.__main__"],
 ]
@@ -107,6 +125,7 @@ PURE |= {"spec", "prompt", "plan", "sampling_spec", "batches", "engines.deepseek
 PURE |= {"work_queue", "scaling", "stats", "answer", "verify_rows"}
 PURE |= {"checkpoint", "stage_plan", "preflight", "preflight_model"}
 PURE |= {"quantize.recipe", "quantize.architecture", "quantize.weigh"}
+PURE |= {"demo_questions", "evaluate.extract", "evaluate.benchmarks", "evaluate.statistics", "evaluate.speed"}
 PURE |= {"engines.trtllm.sampling", "engines.trtllm.env", "engines.trtllm.args", "engines.trtllm.health"}
 # What only does I/O: pure modules may not even import it from the standard library.
 EFFECTS = {
@@ -144,7 +163,11 @@ VENDORS = {
     "pynvml": {"engines.trtllm.gpu()", "node_facts()"},
     "yaml": {"spec_load"},
     "jsonschema": {"sampling_spec()"},
-    "typer": {"cli.base", "cli.jobs", "cli.outputs", "cli.nodes", "cli.models"},
+    "numpy": {"evaluate.statistics", "evaluate.speed"},
+    "scipy": {"evaluate.statistics", "evaluate.targets()"},
+    "h5py": {"evaluate.targets()"},
+    "math_verify": {"evaluate.math_grader()"},
+    "typer": {"cli.base", "cli.jobs", "cli.outputs", "cli.nodes", "cli.models", "cli.evaluate"},
     "rich": {"view", "cli.jobs()", "cli.outputs()", "cli.nodes()", "cli.models()", "doctor()"},
 }
 # Modules that import a heavy vendor at their top: whoever imports one of them does so lazily, or is one itself.
