@@ -1,7 +1,7 @@
 """The model card's rows on the embedded model: quantize it, put the same questions to both, compare. `make card`.
 
-The embedded model is what `jobs/train_demo_model.py` made; training it anew takes a quarter of an hour, and has a command of
-its own. Everything is resumable: a second run goes on, or finds all done.
+The embedded model is what `jobs/train_demo_model.py` made; training it anew takes a quarter of an hour, and has a command
+of its own. Everything is resumable: a second run goes on, or finds all done.
 """
 
 from collections.abc import Callable, Iterator

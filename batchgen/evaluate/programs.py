@@ -2,8 +2,8 @@
 crashed or too_much_output.
 
 LiveCodeBench (`lcb_runner/evaluation/testing_util.py`): each test is one run; what was printed, or returned, is compared
-out here, so that no program ever sees what is expected of it. SciCode (`eval/scripts/test_generated_code.py`): the tests are
-assertions on the code, so they run with it; a program passes when the last of them was reached.
+out here, so that no program ever sees what is expected of it. SciCode (`eval/scripts/test_generated_code.py`): the tests
+are assertions on the code, so they run with it; a program passes when the last of them was reached.
 """
 
 import json
