@@ -21,8 +21,8 @@ from batchgen.evaluate.rounds import make_asked
     [
         # published
         (
-            "The adiabatic regime requires\n\n\\boxed{\\langle H\\rangle \\ll \\Delta E}\n\nso the correct statement is D.\n\n"
-            "**Answer: D**",
+            "The adiabatic regime requires\n\n\\boxed{\\langle H\\rangle \\ll \\Delta E}\n\n"
+            "so the correct statement is D.\n\n**Answer: D**",
             "D",
         ),
         ("Reasoning...\n\n\\boxed{D}", "D"),

@@ -39,9 +39,7 @@ def draw_runs(num: int, repeats: int, change: float, mean: float = 0.8, spread: 
     return draw, -mean * change
 
 
-@pytest.mark.parametrize(
-    ("num", "repeats", "change"), [(198, 16, 0.05), (30, 64, 0.0), (500, 1, 0.02)]
-)
+@pytest.mark.parametrize(("num", "repeats", "change"), [(198, 16, 0.05), (30, 64, 0.0), (500, 1, 0.02)])
 def test_a_90_percent_interval_covers_88_to_92_of_100(num: int, repeats: int, change: float) -> None:
     draw, truth = draw_runs(num, repeats, change)
     assert 0.88 <= cover(draw, truth) <= 0.92
@@ -68,7 +66,12 @@ def test_no_difference_among_few_questions_is_no_proof_of_equivalence() -> None:
     same = [1.0] * 30
     few = compare_scores(same, same, [str(k) for k in range(30)], num_samples=30, is_single=True, margin=0.01)
     assert (few.verdict, few.difference) == ("inconclusive", 0.0)
+    assert few.interval.is_exact
     assert few.num_more_samples is not None
+    enough = [1.0] * (30 + few.num_more_samples)
+    names = [str(k) for k in range(len(enough))]
+    told = compare_scores(enough, enough, names, num_samples=len(enough), is_single=True, margin=0.0105)
+    assert told.verdict == "equivalent"
     many = [1.0] * 2000
     clusters = [str(k) for k in range(2000)]
     assert compare_scores(many, many, clusters, num_samples=2000, is_single=True, margin=0.01).verdict == "equivalent"
@@ -113,8 +116,8 @@ def test_the_samples_that_would_tell_do_tell() -> None:
 
 def test_more_samples_are_counted_for_the_nearer_goal() -> None:
     # 0.02 wide each way, no difference: half the width needs four times the samples.
-    assert count_more_samples(100, 0.0, 0.02, 0.01) == 300
-    assert count_more_samples(100, 0.02, 0.04, 0.01) == 300
+    assert count_more_samples(100, 0.0, Interval(-0.02, 0.02), 0.01) == 300
+    assert count_more_samples(100, 0.02, Interval(-0.02, 0.06), 0.01) == 300
 
 
 def test_the_score_is_the_mean_over_questions_and_a_single_run_has_mcnemar() -> None:

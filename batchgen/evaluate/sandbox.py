@@ -100,7 +100,7 @@ class Sandbox:
             try:
                 reason, printed = _read(process, time.monotonic() + self._limits.wall_s, self._limits.output_bytes)
             finally:
-                process.kill()  # and with it the namespace and all that runs there
+                process.kill()  # and with it the namespaces and all that runs there
             process.wait()
         return Ended(reason, process.returncode if reason == "exited" else None, printed)
 
@@ -118,7 +118,8 @@ class Sandbox:
     def _become_nobody(self, shown: Mapping[str, str]) -> list[str]:
         """A first mount namespace that hides nothing yet, and a user in it that no other process has."""
         user = str(2**20 + secrets.randbelow(2**29))
-        words = [self._bwrap, "--die-with-parent", *_bind_system(), "--dev-bind", "/proc", "/proc"]
+        # A process namespace of its own, for the inner bubblewrap, having changed its user, no longer dies with its parent.
+        words = [self._bwrap, "--die-with-parent", "--unshare-pid", *_bind_system(), "--dev-bind", "/proc", "/proc"]
         words += ["--dev-bind", "/dev", "/dev", "--tmpfs", "/tmp", *_bind_all(shown), "--"]
         return [*words, self._setpriv, f"--reuid={user}", f"--regid={user}", "--clear-groups", "--no-new-privs", "--"]
 

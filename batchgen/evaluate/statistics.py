@@ -28,10 +28,12 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """Of a difference of scores, in their unit (1 = all right)."""
+    """Of a difference of scores, in their unit (1 = all right). `is_exact`: it is as wide as the exact bounds on the share
+    of questions that differ, which only more questions make narrower."""
 
     low: float
     high: float
+    is_exact: bool = False
 
     @property
     def half_width(self) -> float:
@@ -87,8 +89,8 @@ def make_interval(
     low, high = np.quantile(means, [wide, 1 - wide])
     worse, better = int((sums < 0).sum()), int((sums > 0).sum())
     if worse + better < FEW_DIFFERENT:
-        low = min(low, -_share_at_most(worse, num, tail))
-        high = max(high, _share_at_most(better, num, tail))
+        bounds = -_share_at_most(worse, num, tail), _share_at_most(better, num, tail)
+        return Interval(min(float(low), bounds[0]), max(float(high), bounds[1]), is_exact=True)
     return Interval(float(low), float(high))
 
 
@@ -113,11 +115,12 @@ def judge(interval: Interval, margin: float) -> Verdict:
     return "better" if interval.low > 0 else "inconclusive"
 
 
-def count_more_samples(num_samples: int, difference: float, half_width: float, margin: float) -> int:
-    """How many more samples of each run would tell, if the difference stays what it is: its width falls with their root.
-    Told is what needs fewer: that it is within the margin, or that it is not zero."""
+def count_more_samples(num_samples: int, difference: float, interval: Interval, margin: float) -> int:
+    """How many more samples of each run would tell, if the difference stays what it is: its width falls with their root,
+    an exact bound with their number. Told is what needs fewer: that it is within the margin, or that it is not zero."""
     needed = max(margin - abs(difference), abs(difference))
-    return max(1, math.ceil(num_samples * ((half_width / needed) ** 2 - 1)))
+    factor = interval.half_width / needed
+    return max(1, math.ceil(num_samples * ((factor if interval.is_exact else factor**2) - 1)))
 
 
 def compare_scores(
@@ -139,7 +142,7 @@ def compare_scores(
     difference = float(differences.mean())
     worse, better = int((differences < 0).sum()), int((differences > 0).sum())
     verdict = judge(interval, margin)
-    more = count_more_samples(num_samples, difference, interval.half_width, margin)
+    more = count_more_samples(num_samples, difference, interval, margin)
     return Comparison(
         num_questions=len(differences),
         num_clusters=len(sums),
@@ -159,5 +162,6 @@ def compare_scores(
 
 def comparison_to_json(comparison: Comparison) -> dict[str, Any]:
     names = [name for name in Comparison.__slots__ if name != "interval"]
-    low, high = comparison.interval.low, comparison.interval.high
-    return {**{name: getattr(comparison, name) for name in names}, "interval": [low, high]}
+    interval = comparison.interval
+    bounds = {"interval": [interval.low, interval.high], "is_interval_exact": interval.is_exact}
+    return {**{name: getattr(comparison, name) for name in names}, **bounds}

@@ -3,7 +3,6 @@
 import html
 import json
 from collections.abc import Sequence
-from dataclasses import astuple
 from typing import Any
 
 from batchgen.evaluate.benchmarks import CARD
@@ -25,7 +24,8 @@ def describe_verdict(comparison: Comparison) -> str:
     """One phrase. The difference is in points (a hundredth of all questions)."""
     size = f"{100 * abs(comparison.difference):.1f} ± {100 * comparison.interval.half_width:.1f} points"
     if comparison.verdict == "inconclusive":
-        return f"inconclusive, {comparison.num_more_samples:,} more samples of each would tell"
+        what = "questions" if comparison.interval.is_exact else "samples of each"
+        return f"inconclusive, {comparison.num_more_samples:,} more {what} would tell"
     if comparison.verdict == "equivalent":
         return f"equivalent within {100 * comparison.margin:g} points"
     return f"{comparison.verdict} by {size}"
@@ -117,7 +117,9 @@ WIDTH, LEFT, ROW = 760, 300, 28
 def make_plot(lines: Sequence[Line]) -> str:
     """SVG: each difference with its interval, the margin as a band."""
     margin = lines[0].comparison.margin
-    reach: float = 1.15 * max([margin, *(abs(bound) for line in lines for bound in astuple(line.comparison.interval))])
+    reach: float = 1.15 * max(
+        [margin, *(max(-line.comparison.interval.low, line.comparison.interval.high) for line in lines)]
+    )
 
     def x(value: float) -> float:
         return LEFT + (WIDTH - LEFT) * (value + reach) / (2 * reach)
