@@ -151,5 +151,5 @@ def line_to_json(line: Line) -> dict[str, Any]:
         "base": side(line.base),
         "other": side(line.other),
         "card": None if card is None else {"fp8": card[0], "nvfp4": card[1]},
-        **comparison_to_json(line.comparison),
+        "comparison": comparison_to_json(line.comparison),
     }
