@@ -334,7 +334,7 @@ PROGRAMS = {
     "crashed": "print(1 / 0)",
     "timeout": "import time\ntime.sleep(1000)",
     "too_much_output": "while True:\n    print('x' * 1000)",
-    "call": "class Solution:\n    def add(self, items: List[int], item):\n        print('x')\n        return (*items, item)",
+    "call": "class Solution:\n    def add(self, a: List[int], b):\n        print('x')\n        return (*a, b)",
 }
 
 
