@@ -174,6 +174,15 @@ class OpenAIEngineSpec(EngineSection):
             raise ValueError("send_token_ids needs api: completions; chat takes messages only")
         return self
 
+    @property
+    def max_start_s(self) -> float:
+        return self.open_timeout_s
+
+    @property
+    def max_silence_s(self) -> float:
+        """All servers are away."""
+        return self.give_up_s
+
     def fingerprint_fields(self) -> dict[str, Any]:
         return self.model_dump(mode="json", include={"kind", "model", "api", "send_token_ids", "extra_body"})
 

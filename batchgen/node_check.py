@@ -2,12 +2,11 @@
 checkpoint are gathered here and judged by `preflight` and `preflight_model`. Blocks for seconds; imports no engine.
 """
 
-from pathlib import Path
-
 from batchgen.checkpoint import CheckpointFacts
 from batchgen.checkpoint_facts import read_checkpoint
 from batchgen.errors import SpecError, StorageError
 from batchgen.node_facts import read_node
+from batchgen.paths import expand_home
 from batchgen.preflight import Check, EngineNeeds, NodeFacts, check_machine, check_tensorrt_llm, make_error
 from batchgen.preflight_model import check_disk, check_files, check_model
 from batchgen.spec import ModelSpec
@@ -76,7 +75,7 @@ def check_checkpoint(
     except (StorageError, SpecError) as error:
         return [Check("checkpoint", "fail", str(error), is_spec=True)]
     place = str(copy) if copy else model.path
-    is_hub = not copy and not model.is_url and not Path(model.path).expanduser().is_dir()
+    is_hub = not copy and not model.is_url and not expand_home(model.path).is_dir()
     if checkpoint is None and is_hub:
         if model.path.startswith(("/", ".", "~")) or model.path.count("/") > 1:
             return [Check("checkpoint", "fail", f"{model.path} is not a folder on this machine", "correct model.path")]

@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from batchgen.paths import expand_home
 from batchgen.preflight import GpuFacts, MpiFacts, NodeFacts, list_launcher_variables
 
 PACKAGES = ("tensorrt_llm", "torch", "transformers", "mpi4py", "ray", "batchgen")
@@ -36,7 +37,7 @@ ranks.Disconnect()
 def read_node(stage_dir: str, num_ranks: int = 1, *, environ: Mapping[str, str] = os.environ) -> NodeFacts:
     """`num_ranks`: MPI processes to spawn for a trial. `stage_dir`: whose disk is meant, there already or not."""
     gpus, driver, problem = read_gpus(environ.get("CUDA_VISIBLE_DEVICES"))
-    page, disk = os.sysconf("SC_PAGE_SIZE"), find_existing(Path(stage_dir).expanduser())
+    page, disk = os.sysconf("SC_PAGE_SIZE"), find_existing(expand_home(stage_dir))
     return NodeFacts(
         python=(sys.version_info.major, sys.version_info.minor),
         packages=read_packages(),

@@ -21,6 +21,8 @@ IMAGE = "the image tensorrt-llm/release:1.2.1"
 SAFE_VERSION = (1, 2, 1)
 # 1.3.0rc27's image has Open MPI 5, with which spawning was reported to fail; up to rc26 it was 4.1.
 MPI5_VERSION = (1, 3, 0, 27)
+# The fourth number of a release; its candidates have smaller ones.
+RELEASE = 1000
 BLACKWELL = 10
 # CUDA 13, which 1.2's base image has, needs the 580 branch, or its compatibility package over an older data-centre branch;
 # the first branch that knows Blackwell is 570.
@@ -119,7 +121,7 @@ def parse_version(text: str) -> tuple[int, ...] | None:
     if found is None:
         return None
     major, minor, patch, kind, number = found.groups()
-    before = int(number) - {"a": 200, "b": 100, "rc": 0}[kind] if kind else 1000
+    before = int(number) - {"a": 200, "b": 100, "rc": 0}[kind] if kind else RELEASE
     return (int(major), int(minor), int(patch or 0), before)
 
 
@@ -210,14 +212,14 @@ def _check_version(node: NodeFacts, needs: EngineNeeds) -> list[Check]:
     version = parse_version(text)
     if version is None:
         return [Check("tensorrt_llm", "warn", f"{text} is no version that can be compared", f"use {IMAGE}")]
-    if version[:3] < SAFE_VERSION:
+    if version < (*SAFE_VERSION, RELEASE):
         switches = (needs.block_reuse, needs.chunked_prefill)
         fault = f"{text} corrupts the KV cache when block reuse and chunked prefill are both on"
         if switches == ("on", "on"):
             mend = f"use {IMAGE}, or set engine.enable_chunked_prefill to auto"
             return [Check("tensorrt_llm", "fail", f"{fault}, as the spec has them", mend, is_spec=True)]
         return [Check("tensorrt_llm", "warn", f"{fault}; the spec doesn't turn on both", f"use {IMAGE}")]
-    if version[:3] == MPI5_VERSION[:3] and version[3] < 1000:
+    if version[:3] == MPI5_VERSION[:3] and version[3] < RELEASE:
         what = f"{text} is a release candidate; whether it has 1.2.1's fix of the KV cache depends on its date"
         if version >= MPI5_VERSION:
             what += ", and its image has Open MPI 5, with which spawning ranks was reported to fail"

@@ -41,6 +41,16 @@ class EngineSection(Section):
         return frozenset({"json_schema", "regex", "grammar"})
 
     @property
+    def max_start_s(self) -> float:
+        """How long the engine itself gives its start (s); the driver must wait longer. 0: it doesn't say."""
+        return 0.0
+
+    @property
+    def max_silence_s(self) -> float:
+        """How long it may make no token and end no row while it mends itself (s); the driver must wait longer."""
+        return 0.0
+
+    @property
     def has_tool_calls(self) -> bool:
         """Does the section itself give tools to every request? Then the output has the column `tool_calls`."""
         return False

@@ -206,9 +206,10 @@ class ClusterSpec(Section):
         default=120.0, gt=0, description="A worker that was not heard of for this long is given up (s)."
     )
     stall_timeout_s: float = Field(
-        default=3600.0,
+        default=7200.0,
         gt=0,
-        description="A lease whose worker made no token and finished no row this long expires (s).",
+        description="A lease whose worker made no token and finished no row this long expires (s). Longer than an engine "
+        "takes to notice that it hangs and to load its weights anew.",
     )
     log_interval_s: float = Field(default=5.0, gt=0, description="Seconds between progress lines in a log (s).")
 

@@ -8,7 +8,6 @@ import os
 import types
 import typing
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
@@ -17,6 +16,7 @@ from pydantic_core import ErrorDetails, PydanticSerializationError
 
 from batchgen.engine_specs import SimulatedEngineSpec, find_section
 from batchgen.errors import SpecError
+from batchgen.paths import expand_home
 from batchgen.sections import Section
 from batchgen.spec import JobSpec
 from batchgen.storage import read_text
@@ -140,7 +140,7 @@ def is_local(path: str) -> bool:
 
 
 def _absolute(path: str) -> str:
-    return os.path.abspath(Path(path).expanduser()) if is_local(path) else path  # noqa: PTH100 - resolve() follows links
+    return os.path.abspath(expand_home(path)) if is_local(path) else path  # noqa: PTH100 - resolve() follows links
 
 
 def with_absolute_paths(spec: JobSpec) -> JobSpec:
@@ -149,7 +149,7 @@ def with_absolute_paths(spec: JobSpec) -> JobSpec:
     engine, model, output = spec.engine, spec.model, spec.output
     if isinstance(engine, SimulatedEngineSpec) and engine.call_log is not None:
         engine = engine.model_copy(update={"call_log": _absolute(engine.call_log)})
-    if is_local(model.path) and Path(model.path).expanduser().is_dir():
+    if is_local(model.path) and expand_home(model.path).is_dir():
         if model.revision is not None:
             raise SpecError(f"model.revision: goes with a hub id, and {model.path} is a folder here; leave it out")
         model = model.model_copy(update={"path": _absolute(model.path)})

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from batchgen.checkpoint import INDEX, parse_index
 from batchgen.errors import SpecError, StorageError
+from batchgen.paths import expand_home
 from batchgen.spec import ModelSpec
 from batchgen.stage_fetch import check_safetensors
 from batchgen.stores.base import make_error
@@ -63,7 +64,7 @@ def find_cached(model: ModelSpec) -> Path | None:
 
 def find_cache_dir(model: ModelSpec) -> str | None:
     """None: where the hub's client keeps it."""
-    return None if model.stage_dir is None else str(Path(model.stage_dir).expanduser())
+    return None if model.stage_dir is None else str(expand_home(model.stage_dir))
 
 
 def _has_weights(folder: Path) -> bool:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from batchgen.checkpoint import INDEX, parse_index
 from batchgen.errors import InputError, NotFound, SpecError
+from batchgen.paths import expand_home
 from batchgen.spec import ModelSpec
 from batchgen.stage_fetch import Fetcher
 from batchgen.stage_hub import download, find_cached
@@ -100,10 +101,10 @@ def stage(
     stop, on_progress = stop or threading.Event(), on_progress or make_log_progress(_say)
     if model.path == "embedded":
         return Path(__file__).parent / "embedded"
-    local = Path(model.path).expanduser()
+    local = expand_home(model.path)
     if local.is_dir() and model.stage_dir is None:
         return local
-    parent = Path(model.stage_dir or DEFAULT_FOLDER).expanduser()
+    parent = expand_home(model.stage_dir or DEFAULT_FOLDER)
     if not model.is_url and not local.is_dir():
         if local.is_absolute() or model.path.startswith((".", "~")) or model.path.count("/") > 1:
             raise SpecError(f"model.path: {model.path} is not a folder on this machine; correct it")
@@ -123,10 +124,10 @@ def stage(
 def find_copy(model: ModelSpec) -> Path | None:
     """What a start would load without fetching anything: the packaged model, a folder, a copy that is up to date, the hub's
     cache. StorageError where the source of a copy can't be listed, SpecError where it holds no model."""
-    local = Path(model.path).expanduser()
+    local = expand_home(model.path)
     if model.path == "embedded" or (local.is_dir() and model.stage_dir is None):
         return Path(__file__).parent / "embedded" if model.path == "embedded" else local
-    parent = Path(model.stage_dir or DEFAULT_FOLDER).expanduser()
+    parent = expand_home(model.stage_dir or DEFAULT_FOLDER)
     if model.is_url or local.is_dir():
         plan = make_plan(model.path)
         return parent / plan.folder if _is_there(parent / plan.folder, plan) else None

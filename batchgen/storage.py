@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from batchgen.errors import AlreadyExists, Conflict, InputChanged, InputError, NotFound, StorageError
+from batchgen.paths import expand_home
 from batchgen.stores.base import ABSENT, Client, FileInfo, StoreFile
 from batchgen.stores.local import LocalClient
 from batchgen.urls import has_password
@@ -216,7 +217,7 @@ def _absolute(url: str) -> str:
     scheme = _scheme(url)
     rest = url[len(scheme) + 3 :]
     if scheme in {"file", "local"} or not scheme:
-        return os.path.abspath(rest if scheme else Path(url).expanduser())  # noqa: PTH100 - resolve() follows links
+        return os.path.abspath(rest if scheme else expand_home(url))  # noqa: PTH100 - resolve() follows links
     if has_password(url):  # the URL is not repeated: it holds the secret
         raise InputError(f"cannot use a {scheme}:// URL with a password in it; leave credentials to the environment")
     return f"{'s3' if scheme == 's3a' else scheme}://{rest.rstrip('/')}"

@@ -129,14 +129,15 @@ class TensorRTLLMEngineSpec(EngineSection):
         default=5400.0,
         gt=0,
         description="An engine that has not answered its first request this long after its start is killed (s). Loading "
-        "takes up to an hour from a slow disk; cluster.start_timeout_s must be above it.",
+        "takes up to an hour from a slow disk; cluster.start_timeout_s must be above it, and cluster.stall_timeout_s above "
+        "it, no_progress_s and gpu_free_timeout_s together.",
     )
     canary_interval_s: float = Field(
         default=60.0, gt=0, description="An engine that is idle is asked for one token this often (s)."
     )
     no_progress_s: float = Field(
         default=300.0,
-        gt=1,
+        gt=0,
         description="With requests in flight and not one token more for this long, the engine hangs and is started anew "
         "(s). As long as the vendor's own hang detector waits.",
     )
@@ -200,6 +201,15 @@ class TensorRTLLMEngineSpec(EngineSection):
     @property
     def guided_forms(self) -> frozenset[GuidedForm]:
         return frozenset({"json_schema", "regex", "grammar"}) if self.guided_decoding_backend else frozenset()
+
+    @property
+    def max_start_s(self) -> float:
+        return self.start_timeout_s
+
+    @property
+    def max_silence_s(self) -> float:
+        """A hang is noticed, its processes are ended, and a new engine is started."""
+        return self.no_progress_s + self.gpu_free_timeout_s + self.start_timeout_s
 
     def fingerprint_fields(self) -> dict[str, Any]:
         return self.model_dump(mode="json", include={"kind", "kv_cache_dtype", "custom_tokenizer", "extra"})

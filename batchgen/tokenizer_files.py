@@ -4,6 +4,7 @@ import hashlib
 from importlib.resources import files
 from pathlib import Path
 
+from batchgen.paths import expand_home
 from batchgen.spec import JobSpec
 
 # Every name under which Hugging Face checkpoints keep what turns text into ids, the chat template included.
@@ -29,7 +30,7 @@ def digest_tokenizer(spec: JobSpec) -> str | None:
     if not spec.engine.has_tokenizer:
         return None
     folder = Path(str(files("batchgen") / "embedded")) if spec.model.path == "embedded" else Path(spec.model.path)
-    found = [path for name in NAMES if (path := folder.expanduser() / name).is_file()]
+    found = [path for name in NAMES if (path := expand_home(folder) / name).is_file()]
     if not found:
         return None
     total = hashlib.sha256()

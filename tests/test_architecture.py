@@ -20,7 +20,7 @@ MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 300
 
 LAYERS = [
-    ["__init__", "records", "batches", "errors", "urls"],
+    ["__init__", "records", "batches", "errors", "urls", "paths"],
     ["sections"],
     ["tensorrt_llm_spec", "sampling_spec"],
     ["engine_specs"],

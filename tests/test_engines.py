@@ -95,6 +95,32 @@ def test_guides_and_tools_that_it_takes(extra_body: dict[str, Any]) -> None:
     check_supported(make_job_spec(engine=openai(extra_body=extra_body), prompt=TOOLS, sampling=guided))
 
 
+@pytest.mark.parametrize(
+    ("engine", "cluster", "sentence"),
+    [
+        (
+            {"kind": "tensorrt_llm", "start_timeout_s": 9000},
+            {},
+            "start_timeout_s: 7200 is too short, .* start for 9000 s",
+        ),
+        (
+            {"kind": "tensorrt_llm"},
+            {"stall_timeout_s": 5820},
+            "stall_timeout_s: 5820 is too short, .* silent for 5820 s",
+        ),
+        (openai(open_timeout_s=100), {"start_timeout_s": 90}, "start_timeout_s: 90 is too short"),
+        (openai(give_up_s=10_000), {}, "stall_timeout_s: 7200 is too short, .* silent for 10000 s"),
+    ],
+)
+def test_the_driver_is_more_patient_than_its_engine(
+    engine: dict[str, Any], cluster: dict[str, Any], sentence: str
+) -> None:
+    """Else it would give up a worker whose engine is starting, or mending itself."""
+    check_supported(make_job_spec(engine=openai() if engine["kind"] == "openai" else {"kind": engine["kind"]}))
+    with pytest.raises(SpecError, match=sentence):
+        check_supported(make_job_spec(engine=engine, cluster=cluster))
+
+
 def test_only_an_engine_with_a_tokenizer_makes_one() -> None:
     assert create_tokenizer(make_job_spec(engine=openai())) is None
     assert create_tokenizer(make_job_spec(engine=IDS)) is not None

@@ -226,6 +226,7 @@ def test_statuses(
         ({"headers": {"Retry-After": "1e9"}}, 600, 600),
         ({"headers": {"Retry-After": "soon"}}, None, None),
         ({"headers": {"Retry-After": "nan"}}, None, None),
+        ({"headers": {"Retry-After": "Fri, 31 Dec 2027 23:59:59 +99999999999999"}}, None, None),
         ({}, None, None),
     ],
 )
@@ -557,6 +558,20 @@ def test_a_crowded_server_is_waited_for(tmp_path: Path, server: OpenAIServer) ->
     assert (report["rows"]["ok"], report["job"]["num_retries"]) == (10, 0)
     assert {row["num_attempts"] for row in check_output(tmp_path / "out", files)} == {1}
     assert server.read()["num_calls"] == 70
+
+
+@pytest.mark.parametrize("status", [429, 500])
+def test_who_waits_for_a_server_holds_no_place(tmp_path: Path, server: OpenAIServer, status: int) -> None:
+    """A window of one: the row that is to come back later lets the others pass."""
+    tree, _ = make_job(tmp_path, server, 12, cluster={"workers": {"min": 1, "max": 1}})
+    tree["engine"]["max_inflight"] = 1
+    server.misbehave("refuse", match="What is 0 + 0?", status=status, headers={"Retry-After": "0.5"})
+    report, _ = run(tree)
+    asked = [body["messages"][0]["content"] for body in server.read()["bodies"]]
+    first, again = (number for number, question in enumerate(asked) if question == "What is 0 + 0?")
+    assert len(asked) == 13
+    assert again - first > 1
+    assert (report["rows"]["ok"], report["job"]["num_retries"]) == (12, int(status == 500))
 
 
 def test_the_first_prompt_is_shown_as_the_server_gets_it(tmp_path: Path, server: OpenAIServer) -> None:

@@ -95,6 +95,7 @@ def test_a_node_as_it_should_be_has_nothing_to_mend() -> None:
     [
         ({"packages": {}}, "tensorrt_llm", "fail", "not installed"),
         ({"packages": {"tensorrt_llm": "1.2.0rc8"}}, "tensorrt_llm", "warn", "corrupts the KV cache"),
+        ({"packages": {"tensorrt_llm": "1.2.1rc1"}}, "tensorrt_llm", "warn", "corrupts the KV cache"),
         ({"packages": {"tensorrt_llm": "1.3.0rc27"}}, "tensorrt_llm", "warn", "Open MPI 5"),
         ({"packages": {"tensorrt_llm": "1.3.0rc2"}}, "tensorrt_llm", "warn", "whether it has 1.2.1's fix"),
         ({"packages": {"tensorrt_llm": "1.3.0"}}, "tensorrt_llm", "ok", "1.3.0"),

@@ -321,3 +321,12 @@ def test_slow_down_is_waited_out(store: Storage, s3_proxy: S3Proxy) -> None:
     s3_proxy.slow_down(1)
     store.create("x", b"mine")
     assert store.read_bytes("x") == b"mine"
+
+
+def test_the_home_of_a_user_that_nobody_knows_is_a_name_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Storage("~no such user/out").root == str(tmp_path / "~no such user/out")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert Storage("~/out").root == str(tmp_path / "home/out")

@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 
 from batchgen.engines.trtllm.health import (
+    MAX_ANSWER_RECYCLES,
     MAX_DEATHS,
-    MAX_EMPTY_RECYCLES,
     MAX_LOOK_GAP_S,
+    MENDED_ANSWERS,
     SHARE_ANSWERS,
     Health,
     History,
@@ -82,6 +83,56 @@ def test_tokens_or_answers_are_progress() -> None:
         assert judge_often(health, 300.0 + 20 * number, 319.0 + 20 * number) is None
 
 
+def test_a_hang_does_not_hide_behind_requests_whose_time_is_over() -> None:
+    """A thousand in flight were sent at as many times, so one of them is given up at any moment."""
+    health = make_up(no_progress_s=30)
+    for number in range(100):
+        health.note_sent(100.0, number, 1000)
+    beat(health, 101.0, 5)
+    for number in range(30):
+        health.note_given_up(101.0 + number, number)
+        assert health.judge(101.0 + number) is None
+    assert isinstance(health.judge(131.1), Kill)
+
+
+def test_a_hang_is_seen_when_each_request_is_given_up_before_it() -> None:
+    """Idle time counts for nothing; time in which somebody waited in vain adds up."""
+    health = make_up(no_progress_s=30)
+    for number in range(3):
+        start = 1000.0 * (number + 1)
+        health.note_sent(start, number, 1000)
+        assert judge_often(health, start, start + 9) is None
+        health.note_given_up(start + 10, number)
+        assert judge_often(health, start + 10, start + 999) is None
+    health.note_sent(4000.0, 9, 1000)
+    assert isinstance(health.judge(4001.0), Kill)
+    health = make_up(no_progress_s=30)
+    for number in range(50):
+        health.note_sent(1000.0 * number, number, 1000)
+        beat(health, 1000.0 * number + 5, number + 1)
+        health.note_given_up(1000.0 * number + 10, number)
+        assert health.judge(1000.0 * number + 10) is None
+
+
+def test_an_engine_that_fails_nearly_all_it_gets_is_started_anew() -> None:
+    """One rank's failure takes what it had, and is no reason."""
+    health = make_up(max_batch_size=64)
+    for number in range(1000):
+        health.note_answer(number, is_empty=False)
+    for _ in range(64):
+        health.note_failure()
+    assert health.judge(101.0) is None
+    for number in range(31):
+        health.note_failure()
+        health.note_answer(number, is_empty=False)
+    assert health.judge(101.0) is None
+    for _ in range(128):
+        health.note_failure()
+    verdict = health.judge(101.0)
+    assert isinstance(verdict, Recycle)
+    assert (verdict.reason, verdict.is_for_answers) == ("it failed 128 of the last 128 requests", True)
+
+
 def test_an_idle_engine_does_not_hang() -> None:
     health = make_up(no_progress_s=30)
     assert judge_often(health, 100, 1000) is None
@@ -148,7 +199,7 @@ def test_memory_may_grow_so_much_since_it_was_up() -> None:
     beat(health, 13.0, 0, rss=58 * GIB + 2**28)
     verdict = health.judge(13.0)
     assert isinstance(verdict, Recycle)
-    assert not verdict.is_for_empty
+    assert not verdict.is_for_answers
     assert "58" not in verdict.reason, "it is the growth that is told"
 
 
@@ -165,7 +216,7 @@ def test_empty_answers_of_different_rows_in_a_row() -> None:
     health.note_answer("f", is_empty=True)
     verdict = health.judge(101.0)
     assert isinstance(verdict, Recycle)
-    assert verdict.is_for_empty
+    assert verdict.is_for_answers
 
 
 def test_empty_answers_among_many() -> None:
@@ -199,12 +250,25 @@ def test_a_row_is_guilty_after_a_few_deaths_in_which_it_was_there() -> None:
 
 
 def test_what_starting_anew_does_not_mend_is_left() -> None:
-    history, recycle = History(max_restarts=1), Recycle("empty", is_for_empty=True)
-    for _ in range(MAX_EMPTY_RECYCLES):
+    history, recycle = History(max_restarts=1), Recycle("empty", is_for_answers=True)
+    for _ in range(MAX_ANSWER_RECYCLES):
         assert history.can_recycle(recycle)
         history.note_recycle(recycle)
     assert not history.can_recycle(recycle)
     assert history.can_recycle(Recycle("memory"))
+
+
+def test_what_it_mended_may_be_mended_again() -> None:
+    history, recycle = History(max_restarts=1), Recycle("empty", is_for_answers=True)
+    for _ in range(MAX_ANSWER_RECYCLES):
+        history.note_recycle(recycle)
+    for row in range(MENDED_ANSWERS):
+        assert not history.can_recycle(recycle)
+        history.note_finished(row)
+    for _ in range(MAX_ANSWER_RECYCLES):
+        assert history.can_recycle(recycle)
+        history.note_recycle(recycle)
+    assert not history.can_recycle(recycle)
 
 
 @pytest.mark.parametrize("rss", [0, GIB])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchgen.engines.trtllm.errors import judge_answer, judge_start, judge_submit
+from batchgen.engines.trtllm.errors import UNKNOWN, judge_answer, judge_start, judge_submit
 from batchgen.engines.trtllm.sampling import (
     cut_at_stop,
     cut_text,
@@ -145,7 +145,7 @@ def test_errors_are_judged_by_class_and_state_never_by_text() -> None:
     assert judge_submit(refused, VendorError, is_healthy=False).blame == "engine"
     assert judge_submit(ValueError("x"), VendorError, is_healthy=True).blame == "request"
     unknown = judge_submit(other, VendorError, is_healthy=True)
-    assert (unknown.blame, unknown.is_known) == ("retry", False)
+    assert (unknown.blame, unknown.error_type) == ("retry", UNKNOWN)
     assert judge_answer(refused, VendorError, is_healthy=True, can_never_fit=False).blame == "retry"
     assert judge_answer(refused, VendorError, is_healthy=True, can_never_fit=True).blame == "request"
     assert judge_answer(refused, VendorError, is_healthy=False, can_never_fit=True).blame == "engine"

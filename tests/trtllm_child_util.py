@@ -38,11 +38,8 @@ MODEL = str(Path(batchgen.__file__).parent / "embedded")
 LLM = {"model": MODEL, "tensor_parallel_size": 2, "custom_tokenizer": "deepseek_v32", "max_seq_len": 512}
 SAMPLED = SamplingParams(temperature=1.0, top_p=0.95, max_tokens=40, seed=1)
 PROMPT = tuple(range(40, 52))
-# As `python -m batchgen.engines.trtllm.child`, with a faster heart.
-CHILD = (
-    "-c",
-    "from batchgen.engines.trtllm import child, port; port.BEAT_S = 0.05; child.main()",
-)
+CHILD = ("-m", "batchgen.engines.trtllm.child")
+BEAT_S = 0.05
 WAIT_S = 30.0
 
 
@@ -78,7 +75,7 @@ class Child:
                 return message
 
     async def start(self, llm: dict[str, Any] = LLM, **start: Any) -> Started | StartFailed:
-        self.send(Start(llm, **start))
+        self.send(Start(llm, beat_s=BEAT_S, **start))
         answer = await self.read()
         assert isinstance(answer, Started | StartFailed), answer
         return answer

@@ -66,7 +66,12 @@ class StandIn:
         return sum("llm" in call for call in read_calls(self.path))
 
     def count_requests(self) -> int:
-        return sum("prompt" in call for call in read_calls(self.path))
+        path = self.path / "calls.jsonl"  # counted without reading it as JSON: whoever waits for one looks often
+        return path.read_bytes().count(b'{"prompt":') if path.exists() else 0
+
+    def read_max_inflight(self) -> int:
+        """The most requests that one engine of its had at once."""
+        return max(call["num_inflight"] for call in read_calls(self.path) if "prompt" in call)
 
     def list_pids(self, command: str = "") -> list[int]:
         """Processes of its engines that run, those of one command line."""

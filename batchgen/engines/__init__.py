@@ -152,8 +152,21 @@ def check_supported(spec: JobSpec) -> None:
         raise SpecError("prompt.tools: the engine's section gives tools to every row already; leave one of them out")
     if spec.prompt.form not in spec.engine.prompt_forms:
         raise SpecError(f"prompt: the engine '{kind}' can't be sent it; {FORM_MENDS[spec.prompt.form]}")
+    check_patience(spec)
     if spec.prompt.on_overflow == "truncate_left" and not spec.engine.has_tokenizer:
         raise SpecError(f"prompt.on_overflow: the engine '{kind}' counts no tokens here; use error")
+
+
+def check_patience(spec: JobSpec) -> None:
+    """Raises SpecError where the driver would give up a worker whose engine is still starting, or mending itself."""
+    cluster, section = spec.cluster, spec.engine
+    pairs = [("start_timeout_s", section.max_start_s, "start"), ("stall_timeout_s", section.max_silence_s, "be silent")]
+    for name, allowed_s, what in pairs:
+        if getattr(cluster, name) <= allowed_s:
+            told = f"the engine's own fields let it {what} for {allowed_s:g} s"
+            raise SpecError(
+                f"cluster.{name}: {getattr(cluster, name):g} is too short, {told}; raise it, or lower those"
+            )
 
 
 def create_engine(spec: JobSpec) -> Engine:

@@ -22,6 +22,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 
 from batchgen.answer import Parsed, split_reasoning
 from batchgen.errors import BadRow, SpecError, StorageError
+from batchgen.paths import expand_home
 from batchgen.spec import ModelSpec
 from batchgen.staging import stage_tokenizer
 
@@ -35,7 +36,7 @@ def resolve_model(model: ModelSpec) -> str:
     """Folder or hub id to load from. Raises SpecError for what looks like a folder and is none."""
     if model.path == "embedded":
         return str(files("batchgen") / "embedded")
-    path = Path(model.path).expanduser()
+    path = expand_home(model.path)
     if path.is_dir():
         return str(path)
     if path.is_absolute() or model.path.startswith((".", "~")) or model.path.count("/") > 1:

@@ -70,7 +70,7 @@ def parse_retry_after(headers: Mapping[str, str], now: float) -> float | None:
     if seconds is None:
         try:
             seconds = parsedate_to_datetime(said).timestamp() - now
-        except ValueError:  # neither a number nor a date
+        except (ValueError, OverflowError):  # neither a number nor a date, or a date in no time zone there is
             return None
     return min(max(0.0, seconds), MAX_RETRY_AFTER_S)
 

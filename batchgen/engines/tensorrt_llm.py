@@ -7,7 +7,7 @@ it, so the worker's heartbeat goes on while the engine is stuck.
 Invariants: a request that was in flight when the engine died costs its row no attempt (EngineUnavailable), unless it was
 there three times: then it is taken for the reason (RequestFailed). While there is no engine, requests are refused with a
 time to come back, so that no row waits inside the window. When `max_restarts` starts in a row finish no request, all get
-EngineDied. An answer without a token is a failure: the vendor gives them when its cache is broken.
+EngineDied. An answer without a token is a failure, counted by `Client`: the vendor gives them when its cache is broken.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from batchgen.engines.trtllm.orphans import sweep_orphans
 from batchgen.engines.trtllm.process import EngineProcess, create_process
 from batchgen.engines.trtllm.sampling import cut_text
 from batchgen.engines.trtllm.tokenizer import create_trtllm_tokenizer, make_start_probes
-from batchgen.engines.trtllm.wire import Finished, Start, Started
+from batchgen.engines.trtllm.wire import BEAT_S, Finished, Start, Started
 from batchgen.errors import (
     BatchgenError,
     EngineDied,
@@ -193,8 +193,7 @@ class TensorRTLLMEngine:
         await self._wait_for_gpus()
         started_at = time.monotonic()
         health = Health(self._section, started_at)
-        probes = make_start_probes(self._section)
-        start = Start(self._make_kwargs(), has_perf_metrics=self._section.perf_metrics, probes=probes)
+        start = self._make_start()
         process = await create_process()
         client = self._make_client(process, health, started_at)
         self._client, end = client, None
@@ -223,6 +222,16 @@ class TensorRTLLMEngine:
             can_recycle=self._history.can_recycle,
             on_up=note_up,
             on_tokens=self._count_tokens,
+        )
+
+    def _make_start(self) -> Start:
+        section = self._section
+        return Start(
+            self._make_kwargs(),
+            has_perf_metrics=section.perf_metrics,
+            probes=make_start_probes(section),
+            # A hang shows in beats that tell of no new token: several must fit into the time that it is given.
+            beat_s=min(BEAT_S, section.no_progress_s / 4),
         )
 
     def _make_kwargs(self) -> dict[str, Any]:

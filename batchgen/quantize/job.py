@@ -19,6 +19,7 @@ from batchgen.checkpoint import QUANT_CONFIG
 from batchgen.checkpoint_facts import read_tensors
 from batchgen.errors import InputError, OutputError, SpecError
 from batchgen.job import find_inputs, inspect_inputs
+from batchgen.paths import expand_home
 from batchgen.plan import make_plan
 from batchgen.prepare import Preparer
 from batchgen.prompt import list_columns
@@ -51,7 +52,7 @@ def quantize(spec: QuantizeSpec, say: Say) -> dict[str, Any]:
         say("nothing left to do: the checkpoint is there and was checked")
         return done
     source = find_source(spec)
-    work = Path(spec.work_dir).expanduser() / spec.fingerprint()
+    work = expand_home(spec.work_dir) / spec.fingerprint()
     work.mkdir(parents=True, exist_ok=True)
     places = Places(source, work, output)
     if not (work / PACKED).is_dir():

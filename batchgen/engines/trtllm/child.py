@@ -44,7 +44,7 @@ class Child:
         start = self.port.receive()
         if not isinstance(start, Start):
             raise ValueError(f"the first message is {type(start).__name__}, not Start")
-        self.port.start_writing()
+        self.port.start_writing(start.beat_s)
         self.port.start_reading(self._take)
         # Whatever the vendor raises, here or in the first answer, is an answer to `Start`; it calls sys.exit, too.
         try:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from batchgen.engines.trtllm.errors import UNKNOWN
 from batchgen.engines.trtllm.health import Health, Kill, Recycle
 from batchgen.engines.trtllm.process import EngineProcess
 from batchgen.engines.trtllm.wire import (
@@ -75,6 +76,7 @@ class Client:
         self._numbers = itertools.count()
         self._canaries: set[int] = set()
         self._num_canaries = 0
+        self._num_empty = self._num_unknown = 0
         self._drain_until = 0.0
         self._answered_tokens = self._told_tokens = 0
 
@@ -92,7 +94,7 @@ class Client:
         finally:
             if self.tickets.pop(number, None) is not None:
                 self._process.send(Abort(number))
-                self._health.note_ended(time.monotonic(), number)
+                self._health.note_given_up(time.monotonic(), number)
 
     def end_all(self, choose: Callable[[Ticket], BatchgenError]) -> None:
         """Every request that still waits ends with its error."""
@@ -133,10 +135,7 @@ class Client:
         verdict = self._health.judge(now)
         if isinstance(verdict, Kill):
             return self._make_end(verdict.reason)
-        if isinstance(verdict, Recycle) and self.recycle is None and self._can_recycle(verdict):
-            log.warning("the engine takes nothing new and is started anew: %s", verdict.reason)
-            self.recycle, self.is_open = verdict, False
-            self._drain_until = now + self._health.section.recycle_drain_s
+        self._note_wear(verdict, now)
         if self.recycle is not None and (not self.tickets or now > self._drain_until):
             return End("recycled", self.recycle.reason)
         for number in self._health.list_overdue(now):
@@ -145,11 +144,17 @@ class Client:
             self._send_canary()
         return None
 
+    def _note_wear(self, verdict: Kill | Recycle | None, now: float) -> None:
+        if isinstance(verdict, Recycle) and self.recycle is None and self._can_recycle(verdict):
+            log.warning("the engine takes nothing new and is started anew: %s", verdict.reason)
+            self.recycle, self.is_open = verdict, False
+            self._drain_until = now + self._health.section.recycle_drain_s
+
     def _make_end(self, reason: str) -> End:
         return End("died" if self._health.is_up else "failed", f"{reason}; its log: {self._process.log_path}")
 
     def _give_up(self, number: int, now: float) -> None:
-        self._health.note_ended(now, number)
+        self._health.note_given_up(now, number)
         self._process.send(Abort(number))
         if number in self._canaries:
             self._note_bad_canary(number)
@@ -197,6 +202,11 @@ class Client:
         if ticket is None:  # given up or cancelled meanwhile
             return
         self._health.note_answer(ticket.row_id, is_empty=is_empty)
+        self._num_empty += is_empty
+        if is_empty and is_power_of_two(self._num_empty):
+            log.warning(
+                "answers without a token since the engine's start: %d; their rows are sent again", self._num_empty
+            )
         self._answered_tokens += count_tokens(answer)
         self._count_tokens(self._answered_tokens)
         if not ticket.future.done():
@@ -213,7 +223,18 @@ class Client:
         elif (ticket := self.tickets.pop(failed.number, None)) is not None and not ticket.future.done():
             kind = RequestRejected if failed.blame == "request" else RequestFailed
             ticket.future.set_exception(kind(failed.error_type, failed.message))
+            if failed.blame == "retry":
+                self._note_failure(failed, now)
         return None
+
+    def _note_failure(self, failed: Failed, now: float) -> None:
+        """It may fail thousands between two looks."""
+        self._health.note_failure()
+        self._note_wear(self._health.judge(now), now)
+        self._num_unknown += failed.error_type == UNKNOWN
+        if failed.error_type == UNKNOWN and is_power_of_two(self._num_unknown):
+            told = "TensorRT-LLM raised errors that batchgen does not know, %d since its start; its log: %s"
+            log.warning(told, self._num_unknown, self._process.log_path)
 
     def _note_bad_canary(self, number: int) -> None:
         """As good as an answer without a token."""
@@ -229,6 +250,11 @@ class Client:
 def is_answer_empty(answer: Finished) -> bool:
     """Did the engine end it without a token and without a reason? A stop string at its very beginning is a reason."""
     return not answer.token_ids and answer.stop_reason is None and answer.finish_reason in ("stop", "length")
+
+
+def is_power_of_two(number: int) -> bool:
+    """So that what happens often is told ever more rarely."""
+    return number & (number - 1) == 0
 
 
 def count_tokens(answer: Finished) -> int:

@@ -8,7 +8,7 @@ text. Pure; the vendor's classes are given.
 - while waiting: a RequestError is one row's or all of a rank's, which its class does not tell: the row's fault if the
   prompt can't fit, else try again.
 - any other error, and any error of an engine that says it is not healthy, is the engine's if it is unhealthy now; else
-  the request is tried again, and `is_known` is False: something to count.
+  the request is tried again, as UNKNOWN: something to count.
 
 The message is the error's first line, shortened. The vendor puts lengths and limits there, and a rank's own error;
 requests carry token ids only, so there is no prompt text in that process to quote, unless a stop string or a guide.
@@ -22,6 +22,7 @@ MAX_MESSAGE_CHARS = 300
 # A start-up error is for the person who wrote the spec; pydantic's has a line for each field.
 MAX_START_CHARS = 2000
 IMAGE = "run in NVIDIA's image for it"
+UNKNOWN = "unknown_error"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,6 @@ class Verdict:
     blame: Blame
     error_type: str
     message: str
-    is_known: bool = True
 
     def make_failed(self, number: int) -> Failed:
         return Failed(number, self.blame, self.error_type, self.message)
@@ -56,7 +56,7 @@ def judge_submit(error: Exception, request_error: type[Exception], *, is_healthy
         return Verdict("request", "request_refused", describe(error))
     if isinstance(error, ValueError | TypeError):
         return Verdict("request", "bad_sampling", describe(error))
-    return Verdict("retry", "unknown_error", describe(error), is_known=False)
+    return Verdict("retry", UNKNOWN, describe(error))
 
 
 def judge_answer(error: Exception, request_error: type[Exception], *, is_healthy: bool, can_never_fit: bool) -> Verdict:
@@ -65,7 +65,7 @@ def judge_answer(error: Exception, request_error: type[Exception], *, is_healthy
     if not is_healthy:
         return Verdict("engine", "engine_error", describe(error))
     if not isinstance(error, request_error):
-        return Verdict("retry", "unknown_error", describe(error), is_known=False)
+        return Verdict("retry", UNKNOWN, describe(error))
     if can_never_fit:
         return Verdict("request", "request_refused", describe(error))
     return Verdict("retry", "request_failed", describe(error))

@@ -1,7 +1,8 @@
 """Is the engine well, and what is to be done if not? Pure: time is an argument (monotonic seconds).
 
 `Health` judges one start of the engine by what its process says and by what it does not say. The vendor's own word is
-worth little: a dead rank leaves waiters hanging, and its liveness answer stays true meanwhile. So what counts is tokens.
+worth little: a dead rank leaves waiters hanging, and its liveness answer stays true meanwhile. So what counts is tokens,
+and answers: a request that was given up is no sign of life, or a hang would hide behind those whose time is over.
 `History` is what is remembered from one start to the next: restarts that helped nobody, and rows that were there each
 time the engine died.
 """
@@ -20,8 +21,15 @@ MAX_LOOK_GAP_S = 30.0
 # A row that was in flight when the engine died this often is taken for the reason.
 MAX_DEATHS = 3
 MAX_REMEMBERED = 100_000
-# Empty answers that starting anew does not mend are the model's own.
-MAX_EMPTY_RECYCLES = 3
+# Empty answers and failures that starting anew does not mend are the model's own, or the rows'. It did mend them, if so
+# many rows were finished since.
+MAX_ANSWER_RECYCLES = 3
+MENDED_ANSWERS = 10_000
+# A rank whose CUDA context is broken fails all it has, goes on, calls itself healthy, and gets ever more because it is
+# never busy: left alone it turns a whole job into error rows. One failure takes a rank's requests, which are at most half
+# of those that are looked at; more than that is no single accident.
+FAILURE_BATCHES, MIN_FAILURE_ANSWERS = 2, 16
+MAX_FAILED_SHARE = 0.75
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +44,7 @@ class Recycle:
     """Take nothing new, let it finish, start it anew."""
 
     reason: str
-    is_for_empty: bool = False
+    is_for_answers: bool = False
 
 
 @dataclass(slots=True)
@@ -53,9 +61,15 @@ class Health:
     looked_at: float = 0.0
     first_rss_bytes: int | None = None
     rss_bytes: int = 0
+    waited_s: float = 0.0  # in vain, when the last one in flight was given up
     deadlines: dict[int, float] = field(default_factory=dict)
     empty_in_a_row: set[Hashable] = field(default_factory=set)
     was_empty: deque[bool] = field(default_factory=lambda: deque(maxlen=SHARE_ANSWERS))
+    has_failed: deque[bool] = field(init=False)
+
+    def __post_init__(self) -> None:
+        num_answers = max(MIN_FAILURE_ANSWERS, FAILURE_BATCHES * self.section.max_batch_size)
+        self.has_failed = deque(maxlen=num_answers)
 
     # ---- what happened
 
@@ -65,25 +79,40 @@ class Health:
 
     def note_beat(self, now: float, *, total_tokens: int, rss_bytes: int, is_healthy: bool) -> None:
         if total_tokens > self.total_tokens:
-            self.total_tokens, self.progress_at = total_tokens, now
+            self.total_tokens = total_tokens
+            self._note_progress(now)
         self.is_healthy, self.rss_bytes = is_healthy, rss_bytes
         if self.is_up and self.first_rss_bytes is None and rss_bytes > 0:
             self.first_rss_bytes = rss_bytes
 
     def note_sent(self, now: float, number: int, max_tokens: int) -> None:
         if not self.deadlines:  # an idle engine makes no progress
-            self.progress_at = now
+            self.progress_at = now - self.waited_s
         section = self.section
         self.deadlines[number] = now + section.request_base_s + max_tokens / section.min_tokens_per_s
 
     def note_ended(self, now: float, number: int) -> None:
-        """Answered, failed or given up: nobody waits for it any more."""
+        """Answered or failed, by the engine."""
         if self.deadlines.pop(number, None) is not None:
-            self.progress_at = self.ended_at = now
+            self.ended_at = now
+            self._note_progress(now)
+
+    def note_given_up(self, now: float, number: int) -> None:
+        """Nobody waits for it any more."""
+        if self.deadlines.pop(number, None) is not None and not self.deadlines:
+            self.ended_at, self.waited_s = now, now - self.progress_at
+
+    def _note_progress(self, now: float) -> None:
+        self.progress_at, self.waited_s = now, 0.0
+
+    def note_failure(self) -> None:
+        """The engine failed a request, through no fault of the row."""
+        self.has_failed.append(True)
 
     def note_answer(self, row: Hashable, *, is_empty: bool) -> None:
         """Of one row, or a canary."""
         self.was_empty.append(is_empty)
+        self.has_failed.append(False)
         if is_empty:
             self.empty_in_a_row.add(row)
         else:
@@ -123,10 +152,16 @@ class Health:
             return Recycle(f"its host memory grew by {grown_gib:.1f} GiB (engine.max_rss_growth_gib)")
         num_empty = sum(self.was_empty)
         if len(self.empty_in_a_row) >= section.max_empty_in_a_row:
-            return Recycle(f"{len(self.empty_in_a_row)} rows in a row got an empty answer", is_for_empty=True)
+            return Recycle(f"{len(self.empty_in_a_row)} rows in a row got an empty answer", is_for_answers=True)
         is_full = len(self.was_empty) == SHARE_ANSWERS
         if is_full and num_empty >= max(MIN_SHARE_EMPTY, section.max_empty_share * SHARE_ANSWERS):
-            return Recycle(f"{num_empty} of the last {SHARE_ANSWERS} answers were empty", is_for_empty=True)
+            return Recycle(f"{num_empty} of the last {SHARE_ANSWERS} answers were empty", is_for_answers=True)
+        return self._judge_failures()
+
+    def _judge_failures(self) -> Recycle | None:
+        num_failed, num_answers = sum(self.has_failed), len(self.has_failed)
+        if num_answers == self.has_failed.maxlen and num_failed >= MAX_FAILED_SHARE * num_answers:
+            return Recycle(f"it failed {num_failed} of the last {num_answers} requests", is_for_answers=True)
         return None
 
 
@@ -136,18 +171,26 @@ class History:
 
     max_restarts: int
     num_restarts: int = 0
-    num_empty_recycles: int = 0
+    _num_answer_recycles: int = 0
+    _num_finished: int = 0
     _deaths: OrderedDict[Hashable, int] = field(default_factory=OrderedDict)
 
     def note_finished(self, row: Hashable) -> None:
         self.num_restarts = 0
+        self._num_finished += 1
         self._deaths.pop(row, None)
 
     def note_recycle(self, recycle: Recycle) -> None:
-        self.num_empty_recycles += recycle.is_for_empty
+        if recycle.is_for_answers:
+            self._num_answer_recycles = 1 + (0 if self._is_mended else self._num_answer_recycles)
+            self._num_finished = 0
 
     def can_recycle(self, recycle: Recycle) -> bool:
-        return not recycle.is_for_empty or self.num_empty_recycles < MAX_EMPTY_RECYCLES
+        return not recycle.is_for_answers or self._is_mended or self._num_answer_recycles < MAX_ANSWER_RECYCLES
+
+    @property
+    def _is_mended(self) -> bool:
+        return self._num_finished >= MENDED_ANSWERS
 
     def note_deaths(self, rows: Iterable[Hashable]) -> set[Hashable]:
         """These rows were in flight when the engine died; those that were it too often."""

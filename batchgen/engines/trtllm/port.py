@@ -1,6 +1,6 @@
 """The engine process's end of the socket: two threads, so that nothing waits for the event loop, nor it for them.
 
-One thread writes: what `send` was given, in order, and a `Beat` every `BEAT_S` in between, also while the engine is being
+One thread writes: what `send` was given, in order, and a `Beat` every `beat_s` in between, also while the engine is being
 made and while the event loop is stuck. The other reads and hands each message over. A socket that is closed or broken
 means the actor is gone: `on_gone` is called, on either thread, and must not return.
 """
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from batchgen.engines.trtllm.wire import BEAT_S, HEADER, Beat, FromEngine, pack
+from batchgen.engines.trtllm.wire import HEADER, Beat, FromEngine, pack
 
 
 class Port:
@@ -35,8 +35,8 @@ class Port:
         except (EOFError, OSError):
             self._on_gone()
 
-    def start_writing(self) -> None:
-        threading.Thread(target=self._write_all, daemon=True, name="beats").start()
+    def start_writing(self, beat_s: float) -> None:
+        threading.Thread(target=self._write_all, args=(beat_s,), daemon=True, name="beats").start()
 
     def start_reading(self, on_message: Callable[[Any], None]) -> None:
         """`on_message` is called on the reading thread, one message after the other."""
@@ -52,7 +52,7 @@ class Port:
         while self._num_sent < self._num_given and time.monotonic() < end:
             time.sleep(0.001)
 
-    def _write_all(self) -> None:
+    def _write_all(self, beat_s: float) -> None:
         beat_at = time.monotonic()
         while True:
             try:
@@ -63,7 +63,7 @@ class Port:
                 pass  # time for a beat
             if time.monotonic() >= beat_at:
                 self._write(self._make_beat())
-                beat_at = time.monotonic() + BEAT_S
+                beat_at = time.monotonic() + beat_s
 
     def _write(self, message: FromEngine) -> None:
         try:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from batchgen.engines.trtllm import vendor as tensorrt
-from batchgen.engines.trtllm.errors import Verdict, judge_answer, judge_submit
+from batchgen.engines.trtllm.errors import judge_answer, judge_submit
 from batchgen.engines.trtllm.probe import read_limit, read_vocab_size
 from batchgen.engines.trtllm.sampling import cut_at_stop, drop_end, find_stop, make_logprobs
 from batchgen.engines.trtllm.vendor import Vendor
@@ -22,7 +22,7 @@ CANARY_TEXT = "1"
 
 
 class Server:
-    """`total_tokens` ever generated, `num_inflight` now, `num_unknown_errors` that no line of `errors` knew."""
+    """`total_tokens` ever generated, `num_inflight` now."""
 
     def __init__(self, vendor: Vendor, llm: Any, send: Callable[[FromEngine], None], *, has_perf_metrics: bool) -> None:
         self._vendor, self._llm, self._send = vendor, llm, send
@@ -31,7 +31,6 @@ class Server:
         self._tasks: set[asyncio.Task[None]] = set()
         self._max_seq_len = read_limit(llm, "max_seq_len")
         self.total_tokens = 0
-        self.num_unknown_errors = 0
 
     @property
     def num_inflight(self) -> int:
@@ -54,7 +53,7 @@ class Server:
         # The vendor lets a background error of any class out of a submit.
         except Exception as error:  # noqa: BLE001
             verdict = judge_submit(error, self._vendor.request_error, is_healthy=self.is_healthy)
-            self._send(self._count(verdict).make_failed(message.number))
+            self._send(verdict.make_failed(message.number))
             return
         self._results[message.number] = result
         task = asyncio.get_running_loop().create_task(self._serve(message, result))
@@ -90,7 +89,7 @@ class Server:
                 is_healthy=self.is_healthy,
                 can_never_fit=self._can_never_fit(message),
             )
-            answer = self._count(verdict).make_failed(message.number)
+            answer = verdict.make_failed(message.number)
         del self._results[message.number]
         self._send(answer)
 
@@ -150,10 +149,6 @@ class Server:
         is_long = self._max_seq_len is not None and len(message.token_ids) >= self._max_seq_len
         vocab_size = read_vocab_size(self._llm)
         return is_long or any(each < 0 or (vocab_size or each + 1) <= each for each in message.token_ids)
-
-    def _count(self, verdict: Verdict) -> Verdict:
-        self.num_unknown_errors += not verdict.is_known
-        return verdict
 
 
 def get_timing(output: Any) -> Any:

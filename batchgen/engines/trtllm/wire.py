@@ -6,7 +6,7 @@ both ends are one build of batchgen on one machine, and the socket has no name t
 
 Order: `Start` is the first message in, `Started` or `StartFailed` the first one out (progress of a slow start comes as
 `Note` before it). After that every `Submit` ends in exactly one `Finished` or `Failed`, unless the process dies; `Abort`
-makes that end come soon and is a no-op for a request that has ended. `Beat` comes at least every `BEAT_S` while the
+makes that end come soon and is a no-op for a request that has ended. `Beat` comes at least every `beat_s` while the
 process is alive enough to send one, whatever the engine does.
 """
 
@@ -30,11 +30,13 @@ Blame = Literal["request", "retry", "engine"]
 @dataclass(frozen=True, slots=True)
 class Start:
     """Build the engine. `llm` are the keyword arguments of the vendor's `LLM`; `probes` are (messages, thinking,
-    rendered) conversations that our own chat encoding rendered, to be compared with the engine's own tokenizer."""
+    rendered) conversations that our own chat encoding rendered, to be compared with the engine's own tokenizer. `beat_s`:
+    how often it must say that it lives."""
 
     llm: dict[str, Any]
     has_perf_metrics: bool = False
     probes: tuple[tuple[tuple[dict[str, Any], ...], bool, str], ...] = ()
+    beat_s: float = BEAT_S
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ Environment, read once at the start:
 - STAND_IN_CONTROL     path of the control file below; may be absent
 - STAND_IN_NUM_RANKS   rank processes to start, at most tensor_parallel_size (which is the default)
 - STAND_IN_CALLS       file that gets a JSON line for each LLM made, each request taken, each abort: {"llm": kwargs},
-                       {"prompt": ids, "sampling": {...}, "rank": n, "streaming": b}, {"abort": request_id}
+                       {"prompt": ids, "sampling": {...}, "rank": n, "streaming": b,
+                       "num_inflight": with it}, {"abort": request_id}
 - STAND_IN_OLD         '1': no hang detector module, no text scan for stop strings, as in older versions
 
 The control file is JSON, read again when it changes. Write it with `write_control` of `stand_in_control.py` (atomic).
@@ -31,6 +32,7 @@ The control file is JSON, read again when it changes. Write it with `write_contr
       crash                   a background error: the next submit raises RuntimeError and the engine is shut down
       unhealthy               the executor shuts down: health False, waiters hang, submit raises RuntimeError
     while it is set
+      fail_all: true          as fail_active, on every rank, again and again
       empty_answers: true     every answer is 'stop' with no token; a number: that many, counted from when it was set
       rss_bytes_per_request   the main process keeps that much for every request it takes
       cached_tokens           what every answer reports as taken from the cache

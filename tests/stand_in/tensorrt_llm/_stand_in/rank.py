@@ -103,7 +103,7 @@ class Rank:
             os._exit(1)
         self.is_hung = self.control.has_fired("hang") or self.is_hung
         numbers = [*self.active, *(order["id"] for order in self.waiting)]
-        if numbers and self.control.has_fired("fail_active", self.number):
+        if numbers and (self.control.get("fail_all") or self.control.has_fired("fail_active", self.number)):
             for number in numbers:
                 self.tell({"id": number, "error": "CUDA error: an illegal memory access was encountered"})
             self.active.clear()

@@ -25,10 +25,13 @@ class RankProcess:
         os.close(write_fd)
         self._events = os.fdopen(read_fd)
         self._lock = threading.Lock()
-        self.pid: int = json.loads(self._events.readline() or '{"ready": 0}')["ready"]
         self.num_active = 0
-        self._on_event = on_event
-        threading.Thread(target=self._read, daemon=True, name=f"rank-{options['rank']}").start()
+        self._on_event, self._name = on_event, f"rank-{options['rank']}"
+
+    def wait_until_ready(self) -> None:
+        """At once for one that died."""
+        self._events.readline()
+        threading.Thread(target=self._read, daemon=True, name=self._name).start()
 
     def send(self, order: dict[str, Any]) -> None:
         """A no-op when the rank is dead."""

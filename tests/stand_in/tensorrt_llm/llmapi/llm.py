@@ -75,6 +75,8 @@ class LLM:
         num_ranks = min(self.args.tensor_parallel_size, int(os.environ.get("STAND_IN_NUM_RANKS") or 2**30))
         for number in range(num_ranks):
             self._ranks.append(RankProcess(self._make_options(number), self._on_event))
+        for rank in self._ranks:
+            rank.wait_until_ready()
         time.sleep(self._control.get("start_s", 0.0))
         while fault == "hang":
             time.sleep(1.0)
@@ -156,7 +158,8 @@ class LLM:
         result = RequestOutput(self, number, prompt, token_ids, params)
         rank = self._choose_rank(scheduling)
         self._results[number], self._rank_of[number] = result, rank
-        record({"prompt": token_ids, "sampling": describe(params), "rank": rank, "streaming": streaming})
+        told = {"rank": rank, "streaming": streaming, "num_inflight": len(self._results)}
+        record({"prompt": token_ids, "sampling": describe(params), **told})
         self._ballast.append(bytearray(os.urandom(1) * int(self._control.get("rss_bytes_per_request", 0))))
         self._ranks[rank].num_active += 1
         refusal = self._refuse(token_ids)
