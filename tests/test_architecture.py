@@ -37,7 +37,7 @@ LAYERS = [
     # the embedded model's questions, and how it was made
     ["demo_questions", "training", "training.recipe", "training.muon"],
     # benchmarks, and what their scores say
-    ["evaluate", "evaluate.extract", "evaluate.statistics", "evaluate.speed"],
+    ["evaluate", "evaluate.extract", "evaluate.templates", "evaluate.statistics", "evaluate.speed"],
     ["evaluate.benchmarks"],
     # the store seam
     ["stores", "stores.base"],
@@ -125,7 +125,7 @@ PURE |= {"spec", "prompt", "plan", "sampling_spec", "batches", "engines.deepseek
 PURE |= {"work_queue", "scaling", "stats", "answer", "verify_rows"}
 PURE |= {"checkpoint", "stage_plan", "preflight", "preflight_model"}
 PURE |= {"quantize.recipe", "quantize.architecture", "quantize.weigh"}
-PURE |= {"evaluate.extract", "evaluate.statistics", "evaluate.speed"}
+PURE |= {"evaluate.extract", "evaluate.templates", "evaluate.statistics", "evaluate.speed"}
 PURE |= {"engines.trtllm.sampling", "engines.trtllm.env", "engines.trtllm.args", "engines.trtllm.health"}
 # What only does I/O: pure modules may not even import it from the standard library.
 EFFECTS = {

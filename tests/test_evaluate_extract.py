@@ -3,7 +3,7 @@ test_answer_extraction.py) and of GSM8K's file; the others are ours, where no pu
 
 import pytest
 
-from batchgen.evaluate.benchmarks import BENCHMARKS, LETTERS, Question, fill
+from batchgen.evaluate.benchmarks import BENCHMARKS, LETTERS, Question
 from batchgen.evaluate.extract import (
     extract_boxed,
     extract_gold_number,
@@ -14,6 +14,7 @@ from batchgen.evaluate.extract import (
 from batchgen.evaluate.math_grader import MathGrader, read_number
 from batchgen.evaluate.programs import is_same_output, is_same_value
 from batchgen.evaluate.rounds import make_asked
+from batchgen.evaluate.templates import fill
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,24 @@
 """Commands that evaluate: run a benchmark, score it again, compare two checkpoints."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 
 from batchgen.cli.base import DebugOption, JsonOption, OutArgument, SetOption, app, print_json, refusals, say
+
+
+@contextmanager
+def having_extra() -> Iterator[None]:
+    """Refuse where what scoring needs is not installed; the core has none of it."""
+    from batchgen.errors import SpecError
+
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise SpecError(f"{error.name} is not installed; pip install 'batchgen[evaluate]'") from error
+
 
 evaluate_app = typer.Typer(no_args_is_help=True, help="Benchmarks as jobs, and what two checkpoints say of each other.")
 app.add_typer(evaluate_app, name="evaluate")
@@ -18,9 +32,9 @@ def run_evaluation(
     debug: DebugOption = False,
 ) -> None:
     """Ask a benchmark's questions in an ordinary job and score the answers. Start it again after anything."""
-    from batchgen.evaluate.spec_load import load_evaluate_spec
+    with refusals(debug, is_run=True, as_json=as_json), having_extra():
+        from batchgen.evaluate.spec_load import load_evaluate_spec
 
-    with refusals(debug, is_run=True, as_json=as_json):
         summary = watch_evaluation(load_evaluate_spec(spec, set or ()))
     print_json(summary, as_json)
     raise typer.Exit(summary["exit_code"])
@@ -48,9 +62,9 @@ def score_evaluation(
     debug: DebugOption = False,
 ) -> None:
     """Score what an evaluation generated once more, from its folder alone."""
-    from batchgen.evaluate.job import score
+    with refusals(debug, as_json=as_json), having_extra():
+        from batchgen.evaluate.job import score
 
-    with refusals(debug, as_json=as_json):
         summary = score(out, run_code=run_code)
     _say_summary(summary)
     print_json(summary, as_json)
@@ -76,10 +90,10 @@ def compare_evaluations(
     debug: DebugOption = False,
 ) -> None:
     """Both runs side by side, with intervals, a verdict, the model card's figures, throughput and latency."""
-    from batchgen.evaluate.compare import compare_folders, line_to_json, list_unmatched, name_folders
-    from batchgen.evaluate.table import make_markdown
+    with refusals(debug, as_json=as_json), having_extra():
+        from batchgen.evaluate.compare import compare_folders, line_to_json, list_unmatched, name_folders
+        from batchgen.evaluate.table import make_markdown
 
-    with refusals(debug, as_json=as_json):
         lines = compare_folders(base, others, margin=margin / 100, confidence=confidence)
         base_name = name_folders([base, *others])[0]
         for missing in list_unmatched(base, others):

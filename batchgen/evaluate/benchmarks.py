@@ -1,15 +1,13 @@
 """The benchmarks, one value each: what a row of the user's dataset must have, what is asked, how answers are found and
-scored, how often each question is asked. Pure: rows in, questions out.
-
-The prompts are those that Artificial Analysis, LiveCodeBench (MIT) and NVIDIA's NeMo-Skills (Apache-2.0) publish for these
-benchmarks, because a figure means nothing under another one; SciCode's, which is long, is told in our words. Each can be
-replaced by a file (`prompt_file`) with the same names in braces.
+scored, how often each question is asked. Rows in, questions out; what is drawn comes from fixed
+seeds.
 """
 
 import json
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,38 +21,12 @@ from batchgen.evaluate.extract import (
     extract_program,
     extract_step,
 )
+from batchgen.evaluate.templates import CHOICE, MATH, PROGRAM, STEP, WITH_STARTER, WITHOUT_STARTER
 
 Row = Mapping[str, Any]
 Scoring = Literal["equal", "math", "program", "step"]
 LETTERS = "ABCDEFGHIJ"
 OPTION_SEED = 42
-
-MATH = (
-    "Solve the following math problem. Make sure to put the answer (and only answer) inside \\boxed{{}}.\n\n{problem}"
-)
-CHOICE = (
-    "Answer the following multiple choice question. The last line of your response should be in the following format: "
-    "'Answer: {letters}' (e.g. 'Answer: A').\n\n{problem}"
-)
-PROGRAM = (
-    "### Question:\n{problem}\n\n### Format: {format}\n```python\n{starter}\n```\n\n"
-    "### Answer: (use the provided format with backticks)\n\n"
-)
-WITH_STARTER = (
-    "You will use the following starter code to write the solution to the problem and enclose your code within "
-    "delimiters."
-)
-WITHOUT_STARTER = (
-    "Read the inputs from stdin solve the problem and write the answer to stdout (do not directly test on the sample "
-    "inputs). Enclose your code within delimiters as follows."
-)
-STEP = (
-    "A scientific problem is solved in steps, each of them a Python function. These are the steps so far, with their code:"
-    "\n\n{previous}\n\nWrite the code of the next step, and nothing else: no imports, no functions of earlier steps, no "
-    "tests, no examples. Keep to its function header and to what it returns:\n\n{next}\n\nYou may use these imports, which "
-    "are there already:\n\n{dependencies}\n\nBegin with a comment that gives the scientific background. Answer with one "
-    "block of the form ```python ... ```."
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +57,25 @@ class Benchmark:
     has_dataset: bool = True
 
 
+@contextmanager
+def _naming_row(number: int) -> Iterator[None]:
+    """What is wrong with a row, in words that quote none of its text."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"row {number}: lacks {error}") from error
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"row {number}: has a column of another type than docs/evaluate.md says") from error
+    except ValueError as error:
+        raise ValueError(f"row {number}: {error}") from error
+
+
 def _each(make_one: Callable[[Row, int], Question]) -> Callable[[Sequence[Row]], list[Question]]:
     def make_all(rows: Sequence[Row]) -> list[Question]:
         questions = []
         for number, row in enumerate(rows):
-            try:
+            with _naming_row(number):
                 questions.append(make_one(row, number))
-            except (ValueError, TypeError, KeyError, IndexError) as error:
-                raise ValueError(f"row {number}: {error}") from error
         return questions
 
     return make_all
@@ -141,7 +124,7 @@ def make_arithmetic(num: int, *, is_thinking: bool) -> list[Question]:
 def _make_choice(row: Row, number: int, id_column: str, options: Sequence[str], answer: str, column: str) -> Question:
     letters = LETTERS[: len(options)]
     if not 2 <= len(options) <= len(LETTERS) or answer not in letters:
-        raise ValueError(f"has {len(options)} options and the answer '{answer}'; 2 to 10 options, one of them right")
+        raise ValueError(f"has {len(options)} options; 2 to 10, and the letter of one of them as the answer")
     listed = "\n".join(f"{letter}. {option}" for letter, option in zip(letters, options, strict=True))
     names = {"problem": f"{_text(row, column)}\n\n{listed}", "letters": "/".join(letters)}
     return _plain(row, number, id_column, names, answer)
@@ -228,19 +211,9 @@ def _make_scicode(row: Row) -> list[Question]:
 def _make_all_scicode(rows: Sequence[Row]) -> list[Question]:
     questions: list[Question] = []
     for number, row in enumerate(rows):
-        try:
+        with _naming_row(number):
             questions += _make_scicode(row)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"row {number}: {error}") from error
     return questions
-
-
-def fill(template: str, names: Mapping[str, str]) -> str:
-    """Raises ValueError for a name that this benchmark does not have."""
-    try:
-        return template.format_map(names)
-    except (KeyError, IndexError) as error:
-        raise ValueError(f"names {error}; there are {', '.join(f'{{{name}}}' for name in names)}") from error
 
 
 BENCHMARKS: dict[str, Benchmark] = {

@@ -5,7 +5,7 @@ are matched by their place below the two folders, so that one folder may hold ma
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,11 +46,17 @@ class Line:
 def read_evaluations(url: str) -> dict[str, Evaluation]:
     """All below a folder, by their place in it ('' for the folder itself). Raises InputError where there is none."""
     root = Storage(url)
-    places = [info.path[: -len(SUMMARY)].rstrip("/") for info in root.list_files(suffix=SUMMARY)]
-    places = [place for place in places if root.info(f"{place}/{SCORES}".lstrip("/")) is not None]
+    return {place: read_evaluation(Storage(root.url(place))) for place in find_places(root)}
+
+
+def find_places(root: Storage) -> list[str]:
+    """Raises InputError where there is none."""
+    paths = {info.path for info in root.list_files()}
+    places = [path[: -len(SUMMARY)].rstrip("/") for path in sorted(paths) if f"/{path}".endswith(f"/{SUMMARY}")]
+    places = [place for place in places if f"{place}/{SCORES}".lstrip("/") in paths]
     if not places:
         raise InputError(f"{root.root}: holds no scores; batchgen evaluate run, or score, makes them")
-    return {place: read_evaluation(Storage(root.url(place))) for place in places}
+    return places
 
 
 def read_evaluation(storage: Storage) -> Evaluation:
@@ -83,7 +89,7 @@ def compare_folders(base: str, others: Sequence[str], *, margin: float, confiden
 
 def list_unmatched(base: str, others: Sequence[str]) -> list[str]:
     """Evaluations that have nothing beside them."""
-    places = {url: set(read_evaluations(url)) for url in [base, *others]}
+    places = {url: set(find_places(Storage(url))) for url in [base, *others]}
     everywhere = set.union(*places.values())
     return [f"{url} has no '{place}'" for url, there in places.items() for place in sorted(everywhere - there)]
 
@@ -140,16 +146,13 @@ def check_same(base: Evaluation, other: Evaluation) -> None:
 
 
 def line_to_json(line: Line) -> dict[str, Any]:
-    def side(summary: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in summary.items() if name not in ("state", "exit_code", "title", "digest")}
-
     card = CARD.get(line.benchmark)
     return {
         "name": line.name,
         "benchmark": line.benchmark,
         "other_name": line.other_name,
-        "base": side(line.base),
-        "other": side(line.other),
+        "base": line.base,
+        "other": line.other,
         "card": None if card is None else {"fp8": card[0], "nvfp4": card[1]},
         "comparison": comparison_to_json(line.comparison),
     }

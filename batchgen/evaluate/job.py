@@ -39,21 +39,23 @@ RunJob = Callable[[JobSpec], dict[str, Any]]
 
 
 def evaluate(spec: EvaluateSpec, view: View, run: RunJob | None = None) -> dict[str, Any]:
-    """The summary, with `exit_code`. `run`: how a job is run; by default with this view. Raises Refusal; and what a run
-    raises, after which the same command goes on."""
+    """The summary, with `exit_code`: 1 where a job had more errors than its retry.max_error_rate. `run`: how a job is run; by
+    default with this view. Raises Refusal; and what a run raises, after which the same command goes on."""
     run = run or (lambda job: run_job(job, view))
     storage = Storage(spec.output.path)
     questions = make_questions(spec)
-    runner = create_runner(spec, questions, [])  # refuses a machine without a sandbox before anything is generated
+    create_runner(spec, questions, [])  # refuses a machine without a sandbox before anything is generated
     write_questions(storage, questions)
-    storage.put(SPEC, spec.model_dump_json(indent=1).encode())
+    exit_code = 0
     for number, place in enumerate(list_places(spec.entry, questions), 1):
         report = run_round(spec, storage, questions, (number, place), run)
         if report["state"] != "finished":
             return {"state": report["state"], "message": report["message"], "exit_code": report["exit_code"]}
+        exit_code = max(exit_code, report["exit_code"])
         view.say(f"round {number}: {report['rows']['ok']:,} answers, {report['rows']['error']:,} errors")
-    del runner
-    return score(spec.output.path, run_code=spec.run_code)
+    # Not before: a folder that another spec filled has refused the job by now.
+    storage.put(SPEC, spec.model_dump_json(indent=1).encode())
+    return {**score(spec.output.path, run_code=spec.run_code), "exit_code": exit_code}
 
 
 def make_questions(spec: EvaluateSpec) -> list[Question]:
@@ -127,8 +129,6 @@ def score(url: str, *, run_code: bool) -> dict[str, Any]:
     batches = [batch for number in numbers for batch in read_stats(storage, number)]
     latencies = [answer.latency_s for answer in answers if answer.latency_s is not None]
     summary = {
-        "state": "finished",
-        "exit_code": 0,
         "benchmark": spec.benchmark,
         "title": spec.entry.title,
         "digest": make_digest(spec.benchmark, questions, read_prompts(storage, 1)),
@@ -139,7 +139,7 @@ def score(url: str, *, run_code: bool) -> dict[str, Any]:
         "speed": make_speed(batches, latencies),
     }
     write_scores(storage, scores, summary)
-    return summary
+    return {"state": "finished", "exit_code": 0, **summary}
 
 
 def read_spec(storage: Storage) -> EvaluateSpec:

@@ -10,6 +10,8 @@ from decimal import Decimal
 from types import TracebackType
 from typing import Any
 
+from batchgen.errors import SpecError
+
 PATIENCE_S = 20.0
 _NUMBER = re.compile(r"[+-]?(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d+)?|[+-]?\.\d+")
 # What stands around a number and does not change it.
@@ -81,8 +83,13 @@ class MathGrader:
         theirs.close()
         # Importing sympy takes seconds, and is nobody's answer: the first question is our own.
         self._connection.send(("1", "\\frac{2}{2}"))
-        if not self._connection.poll(120.0) or not self._connection.recv():
-            raise RuntimeError("math-verify does not answer; install batchgen[evaluate]")
+        try:
+            is_ready = self._connection.poll(120.0) and self._connection.recv()
+        except EOFError:
+            is_ready = False
+        if not is_ready:
+            self._stop()
+            raise SpecError("math-verify can't be used here; pip install 'batchgen[evaluate]'")
 
     def _stop(self) -> None:
         if self._process is not None:

@@ -5,8 +5,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from batchgen.evaluate.benchmarks import Benchmark, Question, fill
+from batchgen.evaluate.benchmarks import Benchmark, Question
 from batchgen.evaluate.folder import Asked
+from batchgen.evaluate.templates import fill
 
 # (problem, place, sample) -> the code that was extracted.
 Codes = Mapping[tuple[str, int, int], str]
