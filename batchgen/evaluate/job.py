@@ -39,8 +39,8 @@ RunJob = Callable[[JobSpec], dict[str, Any]]
 
 
 def evaluate(spec: EvaluateSpec, view: View, run: RunJob | None = None) -> dict[str, Any]:
-    """The summary, with `exit_code`: 1 where a job had more errors than its retry.max_error_rate. `run`: how a job is run; by
-    default with this view. Raises Refusal; and what a run raises, after which the same command goes on."""
+    """The summary, with `exit_code`: 1 where a job had more errors than its retry.max_error_rate. `run`: how a job is run;
+    by default with this view. Raises Refusal; and what a run raises, after which the same command goes on."""
     run = run or (lambda job: run_job(job, view))
     storage = Storage(spec.output.path)
     questions = make_questions(spec)
