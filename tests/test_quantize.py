@@ -59,7 +59,7 @@ def make_spec(folder: Path, **calibration: int) -> QuantizeSpec:
     values = {
         "input": {"paths": str(prompts)},
         "prompt": {"column": "question"},
-        "calibration": {"num_rows": 24, **calibration},
+        "calibration": {"num_rows": 64, **calibration},
         "output": {"path": str(folder / "out")},
         "work_dir": str(folder / "work"),
     }
@@ -177,8 +177,8 @@ def test_a_killed_quantization_goes_on_with_what_was_measured(tmp_path: Path, ma
                 break
     said: list[str] = []
     quantize(spec, said.append)
-    assert any(text.endswith("of 24 calibration rows were measured before") for text in said)
-    assert "measured 9 of 24 rows" not in said
+    assert any(text.endswith("of 64 calibration rows were measured before") for text in said)
+    assert "measured 9 of 64 rows" not in said
     ours, theirs = load_file(tmp_path / "out/model.safetensors"), load_file(made / "model.safetensors")
     assert ours.keys() == theirs.keys()
     assert all(
