@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,18 @@ def test_another_prompt_is_taken_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_text("Box it: {question}")
     with pytest.raises(SpecError, match=r"names 'question'; there are \{problem\}"):
         run(spec.model_copy(update={"output": spec.output.model_copy(update={"path": str(tmp_path / "new")})}))
+
+
+def test_a_machine_that_could_not_score_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = write_dataset(tmp_path / "aime.jsonl", ROWS)
+    monkeypatch.setattr("batchgen.evaluate.math_grader.find_spec", lambda _: None)
+    with pytest.raises(SpecError, match=r"pip install 'batchgen\[evaluate\]'"):
+        run(make_spec(tmp_path / "out", None, "aime_2025", dataset))
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.delitem(sys.modules, "batchgen.evaluate.compare")
+    monkeypatch.delitem(sys.modules, "batchgen.evaluate.statistics")
+    done = CliRunner().invoke(app, ["evaluate", "compare", "a", "b"])
+    assert (done.exit_code, "scipy is not installed; pip install" in done.stderr) == (2, True)
 
 
 @pytest.mark.skipif(not GSM8K.exists(), reason="GSM8K's test set is not on this machine")

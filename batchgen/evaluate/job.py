@@ -22,6 +22,7 @@ from batchgen.evaluate.folder import (
     write_questions,
     write_scores,
 )
+from batchgen.evaluate.math_grader import check_installed
 from batchgen.evaluate.programs import LiveCodeBenchRunner, ProgramRunner, SciCodeRunner
 from batchgen.evaluate.rounds import list_places, make_asked, read_step
 from batchgen.evaluate.score import check_complete, score_answers, summarize
@@ -44,7 +45,7 @@ def evaluate(spec: EvaluateSpec, view: View, run: RunJob | None = None) -> dict[
     run = run or (lambda job: run_job(job, view))
     storage = Storage(spec.output.path)
     questions = make_questions(spec)
-    create_runner(spec, questions, [])  # refuses a machine without a sandbox before anything is generated
+    check_scorer(spec, questions)
     write_questions(storage, questions)
     exit_code = 0
     for number, place in enumerate(list_places(spec.entry, questions), 1):
@@ -56,6 +57,14 @@ def evaluate(spec: EvaluateSpec, view: View, run: RunJob | None = None) -> dict[
     # Not before: a folder that another spec filled has refused the job by now.
     storage.put(SPEC, spec.model_dump_json(indent=1).encode())
     return {**score(spec.output.path, run_code=spec.run_code), "exit_code": exit_code}
+
+
+def check_scorer(spec: EvaluateSpec, questions: Sequence[Question]) -> None:
+    """Raises SpecError for a machine that could not score, InputError for targets that lack one. Asked before
+    anything is generated."""
+    if spec.entry.scoring == "math":
+        check_installed()
+    create_runner(spec, questions, [])
 
 
 def make_questions(spec: EvaluateSpec) -> list[Question]:

@@ -7,6 +7,7 @@ killed, and the answer counts as not the same.
 import multiprocessing
 import re
 from decimal import Decimal
+from importlib.util import find_spec
 from types import TracebackType
 from typing import Any
 
@@ -24,6 +25,12 @@ def read_number(text: str) -> Decimal | None:
     while (shorter := _AROUND.sub("", plain).strip()) != plain:
         plain = shorter
     return Decimal(plain.replace(",", "")) if _NUMBER.fullmatch(plain) else None
+
+
+def check_installed() -> None:
+    """Raises SpecError. Before anything is generated: the process starts when the first formula is met, hours later."""
+    if find_spec("math_verify") is None:
+        raise SpecError("benchmark: scoring mathematics needs math-verify; pip install 'batchgen[evaluate]'")
 
 
 def answer_questions(connection: Any) -> None:

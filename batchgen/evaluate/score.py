@@ -3,8 +3,10 @@
 An error row, an empty answer and one in which the rules find nothing are counted as what they are, and never as right.
 """
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from batchgen.errors import InputError
@@ -33,12 +35,15 @@ def score_answers(
     by_question: dict[str, list[Answer]] = defaultdict(list)
     for answer in answers:
         by_question[answer.question].append(answer)
-    with MathGrader() as grader:
-        return [
-            score_one(benchmark, question, answer, grader, runner)
-            for question in questions
-            for answer in sorted(by_question[question.id], key=lambda answer: answer.sample_index)
-        ]
+    pairs = [
+        (question, answer)
+        for question in questions
+        for answer in sorted(by_question[question.id], key=lambda answer: answer.sample_index)
+    ]
+    # Programs run in processes of their own, a core each; the grader has one process, and is asked in turn.
+    num_threads = 1 if runner is None else os.cpu_count() or 1
+    with MathGrader() as grader, ThreadPoolExecutor(num_threads, "score") as threads:
+        return list(threads.map(lambda pair: score_one(benchmark, *pair, grader, runner), pairs))
 
 
 def score_one(
