@@ -43,7 +43,7 @@ def score_answers(
     # Programs run in processes of their own, a core each; the grader has one process, and is asked in turn.
     num_threads = 1 if runner is None else os.cpu_count() or 1
     with MathGrader() as grader, ThreadPoolExecutor(num_threads, "score") as threads:
-        return list(threads.map(lambda pair: score_one(benchmark, *pair, grader, runner), pairs))
+        return list(threads.map(lambda pair: score_one(benchmark, pair[0], pair[1], grader, runner), pairs))
 
 
 def score_one(
