@@ -6,7 +6,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True)
 class BatchStats:
     """One row of `batch_stats`. Latencies are seconds: `latency` holds exact quantiles over the rows that the batch
-    itself generated, `sketches` the same latencies as mergeable histograms. `wall_s` runs from the lease's arrival to
+    itself generated, `sketches` the same latencies as mergeable histograms, `lengths` its rows by prompt and completion
+    tokens (`lengths.merge_lengths`). `wall_s` runs from the lease's arrival to
     its end. Rates are those of a shared engine: a worker serves several shards at once."""
 
     batch_id: str
@@ -35,6 +36,7 @@ class BatchStats:
     window: int | None = None
     latency: dict[str, float | None] | None = None
     sketches: dict[str, str] | None = None
+    lengths: str | None = None
     finish_reasons: dict[str, int] | None = None
     error_types: dict[str, int] | None = None
     num_retries: int | None = None

@@ -16,10 +16,11 @@ from pydantic import TypeAdapter
 
 from batchgen.batches import BatchStats
 from batchgen.damage import RESTORE, refusing_damage
-from batchgen.dispatch import Dispatcher, Progress
+from batchgen.dispatch import Dispatcher
 from batchgen.driver_lease import is_dead_here, make_cancel_path, read_holder
 from batchgen.errors import OutputError, StorageError
-from batchgen.manifest import LOCK, read_json, write_json
+from batchgen.manifest import LOCK, UNCOMMITTED, read_json, write_json
+from batchgen.progress import Progress
 from batchgen.stats import make_lost_stats
 from batchgen.storage import Storage
 from batchgen.view import format_line
@@ -45,8 +46,11 @@ class StatusWriter:
         if now < self._next:
             return
         self._next = now + self._interval_s
-        lost = [*self._earlier, *(stats for stats in dispatcher.batches.values() if stats.outcome == "lost")]
-        lost += make_open_stats(dispatcher.queue.list_open(), now)
+        lost = [
+            *self._earlier,
+            *(stats for stats in dispatcher.ledger.batches.values() if stats.outcome in UNCOMMITTED),
+        ]
+        lost += make_open_stats(dispatcher.list_open(), now)
         write_status(self._storage, self._epoch, "running", dispatcher.make_progress(), lost)
 
 

@@ -10,50 +10,37 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from batchgen import journal
-from batchgen.batches import BatchStats
 from batchgen.build import build_id
-from batchgen.errors import NoWorkers, RunStopped, StorageError
+from batchgen.errors import RunStopped, StorageError
 from batchgen.events import (
     Heartbeat,
     JournalFlushed,
     PoolEvent,
+    RowsGiven,
     ShardCommitted,
     ShardFailed,
+    ShareEnded,
     WorkerLost,
     WorkerPool,
     WorkerStarted,
     WorkerStartFailed,
     WorkerWarned,
 )
-from batchgen.manifest import CommittedShard, add_batches
-from batchgen.records import WorkerInfo, make_data_path
-from batchgen.scaling import Facts, choose_num_to_start
+from batchgen.ledger import Ledger
+from batchgen.progress import Progress
+from batchgen.records import WorkerInfo
+from batchgen.roster import Roster
+from batchgen.sharing import Sharing
 from batchgen.spec import JobSpec
-from batchgen.stats import make_lost_stats
-from batchgen.storage import FileInfo, Storage
+from batchgen.staffing import Staffing
+from batchgen.storage import Storage
+from batchgen.tail import TailPolicy
 from batchgen.work_queue import LostLease, WorkQueue
+
+__all__ = ["Dispatcher", "Progress"]
 
 POLL_S = 0.5
 MAX_LEASES_PER_TURN = 1000
-
-
-@dataclass(slots=True)
-class Progress:
-    """What a view or the status object shows of a run. Rows are input rows, tokens completion tokens."""
-
-    num_rows: int
-    num_shards: int
-    num_shards_done: int
-    num_rows_done: int
-    num_rows_error: int
-    num_rows_done_before: int
-    num_tokens: int
-    num_workers: int
-    num_starting: int
-    num_inflight: int
-    window: int
-    num_lost: int
-    elapsed_s: float
 
 
 @dataclass(slots=True)
@@ -73,27 +60,22 @@ class Dispatcher:
     on_progress: Callable[[Progress], None]
     on_warning: Callable[[str], None]
     clock: Callable[[], float] = time.monotonic
-    batches: dict[str, BatchStats] = field(default_factory=dict)
-    committed: dict[int, CommittedShard] = field(default_factory=dict)
-    _starting: dict[str, float] = field(default_factory=dict)
-    _workers: dict[str, WorkerInfo] = field(default_factory=dict)
-    _beats: dict[str, Heartbeat] = field(default_factory=dict)
-    _tokens_before: int = 0
-    _num_rows_committed: int = 0
-    _num_errors_committed: int = 0
-    _num_workers_made: int = 0
-    _num_start_failures: int = 0
-    _first_start_failure: str = ""
-    _startups: list[float] = field(default_factory=list)
-    _num_lost: int = 0
-    _proven: set[str] = field(default_factory=set)
+    tail: TailPolicy = field(default_factory=TailPolicy)
+    ledger: Ledger = field(default_factory=Ledger)
+    roster: Roster = field(init=False)
+    sharing: Sharing = field(init=False)
+    staffing: Staffing = field(init=False)
     _started: float = 0.0
-    _ready_worker_s: float = 0.0
-    _turned_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.roster = Roster(self.spec.cluster.gpus_per_worker)
+        self.staffing = Staffing(self.spec, self.queue, self.pool, self.roster, self.tail, self.on_warning)
+        n = self.spec.sampling.n
+        self.sharing = Sharing(self.queue, self.pool, self.index, self.epoch, n, self.tail, self._delete)
 
     def run(self) -> None:
         """Until all shards are committed. Raises RunStopped; after LeaseLost don't drain: others own the folder."""
-        self._started = self._turned_at = self.clock()
+        self._started = self.clock()
         while not self.queue.is_done:
             self.check()
             self._scale()
@@ -111,49 +93,37 @@ class Dispatcher:
                 self._handle(event)
             elif isinstance(event, ShardFailed):
                 self.on_warning(f"{event.batch_id} on {event.worker_id}: {event.reason}")
-        for lost in self.queue.list_open():
-            self._note_lost(replace(lost, ended_at=self.clock()), self._workers.get(lost.lease.worker_id))
+        for lost in self.list_open():
+            self._note_lost(replace(lost, ended_at=self.clock()))
+
+    def list_open(self) -> list[LostLease]:
+        """Open leases and shares as they would be lost now: what a resumed run needs to know of them."""
+        return [*self.queue.list_open(), *self.sharing.list_open(self.clock())]
 
     def _lend(self) -> None:
         """Not more than so many leases a turn, so that the first fill of a large cluster doesn't hold up the events."""
         for _ in range(MAX_LEASES_PER_TURN):
             lease = self.queue.lease_next(self.clock())
             if lease is None:
-                return
+                break
             self.pool.assign(replace(lease, journal=self.index.get(lease.shard.number)))
+        self.sharing.split(self.clock())
 
     # ---- one turn ----------------------------------------------------------------------------------------------------
 
     def _scale(self) -> None:
-        now = self.clock()
-        self._ready_worker_s += len(self._workers) * (now - self._turned_at)
-        self._turned_at = now
-        if self._num_start_failures >= self.spec.retry.max_start_failures:
-            if not self._workers and not self._starting:
-                count, reason = self._num_start_failures, self._first_start_failure
-                raise NoWorkers(f"{count} workers in a row failed to start: {reason}")
-            return
-        for _ in range(choose_num_to_start(self._make_facts(), self.spec.cluster)):
-            self._num_workers_made += 1
-            worker_id = f"worker-{self._num_workers_made:04d}"
-            self._starting[worker_id] = now
-            self.pool.start_worker(worker_id)
-
-    def _make_facts(self) -> Facts:
-        done = self.make_progress()
-        fresh = done.num_rows_done - self.num_rows_done_before
-        return Facts(
-            num_ready=len(self._workers),
-            num_starting=len(self._starting),
-            num_shards_waiting=self.queue.num_waiting,
-            num_rows_left=self.num_rows - done.num_rows_done,
-            rows_per_s=fresh / self._ready_worker_s if fresh > 0 and self._ready_worker_s > 0 else None,
-            startup_s=sum(self._startups) / len(self._startups) if self._startups else None,
-        )
+        now, progress = self.clock(), self.make_progress()
+        self.staffing.start(progress, now)
+        for worker_id in self.staffing.list_idle(now):
+            self.pool.kill(worker_id)
+            self.roster.release(worker_id, now)
+            self.ledger.tally.forget(worker_id)
+            self.queue.lose(worker_id, now, "released")
+            self._find_segments(worker_id)
 
     def _give_up_silent(self) -> None:
         now, limit = self.clock(), self.spec.cluster.start_timeout_s
-        for worker_id in [worker_id for worker_id, since in self._starting.items() if now - since > limit]:
+        for worker_id in self.roster.list_overdue(now, limit):
             self.pool.kill(worker_id)
             self._lose(worker_id, f"not up after {limit:g} s (cluster.start_timeout_s); has the cluster room for it?")
         for worker_id, reason in self.queue.list_silent(self.clock()):
@@ -170,8 +140,8 @@ class Dispatcher:
     def _handle(self, event: PoolEvent) -> None:
         match event:
             case Heartbeat():
-                self._beats[event.worker_id] = event
-                self._note_proof(event)
+                self.ledger.tally.hear(event)
+                self.roster.note_proof(event)
                 self.queue.renew(event, self.clock())
             case WorkerStarted(info):
                 self._greet(info)
@@ -187,47 +157,40 @@ class Dispatcher:
                 self._commit(event)
             case ShardFailed():
                 self._fail(event)
+            case RowsGiven():
+                self.sharing.note_given(event, self.clock())
+            case ShareEnded():
+                self._end_share(event)
 
     def _greet(self, info: WorkerInfo) -> None:
-        started = self._starting.pop(info.worker_id, None)
-        if started is None:
-            return  # was given up while it started
-        if info.build != build_id():
+        if info.worker_id in self.roster.starting and info.build != build_id():
             self.pool.kill(info.worker_id)
             raise RunStopped(
                 f"{info.worker_id} on {info.node} runs batchgen {info.build}, the driver {build_id()}; "
                 "install the same build on all nodes, or submit with --working-dir ."
             )
-        self._startups.append(self.clock() - started)
-        self._workers[info.worker_id] = info
-        self.queue.add_worker(info, self.clock())
+        if self.roster.greet(info, self.clock()):
+            self.queue.add_worker(info, self.clock())
 
     def _count_start_failure(self, worker_id: str, reason: str) -> None:
-        self._starting.pop(worker_id, None)
-        self._num_start_failures += 1
-        self._first_start_failure = self._first_start_failure or reason
+        self.roster.count_start_failure(worker_id, self.clock(), reason)
         self.on_warning(f"{worker_id} failed to start: {reason}")
 
-    def _note_proof(self, beat: Heartbeat) -> None:
-        """A worker's first token shows that workers can start: earlier failures count no more."""
-        if beat.total_tokens > 0 and beat.worker_id not in self._proven:
-            self._proven.add(beat.worker_id)
-            self._num_start_failures, self._first_start_failure = 0, ""
-
     def _lose(self, worker_id: str, reason: str) -> None:
-        if self._starting.pop(worker_id, None) is not None:
+        if worker_id in self.roster.starting:
             self._count_start_failure(worker_id, reason)
             return
-        info = self._workers.pop(worker_id, None)
+        info = self.roster.remove(worker_id, self.clock())
         if info is None:
             return
-        self._num_lost += 1
+        self.roster.num_lost += 1
         self.on_warning(f"{worker_id} was lost: {reason}")
-        beat = self._beats.pop(worker_id, None)
-        self._tokens_before += beat.total_tokens if beat else 0
-        for lost in self.queue.lose(worker_id, self.clock(), reason):
-            self._note_lost(lost, info)
+        beat = self.ledger.tally.forget(worker_id)
+        shares = self.queue.list_shares(worker_id)
+        lost = self.queue.lose(worker_id, self.clock(), reason)
         self._find_segments(worker_id)
+        for one in [*lost, *self.sharing.note_lost(worker_id, shares, self.clock(), reason)]:
+            self._note_lost(one, info)
         if beat is None or beat.total_tokens == 0:
             # It came up and made no token: an engine that always dies so must not be started for ever.
             self._count_start_failure(worker_id, reason)
@@ -240,25 +203,16 @@ class Dispatcher:
         for refs in journal.read_indexes(self.storage, new, self.spec.fingerprint()):
             self._delete(self.index.add(refs))
 
-    def _note_lost(self, lost: LostLease, info: WorkerInfo | None) -> None:
-        now, wall = self.clock(), time.time()
-        stats = make_lost_stats(
-            lost.lease.batch_id,
-            info=info,
-            started_at=wall - (now - lost.started_at),
-            wall_s=lost.ended_at - lost.started_at,
-        )
-        add_batches(self.batches, [stats])
+    def _note_lost(self, lost: LostLease, info: WorkerInfo | None = None) -> None:
+        self.ledger.note_lost(lost, info or self.roster.workers.get(lost.lease.worker_id), self.clock())
 
     def _commit(self, event: ShardCommitted) -> None:
-        self.batches.pop(event.batch_id, None)  # the end of a batch says more than what was noted while it ran
-        add_batches(self.batches, [event.stats, *event.footer.batches])
+        self.ledger.note_end(event)
         number = event.footer.shard
         if self.queue.complete(event.worker_id, event.batch_id, number):
-            info = FileInfo(make_data_path(number), event.num_bytes, event.version)
-            self.committed[number] = CommittedShard(info, event.footer, event.footer_sha256)
-            self._num_rows_committed += event.footer.num_rows_ok + event.footer.num_rows_error
-            self._num_errors_committed += event.footer.num_rows_error
+            self.ledger.commit(event)
+            for lost in self.sharing.note_committed(number, self.clock()):
+                self._note_lost(lost)
             self._delete(self.index.complete(number))
 
     def _fail(self, event: ShardFailed) -> None:
@@ -267,16 +221,27 @@ class Dispatcher:
         lost = self.queue.fail(event.worker_id, event.batch_id, self.clock(), event.reason)
         if lost is not None:
             self.on_warning(f"{event.batch_id} on {event.worker_id}: {event.reason}")
-            self._note_lost(lost, self._workers.get(event.worker_id))
+            self._note_lost(lost)
+
+    def _end_share(self, event: ShareEnded) -> None:
+        if self.sharing.note_ended(event) and event.reason is not None:
+            self.on_warning(f"{event.share.lease.batch_id} on {event.worker_id}: {event.reason}")
+        if event.stats is not None:
+            self.ledger.note_batches([event.stats])
 
     def _delete(self, paths: list[str]) -> None:
         """Segments of committed shards. One that stays costs a few bytes until the next run clears it."""
         try:
-            self.storage.delete_many(paths)
+            if paths:
+                self.storage.delete_many(paths)
         except StorageError as error:
             self.on_warning(f"journal segments were not deleted: {error}")
 
     # ---- what it knows -----------------------------------------------------------------------------------------------
+
+    def count_gpu_hours(self) -> float | None:
+        """Of all workers so far; None where they reserve no GPU."""
+        return self.roster.count_gpu_s(self.clock()) / 3600 if self.spec.cluster.gpus_per_worker else None
 
     def make_progress(self) -> Progress:
         n = self.spec.sampling.n
@@ -285,14 +250,14 @@ class Dispatcher:
             num_rows=self.num_rows,
             num_shards=self.queue.num_shards,
             num_shards_done=self.queue.num_done,
-            num_rows_done=self.num_rows_done_before + self._num_rows_committed // n + rows_open,
-            num_rows_error=self._num_errors_committed + errors_open,
+            num_rows_done=self.num_rows_done_before + self.ledger.tally.num_results // n + rows_open,
+            num_rows_error=self.ledger.tally.num_errors + errors_open,
             num_rows_done_before=self.num_rows_done_before,
-            num_tokens=self._tokens_before + sum(beat.total_tokens for beat in self._beats.values()),
-            num_workers=len(self._workers),
-            num_starting=len(self._starting),
-            num_inflight=sum(beat.num_inflight for beat in self._beats.values()),
-            window=sum(info.window for info in self._workers.values()),
-            num_lost=self._num_lost,
+            num_tokens=self.ledger.tally.num_tokens,
+            num_workers=len(self.roster.workers),
+            num_starting=len(self.roster.starting),
+            num_inflight=self.ledger.tally.num_inflight,
+            window=self.roster.window,
+            num_lost=self.roster.num_lost,
             elapsed_s=self.clock() - self._started,
         )

@@ -59,7 +59,9 @@ class SimulatedEngineSpec(EngineSection):
         default=0.0, ge=0.0, le=1.0, description="Share of first attempts that fail and may be retried, seeded by row."
     )
     call_log: str | None = Field(
-        default=None, description="Local folder; every call appends a line here (row, sample, attempt), never text."
+        default=None,
+        description="Local folder; every call appends a line here (row, sample, attempt), every answer that took "
+        "time another one, never text.",
     )
 
 

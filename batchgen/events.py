@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from batchgen.batches import BatchStats, FileFooter
-from batchgen.records import JournalRef, Lease, ShardProgress, WorkerInfo
+from batchgen.orders import Order
+from batchgen.records import JournalRef, Lease, ShardProgress, Share, WorkerInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,27 @@ class ShardFailed:
     is_fatal: bool
 
 
+@dataclass(frozen=True, slots=True)
+class RowsGiven:
+    """The owner's answer to `GiveRows`: so many requests wait in the handoff, and it will not send them. 0: it had none to
+    give, and there is no handoff."""
+
+    worker_id: str
+    share: Share
+    num_requests: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShareEnded:
+    """A helper has done with a share. All that it generated is in the journal, by events before this one. `stats` is None
+    where it got nowhere; `reason` says why it could not finish."""
+
+    worker_id: str
+    share: Share
+    stats: BatchStats | None
+    reason: str | None = None
+
+
 PoolEvent = (
     WorkerStarted
     | WorkerStartFailed
@@ -86,6 +108,8 @@ PoolEvent = (
     | JournalFlushed
     | ShardCommitted
     | ShardFailed
+    | RowsGiven
+    | ShareEnded
 )
 
 
@@ -99,6 +123,10 @@ class WorkerPool(Protocol):
     def start_worker(self, worker_id: str) -> None: ...
 
     def assign(self, lease: Lease) -> None: ...
+
+    def tell(self, worker_id: str, order: Order) -> None:
+        """Of no effect where the worker is gone."""
+        ...
 
     def kill(self, worker_id: str) -> None:
         """End the worker without mercy; no event follows."""

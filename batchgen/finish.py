@@ -15,6 +15,7 @@ from batchgen.dispatch import Dispatcher
 from batchgen.hold import Hold
 from batchgen.inventory import write_manifest
 from batchgen.job import Job
+from batchgen.length_files import write_lengths
 from batchgen.manifest import CommittedShard
 from batchgen.report import make_report, write_report
 from batchgen.seal import seal_json
@@ -27,9 +28,10 @@ def finish(
     LeaseLost when the folder is not ours any more."""
     storage = job.storage
     hold.check_lease()
-    committed = {**job.committed, **(dispatcher.committed if dispatcher else {})}
+    committed = {**job.committed, **(dispatcher.ledger.committed if dispatcher else {})}
     batches, unsettled = settle_batches(job, dispatcher, committed, hold.epoch)
     manifest.write_committed(storage, committed.values())
+    write_lengths(storage, committed.values())
     report = make_report(
         job.spec,
         [committed[shard.number] for shard in job.wanted if shard.number in committed],
@@ -40,6 +42,7 @@ def finish(
         num_input_rows=job.num_wanted_rows,
         elapsed_s=dispatcher.make_progress().elapsed_s if dispatcher else 0.0,
         is_unique_checked=job.is_unique_checked,
+        gpu_hours=dispatcher.count_gpu_hours() if dispatcher else None,
     )
     report["exit_code"] = choose_exit_code(report, job.spec.retry.max_error_rate)
     report["output"] = storage.root
@@ -56,7 +59,7 @@ def settle_batches(
     job: Job, dispatcher: Dispatcher | None, committed: Mapping[int, CommittedShard], epoch: int
 ) -> tuple[dict[str, BatchStats], list[BatchStats]]:
     """(all batches that are known, those of them that batch_stats can't have yet). Writes batch_stats."""
-    batches = dict(dispatcher.batches) if dispatcher else {}
+    batches = dict(dispatcher.ledger.batches) if dispatcher else {}
     for shard in committed.values():
         manifest.add_batches(batches, shard.footer.batches)
     manifest.add_batches(batches, read_lost_batches(job.storage))

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from batchgen.errors import EngineDied
 from batchgen.events import PoolEvent, WorkerLost, WorkerStarted, WorkerStartFailed
+from batchgen.orders import Order
 from batchgen.records import Lease
 from batchgen.worker import Worker, WorkerSetup, open_worker
 
@@ -29,6 +30,10 @@ class InlinePool:
 
     def assign(self, lease: Lease) -> None:
         self._threads[lease.worker_id].assign(lease)
+
+    def tell(self, worker_id: str, order: Order) -> None:
+        if (thread := self._threads.get(worker_id)) is not None:
+            thread.assign(order)
 
     def kill(self, worker_id: str) -> None:
         if (thread := self._threads.pop(worker_id, None)) is not None:
@@ -62,15 +67,15 @@ class _WorkerThread:
 
     def __init__(self, setup: WorkerSetup, events: "queue.SimpleQueue[PoolEvent]") -> None:
         self._setup, self._events = setup, events
-        self._leases: queue.SimpleQueue[Lease] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[Lease | Order] = queue.SimpleQueue()
         self._is_stopping = threading.Event()
         self._drain_s: float | None = None
         self._wake: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), name=setup.worker_id, daemon=True)
         self._thread.start()
 
-    def assign(self, lease: Lease) -> None:
-        self._leases.put(lease)
+    def assign(self, order: Lease | Order) -> None:
+        self._orders.put(order)
         self._wake()
 
     def stop(self, *, drain_s: float | None = None) -> None:
@@ -104,8 +109,9 @@ class _WorkerThread:
 
     async def _serve(self, worker: Worker) -> None:
         while not self._is_stopping.is_set():
-            while not self._leases.empty():
-                worker.assign(self._leases.get())
+            while not self._orders.empty():
+                order = self._orders.get()
+                worker.assign(order) if isinstance(order, Lease) else worker.tell(order)
             for event in await worker.poll(POLL_S):
                 self._events.put(event)
                 if isinstance(event, WorkerLost):

@@ -4,19 +4,25 @@ Opening the same job twice gives the same plan. New input files are left out wit
 ones that are missing or changed are refused by name.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
 from batchgen import manifest
+from batchgen.damage import refusing_damage
 from batchgen.engines import create_tokenizer
 from batchgen.errors import InputError, OutputError, Refusal, StorageError
+from batchgen.handoff import list_handoffs
 from batchgen.journal import JournalIndex, list_segments, read_indexes
+from batchgen.length_files import measure_shards, read_prior
+from batchgen.lengths import LengthPrior, choose_cost, choose_work
 from batchgen.manifest import CommittedShard
-from batchgen.plan import Plan, list_changes, make_plan
+from batchgen.plan import Plan, expected_tokens, list_changes, make_plan
+from batchgen.prompt import list_prompt_columns
 from batchgen.read import read_footers
 from batchgen.records import InputFile, Shard, make_data_path
 from batchgen.seal import seal_json
@@ -43,6 +49,7 @@ class Job:
     new_shards: tuple[Shard, ...]
     is_new: bool
     warnings: tuple[str, ...] = field(default=())
+    prior: LengthPrior | None = None
 
     @property
     def todo(self) -> list[QueuedShard]:
@@ -61,8 +68,10 @@ class Job:
 
     def _queue(self, shard: Shard) -> QueuedShard | None:
         done = self.committed.get(shard.number)
+        known = self._make_length_facts()
+        cost, work = choose_cost(shard, **known), choose_work(shard, **known)
         if done is None:
-            return QueuedShard(shard, cost=shard.num_rows)
+            return QueuedShard(shard, cost=cost, work=work)
         num_again = {
             "none": 0,
             "retryable": done.footer.num_rows_retryable,
@@ -70,9 +79,18 @@ class Job:
         }[self.spec.retry.errors]
         if num_again == 0:
             return None
-        return QueuedShard(
-            shard, done.footer.attempt + 1, replaces=done.info.version, cost=num_again / self.spec.sampling.n
-        )
+        again = work * num_again / (self.spec.sampling.n * shard.num_rows)
+        return QueuedShard(shard, done.footer.attempt + 1, replaces=done.info.version, cost=again, work=again)
+
+    def _make_length_facts(self) -> dict[str, Any]:
+        sampling = self.spec.sampling
+        return {
+            "n": sampling.n,
+            "window": self.spec.engine.max_inflight,
+            "max_tokens": sampling.max_tokens,
+            "prior": self.prior,
+            "default_tokens": expected_tokens(self.spec) / sampling.n,
+        }
 
     @property
     def num_wanted_rows(self) -> int:
@@ -126,15 +144,19 @@ def open_job(spec: JobSpec, storage: Storage) -> Job:
     found = find_inputs(spec)
     saved = manifest.read_plan(storage)
     if saved is None:
-        files, passthrough, is_unique = inspect_inputs(spec, found)
+        files, passthrough, is_unique, group_bytes = inspect_inputs(spec, found)
         planned: list[Shard] = []
         warnings: list[str] = []
+        planned_hint = spec.input.length_hint
     else:
         files, passthrough, planned = saved
+        group_bytes = {}
         facts = manifest.read_json(storage, manifest.SPEC) or {}
         is_unique = facts.get("is_unique_checked")
+        planned_hint = find_planned_hint(storage, facts)
         warnings = [*check_frozen(files, found), *check_tokenizer(spec, facts.get("tokenizer_sha256"))]
-    plan = make_plan(spec, files, planned)
+    plan = make_plan(spec, files, planned, group_bytes)
+    plan = replace(plan, shards=tuple(measure_shards(plan.shards, spec, planned_hint)))
     make_output_schema(spec, passthrough)
     return Job(
         spec=spec,
@@ -146,7 +168,15 @@ def open_job(spec: JobSpec, storage: Storage) -> Job:
         new_shards=plan.shards[len(planned) :],
         is_new=saved is None,
         warnings=tuple(warnings),
+        prior=read_prior(spec),
     )
+
+
+def find_planned_hint(storage: Storage, facts: Mapping[str, Any]) -> str | None:
+    """The column that the sums in the frozen plan are of."""
+    with refusing_damage(storage.url(manifest.SPEC), manifest.DAMAGED):
+        hint = facts["spec"]["input"].get("length_hint") if facts else None
+        return None if hint is None else str(hint)
 
 
 def reopen(job: Job, storage: Storage) -> Job:
@@ -171,13 +201,17 @@ def find_inputs(spec: JobSpec) -> list[FileInfo]:
     return list(found.values())
 
 
-def inspect_inputs(spec: JobSpec, found: Sequence[FileInfo]) -> tuple[list[InputFile], pa.Schema, bool | None]:
-    """(files, passthrough schema, was custom_id checked). Raises InputError."""
-    footers = read_footers(found)
+def inspect_inputs(
+    spec: JobSpec, found: Sequence[FileInfo]
+) -> tuple[list[InputFile], pa.Schema, bool | None, dict[str, tuple[int, ...]]]:
+    """(files, passthrough schema, was custom_id checked, bytes of the prompts in each row group by file). Raises
+    InputError."""
+    footers = read_footers(found, list_prompt_columns(spec.prompt))
     for footer in footers:
         check_footer(footer, spec)
     files = [footer.file for footer in footers]
-    return files, make_passthrough_schema(footers, spec), check_unique(files, spec)
+    sizes = {footer.file.path: footer.row_group_bytes for footer in footers if footer.row_group_bytes is not None}
+    return files, make_passthrough_schema(footers, spec), check_unique(files, spec), sizes
 
 
 def check_frozen(files: Sequence[InputFile], found: Sequence[FileInfo]) -> list[str]:
@@ -224,12 +258,14 @@ def freeze(job: Job) -> None:
 
 
 def load_journal(job: Job) -> JournalIndex:
-    """What earlier runs journaled; segments whose shards are all committed are deleted here."""
+    """What earlier runs journaled; segments whose shards are all committed are deleted here, and
+    handoffs, which mean nothing to another run."""
     index = JournalIndex()
     for number in job.committed.keys() - {queued.shard.number for queued in job.todo}:
         index.complete(number)
     for refs in read_indexes(job.storage, list_segments(job.storage), job.spec.fingerprint()):
         job.storage.delete_many(index.add(refs))
+    job.storage.delete_many(list_handoffs(job.storage))
     return index
 
 

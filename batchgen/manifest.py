@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -33,7 +34,13 @@ STATS_FOLDER = "batch_stats"
 COMMITTED = "_batchgen/committed.parquet"
 LOCK = "_batchgen/lock.json"
 SUCCESS = "_SUCCESS"
+# Outcomes of batches whose rows, if any, stand in another one's file: lost, or made for another.
+UNCOMMITTED = ("lost", "shared")
 NUM_FOOTER_THREADS = 32
+COMMITTED_ROWS = 4096
+COMMITTED_SCHEMA = pa.schema([(name, pa.string()) for name in ("path", "version", "footer", "footer_sha256")])
+# What a plan knows of its shards' lengths. Plans of earlier versions lack these columns: then nothing is known.
+EXPECTED = ("expected_tokens", "max_expected_tokens", "prompt_bytes")
 DAMAGED = f"is damaged; {RESTORE}"
 
 _FLOATS = ("num_gpus", "started_at", "wall_s", "tokens_per_s", "tokens_per_s_per_gpu", "mean_inflight")
@@ -48,7 +55,9 @@ def _stats_type(name: str) -> pa.DataType:
 
 # Not an Arrow map: the library datasets can't read one.
 _COUNTS = pa.list_(pa.struct([("value", pa.string()), ("count", pa.int64())]))
-_PLAIN = [field.name for field in dataclasses.fields(BatchStats) if field.name not in ("latency", "sketches")]
+_PLAIN = [
+    field.name for field in dataclasses.fields(BatchStats) if field.name not in ("latency", "sketches", "lengths")
+]
 STATS_SCHEMA = pa.schema(
     [("format_version", pa.int32())]
     + [(name, _COUNTS if name in ("finish_reasons", "error_types") else _stats_type(name)) for name in _PLAIN]
@@ -96,11 +105,12 @@ def load_committed(
 def _load_compacted(storage: Storage) -> dict[tuple[str, str], tuple[FileFooter, str]]:
     """What the copy holds; nothing where it is damaged, or of an earlier version: then the footers are read again."""
     try:
-        with refusing_damage(storage.url(COMMITTED), "is damaged"):
-            with storage.open_read(COMMITTED) as source:
-                rows = pq.read_table(source).to_pylist()
+        with refusing_damage(storage.url(COMMITTED), "is damaged"), storage.open_read(COMMITTED) as source:
+            parts = pq.ParquetFile(source).iter_batches(COMMITTED_ROWS)
             return {
-                (row["path"], row["version"]): (footer_from_json(row["footer"]), row["footer_sha256"]) for row in rows
+                (row["path"], row["version"]): (footer_from_json(row["footer"]), row["footer_sha256"])
+                for part in parts
+                for row in part.to_pylist()
             }
     except (NotFound, OutputError):
         return {}
@@ -108,17 +118,14 @@ def _load_compacted(storage: Storage) -> dict[tuple[str, str], tuple[FileFooter,
 
 def write_committed(storage: Storage, committed: Iterable[CommittedShard]) -> None:
     """Compact the footers, so that the next run need not read them one by one. A cache: may be deleted at any time."""
-    shards = list(committed)
-    table = pa.table(
-        {
-            "path": [shard.info.path for shard in shards],
-            "version": [shard.info.version for shard in shards],
-            "footer": [footer_to_json(shard.footer) for shard in shards],
-            "footer_sha256": [shard.footer_sha256 for shard in shards],
-        },
-        schema=pa.schema([(name, pa.string()) for name in ("path", "version", "footer", "footer_sha256")]),
-    )
-    storage.put(COMMITTED, _to_parquet(table))
+    sink, shards = pa.BufferOutputStream(), iter(committed)
+    with pq.ParquetWriter(sink, COMMITTED_SCHEMA, compression="zstd") as writer:
+        # 200,000 footers are a gigabyte as text: a part of them at a time.
+        while part := list(islice(shards, COMMITTED_ROWS)):
+            rows = [(s.info.path, s.info.version, footer_to_json(s.footer), s.footer_sha256) for s in part]
+            columns = [pa.array(values, pa.string()) for values in zip(*rows, strict=True)]
+            writer.write_table(pa.Table.from_arrays(columns, schema=COMMITTED_SCHEMA))
+    storage.put(COMMITTED, sink.getvalue())
 
 
 def _to_parquet(table: pa.Table) -> pa.Buffer:
@@ -171,12 +178,13 @@ def add_batches(known: dict[str, BatchStats], batches: Iterable[BatchStats]) -> 
 
 
 def is_settled(batch: BatchStats, committed: Mapping[int, CommittedShard]) -> bool:
-    """Is all said of this batch? Not of a lost one whose shard is to be done yet: the attempt that commits will say what
-    became of its journaled rows, and a line of batch_stats is never changed."""
-    if batch.outcome != "lost":
+    """Is all said of this batch? Not of one that did not commit and whose shard is to be done yet: the attempt that commits
+    will say what became of its journaled rows, and a line of batch_stats is never changed."""
+    if batch.outcome not in UNCOMMITTED:
         return True
     standing = committed.get(parse_batch_id(batch.batch_id)[0])
-    return standing is not None and (batch.epoch, batch.attempt) <= (standing.footer.epoch, standing.footer.attempt)
+    # Within one run a shard is done once: nothing of it comes after its commit, whatever its attempt's number.
+    return standing is not None and batch.epoch <= standing.footer.epoch
 
 
 def write_batch_stats(storage: Storage, epoch: int, batches: Mapping[str, BatchStats]) -> None:
@@ -237,7 +245,7 @@ def read_plan(storage: Storage) -> tuple[list[InputFile], pa.Schema, list[Shard]
         if info.path != PLAN_FILES:
             with refusing_damage(storage.url(info.path), DAMAGED), storage.open_read(info.path) as source:
                 shards += [
-                    Shard(row["number"], files[row["file"]], row["row_start"], row["row_end"])
+                    Shard(row["number"], files[row["file"]], row["row_start"], row["row_end"], *map(row.get, EXPECTED))
                     for row in pq.read_table(source).to_pylist()
                 ]
     return files, passthrough, shards
@@ -252,6 +260,7 @@ def write_plan_shards(storage: Storage, files: Sequence[InputFile], shards: Sequ
             "file": [numbers[shard.file.path] for shard in shards],
             "row_start": [shard.row_start for shard in shards],
             "row_end": [shard.row_end for shard in shards],
+            **{name: pa.array([getattr(shard, name) for shard in shards], pa.float64()) for name in EXPECTED},
         }
     )
     _create_once(storage, PLAN_SHARDS.format(shards[0].number), _to_parquet(table))

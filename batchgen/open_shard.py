@@ -1,20 +1,23 @@
 """One leased shard while its worker works on it: which rows are finished, their results as Arrow, what is journaled.
 
 Invariants: each (row, sample) is finished at most once, later answers for it are dropped; results in `unflushed` are
-exactly those that a lost worker would cost. No I/O, no Ray, one thread (the worker's event loop) but for `make_parts`.
+exactly those that a lost worker would cost; a request that is away is another worker's until it is taken back. No I/O,
+no Ray, one thread (the worker's event loop) but for `make_parts`.
 """
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate, chain
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchgen.answer import make_unstorable
-from batchgen.records import Lease, Result, ShardProgress, TokenLogprob
-from batchgen.write import LOGPROBS_TYPE, make_output_table, make_result_batch
+from batchgen.errors import BatchgenError
+from batchgen.records import Lease, Result, RowId, ShardProgress, Slot
+from batchgen.result_batch import count_values, make_result_batch
+from batchgen.write import make_output_table
 
 # Results become Arrow this many rows, or token ids and logprobs, at a time: Python objects of more never pile up, and the
 # event loop is never held longer than packing takes: 10 ms for so many logprobs.
@@ -36,14 +39,23 @@ class Parts:
 class OpenShard:
     """See the module. `lease` may gain journal references only."""
 
-    def __init__(self, lease: Lease, n: int, schema: pa.Schema) -> None:
+    def __init__(self, lease: Lease, n: int, schema: pa.Schema, wanted: Sequence[Slot] | None = None) -> None:
+        """`wanted`: the only requests of the shard that are to be made here; None for all."""
         self.lease, self._n, self._schema = lease, n, schema
         self.is_closed = False
+        self.error: BatchgenError | None = None
+        self.num_inflight = 0
+        self.replaced_attempt = 0
+        self.is_recovered = False
+        self.shared_ids: set[str] = set()
+        self._away: dict[Slot, str] = {}
         self.num_copied = 0
         self.num_recovered = 0
         self.num_error = 0
         self.read_s = 0.0
+        self.prepare_s = 0.0
         self._finished = bytearray(lease.shard.num_rows * n)
+        self._sent = bytearray(lease.shard.num_rows * n)
         self._num_finished = 0
         self._recovered: list[pa.Table] = []
         self._buffer: list[Result] = []
@@ -52,6 +64,13 @@ class OpenShard:
         self._num_flushed = 0
         self._inputs: list[pa.Table] = []
         self._ended = asyncio.Event()
+        if wanted is not None:
+            self._leave_out_all_but(wanted)
+
+    def _leave_out_all_but(self, wanted: Sequence[Slot]) -> None:
+        places = {self._slot(*slot) for slot in wanted}
+        self._finished = bytearray(place not in places for place in range(len(self._finished)))
+        self._num_finished = len(self._finished) - len(places)
 
     # ---- what comes in -----------------------------------------------------------------------------------------------
 
@@ -61,20 +80,36 @@ class OpenShard:
         Of a file to be replaced the journal may still hold the very error rows that are to be tried again."""
         if self.lease.replaces is not None and not are_copied:
             rows = rows.filter(pc.equal(rows["status"], "ok"))
+        num_rows = self._take(rows)
+        if are_copied:
+            self.num_copied += num_rows
+        else:
+            self.num_recovered += num_rows
+        self._check_ended()
+
+    def take_in(self, rows: pa.Table, shared_ids: Iterable[str]) -> None:
+        """Rows that other workers journaled meanwhile, their errors too: they tried as we would. `shared_ids`: the batches
+        of those that helped."""
+        self.shared_ids |= set(shared_ids)
+        self.num_recovered += self._take(rows)
+        self._check_ended()
+
+    def _take(self, rows: pa.Table) -> int:
         keys = zip(rows["source_row"].to_pylist(), rows["sample_index"].to_pylist(), strict=True)
         rows = rows.filter(pa.array([self._mark(row, sample) for row, sample in keys], pa.bool_()))
         self._recovered.append(rows)
         self.num_error += pc.sum(pc.equal(rows["status"], "error")).as_py() or 0
-        if are_copied:
-            self.num_copied += rows.num_rows
-        else:
-            self.num_recovered += rows.num_rows
-        self._check_ended()
+        return int(rows.num_rows)
 
     def add_inputs(self, inputs: pa.Table) -> None:
         """The next rows' custom_id and passthrough columns (`prepare.make_inputs`), kept until the commit joins them to the
         results."""
         self._inputs.append(inputs)
+
+    def note_sent(self, row_id: RowId) -> None:
+        """A request is in flight now, maybe again; the sender says when it is not."""
+        self._sent[self._slot(*row_id.slot)] = 1
+        self.num_inflight += 1
 
     def add(self, result: Result) -> None:
         """One request ended. A second answer for the same row and sample is dropped: the first stands."""
@@ -87,13 +122,54 @@ class OpenShard:
             self._pack()
         self._check_ended()
 
-    def close(self) -> None:
-        """Nothing more is read or committed for this attempt: whatever waits for it goes on at once. Answers that still
-        come are kept for the journal."""
+    def close(self, error: BatchgenError | None = None) -> None:
+        """Nothing more is read or committed for this attempt: whatever waits for it goes on at once, `wait_ended` with
+        the error where one is given. Answers that still come are kept for the journal."""
         self.is_closed = True
+        self.error = self.error or error
         self._ended.set()
 
+    # ---- what others make --------------------------------------------------------------------------------------------
+
+    def choose_to_give(self, max_requests: int) -> list[Slot]:
+        """Requests that another worker may have, from the end: those that nobody has finished, and that were never sent."""
+        if not self.is_recovered:
+            return []  # the journal may hold what would be given
+        slots = (
+            (row, sample)
+            for row in range(self.lease.shard.row_end - 1, self.lease.shard.row_start - 1, -1)
+            for sample in range(self._n)
+        )
+        free = (slot for slot in slots if not self._sent[self._slot(*slot)] and not self.is_settled(*slot))
+        return list(islice(free, max_requests))
+
+    def give(self, slots: Iterable[Slot], share_id: str) -> None:
+        self._away.update(dict.fromkeys(slots, share_id))
+
+    def take_back(self, share_ids: Iterable[str]) -> list[Slot]:
+        """Requests of these shares that nobody finished: ours again."""
+        wanted = set(share_ids)
+        back = [slot for slot, share_id in self._away.items() if share_id in wanted]
+        for slot in back:
+            del self._away[slot]
+        return [slot for slot in back if not self.is_finished(*slot)]
+
+    def wants(self, source_row: int, sample_index: int, *, is_again: bool) -> bool:
+        """Is this request to be sent now, for the first time or again? Only once for the first time: one that was given
+        away and taken back may be waiting twice."""
+        slot = self._slot(source_row, sample_index)
+        is_due = is_again or not self._sent[slot]
+        return is_due and not self._finished[slot] and (source_row, sample_index) not in self._away
+
+    def is_settled(self, source_row: int, sample_index: int) -> bool:
+        """Not to be sent: finished, or another worker's."""
+        return (source_row, sample_index) in self._away or self.is_finished(source_row, sample_index)
+
     # ---- what is known -----------------------------------------------------------------------------------------------
+
+    @property
+    def has_ended(self) -> bool:
+        return self._ended.is_set()
 
     def is_finished(self, source_row: int, sample_index: int) -> bool:
         return bool(self._finished[self._slot(source_row, sample_index)])
@@ -101,11 +177,19 @@ class OpenShard:
     @property
     def progress(self) -> ShardProgress:
         """Input rows done, counted in whole rows of n samples."""
-        return ShardProgress(self.lease.batch_id, self._num_finished // self._n, self.num_error)
+        num_unsent = len(self._finished) - self._num_finished - len(self._away) - self.num_inflight
+        return ShardProgress(self.lease.batch_id, self._num_finished // self._n, self.num_error, max(0, num_unsent))
+
+    def is_row_finished(self, source_row: int) -> bool:
+        """All its samples."""
+        slot = self._slot(source_row, 0)
+        return 0 not in self._finished[slot : slot + self._n]
 
     async def wait_ended(self) -> None:
-        """Until every row is finished, or the shard was closed."""
+        """Until every row is finished, or the shard was closed. Raises the error that closed it."""
         await self._ended.wait()
+        if self.error is not None:
+            raise self.error
 
     # ---- what goes out -----------------------------------------------------------------------------------------------
 
@@ -154,7 +238,7 @@ class OpenShard:
         self._buffer, self._num_values = [], 0
 
     def _make_batch(self, results: Sequence[Result]) -> pa.RecordBatch:
-        return make_flat_batch(results, self.lease.batch_id, self._schema)
+        return make_result_batch(results, self.lease.batch_id, self._schema)
 
     def _make_storable(self, result: Result) -> Result:
         """The result, or the failure that stands for a generation that Arrow refuses."""
@@ -171,53 +255,3 @@ class OpenShard:
             # Nothing is left to pack later: the commit makes its parts in a thread while the journal is flushed here.
             self._pack()
             self._ended.set()
-
-
-# ---- results as Arrow ------------------------------------------------------------------------------------------------
-
-
-def count_values(result: Result) -> int:
-    """Token ids and logprobs of a result: what packing it takes time for."""
-    answer = result.generation
-    if answer is None:
-        return 0
-    logprobs = answer.logprobs or ()
-    return len(answer.token_ids or ()) + len(logprobs) * (1 + len(logprobs[0].top) if logprobs else 1)
-
-
-def make_flat_batch(results: Sequence[Result], batch_id: str, schema: pa.Schema) -> pa.RecordBatch:
-    """As `make_result_batch`, the logprobs from flat arrays: a dict for each token took ten times as long."""
-    bare = [_without_logprobs(result) for result in results]
-    batch = make_result_batch(bare, batch_id, schema)
-    if (place := schema.get_field_index("logprobs")) < 0:
-        return batch
-    logprobs = [result.generation.logprobs if result.generation else None for result in results]
-    return batch.set_column(place, schema.field(place), make_logprobs(logprobs))
-
-
-def _without_logprobs(result: Result) -> Result:
-    answer = result.generation
-    return (
-        result
-        if answer is None or answer.logprobs is None
-        else replace(result, generation=replace(answer, logprobs=None))
-    )
-
-
-def make_logprobs(answers: Sequence[Sequence[TokenLogprob] | None]) -> pa.Array:
-    """The column `logprobs`; None is null."""
-    tokens = list(chain.from_iterable(answer for answer in answers if answer))
-    tops = [pair for token in tokens for pair in token.top]
-    top = pa.ListArray.from_arrays(
-        pa.array(accumulate((len(token.top) for token in tokens), initial=0), pa.int32()),
-        _make_struct([pair[0] for pair in tops], [pair[1] for pair in tops]),
-    )
-    values = _make_struct([token.token_id for token in tokens], [token.logprob for token in tokens], top)
-    ends = list(accumulate((len(answer or ()) for answer in answers), initial=0))
-    starts = [None if answer is None else start for answer, start in zip(answers, ends, strict=False)]
-    return pa.ListArray.from_arrays(pa.array([*starts, ends[-1]], pa.int32()), values, type=LOGPROBS_TYPE)
-
-
-def _make_struct(token_ids: Sequence[int | None], logprobs: Sequence[float], *more: pa.Array) -> pa.StructArray:
-    columns = [pa.array(token_ids, pa.int32()), pa.array(logprobs, pa.float32()), *more]
-    return pa.StructArray.from_arrays(columns, names=["token_id", "logprob", "top"][: len(columns)])

@@ -9,8 +9,8 @@ whole from a remote store. So one large row group is cut into few pieces (`choos
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from batchgen.errors import InputError
@@ -118,8 +118,14 @@ def cut_file(
     return ends
 
 
-def make_plan(spec: JobSpec, files: Sequence[InputFile], planned: Sequence[Shard] = ()) -> Plan:
-    """The plan for the first `input.limit` rows (all without one), keeping the shards planned before.
+def make_plan(
+    spec: JobSpec,
+    files: Sequence[InputFile],
+    planned: Sequence[Shard] = (),
+    group_bytes: Mapping[str, Sequence[int]] | None = None,
+) -> Plan:
+    """The plan for the first `input.limit` rows (all without one), keeping the shards planned before. `group_bytes`: what
+    the prompts of each row group of a file take, by its path, where known.
 
     Raises InputError when the input holds no rows, or more files than a job may have shards.
     """
@@ -141,7 +147,8 @@ def make_plan(spec: JobSpec, files: Sequence[InputFile], planned: Sequence[Shard
         raise InputError(
             f"input.paths: {len(files)} files make {len(shards)} shards, more than {MAX_SHARDS}; merge small files first"
         )
-    return Plan(files=tuple(files), shards=tuple(shards))
+    new = add_prompt_bytes(shards[len(planned) :], group_bytes or {})
+    return Plan(files=tuple(files), shards=(*planned, *new))
 
 
 def cut_files(
@@ -159,6 +166,34 @@ def cut_files(
             start = row_end
         remaining -= max(0, end - done.get(file.path, 0))
     return shards
+
+
+def add_prompt_bytes(shards: Sequence[Shard], group_bytes: Mapping[str, Sequence[int]]) -> list[Shard]:
+    """The shards with what their prompts take: of each row group their share of its rows."""
+    files = {shard.file.path: shard.file for shard in shards if shard.file.path in group_bytes}
+    sums = {path: _sum_bytes(file, group_bytes[path]) for path, file in files.items()}
+    return [
+        replace(shard, prompt_bytes=_interpolate(*sums[shard.file.path], shard)) if shard.file.path in sums else shard
+        for shard in shards
+    ]
+
+
+def _sum_bytes(file: InputFile, group_bytes: Sequence[int]) -> tuple[list[int], list[int]]:
+    """(rows, bytes) before each row group that has rows, and behind the last."""
+    pairs = [(rows, size) for rows, size in zip(file.row_group_rows, group_bytes, strict=True) if rows]
+    return (
+        list(accumulate((rows for rows, _ in pairs), initial=0)),
+        list(accumulate((size for _, size in pairs), initial=0)),
+    )
+
+
+def _interpolate(rows: Sequence[int], sizes: Sequence[int], shard: Shard) -> float:
+    def before(row: int) -> float:
+        group = min(bisect_right(rows, row), len(rows) - 1)
+        share = (row - rows[group - 1]) / (rows[group] - rows[group - 1])
+        return sizes[group - 1] + share * (sizes[group] - sizes[group - 1])
+
+    return before(shard.row_end) - before(shard.row_start)
 
 
 def read_amplification(shards: Sequence[Shard]) -> float:

@@ -6,16 +6,28 @@ engine's tokenizer and limit, not the engine. For an engine without a tokenizer 
 the row's prompt goes into the request as it is, and nothing is checked against a length.
 """
 
+import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from batchgen.answer import make_unreadable
 from batchgen.engines.base import Tokenizer
 from batchgen.errors import BadRow, InputError, SpecError
-from batchgen.prompt import Row, list_row_columns, make_custom_id, make_prompt, make_row_sampling, make_seed
-from batchgen.read import Unreadable, decode_rows
+from batchgen.lengths import BYTES_PER_TOKEN, LengthPrior, expect_tokens
+from batchgen.prompt import (
+    Row,
+    list_prompt_columns,
+    list_row_columns,
+    make_custom_id,
+    make_prompt,
+    make_row_sampling,
+    make_sampling_params,
+    make_seed,
+)
+from batchgen.read import Unreadable, decode_rows, is_binary
 from batchgen.records import Failure, Prompt, Request, Result, RowId, SamplingParams, Timing
 from batchgen.spec import JobSpec
 
@@ -38,78 +50,141 @@ def check_tools(spec: JobSpec, tokenizer: Tokenizer | None) -> None:
         raise SpecError(f"prompt.tools: {NO_TOOLS}; leave it out or choose another model")
 
 
-@dataclass(frozen=True, slots=True)
 class Preparer:
-    """Makes requests for one job on one engine. `refused`: sampling fields that the engine can't honour. Raises SpecError
-    for a job that asks the model to think, or to use tools, where it can't."""
+    """Makes requests for one job on one engine. `refused`: sampling fields that the engine can't honour. `prior`: what an
+    earlier run measured of lengths. Raises SpecError for a job that asks the model to think, or to use tools, where it
+    can't. Thread-safe."""
 
-    spec: JobSpec
-    tokenizer: Tokenizer | None
-    max_model_len: int | None
-    refused: frozenset[str] = frozenset()
+    def __init__(
+        self,
+        spec: JobSpec,
+        tokenizer: Tokenizer | None,
+        max_model_len: int | None,
+        refused: frozenset[str] = frozenset(),
+        prior: LengthPrior | None = None,
+    ) -> None:
+        check_thinking(spec, tokenizer)
+        check_tools(spec, tokenizer)
+        self._spec, self._tokenizer, self._max_model_len, self._refused = spec, tokenizer, max_model_len, refused
+        self._prior = prior
+        self._columns = list_row_columns(spec)
+        self._sampling = make_sampling_params(spec.sampling)
 
-    def __post_init__(self) -> None:
-        check_thinking(self.spec, self.tokenizer)
-        check_tools(self.spec, self.tokenizer)
+    def expect(self, batch: pa.RecordBatch) -> list[float | None] | None:
+        """Completion tokens expected of each row's requests, by its hint column or its prompt's rough size: known before a
+        prompt is rendered, so that rows can be put in order. None where nothing is known of any."""
+        column = self._spec.input.length_hint
+        if column is None and self._prior is None:
+            return None
+        hints = decode_rows(batch, [column]) if column is not None else [{}] * batch.num_rows
+        sizes = estimate_prompt_tokens(batch, list_prompt_columns(self._spec.prompt))
+        # A row's own sampling may allow more than the job's, and is not looked at here.
+        most = self._spec.sampling.max_tokens if self._spec.prompt.sampling is None else sys.maxsize
+        return [
+            expect_tokens(
+                row[column] if column is not None else None, prompt_tokens=size, max_tokens=most, prior=self._prior
+            )
+            for row, size in zip(hints, sizes, strict=True)
+        ]
 
-    def prepare(self, batch: pa.RecordBatch, file: str, first_row: int) -> tuple[list[Prepared], list[str | None]]:
-        """(n requests or failures for each row, in order; custom_id of each row)."""
-        rows = decode_rows(batch, list_row_columns(self.spec))
-        prepared: list[Prepared] = []
-        custom_ids = []
-        for number, row in enumerate(rows, first_row):
-            prepared += self._prepare_row(row, file, number)
-            custom_ids.append(make_custom_id(row, self.spec.input.custom_id, file, number))
-        return prepared, custom_ids
-
-    def make_unreadable(self, rows: Unreadable, file: str, first_row: int) -> list[Prepared]:
-        """n failures for each row."""
-        numbers = range(first_row, first_row + rows.num_rows)
-        row_ids = [RowId(file, number, sample) for number in numbers for sample in range(self.spec.sampling.n)]
-        return [make_unreadable(row_id, rows.reason) for row_id in row_ids]
+    def prepare(self, batch: pa.RecordBatch, file: str, numbers: Sequence[int]) -> list[Prepared]:
+        """n requests or failures for each row, in order. `numbers`: the rows' own, in the file."""
+        rows = decode_rows(batch, self._columns)
+        return [
+            item for row, number in zip(rows, numbers, strict=True) for item in self._prepare_row(row, file, number)
+        ]
 
     def _prepare_row(self, row: Row, file: str, number: int) -> Iterable[Prepared]:
-        row_ids = [RowId(file, number, sample) for sample in range(self.spec.sampling.n)]
+        row_ids = [RowId(file, number, sample) for sample in range(self._spec.sampling.n)]
         try:
-            sampling = make_row_sampling(row, self.spec, self.refused)
-            if sampling.thinking and self.tokenizer is not None and self.tokenizer.think_end is None:
-                raise BadRow("bad_sampling", f"column '{self.spec.prompt.sampling}': thinking: {NO_MARKS}")
-            prompt = make_prompt(row, self.spec.prompt)
-            token_ids = self._tokenize(prompt, sampling, self.tokenizer) if self.tokenizer is not None else None
+            sampling = self._make_sampling(row)
+            prompt = make_prompt(row, self._spec.prompt)
+            token_ids = self._tokenize(prompt, sampling, self._tokenizer) if self._tokenizer is not None else None
         except BadRow as error:
             failure = Failure(error.error_type, error.message, is_retryable=False)
             return [Result(row_id, num_attempts=0, timing=Timing(), failure=failure) for row_id in row_ids]
-        if token_ids is not None and self.max_model_len is not None:
-            sampling = replace(sampling, max_tokens=min(sampling.max_tokens, self.max_model_len - len(token_ids)))
-        kept = prompt if token_ids is None else None
-        seeds = [make_seed(sampling.seed, row_id) for row_id in row_ids]
+        if token_ids is not None and self._max_model_len is not None:
+            room = self._max_model_len - len(token_ids)
+            sampling = sampling if room >= sampling.max_tokens else replace(sampling, max_tokens=room)
+        kept, has_tools = prompt if token_ids is None else None, prompt.tools is not None
+        expected = self._expect(row, token_ids, sampling.max_tokens)
         return [
-            Request(row_id, token_ids, replace(sampling, seed=seed), prompt=kept, has_tools=prompt.tools is not None)
-            for row_id, seed in zip(row_ids, seeds, strict=True)
+            Request(
+                row_id,
+                token_ids,
+                seed_sampling(sampling, row_id),
+                prompt=kept,
+                has_tools=has_tools,
+                expected_tokens=expected,
+            )
+            for row_id in row_ids
         ]
 
+    def _make_sampling(self, row: Row) -> SamplingParams:
+        if self._spec.prompt.sampling is None:
+            return self._sampling
+        sampling = make_row_sampling(row, self._spec, self._refused)
+        if sampling.thinking and self._tokenizer is not None and self._tokenizer.think_end is None:
+            raise BadRow("bad_sampling", f"column '{self._spec.prompt.sampling}': thinking: {NO_MARKS}")
+        return sampling
+
+    def _expect(self, row: Row, token_ids: tuple[int, ...] | None, max_tokens: int) -> float | None:
+        column = self._spec.input.length_hint
+        return expect_tokens(
+            row[column] if column is not None else None,
+            prompt_tokens=None if token_ids is None else len(token_ids),
+            max_tokens=max_tokens,
+            prior=self._prior,
+        )
+
     def _tokenize(self, prompt: Prompt, sampling: SamplingParams, tokenizer: Tokenizer) -> tuple[int, ...]:
-        token_ids = encode(prompt, sampling, tokenizer)
+        token_ids, limit = encode(prompt, sampling, tokenizer), self._max_model_len
         if not token_ids:
             raise BadRow("empty_prompt", "the prompt has no token")
-        if self.max_model_len is None or len(token_ids) < self.max_model_len:
+        if limit is None or len(token_ids) < limit:
             return token_ids
-        if self.spec.prompt.on_overflow == "error":
+        if self._spec.prompt.on_overflow == "error":
             raise BadRow(
                 "prompt_too_long",
-                f"{len(token_ids)} prompt tokens; the model takes {self.max_model_len} with the completion "
+                f"{len(token_ids)} prompt tokens; the model takes {limit} with the completion "
                 "(prompt.on_overflow: truncate_left cuts them)",
             )
         # Room for the completion asked for, but never more than half of the context.
-        return token_ids[-(self.max_model_len - min(sampling.max_tokens, self.max_model_len // 2)) :]
+        return token_ids[-(limit - min(sampling.max_tokens, limit // 2)) :]
+
+
+def estimate_prompt_tokens(batch: pa.RecordBatch, columns: Sequence[str]) -> list[int | None]:
+    """About how many tokens each row's prompt has; None for what can't be told without rendering it."""
+    sizes = [_measure(batch.column(name)) for name in columns]
+    return [None if None in row else round(sum(size or 0.0 for size in row)) for row in zip(*sizes, strict=True)]
+
+
+def _measure(column: pa.Array) -> list[float | None]:
+    kind = column.type
+    if (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_integer(kind.value_type):
+        return list(pc.list_value_length(column).to_pylist())
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or is_binary(kind):
+        return list(pc.divide(pc.cast(pc.binary_length(column), pa.float64()), BYTES_PER_TOKEN).to_pylist())
+    return [None] * len(column)
+
+
+def seed_sampling(sampling: SamplingParams, row_id: RowId) -> SamplingParams:
+    """The request's own: the same, but for a seed of its own where the job has one."""
+    return sampling if sampling.seed is None else replace(sampling, seed=make_seed(sampling.seed, row_id))
+
+
+def make_unreadables(rows: Unreadable, file: str, first_row: int, n: int) -> list[Result]:
+    """n failures for each row."""
+    numbers = range(first_row, first_row + rows.num_rows)
+    return [make_unreadable(RowId(file, number, sample), rows.reason) for number in numbers for sample in range(n)]
 
 
 def encode(prompt: Prompt, sampling: SamplingParams, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The whole prompt as token ids. Raises BadRow for what the tokenizer does not take."""
     if prompt.token_ids is not None:
-        bad = next((token for token in prompt.token_ids if token >= tokenizer.vocab_size), None)
-        if bad is not None:
-            raise BadRow("bad_token_ids", f"token id {bad} is outside the vocabulary of {tokenizer.vocab_size}")
+        largest = max(prompt.token_ids)
+        if largest >= tokenizer.vocab_size:
+            raise BadRow("bad_token_ids", f"token id {largest} is outside the vocabulary of {tokenizer.vocab_size}")
         return prompt.token_ids
     if prompt.messages is not None:
         return tuple(tokenizer.encode_chat(prompt.messages, thinking=sampling.thinking, tools=prompt.tools))
@@ -118,6 +193,12 @@ def encode(prompt: Prompt, sampling: SamplingParams, tokenizer: Tokenizer) -> tu
 
 
 # ---- input columns ---------------------------------------------------------------------------------------------------
+
+
+def make_custom_ids(batch: pa.RecordBatch, column: str | None, file: str, first_row: int) -> list[str | None]:
+    """Each row's key, from the job's `input.custom_id`."""
+    rows = decode_rows(batch, [column]) if column is not None else [{}] * batch.num_rows
+    return [make_custom_id(row, column, file, number) for number, row in enumerate(rows, first_row)]
 
 
 def make_inputs(batch: pa.RecordBatch, custom_ids: Sequence[str | None], passthrough: pa.Schema, file: str) -> pa.Table:

@@ -55,8 +55,10 @@ def list_prompt_columns(prompt: PromptSpec) -> tuple[str, ...]:
 
 
 def list_row_columns(spec: JobSpec) -> tuple[str, ...]:
-    """Columns read as Python values: the prompt's, custom_id, per-row sampling and tools. Each once, in that order."""
-    names = [*list_prompt_columns(spec.prompt), spec.input.custom_id, spec.prompt.sampling, spec.prompt.tools]
+    """Columns read as Python values: the prompt's, custom_id, per-row sampling, tools, length hint. Each once, in that
+    order."""
+    own = (spec.input.custom_id, spec.prompt.sampling, spec.prompt.tools, spec.input.length_hint)
+    names = [*list_prompt_columns(spec.prompt), *own]
     return tuple(dict.fromkeys(name for name in names if name is not None))
 
 
@@ -180,10 +182,10 @@ def drop_nulls(value: Any) -> Any:
 def _make_token_ids(value: Any, column: str) -> tuple[int, ...]:
     if value is None:
         raise BadRow("null_prompt", f"column '{column}' is null")
-    if not isinstance(value, list) or not all(isinstance(token, int) and token >= 0 for token in value):
-        raise BadRow("bad_token_ids", f"column '{column}' must be a list of non-negative integers without nulls")
-    if not value:
+    if isinstance(value, list) and not value:
         raise BadRow("empty_prompt", f"column '{column}' is empty")
+    if not isinstance(value, list) or set(map(type, value)) != {int} or min(value) < 0:
+        raise BadRow("bad_token_ids", f"column '{column}' must be a list of non-negative integers without nulls")
     return tuple(value)
 
 

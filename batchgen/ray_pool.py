@@ -22,6 +22,7 @@ from ray.exceptions import AuthenticationError, RayActorError, RayError, RayTask
 
 from batchgen.errors import LeaseHeld, Refusal
 from batchgen.events import PoolEvent, WorkerLost, WorkerStarted, WorkerStartFailed
+from batchgen.orders import Order
 from batchgen.records import Lease
 from batchgen.spec import ClusterSpec
 from batchgen.worker import Worker, WorkerSetup, open_worker
@@ -86,6 +87,9 @@ class WorkerActor:
     async def assign(self, lease: Lease) -> None:
         self._worker.assign(lease)
 
+    async def tell(self, order: Order) -> None:
+        self._worker.tell(order)
+
     async def poll(self) -> list[PoolEvent]:
         return await self._worker.poll(ACTOR_POLL_S)
 
@@ -132,6 +136,10 @@ class RayPool:
         # Its own failure says nothing that the outstanding poll does not say too.
         if (actor := self._actors.get(lease.worker_id)) is not None:
             actor.assign.remote(lease)
+
+    def tell(self, worker_id: str, order: Order) -> None:
+        if (actor := self._actors.get(worker_id)) is not None:
+            actor.tell.remote(order)
 
     def kill(self, worker_id: str) -> None:
         self._forget(worker_id)

@@ -35,11 +35,13 @@ NUM_FOOTER_THREADS = 32
 
 @dataclass(frozen=True, slots=True)
 class Footer:
-    """What planning needs of one file. `is_signed`: its footer can be read, but some of its columns are encrypted."""
+    """What planning needs of one file. `is_signed`: its footer can be read, but some of its columns are encrypted.
+    `row_group_bytes`: what the columns asked about take in each row group, decoded; None where that can't be told."""
 
     file: InputFile
     schema: pa.Schema
     is_signed: bool = False
+    row_group_bytes: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +55,8 @@ class Unreadable:
 Rows: TypeAlias = pa.RecordBatch | Unreadable
 
 
-def read_footer(info: FileInfo) -> Footer:
-    """Raises InputError for a file that is not readable Parquet."""
+def read_footer(info: FileInfo, columns: Sequence[str] = ()) -> Footer:
+    """`columns`: those whose size is asked about. Raises InputError for a file that is not readable Parquet."""
     if info.num_bytes == 0:
         raise InputError(f"{info.path}: is empty (0 bytes), not Parquet; remove it or write it again")
     try:
@@ -70,7 +72,18 @@ def read_footer(info: FileInfo) -> Footer:
     groups = tuple(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))
     # The sum, not the file's own total: some writers leave that at 0, and readers go by the groups.
     file = InputFile(info.path, info.num_bytes, info.version, sum(groups), groups)
-    return Footer(file, schema, is_signed=footer_bytes - metadata.serialized_size == SIGNATURE_BYTES)
+    is_signed = footer_bytes - metadata.serialized_size == SIGNATURE_BYTES
+    return Footer(file, schema, is_signed, None if is_signed else _measure_groups(metadata, columns))
+
+
+def _measure_groups(metadata: pq.FileMetaData, columns: Sequence[str]) -> tuple[int, ...] | None:
+    """Decoded bytes of these columns, leaves of nested ones included, in each row group."""
+    if not columns or metadata.num_row_groups == 0:
+        return None
+    paths = [metadata.row_group(0).column(number).path_in_schema for number in range(metadata.num_columns)]
+    wanted = [number for number, path in enumerate(paths) if path.partition(".")[0] in columns or path in columns]
+    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+    return tuple(sum(group.column(number).total_uncompressed_size for number in wanted) for group in groups)
 
 
 def _why_unreadable(info: FileInfo) -> str:
@@ -89,10 +102,10 @@ def _why_unreadable(info: FileInfo) -> str:
     return "is not Parquet; convert it, or leave it out of input.paths"
 
 
-def read_footers(infos: Sequence[FileInfo]) -> list[Footer]:
+def read_footers(infos: Sequence[FileInfo], columns: Sequence[str] = ()) -> list[Footer]:
     """Footers in the order given, read in parallel. Raises the first InputError in that order."""
     with ThreadPoolExecutor(NUM_FOOTER_THREADS, thread_name_prefix="footer") as threads:
-        return list(threads.map(read_footer, infos))
+        return list(threads.map(lambda info: read_footer(info, columns), infos))
 
 
 def iter_shard(
@@ -186,6 +199,17 @@ def decode_rows(batch: pa.RecordBatch, columns: Sequence[str]) -> list[dict[str,
     """One dict a row with the given columns as Python values; BadCell where a cell can't be decoded."""
     decoded = [_decode_column(batch.column(name)) for name in columns]
     return [dict(zip(columns, cells, strict=True)) for cells in zip(*decoded, strict=True)]
+
+
+def pick_rows(batch: pa.RecordBatch, indices: Sequence[int]) -> pa.RecordBatch:
+    """These rows of the batch, in the order given; of its memory where they are neighbours."""
+    if list(indices) == list(range(indices[0], indices[0] + len(indices))):
+        return batch.slice(indices[0], len(indices))
+    try:
+        return batch.take(pa.array(indices))
+    except pa.ArrowNotImplementedError:  # Arrow can't take from views, however deep they lie
+        rows = pa.Table.from_batches([batch.slice(index, 1) for index in indices])
+        return rows.combine_chunks().to_batches()[0]
 
 
 def _decode_column(column: pa.Array) -> list[Any]:

@@ -8,6 +8,13 @@ is a *batch*. Units end a name: `_s` seconds, `_at` seconds since the Unix epoch
 from dataclasses import dataclass
 from typing import Any
 
+# A Python int and its place in a tuple.
+TOKEN_BYTES = 36
+
+
+# (source_row, sample_index): a request of a shard whose file is known.
+Slot = tuple[int, int]
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class RowId:
@@ -16,6 +23,10 @@ class RowId:
     source_file: str
     source_row: int
     sample_index: int
+
+    @property
+    def slot(self) -> Slot:
+        return self.source_row, self.sample_index
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +70,8 @@ class Prompt:
 
     @property
     def num_bytes(self) -> int:
-        """Rough size in memory: a Python int and its slot for each token, a dict for each message and tool."""
-        size = 36 * len(self.token_ids or ()) + 2 * len(self.text or "")
+        """Rough size in memory: a dict for each message and tool."""
+        size = TOKEN_BYTES * len(self.token_ids or ()) + 2 * len(self.text or "")
         parts = (*(self.messages or ()), *(self.tools or ()))
         return size + sum(400 + 2 * sum(len(str(value)) for value in part.values()) for part in parts)
 
@@ -69,7 +80,7 @@ class Prompt:
 class Request:
     """What an engine is sent. Exactly one is set: `token_ids`, the whole rendered prompt with its special tokens, for an
     engine with a tokenizer on our side; `prompt`, the row's own, for one that renders and tokenises itself. `has_tools`:
-    the answer may call tools."""
+    the answer may call tools. `expected_tokens`: of the completion, where anything is known of it (`lengths`)."""
 
     row_id: RowId
     token_ids: tuple[int, ...] | None
@@ -77,6 +88,7 @@ class Request:
     attempt: int = 1
     prompt: Prompt | None = None
     has_tools: bool = False
+    expected_tokens: float | None = None
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -88,7 +100,7 @@ class Request:
     @property
     def num_bytes(self) -> int:
         """Rough size in memory while it waits or is in flight."""
-        return (self.prompt or Prompt(token_ids=self.token_ids)).num_bytes
+        return TOKEN_BYTES * len(self.token_ids) if self.token_ids is not None else (self.prompt or Prompt()).num_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,12 +184,17 @@ class InputFile:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Rows `row_start` <= source_row < `row_end` of one file: the unit of work and of commit."""
+    """Rows `row_start` <= source_row < `row_end` of one file: the unit of work and of commit. What the plan knows of their
+    lengths: completion tokens that hints promise, in sum over all samples and of the longest one, and about how many
+    bytes their prompts take."""
 
     number: int
     file: InputFile
     row_start: int
     row_end: int
+    expected_tokens: float | None = None
+    max_expected_tokens: float | None = None
+    prompt_bytes: float | None = None
 
     @property
     def id(self) -> str:
@@ -251,8 +268,20 @@ class WorkerInfo:
 
 @dataclass(frozen=True, slots=True)
 class ShardProgress:
-    """How far an open lease is, in input rows whose n samples are all finished; and in failed samples, of any row."""
+    """How far an open lease is, in input rows whose n samples are all finished; in failed samples, of any row; and in
+    requests that are neither finished, nor given to another worker, nor sent to the engine yet."""
 
     batch_id: str
     num_rows_done: int
     num_rows_error: int
+    num_unsent: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Requests of a lent shard that another worker generates for its owner. `lease` is the helper's, an attempt of its own;
+    `owner_batch_id` that of the owner, who alone commits. Which requests they are stands in the handoff in the store."""
+
+    lease: Lease
+    owner_id: str
+    owner_batch_id: str

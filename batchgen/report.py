@@ -32,8 +32,10 @@ def make_report(
     num_input_rows: int,
     elapsed_s: float,
     is_unique_checked: bool | None,
+    gpu_hours: float | None = None,
 ) -> dict[str, Any]:
-    """The report. `state`: finished, stopped. `batches`: all that are known, of this and earlier runs."""
+    """The report. `state`: finished, stopped. `batches`: all that are known, of this and earlier runs. `gpu_hours`: of this
+    run's workers, start-up included; None where they reserve none."""
     everything = list(batches)
     ours = [batch for batch in everything if batch.epoch == epoch]
     return {
@@ -48,7 +50,12 @@ def make_report(
         "custom_id": "unique" if is_unique_checked else "not checked",
         "rows": make_row_counts(spec, committed, num_input_rows),
         "job": make_totals(everything),
-        "run": {**make_totals(ours), "elapsed_s": elapsed_s, "tokens_per_s": _rate(ours, elapsed_s)},
+        "run": {
+            **make_totals(ours),
+            "elapsed_s": elapsed_s,
+            "tokens_per_s": _rate(ours, elapsed_s),
+            "gpu_hours": gpu_hours,
+        },
     }
 
 
@@ -78,6 +85,7 @@ def make_totals(batches: Sequence[BatchStats]) -> dict[str, Any]:
         "completion_tokens": _add(batch.completion_tokens for batch in batches),
         "cached_tokens": _add(batch.cached_tokens for batch in batches),
         "num_retries": _add(batch.num_retries for batch in batches),
+        "window_share": _share_window(batches),
         "finish_reasons": _add_counts(batch.finish_reasons for batch in batches),
         "error_types": _add_counts(batch.error_types for batch in batches),
         "latency": make_job_latency(batches),
@@ -105,6 +113,16 @@ def _add_counts(counts: Iterable[Mapping[str, int] | None]) -> dict[str, int]:
     return dict(total.most_common())
 
 
+def _share_window(batches: Sequence[BatchStats]) -> float | None:
+    """Requests in flight over the most allowed, mean over the batches' time. Each batch sees its worker's whole window."""
+    seen = [
+        (batch.mean_inflight * batch.wall_s, batch.window * batch.wall_s)
+        for batch in batches
+        if batch.mean_inflight is not None and batch.window and batch.wall_s
+    ]
+    return sum(held for held, _ in seen) / sum(most for _, most in seen) if seen else None
+
+
 def _rate(batches: Sequence[BatchStats], elapsed_s: float) -> float | None:
     tokens = _add(batch.completion_tokens for batch in batches)
     return tokens / elapsed_s if tokens is not None and elapsed_s > 0 else None
@@ -122,6 +140,10 @@ def make_text_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("tokens", f"prompt {_show(job['prompt_tokens'])}, completion {_show(job['completion_tokens'])}"),
         ("this run", f"{_show(run['elapsed_s'], 's')}, {_show(run['tokens_per_s'])} completion tokens/s"),
     ]
+    if run["window_share"] is not None:
+        lines.append(("window", f"{run['window_share']:.1%} full, mean over this run's batches"))
+    if run["gpu_hours"] is not None:
+        lines.append(("GPU-hours", _show(run["gpu_hours"])))
     for name in LATENCIES:
         values = [_show(job["latency"][f"{name}_{key}_s"], "s") for key in QUANTILES]
         lines.append((f"{name.replace('_', ' ')} {'/'.join(QUANTILES)}", ", ".join(values)))

@@ -10,13 +10,14 @@ from typing import Any
 
 from batchgen import manifest
 from batchgen.control import StatusWriter
-from batchgen.dispatch import Dispatcher, Progress
+from batchgen.dispatch import Dispatcher
 from batchgen.errors import LeaseLost, RunStopped, StorageError
 from batchgen.events import WorkerPool
 from batchgen.finish import finish
 from batchgen.hold import Hold, hold_folder
 from batchgen.job import Job, check_renders, freeze, limit_rows, load_journal, open_job, reopen
 from batchgen.pools import create_pool
+from batchgen.progress import Progress
 from batchgen.signals import stop_on_signal
 from batchgen.spec import JobSpec
 from batchgen.storage import Storage
@@ -40,7 +41,7 @@ def run_job(spec: JobSpec, view: View, *, limit: int | None = None) -> dict[str,
             return finish(job, None, hold, is_trial=limit is not None)
         storage.delete(manifest.SUCCESS)
         freeze(job)
-        setup = WorkerSetup("", job.spec, hold.epoch, storage, job.passthrough)
+        setup = WorkerSetup("", job.spec, hold.epoch, storage, job.passthrough, job.prior)
         with closing(create_pool(setup)) as pool, stop_on_signal() as check_signal:
             dispatcher = make_dispatcher(job, hold, pool, view, check_signal)
             message = dispatch(dispatcher, view)

@@ -6,19 +6,20 @@ replacement copies the ok rows unchanged and swaps the file only if it is still 
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batchgen import journal
+from batchgen import handoff, journal
 from batchgen.batches import BatchStats, FileFooter
-from batchgen.errors import AlreadyExists, Conflict
+from batchgen.errors import AlreadyExists, Conflict, Damaged
 from batchgen.events import ShardCommitted
 from batchgen.manifest import CommittedShard
 from batchgen.open_shard import OpenShard
-from batchgen.records import JournalRef, Lease, WorkerInfo, parse_batch_id
+from batchgen.records import JournalRef, Lease, Share, Slot, WorkerInfo, parse_batch_id
 from batchgen.seal import digest_footer
 from batchgen.shard_footer import read_footer, read_whole_file
 from batchgen.spec import JobSpec
@@ -85,6 +86,20 @@ class ShardFiles:
     def write_segment(self, path: str, rows: dict[int, pa.Table]) -> dict[int, JournalRef]:
         return journal.write_segment(self._storage, path, rows, self._fingerprint)
 
+    def write_handoff(self, batch_id: str, slots: Sequence[Slot]) -> None:
+        handoff.write_handoff(self._storage, batch_id, slots)
+
+    def read_handoff(self, share: Share) -> list[Slot]:
+        """Raises NotFound, or Damaged for what is none of this share."""
+        slots, shard = handoff.read_handoff(self._storage, share.lease.batch_id), share.lease.shard
+        n = self._spec.sampling.n
+        if not slots or not all(shard.row_start <= row < shard.row_end and 0 <= sample < n for row, sample in slots):
+            raise Damaged(f"{self._storage.url(handoff.make_handoff_path(share.lease.batch_id))}: is of another shard")
+        return slots
+
+    def open_share(self, share: Share, slots: Sequence[Slot]) -> OpenShard:
+        return OpenShard(share.lease, self._spec.sampling.n, self.result_schema, slots)
+
     def commit(self, shard: OpenShard, info: WorkerInfo, spent: Spent) -> ShardCommitted:
         """Publish the shard, all or nothing. Raises StorageError; then nothing is published, or our own file is."""
         started = time.monotonic()
@@ -98,7 +113,7 @@ class ShardFiles:
             mean_inflight=spent.mean_inflight,
             num_from_journal=shard.num_recovered,
             num_copied=shard.num_copied,
-            read_s=shard.read_s,
+            read_s=shard.read_s + shard.prepare_s,
             write_s=None,
         )
         footer = FileFooter(
@@ -109,7 +124,7 @@ class ShardFiles:
             epoch=lease.epoch,
             batch_id=lease.batch_id,
             **count_rows(parts.output),
-            batches=(stats, *self._list_earlier(lease, parts.recovered)),
+            batches=(stats, *self._list_earlier(shard, parts.recovered)),
         )
         data = make_shard_file(parts.output, footer, compression_level=self._spec.output.compression_level)
         standing = self._publish(lease, data, footer)
@@ -132,16 +147,17 @@ class ShardFiles:
             return standing
         return CommittedShard(FileInfo(path, data.size, version), footer, digest_footer(data))
 
-    def _list_earlier(self, lease: Lease, recovered: pa.Table) -> list[BatchStats]:
+    def _list_earlier(self, shard: OpenShard, recovered: pa.Table) -> list[BatchStats]:
         """Stats of the other batches that have rows in this file: known from the file replaced, else from the rows."""
-        known = {}
+        known, lease = {}, shard.lease
         if lease.replaces is not None:
             replaced, _ = read_footer(self._storage, lease.shard.data_path)
             known = {batch.batch_id: batch for batch in replaced.batches}
         batches = []
         for batch_id in pc.unique(recovered["batch_id"]).to_pylist():
             rows = recovered.filter(pc.equal(recovered["batch_id"], batch_id))
-            batches.append(known.get(batch_id) or make_lost_stats(batch_id, rows=rows))
+            outcome = "shared" if batch_id in shard.shared_ids else "lost"
+            batches.append(known.get(batch_id) or make_lost_stats(batch_id, rows=rows, outcome=outcome))
         return batches
 
 

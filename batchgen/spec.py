@@ -10,7 +10,7 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, AwareDatetime, Field, model_validator
 
 from batchgen.engine_specs import EngineSpec
 from batchgen.sampling_spec import SamplingSpec
@@ -42,6 +42,15 @@ class InputSpec(Section):
     )
     limit: int | None = Field(
         default=None, ge=1, description="Only the first N rows (rows). May be raised later: finished rows are kept."
+    )
+    length_hint: str | None = Field(
+        default=None,
+        description="Column with a row's expected completion (tokens): long rows start first. Wrong or null costs nothing "
+        "but time at the end.",
+    )
+    length_prior: Url | None = Field(
+        default=None,
+        description="output.path of an earlier run over prompts like these: what it measured is expected where no hint is.",
     )
 
     @model_validator(mode="before")
@@ -212,6 +221,18 @@ class ClusterSpec(Section):
         "takes to notice that it hangs and to load its weights anew.",
     )
     log_interval_s: float = Field(default=5.0, gt=0, description="Seconds between progress lines in a log (s).")
+    deadline: AwareDatetime | None = Field(
+        default=None, description="Be stopped by then, drained and resumable: a time with its UTC offset."
+    )
+    max_gpu_hours: float | None = Field(
+        default=None, gt=0, description="Stop before one run has used more, its workers' start-up included (GPU-hours)."
+    )
+
+    @model_validator(mode="after")
+    def _has_gpus(self) -> "ClusterSpec":
+        if self.max_gpu_hours is not None and self.gpus_per_worker == 0:
+            raise ValueError("max_gpu_hours counts what workers reserve, and gpus_per_worker is 0; set it")
+        return self
 
 
 class RetrySpec(Section):

@@ -154,9 +154,10 @@ def with_absolute_paths(spec: JobSpec) -> JobSpec:
             raise SpecError(f"model.revision: goes with a hub id, and {model.path} is a folder here; leave it out")
         model = model.model_copy(update={"path": _absolute(model.path)})
     lock_url = output.lock_url and _absolute(output.lock_url)
+    prior = spec.input.length_prior and _absolute(spec.input.length_prior)
     return spec.model_copy(
         update={
-            "input": spec.input.model_copy(update={"paths": paths}),
+            "input": spec.input.model_copy(update={"paths": paths, "length_prior": prior}),
             "output": output.model_copy(update={"path": _absolute(output.path), "lock_url": lock_url}),
             "engine": engine,
             "model": model,

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchgen.batches import BatchStats
+from batchgen.lengths import make_lengths
 from batchgen.records import Lease, WorkerInfo, parse_batch_id
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
@@ -31,10 +32,13 @@ ROW_FIELDS = (
     "cached_tokens",
     "latency",
     "sketches",
+    "lengths",
     "finish_reasons",
     "error_types",
     "num_retries",
 )
+# Who knows better what became of a batch.
+OUTCOMES = ("committed", "shared", "superseded", "lost")
 LATENCY_FIELDS = tuple(f"{name}_{quantile}_s" for name in LATENCIES for quantile in QUANTILES)
 
 
@@ -129,6 +133,7 @@ def describe_rows(rows: pa.Table) -> dict[str, Any]:
         "cached_tokens": total(rows["cached_tokens"]),
         "latency": make_latency(rows),
         "sketches": make_sketches(rows),
+        "lengths": make_lengths(rows),
         "finish_reasons": count_values(rows["finish_reason"]),
         "error_types": count_values(rows["error_type"]),
         "num_retries": total(pc.max_element_wise(pc.subtract(rows["num_attempts"], 1), 0)) or 0,
@@ -184,8 +189,10 @@ def make_lost_stats(
     started_at: float | None = None,
     wall_s: float | None = None,
     rows: pa.Table | None = None,
+    outcome: str = "lost",
 ) -> BatchStats:
-    """Stats of a batch that did not commit, as far as known. `rows` are those of its rows that a journal saved."""
+    """Stats of a batch that did not commit, as far as known. `rows` are those of its rows that a journal saved. `outcome`:
+    'shared' for one that helped another batch."""
     number, epoch, attempt = parse_batch_id(batch_id)
     made = describe_rows(rows) if rows is not None else dict.fromkeys(ROW_FIELDS)
     return BatchStats(
@@ -193,7 +200,7 @@ def make_lost_stats(
         shard=f"shard-{number:09d}",
         attempt=attempt,
         epoch=epoch,
-        outcome="lost",
+        outcome=outcome,
         worker=info.worker_id if info else None,
         node=info.node if info else None,
         engine_kind=info.engine_kind if info else None,
@@ -208,8 +215,8 @@ def make_lost_stats(
 
 def merge_stats(ours: BatchStats, theirs: BatchStats) -> BatchStats:
     """What two sources know of one batch: each field from the first that knows it. A file that stands and says that it
-    is this batch's beats a note that its worker was lost: the worker died after its commit."""
-    if theirs.outcome == "committed" != ours.outcome:
+    is this batch's beats a note that its worker was lost: the worker died after its commit. So does a helper's word."""
+    if OUTCOMES.index(theirs.outcome) < OUTCOMES.index(ours.outcome):
         ours, theirs = theirs, ours
     fields = {
         field.name: getattr(theirs, field.name)

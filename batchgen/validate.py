@@ -67,6 +67,10 @@ def is_key(kind: pa.DataType) -> bool:
     return is_text(kind) or bool(types.is_integer(kind))
 
 
+def is_number(kind: pa.DataType) -> bool:
+    return bool(types.is_integer(kind) or types.is_floating(kind))
+
+
 def is_sampling(kind: pa.DataType) -> bool:
     return bool(types.is_struct(kind)) or is_text(kind)
 
@@ -91,6 +95,7 @@ def list_checks(spec: JobSpec) -> list[tuple[str, str, TypeCheck, str]]:
         ("prompt.sampling", prompt.sampling, is_sampling, "a struct or JSON text"),
         ("prompt.tools", prompt.tools, is_tools, "a list of structs or JSON text"),
         ("input.custom_id", spec.input.custom_id, is_key, "text or integers"),
+        ("input.length_hint", spec.input.length_hint, is_number, "a number"),
     ]
     if prompt.template is not None:
         columns = list_prompt_columns(prompt)

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from batchgen.dispatch import Progress
+from batchgen.progress import Progress
 
 
 def format_eta(progress: Progress) -> str:

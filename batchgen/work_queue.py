@@ -5,35 +5,29 @@ an answer for a lease that is no longer held (a zombie's) changes nothing. Longe
 neighbour of a worker's last shard is preferred among equals. A worker that is not heard of, or that makes no token and
 finishes no row, loses its leases. A shard lost too often is lent once more as a last resort: no generation, its missing
 rows become error rows. Knows nothing of rows, files or Ray.
+
+At the end of a run part of a lent shard may be a `Share` of another worker: its owner holds the lease all the same, and
+a share changes nothing of the above. A decision costs O(log n) in shards and workers.
 """
 
-import heapq
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from batchgen.backlog import BACKOFF_S, MAX_BACKOFF_S, NEIGHBOUR_SHARE, Backlog, QueuedShard
 from batchgen.events import Heartbeat
-from batchgen.records import Lease, Shard, WorkerInfo
+from batchgen.lazy_heap import LazyHeap
+from batchgen.leases import OpenLease, QueueWorker
+from batchgen.records import Lease, Share, WorkerInfo
 from batchgen.spec import ClusterSpec, RetrySpec
 
-# A neighbour may jump the longest-first order when it is at least this share of the longest waiting shard.
-NEIGHBOUR_SHARE = 0.8
+__all__ = ["BACKOFF_S", "MAX_BACKOFF_S", "NEIGHBOUR_SHARE", "LostLease", "QueuedShard", "WorkQueue"]
+
 # A worker holds leases for this many windows of unfinished rows: one in flight, half a one read and tokenised ahead.
 WINDOWS_AHEAD = 1.5
+# With hints it holds more, so that it can send the longest of many rows first.
+HINTED_WINDOWS_AHEAD = 8.0
 MIN_OPEN_SHARDS = 2
 MAX_OPEN_SHARDS = 1024
-BACKOFF_S = 1.0
-MAX_BACKOFF_S = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class QueuedShard:
-    """A shard to be done. `first_attempt` goes on where earlier runs stopped counting; `replaces` is the version of the
-    committed file whose error rows are to be replaced; `cost` orders (expected rows to generate)."""
-
-    shard: Shard
-    first_attempt: int = 1
-    replaces: str | None = None
-    cost: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,77 +41,58 @@ class LostLease:
     reason: str
 
 
-@dataclass(slots=True)
-class _Open:
-    lease: Lease
-    started_at: float
-    num_rows_done: int = 0
-    num_rows_error: int = 0
-
-
-@dataclass(slots=True)
-class _Worker:
-    info: WorkerInfo
-    heard_at: float
-    progress_at: float
-    progress: tuple[int, int] = (0, 0)
-    last_shard: int = -2
-    num_unfinished: int = 0
-    open: dict[str, _Open] = field(default_factory=dict)
-
-    def count(self) -> None:
-        """Keeps the sum that every lease is decided by; called whenever what is open changed, never in a decision."""
-        self.num_unfinished = sum(o.lease.shard.num_rows - o.num_rows_done for o in self.open.values())
-
-
 class WorkQueue:
     """Shards in, leases out, facts back in. `n`: requests a row."""
 
     def __init__(
         self, shards: Iterable[QueuedShard], *, epoch: int, retry: RetrySpec, cluster: ClusterSpec, n: int = 1
     ) -> None:
-        self._epoch, self._retry, self._cluster, self._n = epoch, retry, cluster, n
-        self._all = {queued.shard.number: queued for queued in shards}
-        self._waiting = set(self._all)
-        self._heap = [(-queued.cost, number) for number, queued in self._all.items()]
-        heapq.heapify(self._heap)
-        self._delayed: list[tuple[float, int]] = []
-        self._num_lost: dict[int, int] = {}
-        self._most_done: dict[int, int] = {}
-        self._num_failed: dict[int, int] = {}
-        self._reasons: dict[int, str] = {}
-        self._attempts = {number: queued.first_attempt for number, queued in self._all.items()}
-        self._workers: dict[str, _Worker] = {}
-        self._done: set[int] = set()
+        self._cluster, self._n = cluster, n
+        self._backlog = Backlog(shards, epoch=epoch, retry=retry)
+        self._windows_ahead = HINTED_WINDOWS_AHEAD if self._backlog.is_hinted else WINDOWS_AHEAD
+        self._workers: dict[str, QueueWorker] = {}
+        self._hungry: LazyHeap[str, tuple[float, str]] = LazyHeap()
+        self._deadlines: LazyHeap[str, float] = LazyHeap()
+        self._held: dict[int, OpenLease] = {}
+        self._rows_open, self._errors_open = 0, 0
 
     # ---- facts in ----------------------------------------------------------------------------------------------------
 
     def add_worker(self, info: WorkerInfo, now: float) -> None:
-        self._workers[info.worker_id] = _Worker(info, heard_at=now, progress_at=now)
+        self._workers[info.worker_id] = worker = QueueWorker(info, joined_at=now, heard_at=now, progress_at=now)
+        self._place(worker)
 
     def renew(self, beat: Heartbeat, now: float) -> None:
-        """A worker was heard of. Its leases' stall clock restarts only when it made a token or finished a row."""
+        """A worker was heard of. Its leases' stall clock restarts only when it made a token or finished a row; so does that
+        of the owners it helps, who may have nothing left to do but wait for it."""
         worker = self._workers.get(beat.worker_id)
         if worker is None:
             return
-        worker.heard_at = now
+        worker.heard_at, worker.num_inflight = now, beat.num_inflight
         for shard in beat.shards:
-            if (lease := worker.open.get(shard.batch_id)) is not None:
-                lease.num_rows_done, lease.num_rows_error = shard.num_rows_done, shard.num_rows_error
+            if (held := worker.open.get(shard.batch_id)) is not None:
+                self._count_open(held, -1)
+                held.num_rows_done, held.num_rows_error = shard.num_rows_done, shard.num_rows_error
+                held.num_unsent = shard.num_unsent
+                self._count_open(held, +1)
+            elif shard.batch_id in worker.shares:
+                worker.share_unsent[shard.batch_id] = shard.num_unsent
         worker.count()
-        progress = (beat.total_tokens, sum(o.num_rows_done for o in worker.open.values()))
-        if progress != worker.progress or (beat.num_inflight == 0 and not worker.open):
+        progress = (beat.total_tokens, sum(held.num_rows_done for held in worker.open.values()))
+        if progress != worker.progress or (beat.num_inflight == 0 and not worker.is_busy):
             worker.progress, worker.progress_at = progress, now
+            for share in worker.shares.values():
+                if (owner := self._workers.get(share.owner_id)) is not None:
+                    owner.progress_at = now
+        self._place(worker)
 
     def complete(self, worker_id: str, batch_id: str, shard_number: int) -> bool:
         """The shard's file exists, whoever made it. False when that was known already."""
-        if (worker := self._workers.get(worker_id)) is not None:
-            self._close(worker, batch_id)
-        if shard_number in self._done:
-            return False
-        self._done.add(shard_number)
-        self._waiting.discard(shard_number)
-        return True
+        if (worker := self._workers.get(worker_id)) is not None and (held := self._close(worker, batch_id)) is not None:
+            worker.num_rows_ended += held.lease.shard.num_rows
+        if (other := self._held.get(shard_number)) is not None and not self._backlog.is_done(shard_number):
+            self._count_open(other, -1)  # what another one has of it would count twice
+        return self._backlog.complete(shard_number)
 
     def fail(self, worker_id: str, batch_id: str, now: float, reason: str) -> LostLease | None:
         """The lease ended without a commit, its worker lives: lent again after a pause. None for a zombie's."""
@@ -125,144 +100,173 @@ class WorkQueue:
         held = self._close(worker, batch_id) if worker is not None else None
         if held is None:
             return None
-        number = held.lease.shard.number
-        self._num_failed[number] = self._num_failed.get(number, 0) + 1
-        delay = min(MAX_BACKOFF_S, BACKOFF_S * 2 ** (self._num_failed[number] - 1))
-        heapq.heappush(self._delayed, (now + delay, number))
-        return self._end(held, now, reason)
+        self._backlog.note_failure(held.lease.shard.number, now, reason)
+        return LostLease(held.lease, held.started_at, now, held.num_rows_done, reason)
 
     def lose(self, worker_id: str, now: float, reason: str) -> list[LostLease]:
-        """The worker is gone: its shards wait again at once."""
+        """The worker is gone: its shards wait again at once. (What it has of others' shards: `list_shares`, before.)"""
         worker = self._workers.pop(worker_id, None)
         if worker is None:
             return []
+        self._hungry.discard(worker_id)
+        self._deadlines.discard(worker_id)
         lost = []
-        for held in worker.open.values():
-            self._count_loss(held)
-            self._wait(held.lease.shard.number)
-            lost.append(self._end(held, now, reason))
+        for batch_id in list(worker.open):
+            held = self._drop(worker, batch_id)
+            self._backlog.note_loss(held.lease.shard.number, held.num_rows_done, reason)
+            lost.append(LostLease(held.lease, held.started_at, now, held.num_rows_done, reason))
         return lost
 
-    def _count_loss(self, held: _Open) -> None:
-        """Only losses without progress count towards the last resort: a shard that gets further with every attempt is
-        held up by its workers' deaths, it does not cause them."""
-        number = held.lease.shard.number
-        if held.num_rows_done > self._most_done.get(number, 0):
-            self._most_done[number], self._num_lost[number] = held.num_rows_done, 0
-        else:
-            self._num_lost[number] = self._num_lost.get(number, 0) + 1
-
-    def _close(self, worker: _Worker, batch_id: str) -> _Open | None:
-        held = worker.open.pop(batch_id, None)
-        if held is not None:
-            worker.num_unfinished -= held.lease.shard.num_rows - held.num_rows_done
+    def _close(self, worker: QueueWorker, batch_id: str) -> OpenLease | None:
+        if batch_id not in worker.open:
+            return None
+        held = self._drop(worker, batch_id)
+        worker.count()
+        self._place(worker)
         return held
 
-    def _end(self, held: _Open, now: float, reason: str) -> LostLease:
-        self._reasons[held.lease.shard.number] = reason
-        return LostLease(held.lease, held.started_at, now, held.num_rows_done, reason)
+    def _drop(self, worker: QueueWorker, batch_id: str) -> OpenLease:
+        held = worker.open.pop(batch_id)
+        self._count_open(held, -1)
+        del self._held[held.lease.shard.number]
+        return held
 
-    def _wait(self, number: int) -> None:
-        if number not in self._done and number not in self._waiting:
-            self._waiting.add(number)
-            heapq.heappush(self._heap, (-self._all[number].cost, number))
+    def _count_open(self, held: OpenLease, sign: int) -> None:
+        if not self._backlog.is_done(held.lease.shard.number):
+            self._rows_open += sign * held.num_rows_done
+            self._errors_open += sign * held.num_rows_error
+
+    def _place(self, worker: QueueWorker) -> None:
+        """Keep the worker's rank among the hungry, and the time at which it is looked at for silence."""
+        worker_id = worker.info.worker_id
+        if self._wants_more(worker):
+            self._hungry.set(worker_id, (worker.load, worker_id))
+        else:
+            self._hungry.discard(worker_id)
+        self._deadlines.set(worker_id, self._choose_deadline(worker))
+
+    def _choose_deadline(self, worker: QueueWorker) -> float:
+        heard = worker.heard_at + self._cluster.worker_timeout_s
+        return min(heard, worker.progress_at + self._cluster.stall_timeout_s) if worker.is_busy else heard
 
     # ---- decisions out -----------------------------------------------------------------------------------------------
 
     def lease_next(self, now: float) -> Lease | None:
         """One lease for the worker that needs it most, or None. Call until None."""
-        while self._delayed and self._delayed[0][0] <= now:
-            self._wait(heapq.heappop(self._delayed)[1])
-        if not self._waiting:
+        if (hungriest := self._hungry.peek()) is None:
             return None
-        hungry = [worker for worker in self._workers.values() if self._wants_more(worker)]
-        if not hungry:
-            return None
-        worker = min(hungry, key=lambda w: (w.num_unfinished, w.info.worker_id))
-        return self._lend(worker, self._pick(worker), now)
+        worker = self._workers[hungriest[1]]
+        number = self._backlog.pick(worker.last_shard + 1, now)
+        return None if number is None else self._lend(worker, number, now)
 
-    def _wants_more(self, worker: _Worker) -> bool:
+    def _wants_more(self, worker: QueueWorker) -> bool:
         num_open = len(worker.open)
         if num_open >= MAX_OPEN_SHARDS:
             return False
-        return num_open < MIN_OPEN_SHARDS or self._n * worker.num_unfinished < WINDOWS_AHEAD * worker.info.window
+        return num_open < MIN_OPEN_SHARDS or self._n * worker.num_unfinished < self._windows_ahead * worker.info.window
 
-    def _pick(self, worker: _Worker) -> int:
-        while self._heap[0][1] not in self._waiting:
-            heapq.heappop(self._heap)
-        longest = -self._heap[0][0]
-        neighbour = worker.last_shard + 1
-        if neighbour in self._waiting and self._all[neighbour].cost >= NEIGHBOUR_SHARE * longest:
-            return neighbour
-        return self._heap[0][1]
-
-    def _lend(self, worker: _Worker, number: int, now: float) -> Lease:
-        self._waiting.discard(number)
-        queued, attempt = self._all[number], self._attempts[number]
-        self._attempts[number] = attempt + 1
-        lease = Lease(
-            shard=queued.shard,
-            attempt=attempt,
-            epoch=self._epoch,
-            worker_id=worker.info.worker_id,
-            replaces=queued.replaces,
-            is_last_resort=self._num_lost.get(number, 0) >= self._retry.max_shard_attempts,
-            reason=self._reasons.get(number),
-        )
-        worker.last_shard = number
-        if not worker.open:
+    def _lend(self, worker: QueueWorker, number: int, now: float) -> Lease:
+        lease, work = self._backlog.take(number, worker.info.worker_id), self._backlog.get_work(number)
+        if not worker.is_busy:
             worker.progress_at = now
-        worker.open[lease.batch_id] = _Open(lease, now)
-        worker.num_unfinished += queued.shard.num_rows
+        self._held[number] = worker.open[lease.batch_id] = OpenLease(lease, work, now)
+        worker.last_shard = number
+        worker.num_unfinished += lease.shard.num_rows
+        worker.load += work
+        self._place(worker)
         return lease
 
     def list_silent(self, now: float) -> list[tuple[str, str]]:
         """(worker, reason) of workers to give up: not heard of, or busy without a sign of progress."""
-        silent = []
-        for worker_id, worker in self._workers.items():
-            if now - worker.heard_at > self._cluster.worker_timeout_s:
-                silent.append((worker_id, f"not heard of for {self._cluster.worker_timeout_s:g} s"))
-            elif worker.open and now - worker.progress_at > self._cluster.stall_timeout_s:
-                silent.append((worker_id, f"no token and no row for {self._cluster.stall_timeout_s:g} s"))
+        silent, due = [], []
+        while (first := self._deadlines.peek()) is not None and first[0] <= now:
+            worker = self._workers[first[1]]
+            self._deadlines.discard(first[1])
+            due.append(worker)
+            if (reason := self._find_fault(worker, now)) is not None:
+                silent.append((first[1], reason))
+        for worker in due:
+            self._deadlines.set(worker.info.worker_id, self._choose_deadline(worker))
         return silent
+
+    def _find_fault(self, worker: QueueWorker, now: float) -> str | None:
+        if now - worker.heard_at > self._cluster.worker_timeout_s:
+            return f"not heard of for {self._cluster.worker_timeout_s:g} s"
+        if worker.is_busy and now - worker.progress_at > self._cluster.stall_timeout_s:
+            return f"no token and no row for {self._cluster.stall_timeout_s:g} s"
+        return None
 
     def find_hopeless(self) -> tuple[int, str] | None:
         """A shard whose lease failed too often on live workers (its store or input is at fault), with the reason."""
-        for number, count in self._num_failed.items():
-            if number not in self._done and count >= self._retry.max_shard_attempts:
-                return number, self._reasons[number]
-        return None
+        return self._backlog.find_hopeless()
+
+    # ---- shares of lent shards ---------------------------------------------------------------------------------------
+
+    def lend_share(self, owner_id: str, batch_id: str, helper_id: str, num_requests: int, now: float) -> Share:
+        """Part of what the owner holds under this batch goes to a helper, as an attempt of its own."""
+        held, helper = self._workers[owner_id].open[batch_id], self._workers[helper_id]
+        share = Share(self._backlog.make_lease(held.lease.shard.number, helper_id), owner_id, batch_id)
+        if not helper.is_busy:
+            helper.progress_at = now
+        helper.shares[share.lease.batch_id] = share
+        helper.share_unsent[share.lease.batch_id] = num_requests
+        self._place(helper)
+        return share
+
+    def end_share(self, share: Share) -> bool:
+        """The helper has done with it, or never got it. False when that was known already."""
+        helper = self._workers.get(share.lease.worker_id)
+        if helper is None or helper.shares.pop(share.lease.batch_id, None) is None:
+            return False
+        helper.share_unsent.pop(share.lease.batch_id)
+        self._place(helper)
+        return True
+
+    def has_share(self, share: Share) -> bool:
+        helper = self._workers.get(share.lease.worker_id)
+        return helper is not None and share.lease.batch_id in helper.shares
+
+    def list_shares(self, worker_id: str) -> list[Share]:
+        """What a worker has of others' shards."""
+        worker = self._workers.get(worker_id)
+        return list(worker.shares.values()) if worker is not None else []
+
+    def find_holder(self, shard_number: int) -> Lease | None:
+        """The lease under which somebody works on a shard now."""
+        held = self._held.get(shard_number)
+        return held.lease if held is not None else None
 
     # ---- what it knows -----------------------------------------------------------------------------------------------
 
     @property
     def is_done(self) -> bool:
-        return len(self._done) == len(self._all)
+        return self._backlog.num_done == self._backlog.num_shards
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting) + sum(number not in self._done for _, number in self._delayed)
+        return self._backlog.num_waiting
 
     @property
     def num_shards(self) -> int:
-        return len(self._all)
+        return self._backlog.num_shards
 
     @property
     def num_done(self) -> int:
-        return len(self._done)
+        return self._backlog.num_done
 
     def count_open_rows(self) -> tuple[int, int]:
         """(done, of these errors) rows of leases that are open now; not of shards that another worker has committed."""
-        held = [o for w in self._workers.values() for o in w.open.values() if o.lease.shard.number not in self._done]
-        return sum(o.num_rows_done for o in held), sum(o.num_rows_error for o in held)
+        return self._rows_open, self._errors_open
 
     def list_open(self) -> list[LostLease]:
         """Open leases as they would be lost now: what a resumed run needs to know of them."""
         return [
-            LostLease(o.lease, o.started_at, o.started_at, o.num_rows_done, "driver ended")
-            for worker in self._workers.values()
-            for o in worker.open.values()
+            LostLease(o.lease, o.started_at, o.started_at, o.num_rows_done, "driver ended") for o in self._held.values()
         ]
 
     def list_workers(self) -> list[WorkerInfo]:
         return [worker.info for worker in self._workers.values()]
+
+    def look_at_workers(self) -> Iterable[QueueWorker]:
+        """For policies that need more than a sum. Read only."""
+        return self._workers.values()

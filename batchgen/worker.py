@@ -1,8 +1,9 @@
 """One engine and its open shards. No Ray, no queue: leases in, events out.
 
-Rows of all open shards share one in-flight window, in lease order: while the last rows of one shard are decoded the
-next shard's rows are read, tokenised and sent already. A retry waits outside the window. Finished rows wait as Arrow and
-go to the journal at every interval; a complete shard is committed off the event loop while the window stays full.
+Rows of all open shards share one in-flight window, longest expected first where lengths are hinted, else in lease order:
+while the last rows of one shard are decoded the next shard's rows are read, tokenised and sent already. A retry waits
+outside the window. Finished rows wait as Arrow and go to the journal at every interval; a complete shard is committed off
+the event loop while the window stays full.
 
 Invariants: a shard is committed by its own task only; after `WorkerLost` or `drain` nothing more is sent to the engine;
 any unexpected error ends the worker, never a row silently.
@@ -11,43 +12,29 @@ any unexpected error ends the worker, never a row silently.
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import pyarrow as pa
-
-from batchgen.answer import make_given_up
 from batchgen.build import build_id
 from batchgen.engines import create_engine, list_refused
 from batchgen.engines.base import Engine
 from batchgen.errors import BatchgenError, EngineDied, InputChanged, Refusal, StorageError
 from batchgen.events import Heartbeat, JournalFlushed, PoolEvent, ShardFailed, WorkerLost, WorkerWarned
+from batchgen.feeder import Feeder
+from batchgen.hint_check import HintCheck
 from batchgen.journal import make_segment_path
 from batchgen.open_shard import OpenShard
-from batchgen.prepare import Prepared, Preparer, make_inputs, make_unknown_inputs
-from batchgen.prompt import list_columns
-from batchgen.read import MAX_BATCH_ROWS, Rows, Unreadable, iter_shard
-from batchgen.records import Lease, Result, WorkerInfo
+from batchgen.orders import Order
+from batchgen.prepare import Preparer
+from batchgen.records import Lease, WorkerInfo
 from batchgen.sender import Sender
 from batchgen.shard_files import ShardFiles, Spent, make_event
-from batchgen.spec import JobSpec
 from batchgen.stats import make_lost_stats
-from batchgen.storage import Storage
 from batchgen.tasks import TaskGroup
+from batchgen.worker_setup import WorkerSetup as WorkerSetup  # known here to all who make workers
+from batchgen.worker_shares import Hooks, WorkerShares, join_rows
 
 # Shards written at the same time: one uploads while the next is encoded; more would only take memory.
 MAX_COMMITS = 2
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerSetup:
-    """All a worker needs to be made, in any process. Pickles."""
-
-    worker_id: str
-    spec: JobSpec
-    epoch: int
-    storage: Storage
-    passthrough: pa.Schema
 
 
 class Worker:
@@ -72,12 +59,14 @@ class Worker:
         await self._engine.open()
         spec = self._spec
         engine, refused = self._engine, list_refused(spec.engine.kind)
-        self._preparer = Preparer(spec, engine.tokenizer, engine.max_model_len, refused)
-        self._sender = Sender(self._engine, spec.engine.max_inflight, spec.retry, self._die)
+        preparer = Preparer(spec, engine.tokenizer, engine.max_model_len, refused, self._setup.prior)
+        hints = HintCheck()
+        self._sender = Sender(engine, spec.engine.max_inflight, spec.retry, self._die, hints.note)
+        self._feeder = Feeder(spec, self._setup.passthrough, preparer, self._sender, hints)
         self._window = self._sender.window
-        self._wake = asyncio.Event()
-        self._reading, self._flushing = asyncio.Lock(), asyncio.Lock()
+        self._wake, self._flushing = asyncio.Event(), asyncio.Lock()
         self._committing = asyncio.Semaphore(MAX_COMMITS)
+        self._other_tasks.spawn(self._feeder.run())
         self._other_tasks.spawn(self._flush_often())
         self.info = WorkerInfo(
             worker_id=self._setup.worker_id,
@@ -89,6 +78,8 @@ class Worker:
             window=spec.engine.max_inflight,
             startup_s=time.monotonic() - started,
         )
+        hooks = Hooks(self._feeder.feed, self._flush, self._emit)
+        self._shares = WorkerShares(self.info, self._files, self._sender, self._shards, hooks)
         return self.info
 
     def assign(self, lease: Lease) -> None:
@@ -96,6 +87,10 @@ class Worker:
         shard = OpenShard(lease, self._spec.sampling.n, self._files.result_schema)
         self._shards[lease.batch_id] = shard
         self._shard_tasks.spawn(self._run_shard(shard))
+
+    def tell(self, order: Order) -> None:
+        """Carry out an order about shares of a shard."""
+        self._shard_tasks.spawn(self._shares.obey(order))
 
     async def poll(self, timeout_s: float) -> list[PoolEvent]:
         """Events since the last poll, at once or when the first comes, and always a heartbeat."""
@@ -140,8 +135,8 @@ class Worker:
                 self._emit(make_event(self.info.worker_id, stats, standing))
                 return
             await self._recover(shard)
-            async with self._reading:
-                await self._read(shard)
+            shard.is_recovered = True
+            await self._feeder.feed(shard)
             await shard.wait_ended()
             if shard.is_closed:
                 return
@@ -166,57 +161,15 @@ class Worker:
         self._emit(ShardFailed(self.info.worker_id, lease.batch_id, lease.shard.number, str(error), is_fatal))
 
     async def _recover(self, shard: OpenShard) -> None:
-        lease, replaced_attempt = shard.lease, 0
+        lease = shard.lease
         if lease.replaces is not None:
-            kept, replaced_attempt = await asyncio.to_thread(self._files.read_kept, lease, self._spec.retry.errors)
+            kept, shard.replaced_attempt = await asyncio.to_thread(
+                self._files.read_kept, lease, self._spec.retry.errors
+            )
             shard.recover(kept, are_copied=True)
         if lease.journal:
-            saved = await asyncio.to_thread(self._files.read_journal, lease, replaced_attempt)
+            saved = await asyncio.to_thread(self._files.read_journal, lease, shard.replaced_attempt)
             shard.recover(saved, are_copied=False)
-
-    async def _read(self, shard: OpenShard) -> None:
-        # A row is n requests: what one step makes is bounded by both.
-        max_rows = max(1, MAX_BATCH_ROWS // self._spec.sampling.n)
-        batches = iter_shard(shard.lease.shard, list_columns(self._spec), max_rows=max_rows)
-        try:
-            while not shard.is_closed:
-                started = time.monotonic()
-                step = await asyncio.to_thread(self._read_batch, shard, batches)
-                shard.read_s += time.monotonic() - started
-                if step is None:
-                    return
-                inputs, prepared = step
-                shard.add_inputs(inputs)
-                for item in prepared:
-                    await self._admit(shard, item)
-        finally:
-            batches.close()
-
-    def _read_batch(
-        self, shard: OpenShard, batches: Iterator[tuple[int, Rows]]
-    ) -> tuple[pa.Table, list[Prepared]] | None:
-        """(custom_id and passthrough columns, requests or failures) of the next few rows. In a thread."""
-        step = next(batches, None)
-        if step is None:
-            return None
-        first_row, rows = step
-        file, passthrough = shard.lease.shard.file.path, self._setup.passthrough
-        if isinstance(rows, Unreadable):
-            prepared = self._preparer.make_unreadable(rows, file, first_row)
-            return make_unknown_inputs(rows.num_rows, passthrough), prepared
-        prepared, custom_ids = self._preparer.prepare(rows, file, first_row)
-        return make_inputs(rows, custom_ids, passthrough, file), prepared
-
-    async def _admit(self, shard: OpenShard, item: Prepared) -> None:
-        """Queue one request for the window, after waiting for room to read ahead; failures end at once."""
-        if shard.is_closed or shard.is_finished(item.row_id.source_row, item.row_id.sample_index):
-            return
-        if isinstance(item, Result):
-            shard.add(item)
-        elif shard.lease.is_last_resort:
-            shard.add(make_given_up(item, shard.lease))
-        else:
-            await self._sender.push(shard, item)
 
     # ---- the journal -------------------------------------------------------------------------------------------------
 
@@ -233,7 +186,7 @@ class Worker:
                 return
             self._num_segments += 1
             path = make_segment_path(self._setup.epoch, self._setup.worker_id, self._num_segments)
-            rows: dict[int, pa.Table] = {shard.lease.shard.number: table for shard, (table, _) in taken.items()}
+            rows = join_rows((shard.lease.shard.number, table) for shard, (table, _) in taken.items())
             try:
                 refs = await asyncio.to_thread(self._files.write_segment, path, rows)
             except StorageError as error:

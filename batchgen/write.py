@@ -1,4 +1,4 @@
-"""Results become Arrow, and a shard's Arrow becomes its Parquet file.
+"""What results look like as Arrow, and how a shard's Arrow becomes its Parquet file.
 
 `make_result_schema` is what journal and worker hold; `make_output_schema` adds the key and passthrough columns and is
 what users read. Each shard file has exactly the shard's rows times n, in input order: `make_output_table` fails loudly
@@ -8,7 +8,7 @@ batch that has rows in it, and seals the rows (`seal`). Knows nothing of where t
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
 from batchgen.batches import BatchStats, FileFooter
-from batchgen.records import Lease, Result
+from batchgen.records import Lease
 from batchgen.seal import write_sealed
 from batchgen.spec import JobSpec
 
@@ -89,49 +89,6 @@ def make_output_schema(spec: JobSpec, passthrough: pa.Schema) -> pa.Schema:
 def list_reserved_names() -> frozenset[str]:
     """Column names that passthrough columns can't have."""
     return frozenset(field.name for field in [*KEY_FIELDS, *ANSWER_FIELDS, *OPTIONAL_FIELDS.values(), *STATUS_FIELDS])
-
-
-def make_result_row(result: Result, batch_id: str) -> dict[str, Any]:
-    """One result as a row of the result schema; columns the schema lacks are dropped by Arrow."""
-    answer, failure = result.generation, result.failure
-    if (answer is None) == (failure is None):
-        raise ValueError(f"{result.row_id}: a result is a generation or a failure, exactly one of them")
-    usage = answer.usage if answer else None
-    logprobs = answer.logprobs if answer else None
-    return {
-        "source_row": result.row_id.source_row,
-        "sample_index": result.row_id.sample_index,
-        "text": result.text,
-        "reasoning": result.reasoning,
-        "finish_reason": answer.finish_reason if answer else None,
-        "prompt_tokens": usage.prompt_tokens if usage else result.prompt_tokens,
-        "completion_tokens": usage.completion_tokens if usage else None,
-        "cached_tokens": usage.cached_tokens if usage else None,
-        "logprobs": None if logprobs is None else [_make_logprob(token) for token in logprobs],
-        "token_ids": list(answer.token_ids) if answer and answer.token_ids is not None else None,
-        "tool_calls": answer.tool_calls if answer else None,
-        "status": "ok" if answer else "error",
-        "error_type": failure.error_type if failure else None,
-        "error_message": failure.message if failure else None,
-        "is_retryable": failure.is_retryable if failure else None,
-        "num_attempts": result.num_attempts,
-        "queued_s": result.timing.queued_s,
-        "ttft_s": result.timing.ttft_s,
-        "latency_s": result.timing.latency_s,
-        "batch_id": batch_id,
-    }
-
-
-def _make_logprob(token: Any) -> dict[str, Any]:
-    top = [{"token_id": token_id, "logprob": logprob} for token_id, logprob in token.top]
-    return {"token_id": token.token_id, "logprob": token.logprob, "top": top}
-
-
-def make_result_batch(results: Sequence[Result], batch_id: str, schema: pa.Schema) -> pa.RecordBatch:
-    """Results as Arrow, so that finished rows don't wait as Python objects."""
-    rows = [make_result_row(result, batch_id) for result in results]
-    columns = [pa.array([row[field.name] for row in rows], type=field.type) for field in schema]
-    return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
 def make_output_table(results: pa.Table, inputs: pa.Table, lease: Lease, n: int, schema: pa.Schema) -> pa.Table:

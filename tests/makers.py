@@ -18,9 +18,10 @@ from batchgen.records import (
     Usage,
     WorkerInfo,
 )
+from batchgen.result_batch import make_result_batch
 from batchgen.spec import JobSpec
 from batchgen.spec_load import make_spec
-from batchgen.write import make_result_batch, make_result_schema
+from batchgen.write import make_result_schema
 
 
 def make_tree(**sections: Any) -> dict[str, Any]:

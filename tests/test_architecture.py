@@ -21,13 +21,15 @@ MAX_FILE_LINES = 300
 
 LAYERS = [
     ["__init__", "records", "batches", "errors", "urls", "paths"],
-    ["sections"],
+    ["sections", "orders"],
     ["tensorrt_llm_spec", "sampling_spec"],
     ["engine_specs"],
+    ["lazy_heap", "leases", "tail"],
     ["spec", "events", "build", "tasks", "window", "signals", "damage", "seal"],
     ["tokenizer_files"],
     # pure decisions
-    ["prompt", "plan", "work_queue", "scaling", "stats", "answer", "verify_rows"],
+    ["prompt", "plan", "backlog", "scaling", "governor", "lengths", "answer", "verify_rows"],
+    ["stats", "work_queue", "progress", "roster"],
     ["checkpoint", "stage_plan", "engines.trtllm.env"],
     ["preflight"],
     ["preflight_model"],
@@ -45,7 +47,7 @@ LAYERS = [
     ["stores.s3"],
     ["storage"],
     ["stores.probe", "spec_load", "read", "write", "journal", "driver_lease"],
-    ["shard_footer"],
+    ["shard_footer", "handoff"],
     # weights on the node's own disk
     ["stage_fetch", "stage_lock"],
     ["stage_hub"],
@@ -81,13 +83,18 @@ LAYERS = [
     ["training.rows", "training.save", "training.accuracy"],
     ["training.train"],
     # one worker
+    ["result_batch", "read_ahead", "hint_check"],
     ["manifest", "open_shard", "prepare"],
+    ["length_files"],
     ["engines.contract_subject"],
     ["engines.contract_answers"],
     ["engines.contract"],
     ["shard_files", "sender", "validate"],
+    ["feeder"],
+    ["worker_setup", "worker_shares"],
     ["worker", "job"],
     # many workers
+    ["sharing", "ledger", "staffing"],
     ["inline_pool", "ray_pool", "dispatch"],
     ["pools"],
     # one run
@@ -99,7 +106,7 @@ LAYERS = [
     ["control"],
     ["finish", "verify_files", "verify_folder"],
     ["run", "verify"],
-    ["demo", "bench_decode"],
+    ["demo", "bench_decode", "bench_queue"],
     # benchmarks as jobs
     [
         "evaluate.spec",
@@ -114,18 +121,41 @@ LAYERS = [
     ["evaluate.score"],
     ["evaluate.job"],
     ["evaluate.card_demo"],
+    ["bench_worker"],
+    # beside other systems; a peer's process may have no more of ours than child and workload
+    ["bench", "bench.workload", "bench.oracle", "bench.child", "bench.processes", "bench.homes"],
+    ["bench.ways", "bench.inputs", "bench.server"],
+    ["bench.runs"],
+    ["bench.measure", "bench.summary"],
+    ["bench.benchmark", "bench.saturation"],
     ["cli.base"],
     ["cli.jobs", "cli.outputs", "cli.nodes", "cli.models"],
     ["cli.evaluate"],
     ["cli"],
     ["cli.__main__"],
 ]
-PURE = {"records", "events", "errors", "urls", "sections", "engine_specs", "tensorrt_llm_spec"}
+PURE = {"records", "events", "orders", "errors", "urls", "sections", "engine_specs", "tensorrt_llm_spec"}
 PURE |= {"spec", "prompt", "plan", "sampling_spec", "batches", "engines.deepseek_turns", "engines.deepseek_v32"}
-PURE |= {"work_queue", "scaling", "stats", "answer", "verify_rows"}
+PURE |= {
+    "work_queue",
+    "governor",
+    "tail",
+    "progress",
+    "roster",
+    "backlog",
+    "lazy_heap",
+    "leases",
+    "scaling",
+    "lengths",
+    "stats",
+    "answer",
+    "verify_rows",
+}
+PURE |= {"read_ahead", "hint_check"}
 PURE |= {"checkpoint", "stage_plan", "preflight", "preflight_model"}
 PURE |= {"quantize.recipe", "quantize.architecture", "quantize.weigh"}
 PURE |= {"evaluate.extract", "evaluate.templates", "evaluate.statistics", "evaluate.speed"}
+PURE |= {"bench.oracle", "bench.runs"}
 PURE |= {"engines.trtllm.sampling", "engines.trtllm.env", "engines.trtllm.args", "engines.trtllm.health"}
 # What only does I/O: pure modules may not even import it from the standard library.
 EFFECTS = {
@@ -146,11 +176,11 @@ EFFECTS = {
 VENDORS = {
     "ray": {"ray_pool"},
     "torch": {"engines.sampling", "engines.decode", "engines.hf_model()", "engines.transformers()", "bench_decode()"}
-    | {"training.muon()", "training.train()", "training.save()", "training.accuracy()"}
+    | {"training.muon()", "training.train()", "training.save()", "training.accuracy()", "bench_worker()"}
     | {"quantize.nvfp4", "quantize.weights", "quantize.calibrate", "quantize.check", "engines.nvfp4_model"}
-    | {"quantize.folder()", "quantize.job()"},
+    | {"quantize.folder()", "quantize.job()", "bench_worker()"},
     "transformers": {"bench_decode()", "engines.hf_model()", "engines.hf_tokenizer()", "training.train()"}
-    | {"engines.nvfp4_model()", "quantize.job()"},
+    | {"engines.nvfp4_model()", "quantize.job()", "bench_worker()"},
     "modelopt": {"quantize.calibrate()"},
     "safetensors": {"engines.hf_model()", "quantize.folder()"},
     "jinja2": {"engines.hf_tokenizer"},
@@ -158,7 +188,7 @@ VENDORS = {
     "huggingface_hub": {"stage_hub()"},
     "fsspec": {"stores.remote", "stores.s3"},
     "s3fs": {"stores.s3"},
-    "aiohttp": {"stores.remote", "engines.openai", "engines.openai_http"},
+    "aiohttp": {"stores.remote", "engines.openai", "engines.openai_http", "bench.server()"},
     "botocore": {"stores.remote"},
     "pynvml": {"engines.trtllm.gpu()", "node_facts()"},
     "yaml": {"spec_load"},

@@ -1,6 +1,7 @@
 """A shard while it is worked on: each row once, what a crash would cost, and what stands at the end."""
 
 import asyncio
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -8,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from makers import make_error, make_job_spec, make_lease, make_ok, make_rows, make_shard
 
-from batchgen.open_shard import BATCH_ROWS, BATCH_VALUES, OpenShard, make_flat_batch
+from batchgen.open_shard import BATCH_ROWS, BATCH_VALUES, OpenShard
 from batchgen.prepare import make_inputs, make_unknown_inputs
 from batchgen.records import Generation, Lease, Result, ShardProgress, TokenLogprob, Usage
-from batchgen.write import make_output_schema, make_result_batch, make_result_schema
+from batchgen.result_batch import make_result_batch
+from batchgen.write import LOGPROBS_TYPE, make_output_schema, make_result_schema
 
 SPEC = make_job_spec()
 PASSTHROUGH = pa.schema([("tag", pa.int64())])
@@ -53,7 +55,7 @@ def test_a_second_answer_is_dropped_and_the_first_stands() -> None:
     shard.add(make_ok(1, text="second"))
     shard.add(make_error(1))
     assert (shard.is_finished(0, 0), shard.is_finished(1, 0)) == (False, True)
-    assert shard.progress == ShardProgress(BATCH_ID, 1, 0)
+    assert shard.progress == ShardProgress(BATCH_ID, 1, 0, num_unsent=1)
     assert not has_ended(shard)
     shard.add(make_error(0))
     assert shard.progress == ShardProgress(BATCH_ID, 2, 1)
@@ -116,15 +118,24 @@ def with_logprobs(row: int, logprobs: tuple[TokenLogprob, ...] | None) -> Result
     return make_ok(row, generation=Generation("fine", (7, 8), "stop", Usage(3, 2, 0), logprobs=logprobs))
 
 
+def as_plain(logprobs: tuple[TokenLogprob, ...] | None) -> list[dict[str, Any]] | None:
+    if logprobs is None:
+        return None
+    return [
+        {"token_id": t.token_id, "logprob": t.logprob, "top": [{"token_id": i, "logprob": p} for i, p in t.top]}
+        for t in logprobs
+    ]
+
+
 def test_logprobs_from_flat_arrays_are_the_same_column() -> None:
     spec = make_job_spec(prompt={"column": "p", "sampling": "s"})
-    answers = [make_logprobs(3, 2), None, make_logprobs(0, 0), make_logprobs(2, 0), make_logprobs(1, 3)]
-    results = [*(with_logprobs(row, logprobs) for row, logprobs in enumerate(answers)), make_error(5)]
-    for chosen in (results, results[1:2], results[2:3], []):
-        expected = make_result_batch(chosen, BATCH_ID, make_result_schema(spec))
-        found = make_flat_batch(chosen, BATCH_ID, make_result_schema(spec))
+    answers = [make_logprobs(3, 2), None, make_logprobs(0, 0), make_logprobs(2, 0), make_logprobs(1, 3), None]
+    results = [*(with_logprobs(row, logprobs) for row, logprobs in enumerate(answers[:-1])), make_error(5)]
+    for start, end in [(0, 6), (1, 2), (2, 3), (0, 0)]:
+        found = make_result_batch(results[start:end], BATCH_ID, make_result_schema(spec))
         found.validate(full=True)
-        assert found.equals(expected)
+        expected = pa.array([as_plain(logprobs) for logprobs in answers[start:end]], LOGPROBS_TYPE)
+        assert found["logprobs"].equals(expected)
 
 
 def test_long_answers_are_packed_by_their_size() -> None:

@@ -9,7 +9,7 @@ from makers import make_job_spec
 
 from batchgen.engines.simulated import ByteTokenizer
 from batchgen.errors import SpecError
-from batchgen.prepare import Prepared, Preparer
+from batchgen.prepare import Prepared, Preparer, make_custom_ids
 from batchgen.records import Prompt, Request, Result, RowId, Timing
 
 
@@ -17,8 +17,10 @@ def prepare(
     columns: dict[str, Any], max_model_len: int = 100, first_row: int = 0, **sections: Any
 ) -> tuple[list[Prepared], list[str | None]]:
     sections = {"prompt": {"column": "p", "chat": False}, **sections}
-    preparer = Preparer(make_job_spec(**sections), ByteTokenizer(), max_model_len, frozenset({"logprobs"}))
-    return preparer.prepare(pa.RecordBatch.from_pydict(columns), "/f", first_row)
+    spec, batch = make_job_spec(**sections), pa.RecordBatch.from_pydict(columns)
+    preparer = Preparer(spec, ByteTokenizer(), max_model_len, frozenset({"logprobs"}))
+    numbers = range(first_row, first_row + batch.num_rows)
+    return preparer.prepare(batch, "/f", numbers), make_custom_ids(batch, spec.input.custom_id, "/f", first_row)
 
 
 def one_request(*args: Any, **kwargs: Any) -> Request:
@@ -69,7 +71,7 @@ def test_without_a_tokenizer_the_prompt_goes_as_it_is(
     prompt: dict[str, Any], columns: dict[str, Any], expected: Prompt
 ) -> None:
     spec = make_job_spec(prompt=prompt, sampling={"max_tokens": 10**6, "n": 2, "seed": 1})
-    items, _ = Preparer(spec, None, 100).prepare(pa.RecordBatch.from_pydict(columns), "/f", 0)
+    items = Preparer(spec, None, 100).prepare(pa.RecordBatch.from_pydict(columns), "/f", [0])
     requests = [item for item in items if isinstance(item, Request)]
     assert [(request.prompt, request.token_ids) for request in requests] == [(expected, None)] * 2
     assert {request.sampling.max_tokens for request in requests} == {10**6}
@@ -81,7 +83,7 @@ def test_without_a_tokenizer_the_prompt_goes_as_it_is(
 
 def test_without_a_known_limit_a_prompt_is_neither_cut_nor_refused() -> None:
     preparer = Preparer(make_job_spec(prompt={"column": "p", "chat": False}), ByteTokenizer(), None)
-    [item], _ = preparer.prepare(pa.RecordBatch.from_pydict({"p": ["x" * 5000]}), "/f", 0)
+    [item] = preparer.prepare(pa.RecordBatch.from_pydict({"p": ["x" * 5000]}), "/f", [0])
     assert isinstance(item, Request)
     assert (len(item.ids), item.prompt, item.sampling.max_tokens) == (5000, None, 1024)
 
@@ -187,7 +189,7 @@ def test_a_rows_tools_are_shown_to_the_model_and_told_to_who_reads_the_answer() 
 
 def test_tools_go_to_a_server_as_they_are() -> None:
     preparer = Preparer(make_job_spec(prompt={"column": "p", "tools": "t"}), None, None)
-    [item], _ = preparer.prepare(pa.RecordBatch.from_pydict({"p": ["hi"], "t": [TOOLS]}), "/f", 0)
+    [item] = preparer.prepare(pa.RecordBatch.from_pydict({"p": ["hi"], "t": [TOOLS]}), "/f", [0])
     assert isinstance(item, Request)
     assert item.prompt == Prompt(messages=({"role": "user", "content": "hi"},), tools=tuple(json.loads(TOOLS)))
     assert item.num_bytes > Prompt(messages=({"role": "user", "content": "hi"},)).num_bytes + 400

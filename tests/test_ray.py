@@ -21,6 +21,7 @@ from trtllm_util import CHILD, KEEPER, RANK, SMALL, create_stand_in
 
 import batchgen
 from batchgen.engines.simulated import read_calls
+from batchgen.handoff import list_handoffs
 from batchgen.manifest import read_stats_table
 from batchgen.storage import Storage
 
@@ -189,6 +190,39 @@ def test_lost_actor_and_stopped_actor_are_replaced_within_the_run(cluster: RayCl
     assert outcomes["lost"] >= 2
     assert outcomes["committed"] == 10, "a batch that was committed counts as committed, whatever became of its worker"
     wait_for(lambda: second not in list_worker_pids(tmp_path), "the stopped actor is ended too")
+
+
+def test_helper_and_owner_of_a_split_shard_are_killed(cluster: RayCluster, s3: str, tmp_path: Path) -> None:
+    """One shard for two actors: the second one helps the first. SIGKILL of the helper, then, while another one helps, of
+    the owner: the shard is committed once, by whoever holds it then, with what helpers had journaled."""
+    num_rows, output = 600, f"{s3}/out"
+    write_inputs(f"{s3}/in", 1, num_rows)
+    # Slow enough that the second actor is up long before the first one could end alone.
+    spec = write_spec(tmp_path, f"{s3}/in", output, engine={"decode_tokens_per_s": 60})
+    changed = yaml.safe_load(Path(spec).read_text())
+    changed["output"] |= {"rows_per_shard": num_rows, "journal_interval_s": 0.5}
+    Path(spec).write_text(yaml.safe_dump(changed))
+    job = cluster.submit(spec)
+    wait_for(lambda: len(list_callers(tmp_path)) == 2, "the second actor helps")
+    owner, helper = list_callers(tmp_path)
+    os.kill(helper, signal.SIGKILL)
+    wait_for(lambda: bool(set(list_callers(tmp_path)) - {owner, helper}), "a new actor helps")
+    os.kill(owner, signal.SIGKILL)
+    assert cluster.wait(job, 90) == "SUCCEEDED", cluster.read_logs(job)[-3000:]
+    check_rows(read_rows(output), 1, num_rows)
+    check_stats(output)
+    outcomes = Counter(read_stats_table(Storage(output))["outcome"].to_pylist())
+    assert outcomes["committed"] == 1
+    assert outcomes["lost"] >= 2, "the helper's share and the owner's lease"
+    assert not list_handoffs(Storage(output)), "handoffs go with the commit"
+    # What was in flight, what was not journaled, and a share that outlived its owner.
+    assert count_calls(tmp_path) < 1.6 * num_rows
+
+
+def list_callers(path: Path) -> list[int]:
+    """Living workers whose engines were called, in order of their first calls."""
+    logs = {pid: (path / "calls" / f"calls-{pid}.jsonl").read_text().splitlines() for pid in list_worker_pids(path)}
+    return sorted((pid for pid, lines in logs.items() if lines), key=lambda pid: float(json.loads(logs[pid][0])[4]))
 
 
 def test_lost_node_and_workers_that_join_later(cluster: RayCluster, tmp_path: Path) -> None:

@@ -11,26 +11,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 from makers import make_error, make_file, make_job_spec, make_lease, make_ok, make_request, make_shard, make_worker_info
 
-from batchgen import batches, errors, events, records
+from batchgen import batches, errors, events, orders, records
 from batchgen.batches import BatchStats, FileFooter
 from batchgen.errors import BatchgenError, RowError
 from batchgen.events import (
     Heartbeat,
     JournalFlushed,
     PoolEvent,
+    RowsGiven,
     ShardCommitted,
     ShardFailed,
+    ShareEnded,
     WorkerLost,
     WorkerStarted,
     WorkerStartFailed,
     WorkerWarned,
 )
+from batchgen.orders import DropShare, GiveRows, HelpShare, TakeIn
 from batchgen.records import (
     Guided,
     JournalRef,
     Prompt,
     RowId,
     ShardProgress,
+    Share,
     TokenLogprob,
     make_batch_id,
     make_data_path,
@@ -42,6 +46,7 @@ from batchgen.worker import WorkerSetup
 STATS = BatchStats("shard-000000001-e1-a1", "shard-000000001", 1, 1, "committed", latency={"a": None}, sketches={})
 FOOTER = FileFooter(1, "f", 1, 1, 1, STATS.batch_id, 1, 2, 3, (STATS,))
 REF = JournalRef("_batchgen/journal/x.parquet", 2)
+SHARE = Share(make_lease(attempt=2), "w2", "shard-000000001-e1-a1")
 VALUES: list[Any] = [
     make_request(1, 2, seed=3, stop=("a",), guided=Guided(regex="a+")),
     Prompt(messages=({"role": "user", "content": "é"},), tools=({"type": "function"},)),
@@ -61,6 +66,12 @@ VALUES: list[Any] = [
     JournalFlushed("w", ((3, REF),)),
     ShardCommitted("w", "b", STATS, 10, "v", FOOTER, "d" * 64),
     ShardFailed("w", "b", 3, "why", True),
+    GiveRows(SHARE, 5),
+    HelpShare(SHARE),
+    TakeIn("b", (REF,), (SHARE,)),
+    DropShare(SHARE),
+    RowsGiven("w", SHARE, 5),
+    ShareEnded("w", SHARE, STATS, None),
 ]
 
 
@@ -91,7 +102,8 @@ def test_a_record_pickles_and_is_frozen(value: Any) -> None:
 
 def test_no_record_is_left_out() -> None:
     tried = {type(part) for value in VALUES for part in list_parts(value)}
-    assert set(list_types(records)) | set(list_types(batches)) | set(list_types(events)) == tried
+    modules = (records, batches, events, orders)
+    assert {kind for module in modules for kind in list_types(module)} == tried
     assert set(get_args(PoolEvent)) <= tried
     assert set(get_args(PoolEvent)) == set(list_types(events))
 

@@ -511,6 +511,7 @@ def test_batch_stats_say_what_was_done(tree: Tree, out: Path) -> None:
 def test_report_files(tree: Tree, files: list[tuple[str, int]], out: Path) -> None:
     run(change(tree, "prompt", system="<b>bold</b>"))
     report = check_conserved(out, files)
+    assert 0 <= report["run"]["window_share"] <= 1
     assert report["job"]["batches"] == {"committed": len(list_output(out, "data"))}
     page = (out / "report.html").read_text()
     assert "<b>bold" not in page

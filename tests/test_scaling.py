@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchgen.scaling import Facts, choose_num_to_start
+from batchgen.scaling import Facts, choose_num_to_start, choose_to_release
 from batchgen.spec import ClusterSpec, WorkersSpec
 
 
@@ -97,3 +97,23 @@ def test_limits_hold_and_asking_again_at_once_starts_no_more(known: Facts, clust
 def test_more_rows_left_never_start_fewer(known: Facts, cluster: ClusterSpec, more: int) -> None:
     larger = dataclasses.replace(known, num_rows_left=known.num_rows_left + more)
     assert choose_num_to_start(larger, cluster) >= choose_num_to_start(known, cluster)
+
+
+def test_limits_of_the_run_ask_for_more_or_fewer() -> None:
+    cluster = make_cluster(1, 10, 8)
+    known = Facts(num_ready=1, num_starting=0, num_shards_waiting=100, num_rows_left=1000)
+    assert choose_num_to_start(known, cluster, least=4) == 3
+    assert choose_num_to_start(known, cluster, least=40) == 8
+    assert choose_num_to_start(dataclasses.replace(known, num_shards_waiting=0), cluster, least=4) == 0
+    busy = dataclasses.replace(known, rows_per_s=0.1, startup_s=10.0)
+    assert choose_num_to_start(busy, cluster) == 8
+    assert choose_num_to_start(busy, cluster, most=3) == 2
+    assert choose_num_to_start(dataclasses.replace(busy, num_ready=0), make_cluster(5, 10, 8), most=2) == 2
+
+
+def test_idle_workers_are_let_go_down_to_the_least_number_longest_idle_first() -> None:
+    cluster, idle = make_cluster(2, 10, 4), {"a": 50.0, "b": 10.0, "c": 95.0, "d": 20.0}
+    assert choose_to_release(idle, 100.0, 6, cluster, after_s=30.0) == ["b", "d", "a"]
+    assert choose_to_release(idle, 100.0, 4, cluster, after_s=30.0) == ["b", "d"]
+    assert choose_to_release(idle, 100.0, 2, cluster, after_s=30.0) == []
+    assert choose_to_release({}, 100.0, 9, cluster, after_s=30.0) == []

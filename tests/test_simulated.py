@@ -10,7 +10,7 @@ from makers import make_job_spec, make_request
 
 from batchgen.engine_specs import SimulatedEngineSpec
 from batchgen.engines import create_engine
-from batchgen.engines.simulated import SimulatedEngine
+from batchgen.engines.simulated import SimulatedEngine, read_calls, read_spans
 from batchgen.records import Generation
 
 
@@ -58,3 +58,25 @@ def test_a_column_gives_the_lengths(tmp_path: Path) -> None:
 def test_the_smaller_limit_counts(engine: int, model: int | None, used: int) -> None:
     spec = make_job_spec(engine={"kind": "simulated", "max_model_len": engine}, model={"max_model_len": model})
     assert create_engine(spec).max_model_len == used
+
+
+def test_answers_end_when_they_are_due_and_say_when_they_had_their_slot(tmp_path: Path) -> None:
+    spec = SimulatedEngineSpec(
+        kind="simulated", length="max_tokens", slots=2, decode_tokens_per_s=1000, call_log=str(tmp_path)
+    )
+
+    async def work() -> tuple[int, list[Generation]]:
+        engine = SimulatedEngine(spec)
+        await engine.open()
+        answers = await asyncio.gather(*(engine.generate(make_request(row, max_tokens=77)) for row in range(6)))
+        await engine.close()
+        return engine.total_tokens, answers
+
+    total_tokens, answers = asyncio.run(work())
+    assert total_tokens == 6 * 77 == sum(answer.usage.completion_tokens or 0 for answer in answers)
+    spans = sorted(read_spans(str(tmp_path)))
+    assert len(spans) == len(read_calls(str(tmp_path))) == 6
+    assert all(end - start >= 0.0769 for start, end in spans), "no answer is early"
+    for start, _ in spans:
+        others = sum(begin <= start + 1e-3 < end - 1e-3 for begin, end in spans)
+        assert others <= 2, "more answers at once than slots"

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -10,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from makers import make_shard, make_worker_info
 
 from batchgen.events import Heartbeat
-from batchgen.records import Lease, ShardProgress
+from batchgen.records import Lease, ShardProgress, Share
 from batchgen.spec import ClusterSpec, RetrySpec
 from batchgen.work_queue import (
     BACKOFF_S,
@@ -64,6 +65,7 @@ class ModelWorker:
     leases: dict[str, Lease] = field(default_factory=dict)
     rows: dict[str, tuple[int, int]] = field(default_factory=dict)
     tokens: int = 0
+    shares: dict[str, Share] = field(default_factory=dict)
 
 
 class QueueMachine(RuleBasedStateMachine):
@@ -87,6 +89,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.most_done: Counter[int] = Counter()
         self.num_failed: Counter[int] = Counter()
         self.reasons: dict[int, str] = {}
+        self.all_shares: list[Share] = []
 
     def pick_worker(self, data: st.DataObject) -> str:
         return data.draw(st.sampled_from(sorted(self.workers)))
@@ -208,6 +211,43 @@ class QueueMachine(RuleBasedStateMachine):
         assert quiet <= silent <= self.workers.keys()
         for worker_id in sorted(silent):
             self.lose(worker_id, "silent")
+
+    # ---- parts of lent shards
+
+    @precondition(lambda self: self.list_held() and len(self.workers) > 1)
+    @rule(data=st.data())
+    def share(self, data: st.DataObject) -> None:
+        lease = self.pick_lease(data)
+        helper = data.draw(st.sampled_from(sorted(self.workers.keys() - {lease.worker_id})))
+        share = self.queue.lend_share(lease.worker_id, lease.batch_id, helper, 3, self.now)
+        number = lease.shard.number
+        assert share.lease.attempt == self.last_attempt[number] + 1, "an attempt of its own"
+        self.last_attempt[number] += 1
+        assert (share.lease.worker_id, share.owner_id, share.owner_batch_id) == (
+            helper,
+            lease.worker_id,
+            lease.batch_id,
+        )
+        self.workers[helper].shares[share.lease.batch_id] = share
+        self.all_shares.append(share)
+
+    @precondition(lambda self: self.all_shares)
+    @rule(data=st.data())
+    def end_share(self, data: st.DataObject) -> None:
+        share = data.draw(st.sampled_from(self.all_shares))
+        helper = self.workers.get(share.lease.worker_id)
+        is_running = helper is not None and helper.shares.pop(share.lease.batch_id, None) is not None
+        assert self.queue.has_share(share) is is_running
+        assert self.queue.end_share(share) is is_running, "it ends once, whoever says so"
+
+    @invariant()
+    def shares_are_their_helpers_and_change_nothing_of_the_lease(self) -> None:
+        for worker_id, worker in self.workers.items():
+            assert self.queue.list_shares(worker_id) == list(worker.shares.values())
+            for lease in worker.leases.values():
+                assert self.queue.find_holder(lease.shard.number) == lease
+        for number in self.list_free() | self.done - set(self.list_held()):
+            assert self.queue.find_holder(number) is None
 
     # ---- what comes too late
 
@@ -486,3 +526,68 @@ def test_a_zombies_commit_is_taken_and_its_successor_learns_it() -> None:
     assert queue.count_open_rows() == (0, 0), "rows of a committed shard would count twice"
     assert queue.complete("b", second.batch_id, 0) is False
     assert queue.list_open() == []
+
+
+# ---- shares
+
+
+def test_a_helper_is_busy_with_its_share_alone_and_its_progress_is_its_owners() -> None:
+    queue = make_queue(1)
+    for worker_id in ("owner", "helper"):
+        queue.add_worker(make_worker_info(worker_id), 0.0)
+    lease = queue.lease_next(0.0)
+    assert lease is not None
+    owner, helper = lease.worker_id, ({"owner", "helper"} - {lease.worker_id}).pop()
+    share = queue.lend_share(owner, lease.batch_id, helper, 5, 500.0)
+    for now in range(550, 3000, 50):  # the owner has nothing left to do but wait
+        queue.renew(beat(owner, lease, inflight=0), now)
+        queue.renew(beat(helper, tokens=now), now)
+    assert queue.list_silent(2950.0) == []
+    for now in range(3000, 4000, 50):  # and now the helper stands still
+        queue.renew(beat(owner, lease, inflight=0), now)
+        queue.renew(beat(helper, tokens=2950), now)
+    assert {worker_id for worker_id, _ in queue.list_silent(3951.0)} == {owner, helper}
+    assert queue.end_share(share)
+    assert {worker_id for worker_id, _ in queue.list_silent(3951.0)} == {owner}
+
+
+def test_a_decision_looks_at_few_workers_and_few_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted, not timed: what one lease costs does not grow with the cluster or the job."""
+    from batchgen import lazy_heap, work_queue
+
+    counts: Counter[str] = Counter()
+
+    class CountingHeap(lazy_heap.LazyHeap):  # type: ignore[type-arg]
+        def peek(self) -> object:
+            counts["entries"] += len(self._heap)
+            found = super().peek()
+            counts["entries"] -= len(self._heap) - 1
+            return found
+
+    def count_wants(self: WorkQueue, worker: object, plain: Any = work_queue.WorkQueue._wants_more) -> bool:
+        counts["workers"] += 1
+        return bool(plain(self, worker))
+
+    monkeypatch.setattr(work_queue, "LazyHeap", CountingHeap)
+    monkeypatch.setattr("batchgen.backlog.LazyHeap", CountingHeap)
+    monkeypatch.setattr(work_queue.WorkQueue, "_wants_more", count_wants)
+    num_shards, num_workers = 5000, 300
+    queue = make_queue(*[1.0 + number % 97 for number in range(num_shards)])
+    for number in range(num_workers):
+        queue.add_worker(make_worker_info(f"w{number:04}", window=40), 0.0)
+    counts.clear()
+    leases = lease_all(queue)
+    assert len(leases) == 6 * num_workers
+    assert counts["workers"] == len(leases), "one worker is looked at for each lease"
+    assert counts["entries"] < 6 * len(leases), "and a few heap entries, stale ones included"
+
+
+def test_long_rows_go_first_and_work_is_balanced() -> None:
+    """A shard with one long row and little else begins first, and does not keep others from its worker."""
+    plans = [(9.0, 1.0), (8.0, 8.0), (3.0, 3.0), (2.0, 2.0)]
+    shards = [QueuedShard(make_shard(n, row_end=ROWS), cost=cost, work=work) for n, (cost, work) in enumerate(plans)]
+    queue = WorkQueue(shards, epoch=EPOCH, retry=RetrySpec(), cluster=CLUSTER)
+    queue.add_worker(make_worker_info("a"), 0.0)
+    queue.add_worker(make_worker_info("b"), 0.0)
+    order = [(lease.worker_id, lease.shard.number) for lease in lease_all(queue)]
+    assert order == [("a", 0), ("b", 1), ("a", 2), ("b", 3)]

@@ -12,6 +12,7 @@ from makers import make_error, make_job_spec, make_lease, make_ok, make_rows, ma
 
 from batchgen.batches import BatchStats, FileFooter
 from batchgen.records import Generation, Result, RowId, Timing, TokenLogprob, Usage
+from batchgen.result_batch import make_result_batch
 from batchgen.write import (
     FORMAT_VERSION,
     footer_from_json,
@@ -19,8 +20,6 @@ from batchgen.write import (
     list_reserved_names,
     make_output_schema,
     make_output_table,
-    make_result_batch,
-    make_result_row,
     make_result_schema,
     make_shard_file,
     read_file_footer,
@@ -93,7 +92,7 @@ def test_a_result_that_is_both_or_neither_is_refused() -> None:
     neither = Result(RowId("/f", 0, 0), 1, Timing())
     for result in (both, neither):
         with pytest.raises(ValueError, match="exactly one"):
-            make_result_row(result, "b")
+            make_result_batch([result], "b", make_result_schema(make_job_spec()))
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,16 @@ LimitOption = Annotated[
     int | None, typer.Option("--limit", min=1, help="Only the first N rows: a trial whose rows the full run keeps.")
 ]
 
+DeadlineOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TIME", help="Stop by then, drained and resumable: 2026-11-28T06:00Z, or a time from now such as 8h."
+    ),
+]
+GpuHoursOption = Annotated[
+    float | None, typer.Option("--max-gpu-hours", metavar="H", help="Stop before this run has used more GPU-hours.")
+]
+
 
 @contextmanager
 def refusals(debug: bool, *, is_run: bool = False, as_json: bool = False) -> Iterator[None]:

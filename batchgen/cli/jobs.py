@@ -2,12 +2,15 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import typer
 
 from batchgen.cli.base import (
+    DeadlineOption,
     DebugOption,
+    GpuHoursOption,
     JsonOption,
     LimitOption,
     SetOption,
@@ -89,6 +92,8 @@ def run(
     spec: SpecArgument,
     set: SetOption = None,
     limit: LimitOption = None,
+    deadline: DeadlineOption = None,
+    max_gpu_hours: GpuHoursOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -96,9 +101,25 @@ def run(
     from batchgen.spec_load import load_spec
 
     with refusals(debug, is_run=True, as_json=as_json):
-        report = watch_run(load_spec(spec, set or ()), limit)
+        overrides = [*(set or ()), *make_limits(deadline, max_gpu_hours)]
+        report = watch_run(load_spec(spec, overrides), limit)
     print_json(report, as_json)
     raise typer.Exit(report["exit_code"])
+
+
+def make_limits(deadline: str | None, max_gpu_hours: float | None) -> list[str]:
+    """The options as overrides of the spec. Raises SpecError for a time that is none."""
+    from batchgen.errors import SpecError
+    from batchgen.governor import parse_deadline
+
+    limits = [] if max_gpu_hours is None else [f"cluster.max_gpu_hours={max_gpu_hours}"]
+    if deadline is not None:
+        try:
+            at = parse_deadline(deadline, datetime.now(UTC))
+        except ValueError as error:
+            raise SpecError(f"--deadline {deadline}: {error}") from error
+        limits.append(f"cluster.deadline='{at.isoformat()}'")
+    return limits
 
 
 def watch_run(spec: Any, limit: int | None) -> dict[str, Any]:

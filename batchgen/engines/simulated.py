@@ -3,8 +3,9 @@
 A request waits for a slot, is prefilled (prefills share one rate) and decodes at its slot's own rate. Length and text
 follow from the prompt, the seed and the sample alone, so a rerun repeats them; or each answer is as long as its request
 allows, so that lengths measured elsewhere come in as a column of per-row sampling. `call_log` gets one line a call, written
-with O_APPEND in one piece, so that a test can count what was generated again even after SIGKILL. This is product, not
-test scaffolding: users test their own jobs with it.
+with O_APPEND in one piece, so that a test can count what was generated again even after SIGKILL; and one for each answer
+that took time, with when it got its slot and when it was done, so that it can be seen how busy the slots were. This is
+product, not test scaffolding: users test their own jobs with it.
 """
 
 import asyncio
@@ -26,7 +27,9 @@ from batchgen.errors import EngineDied, RequestFailed, RequestRejected
 from batchgen.records import Generation, Request, Usage
 
 WORDS = ("amber", "brook", "cedar", "delta", "ember", "fjord", "grove", "heath", "inlet", "jetty", "knoll", "larch")
-STEPS_PER_ANSWER = 20
+# How often an answer under way shows in `total_tokens`.
+MAX_STEPS = 20
+MIN_STEP_S = 0.05
 
 
 class ByteTokenizer:
@@ -70,19 +73,20 @@ class SimulatedEngine:
         self.tokenizer: Tokenizer = ByteTokenizer()
         self.max_model_len = min(spec.max_model_len, max_model_len or spec.max_model_len)
         self.total_tokens = 0
-        self._log_fd: int | None = None
+        self._log_fds: dict[str, int] = {}
         self._death: asyncio.Future[None] | None = None
 
     async def open(self) -> None:
         await asyncio.sleep(self._spec.startup_s)
         self._slots = asyncio.Semaphore(self._spec.slots)
-        self._prefill = asyncio.Lock()
+        self._prefilled_at = 0.0
         self._death = asyncio.get_running_loop().create_future()
         if self._spec.call_log is not None:
             folder = Path(self._spec.call_log)
             folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"calls-{os.getpid()}.jsonl"
-            self._log_fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            paths = {kind: folder / f"{kind}-{os.getpid()}.jsonl" for kind in ("calls", "answers")}
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            self._log_fds = {kind: os.open(path, flags, 0o644) for kind, path in paths.items()}
 
     def kill(self, reason: str) -> None:
         if self._death is not None and not self._death.done():
@@ -94,7 +98,7 @@ class SimulatedEngine:
             raise EngineDied("the simulated engine is not open")
         if self._death.done():
             self._death.result()
-        self._record(request)
+        self._log(request, "calls", round(time.time(), 3))
         self._check(request)
         if not self._spec.has_latency:
             return self._answer(request, queued_s=0.0, ttft_s=0.0)
@@ -110,23 +114,30 @@ class SimulatedEngine:
 
     async def close(self) -> None:
         self.kill("the engine was closed")
-        if self._log_fd is not None:
-            os.close(self._log_fd)
-            self._log_fd = None
+        for log_fd in self._log_fds.values():
+            os.close(log_fd)
+        self._log_fds = {}
 
     async def _work(self, request: Request) -> Generation:
         started = time.monotonic()
         async with self._slots:
-            queued_s = time.monotonic() - started
-            async with self._prefill:
-                await asyncio.sleep(len(request.ids) / self._spec.prefill_tokens_per_s)
-            ttft_s = time.monotonic() - started
-            num_tokens = self._choose_length(request)
-            for step in range(STEPS_PER_ANSWER):
-                await asyncio.sleep(num_tokens / self._spec.decode_tokens_per_s / STEPS_PER_ANSWER)
-                is_last = step == STEPS_PER_ANSWER - 1
-                self.total_tokens += num_tokens // STEPS_PER_ANSWER + is_last * (num_tokens % STEPS_PER_ANSWER)
-            return self._answer(request, queued_s=queued_s, ttft_s=ttft_s)
+            began = time.monotonic()
+            self._prefilled_at = max(began, self._prefilled_at) + len(request.ids) / self._spec.prefill_tokens_per_s
+            first_at = self._prefilled_at
+            await sleep_until(first_at)
+            await self._decode(self._choose_length(request), first_at)
+            answer = self._answer(request, queued_s=began - started, ttft_s=first_at - started)
+        self._log(request, "answers", round(time.time() - (time.monotonic() - began), 4), round(time.time(), 4))
+        return answer
+
+    async def _decode(self, num_tokens: int, started: float) -> None:
+        """Until all are made. Each step ends when it is due since the start: what a busy loop adds to one, the next is
+        shorter by."""
+        duration_s = num_tokens / self._spec.decode_tokens_per_s
+        num_steps = max(1, min(MAX_STEPS, int(duration_s / MIN_STEP_S)))
+        for step in range(1, num_steps + 1):
+            await sleep_until(started + duration_s * step / num_steps)
+            self.total_tokens += num_tokens * step // num_steps - num_tokens * (step - 1) // num_steps
 
     def _check(self, request: Request) -> None:
         reject = self._spec.reject_text
@@ -170,12 +181,17 @@ class SimulatedEngine:
             ttft_s=ttft_s,
         )
 
-    def _record(self, request: Request) -> None:
-        if self._log_fd is None:
+    def _log(self, request: Request, kind: str, *times: float) -> None:
+        if not self._log_fds:
             return
         row = request.row_id
-        fields = [row.source_file, row.source_row, row.sample_index, request.attempt, round(time.time(), 3)]
-        os.write(self._log_fd, (json.dumps(fields) + "\n").encode())
+        fields = [row.source_file, row.source_row, row.sample_index, request.attempt, *times]
+        os.write(self._log_fds[kind], (json.dumps(fields) + "\n").encode())
+
+
+async def sleep_until(at: float) -> None:
+    """On the monotonic clock."""
+    await asyncio.sleep(max(0.0, at - time.monotonic()))
 
 
 def read_calls(call_log: str) -> list[tuple[str, int, int, int]]:
@@ -186,3 +202,10 @@ def read_calls(call_log: str) -> list[tuple[str, int, int, int]]:
             fields = json.loads(line)
             calls.append((fields[0], fields[1], fields[2], fields[3]))
     return calls
+
+
+def read_spans(call_log: str) -> list[tuple[float, float]]:
+    """(when it got its slot, when it was done) of every answer of all processes, seconds since the epoch."""
+    paths = sorted(Path(call_log).glob("answers-*.jsonl"))
+    answers = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    return [(answer[4], answer[5]) for answer in answers]

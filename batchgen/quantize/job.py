@@ -97,14 +97,15 @@ def read_prompts(spec: QuantizeSpec) -> list[tuple[int, ...]]:
     from batchgen.engines.hf_tokenizer import HFTokenizer
 
     job = spec.as_job()
-    files, _, _ = inspect_inputs(job, find_inputs(job))
+    files, *_ = inspect_inputs(job, find_inputs(job))
     preparer, calibration = Preparer(job, HFTokenizer(job.model), None), spec.calibration
 
     def iter_prompts() -> Iterable[tuple[int, ...]]:
         for shard in make_plan(job, files).shards:
             for first_row, rows in iter_shard(shard, list_columns(job)):
                 if not isinstance(rows, Unreadable):
-                    made, _ = preparer.prepare(rows, shard.file.path, first_row)
+                    numbers = range(first_row, first_row + rows.num_rows)
+                    made = preparer.prepare(rows, shard.file.path, numbers)
                     yield from (each.ids[: calibration.max_prompt_tokens] for each in made if isinstance(each, Request))
 
     found = list(islice(iter_prompts(), calibration.num_rows))

@@ -1,0 +1,55 @@
+"""Workers and the leases they hold, as the queue sees them. Values that only the queue changes."""
+
+from dataclasses import dataclass, field
+
+from batchgen.records import Lease, Share, WorkerInfo
+
+
+@dataclass(slots=True)
+class OpenLease:
+    """A lease that is held, with the last that was heard of it."""
+
+    lease: Lease
+    work: float
+    started_at: float
+    num_rows_done: int = 0
+    num_rows_error: int = 0
+    num_unsent: int | None = None
+
+    @property
+    def num_unfinished(self) -> int:
+        return self.lease.shard.num_rows - self.num_rows_done
+
+    @property
+    def load(self) -> float:
+        """What is left of its work."""
+        return self.work * self.num_unfinished / self.lease.shard.num_rows
+
+
+@dataclass(slots=True)
+class QueueWorker:
+    """A worker as the queue sees it. `num_rows_ended`: rows of leases that it has done with.
+    `share_unsent`: requests of each share that it has not sent yet."""
+
+    info: WorkerInfo
+    joined_at: float
+    heard_at: float
+    progress_at: float
+    progress: tuple[int, int] = (0, 0)
+    last_shard: int = -2
+    num_unfinished: int = 0
+    load: float = 0.0
+    num_rows_ended: int = 0
+    num_inflight: int = 0
+    open: dict[str, OpenLease] = field(default_factory=dict)
+    shares: dict[str, Share] = field(default_factory=dict)
+    share_unsent: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self.open or self.shares)
+
+    def count(self) -> None:
+        """Keeps the sums that every lease is decided by; called whenever what is open changed, never in a decision."""
+        self.num_unfinished = sum(held.num_unfinished for held in self.open.values())
+        self.load = sum(held.load for held in self.open.values())

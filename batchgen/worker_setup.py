@@ -1,0 +1,21 @@
+"""All that a worker is made of. Pickles."""
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from batchgen.lengths import LengthPrior
+from batchgen.spec import JobSpec
+from batchgen.storage import Storage
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSetup:
+    """What a worker needs to be made, in any process. `prior`: what an earlier run measured of lengths."""
+
+    worker_id: str
+    spec: JobSpec
+    epoch: int
+    storage: Storage
+    passthrough: pa.Schema
+    prior: LengthPrior | None = None

@@ -1,0 +1,259 @@
+"""What is expected of lengths: hints, priors, sums, costs; and that none of it ever changes a row."""
+
+import heapq
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jobs_util import check_output, list_output, make_tree, read_rows, run, to_parquet
+from makers import make_error, make_file, make_job_spec, make_ok, make_rows
+
+from batchgen.errors import InputError, Refusal
+from batchgen.job import open_job
+from batchgen.length_files import LENGTHS, measure_shards, read_prior
+from batchgen.lengths import (
+    LengthCounts,
+    choose_cost,
+    choose_prompt_bucket,
+    choose_work,
+    expect_tokens,
+    format_lengths,
+    make_lengths,
+    make_prior,
+    merge_lengths,
+    total_hints,
+)
+from batchgen.manifest import read_json, read_plan, write_plan_files, write_plan_shards
+from batchgen.plan import add_prompt_bytes
+from batchgen.records import Generation, Shard, Usage
+from batchgen.spec_load import make_spec
+from batchgen.storage import Storage
+
+counts_of = st.dictionaries(
+    st.tuples(st.none() | st.integers(0, 20), st.integers(0, 70)), st.integers(1, 1000), max_size=20
+)
+
+
+def answer(prompt: int | None, completion: int | None) -> Generation:
+    return Generation("", None, "stop", Usage(prompt, completion, None))
+
+
+# ---- measured --------------------------------------------------------------------------------------------------------
+
+
+@given(counts_of, counts_of)
+@settings(max_examples=50, deadline=None)
+def test_counts_add_up_and_survive_their_text(one: LengthCounts, other: LengthCounts) -> None:
+    merged = merge_lengths([format_lengths(LengthCounts(one)), None, "", format_lengths(LengthCounts(other))])
+    assert merged == LengthCounts(one) + LengthCounts(other)
+
+
+def test_lengths_of_rows_are_those_of_their_generations() -> None:
+    pairs = [(5, 1), (5, 100), (9, 100), (None, 3), (5, None)]
+    rows = make_rows(*(make_ok(row, generation=answer(*pair)) for row, pair in enumerate(pairs)), make_error(9))
+    found = merge_lengths([make_lengths(rows)])
+    assert found == {(3, 0): 1, (3, 27): 1, (4, 27): 1, (None, 7): 1}
+    assert make_lengths(make_rows(make_error(0))) == ""
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 63, 64, 65, 4000, 65536])
+def test_a_prior_of_one_length_expects_about_that_length(tokens: int) -> None:
+    rows = make_rows(*(make_ok(row, generation=answer(tokens, tokens)) for row in range(30)))
+    prior = make_prior(merge_lengths([make_lengths(rows)]))
+    assert prior is not None
+    assert prior.expect(tokens) == pytest.approx(tokens, rel=0.1)
+    assert choose_prompt_bucket(tokens) in {bucket for bucket, _ in prior.counts}, "Arrow and Python bucket alike"
+
+
+def test_a_prior_tells_prompt_lengths_apart_and_trusts_few_rows_little() -> None:
+    prior = make_prior(LengthCounts({(3, 4): 1000, (10, 40): 1000, (6, 48): 1}))
+    assert prior is not None
+    assert prior.expect(5) < 3 < 500 < prior.expect(1000) < 1100
+    assert prior.expect(40) < 1000, "one row of 4,096 tokens is no evidence"
+    assert prior.expect(10**6) == prior.expect(None) == prior.mean_tokens
+    assert make_prior(LengthCounts()) is None
+
+
+# ---- expected --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("hint", "expected"),
+    [(5, 5.0), (0, 1.0), (0.2, 1.0), (500, 100.0), *((bad, None) for bad in (None, -1, float("nan"), "7", True))],
+)
+def test_a_hint_is_taken_as_far_as_it_makes_sense(hint: Any, expected: float | None) -> None:
+    assert expect_tokens(hint, prompt_tokens=3, max_tokens=100, prior=None) == expected
+
+
+def test_a_prior_stands_in_for_a_hint() -> None:
+    prior = make_prior(LengthCounts({(3, 4): 1000, (10, 40): 1000}))
+    assert expect_tokens(None, prompt_tokens=1000, max_tokens=100, prior=prior) == 100.0
+    assert expect_tokens(7, prompt_tokens=1000, max_tokens=100, prior=prior) == 7.0
+
+
+def test_hints_are_summed_and_holes_count_as_the_mean_of_the_others() -> None:
+    column = pa.array([10, None, 30, float("nan"), -5, float("inf")])
+    total = total_hints(column, 1000)
+    assert (total.num_known, total.tokens, total.max_tokens) == (2, 40.0, 30.0)
+    assert total.expect(6) == (120.0, 30.0)
+    assert total_hints(column, 20).expect(2) == (30.0, 20.0)
+    assert total_hints(pa.nulls(3), None).expect(3) == (None, None)
+
+
+def cost(shard: Shard, **changes: Any) -> float:
+    plain = {"n": 1, "window": 10, "max_tokens": 1000, "prior": None, "default_tokens": 50.0}
+    return choose_cost(shard, **{**plain, **changes})
+
+
+def test_a_cost_is_the_longer_of_the_work_and_the_longest_row() -> None:
+    file = make_file()
+    assert cost(Shard(0, file, 0, 10, 5000.0, 200.0)) == 500.0
+    assert cost(Shard(0, file, 0, 10, 500.0, 200.0)) == 200.0
+    known = Shard(0, file, 0, 10, 500.0, 200.0)
+    assert choose_work(known, n=1, window=10, max_tokens=9, prior=None, default_tokens=1.0) == 50.0
+    assert cost(Shard(0, file, 0, 10)) == 50.0
+    assert cost(Shard(0, file, 0, 10, prompt_bytes=900.0)) == 70.0
+    prior = make_prior(LengthCounts({(5, 40): 1000}))
+    assert cost(Shard(0, file, 0, 10, prompt_bytes=900.0), prior=prior) == pytest.approx(939, rel=0.01)
+    assert cost(Shard(0, file, 0, 10), n=3) == 150.0
+
+
+def test_prompt_bytes_follow_the_row_groups() -> None:
+    file = make_file(row_group_rows=(10, 0, 20))
+    shards = [Shard(0, file, 0, 5), Shard(1, file, 5, 20), Shard(2, file, 20, 30)]
+    found = add_prompt_bytes(shards, {file.path: (100, 0, 400)})
+    assert [shard.prompt_bytes for shard in found] == [50.0, 250.0, 200.0]
+    assert add_prompt_bytes(shards, {}) == shards
+
+
+def drain(lengths: list[float], order: list[int], slots: int) -> float:
+    """Makespan of rows started in this order on so many slots."""
+    free = [0.0] * slots
+    for row in order:
+        heapq.heappush(free, heapq.heappop(free) + lengths[row])
+    return max(free)
+
+
+def test_useless_hints_cost_nothing_against_input_order() -> None:
+    """Longest first by a hint that says nothing is just another order: over many jobs their makespans are the same."""
+    hinted = fifo = best = 0.0
+    for seed in range(300):
+        draw = random.Random(seed)
+        lengths = [draw.lognormvariate(0.0, 0.8) for _ in range(3000)]
+        useless = [draw.random() for _ in lengths]
+        rows = range(len(lengths))
+        fifo += drain(lengths, list(rows), 64)
+        hinted += drain(lengths, sorted(rows, key=lambda row: -useless[row]), 64)
+        best += drain(lengths, sorted(rows, key=lambda row: -lengths[row]), 64)
+    assert hinted <= 1.01 * fifo
+    assert best < 0.95 * fifo
+
+
+# ---- the plan, and a run ---------------------------------------------------------------------------------------------
+
+
+def write_hinted(folder: Path, hints: list[Any], name: str = "a") -> int:
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = len(hints)
+    table = pa.table({"prompt": [f"question {row}" for row in range(rows)], "hint": pa.array(hints, pa.float64())})
+    (folder / f"{name}.parquet").write_bytes(to_parquet(table, row_group_size=7))
+    return rows
+
+
+def test_the_plan_sums_the_hint_column_of_each_shard(tmp_path: Path) -> None:
+    hints = [float(row) for row in range(1, 26)]
+    write_hinted(tmp_path / "in", hints)
+    write_hinted(tmp_path / "in", [None] * 5, "b")
+    tree = make_tree(
+        tmp_path / "in", tmp_path / "out", input={"length_hint": "hint"}, sampling={"max_tokens": 100, "n": 2}
+    )
+    spec = make_spec(tree)
+    job = open_job(spec, Storage(spec.output.path))
+    for shard in job.plan.shards:
+        mine = hints[shard.row_start : shard.row_end] if shard.file.path.endswith("a.parquet") else []
+        assert shard.expected_tokens == (2 * sum(mine) if mine else None)
+        assert shard.max_expected_tokens == (max(mine) if mine else None)
+        assert shard.prompt_bytes is not None
+    costs = [queued.cost for queued in job.todo]
+    assert costs[:3] == sorted(costs[:3]), "the rows with the largest hints come last in the file"
+
+
+def test_a_frozen_plan_keeps_the_sums_and_an_older_one_lacks_them(tmp_path: Path) -> None:
+    storage, file = Storage(str(tmp_path / "out")), make_file()
+    write_plan_files(storage, [file], pa.schema([]))
+    shards = [Shard(0, file, 0, 5, 12.5, 4.0, 100.0), Shard(1, file, 5, 10)]
+    write_plan_shards(storage, [file], shards)
+    saved = read_plan(storage)
+    assert saved is not None
+    assert saved[2] == shards
+    old = {"number": [2], "file": [0], "row_start": [0], "row_end": [5]}
+    storage.create("_batchgen/plan/shards-000002.parquet", memoryview(to_parquet(pa.table(old))))
+    saved = read_plan(storage)
+    assert saved is not None
+    assert saved[2][2] == Shard(2, file, 0, 5)
+
+
+def test_a_run_leaves_its_lengths_for_the_next_job(tmp_path: Path) -> None:
+    num_rows = write_hinted(tmp_path / "in", [5.0] * 40)
+    tree = make_tree(tmp_path / "in", tmp_path / "out")
+    run(tree)
+    facts = read_json(Storage(str(tmp_path / "out")), LENGTHS)
+    tokens = [row["completion_tokens"] for row in read_rows(tmp_path / "out")]
+    assert facts is not None
+    assert facts["num_rows"] == num_rows
+    assert facts["mean_completion_tokens"] == pytest.approx(sum(tokens) / num_rows, rel=0.1)
+    assert "question" not in str(facts)
+    later = make_tree(tmp_path / "in", tmp_path / "later", input={"length_prior": str(tmp_path / "out")})
+    prior = read_prior(make_spec(later))
+    assert prior is not None
+    assert prior.mean_tokens == pytest.approx(facts["mean_completion_tokens"])
+    report, _ = run(later)
+    assert report["exit_code"] == 0
+    check_output(tmp_path / "later", [(str(tmp_path / "in/a.parquet"), num_rows)])
+
+
+def test_hints_of_any_kind_change_no_row(tmp_path: Path) -> None:
+    hints = [None, -1.0, float("nan"), 1e300, *range(36)]
+    num_rows = write_hinted(tmp_path / "in", hints)
+    run(make_tree(tmp_path / "in", tmp_path / "plain"))
+    run(make_tree(tmp_path / "in", tmp_path / "hinted", input={"length_hint": "hint"}))
+    check_output(tmp_path / "hinted", [(str(tmp_path / "in/a.parquet"), num_rows)])
+    texts = [[row["text"] for row in read_rows(tmp_path / name)] for name in ("plain", "hinted")]
+    assert texts[0] == texts[1]
+
+
+def test_a_hint_named_later_is_looked_at_then(tmp_path: Path) -> None:
+    write_hinted(tmp_path / "in", [float(row) for row in range(20)])
+    run(make_tree(tmp_path / "in", tmp_path / "out"), limit=10)
+    spec = make_spec(make_tree(tmp_path / "in", tmp_path / "out", input={"length_hint": "hint"}))
+    job = open_job(spec, Storage(spec.output.path))
+    assert all(shard.expected_tokens is not None for shard in job.plan.shards)
+    assert list_output(tmp_path / "out", "data"), "and the plan is the frozen one"
+    for name, reason in [("absent", "has no column 'absent'"), ("prompt", "it must be a number")]:
+        wrong = make_spec(make_tree(tmp_path / "in", tmp_path / "out", input={"length_hint": name}))
+        with pytest.raises(InputError, match=reason):
+            open_job(wrong, Storage(spec.output.path))
+
+
+@pytest.mark.parametrize(("name", "reason"), [("nope", "has no column 'nope'"), ("prompt", "it must be a number")])
+def test_a_hint_that_is_none_is_refused(tmp_path: Path, name: str, reason: str) -> None:
+    write_hinted(tmp_path / "in", [1.0])
+    with pytest.raises(Refusal, match=reason):
+        run(make_tree(tmp_path / "in", tmp_path / "out", input={"length_hint": name}))
+
+
+def test_a_prior_that_is_none_is_refused(tmp_path: Path) -> None:
+    write_hinted(tmp_path / "in", [1.0])
+    with pytest.raises(Refusal, match="has no measured lengths"):
+        run(make_tree(tmp_path / "in", tmp_path / "out", input={"length_prior": str(tmp_path / "nowhere")}))
+
+
+def test_hints_and_priors_are_no_part_of_the_fingerprint() -> None:
+    plain = make_job_spec()
+    hinted = make_job_spec(input={"paths": ["/data/in.parquet"], "length_hint": "a", "length_prior": "/old"})
+    assert plain.fingerprint() == hinted.fingerprint()
+    assert measure_shards([], hinted, None) == []
