@@ -431,12 +431,12 @@ def test_a_step_of_scicode_builds_on_what_the_same_sample_wrote(tmp_path: Path) 
     assert sorted("return 2 * x" in prompt for prompt in later) == [False, True]
     assert not any("import os" in prompt for prompt in later)
     rows = read_scores(tmp_path / "out")
-    assert [(row["question"], row["cluster"], row["outcome"]) for row in rows if row["question"] != "62.2"] == [
-        ("1.1", "1", "right"),
-        ("1.1", "1", "wrong"),
-        ("1.2", "1", "right"),
-        ("1.2", "1", "wrong"),
-    ] or [row["outcome"] for row in rows[:4]] == ["wrong", "right", "wrong", "right"]
+    outcomes = {
+        question: [row["outcome"] for row in rows if row["question"] == question] for question in ("1.1", "1.2")
+    }
+    assert sorted(outcomes["1.1"]) == ["right", "wrong"]
+    assert outcomes["1.2"] == outcomes["1.1"]
+    assert {row["cluster"] for row in rows} == {"1", "62"}
     # One of the two left by exit(0) without passing its test.
     assert sorted(row["outcome"] for row in rows if row["question"] == "62.2") == ["right", "wrong"]
     assert summary["score"] == pytest.approx(0.5)
