@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
+from batchgen.budget import count_first
 from batchgen.engine_specs import OpenAIEngineSpec, TransformersEngineSpec
 from batchgen.errors import BatchgenError, OutputError
 from batchgen.node_check import check_checkpoint, check_trtllm
@@ -38,7 +39,8 @@ def examine(spec: JobSpec | None, node: NodeFacts | None = None) -> list[Check]:
 def _check_engine(spec: JobSpec, node: NodeFacts | None) -> list[Check]:
     section = spec.engine
     if isinstance(section, TensorRTLLMEngineSpec):
-        return check_trtllm(spec.model, section, spec.sampling.max_tokens, node, None)
+        max_tokens = count_first(section.token_budget, spec.sampling.max_tokens)
+        return check_trtllm(spec.model, section, max_tokens, node, None)
     node = node or read_node(spec.model.stage_dir or DEFAULT_FOLDER)
     checks = check_machine(node)
     if isinstance(section, TransformersEngineSpec):

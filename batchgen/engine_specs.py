@@ -36,6 +36,11 @@ class SimulatedEngineSpec(EngineSection):
     kind: Literal["simulated"]
     max_inflight: int = Field(default=256, ge=1, description="Requests sent and not answered (requests).")
     slots: int = Field(default=64, ge=1, description="Requests decoded at the same time (requests).")
+    ranks: int = Field(
+        default=1,
+        ge=1,
+        description="Attention-DP ranks that share the slots: a request pinned to one waits for its slots.",
+    )
     prefill_tokens_per_s: float = Field(default=20_000.0, gt=0, description="Prefill rate of the engine (tokens/s).")
     decode_tokens_per_s: float = Field(default=50.0, gt=0, description="Decode rate of one slot (tokens/s).")
     has_latency: bool = Field(default=True, description="false: answer at once, whatever the rates say.")

@@ -9,9 +9,11 @@ octave, so that those of any batches add up. As text, 'prompt.completion:rows' p
 """
 
 import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -93,6 +95,17 @@ def make_prior(counts: LengthCounts) -> LengthPrior | None:
     mean = sum(tokens.values()) / rows.total()
     means = {prompt: _lean(tokens[prompt], number, mean) for prompt, number in rows.items()}
     return LengthPrior(dict(counts), mean, means)
+
+
+def list_quantiles(prior: LengthPrior, num: int) -> list[float]:
+    """The measured completion lengths, all prompts together, as `num` of equal weight, sorted."""
+    lengths: Counter[int] = Counter()
+    for (_, length), rows in prior.counts.items():
+        lengths[length] += rows
+    ordered = sorted(lengths.items())
+    ends = list(accumulate(rows for _, rows in ordered))
+    places = ((2 * each + 1) * ends[-1] / (2 * num) for each in range(num))
+    return [bucket_middle(ordered[bisect_left(ends, place)][0]) for place in places]
 
 
 def _lean(tokens: float, num_rows: int, mean: float) -> float:

@@ -205,7 +205,7 @@ def _check_kv(found: Capacity, needs: EngineNeeds) -> Check:
     if needs.scheduler_policy != "GUARANTEED_NO_EVICT" or needs.max_inflight <= fitting:
         return Check("kv cache", "ok", what)
     what += f", {fitting:,} in the engine; engine.max_inflight is {needs.max_inflight:,}, and the rest waits inside it"
-    mend = "lower sampling.max_tokens (each request reserves all of it), or engine.max_inflight to about that"
+    mend = "lower sampling.max_tokens or engine.token_budget (each request reserves it), or engine.max_inflight to that"
     return Check("kv cache", "warn", what, mend)
 
 

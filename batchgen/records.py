@@ -77,10 +77,34 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One generated token: its natural-log probability and the `top` most likely ones (token id, logprob). An id is None
+    where a server tells tokens by their text only."""
+
+    token_id: int | None
+    logprob: float
+    top: tuple[tuple[int | None, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """An answer so far, which another request may go on with: at least one token, none of them its last. `logprobs` goes
+    with `token_ids`; `cached_tokens` and the two times are the first part's."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    cached_tokens: int | None = None
+    ttft_s: float | None = None
+    queued_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """What an engine is sent. Exactly one is set: `token_ids`, the whole rendered prompt with its special tokens, for an
     engine with a tokenizer on our side; `prompt`, the row's own, for one that renders and tokenises itself. `has_tools`:
-    the answer may call tools. `expected_tokens`: of the completion, where anything is known of it (`lengths`)."""
+    the answer may call tools. `expected_tokens`: of the completion, where anything is known of it (`lengths`).
+    `partial`: what was generated for it before, with `token_ids` only; the engine gives what comes after that, at most
+    `sampling.max_tokens` more. `rank`: the attention-DP rank that must take it, None for any."""
 
     row_id: RowId
     token_ids: tuple[int, ...] | None
@@ -89,18 +113,22 @@ class Request:
     prompt: Prompt | None = None
     has_tools: bool = False
     expected_tokens: float | None = None
+    partial: Partial | None = None
+    rank: int | None = None
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """`token_ids`, for an engine whose requests have them. Raises ValueError for one that was not tokenised."""
+        """The prompt and what was generated before, for an engine whose requests have token ids. Raises ValueError for
+        one that was not tokenised."""
         if self.token_ids is None:
             raise ValueError(f"{self.row_id}: this engine takes token ids, and the request has none")
-        return self.token_ids
+        return self.token_ids if self.partial is None else self.token_ids + self.partial.token_ids
 
     @property
     def num_bytes(self) -> int:
         """Rough size in memory while it waits or is in flight."""
-        return TOKEN_BYTES * len(self.token_ids) if self.token_ids is not None else (self.prompt or Prompt()).num_bytes
+        own = TOKEN_BYTES * len(self.token_ids) if self.token_ids is not None else (self.prompt or Prompt()).num_bytes
+        return own if self.partial is None else own + TOKEN_BYTES * len(self.partial.token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,16 +148,6 @@ class Timing:
     queued_s: float | None = None
     ttft_s: float | None = None
     latency_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """One generated token: its natural-log probability and the `top` most likely ones (token id, logprob). An id is None
-    where a server tells tokens by their text only."""
-
-    token_id: int | None
-    logprob: float
-    top: tuple[tuple[int | None, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,12 @@
 """What every section of a spec is, and what every engine's section has. Pure; knows no kind of engine."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 PromptForm = Literal["text", "messages", "token_ids"]
 GuidedForm = Literal["json_schema", "regex", "grammar"]
+TokenBudget = Literal["auto", "off"] | Annotated[int, Field(ge=1)]
 EVERY_FORM: frozenset[PromptForm] = frozenset({"text", "messages", "token_ids"})
 
 
@@ -20,6 +21,11 @@ class EngineSection(Section):
 
     kind: str
     max_inflight: int = Field(default=128, ge=1, description="Requests sent and not answered (requests).")
+    token_budget: TokenBudget = Field(
+        default="off",
+        description="How much of max_tokens to ask for at first (tokens); an answer that is cut off goes on, doubling. "
+        "auto: as the lengths of an earlier run say (input.length_prior), else 8192; off: all at once.",
+    )
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """The fields that make the data, `kind` among them, as plain JSON values. Tuning stays out."""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from batchgen.answer import make_failed, make_result
-from batchgen.engines.base import Engine
+from batchgen.engines.base import Answering
 from batchgen.errors import EngineDied, EngineUnavailable, RequestFailed, RowError
 from batchgen.open_shard import OpenShard
 from batchgen.records import Request
@@ -67,7 +67,7 @@ class Sender:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Answering,
         max_inflight: int,
         retry: RetrySpec,
         on_death: Callable[[str], None],

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from batchgen.sections import EngineSection, GuidedForm
+from batchgen.sections import EngineSection, GuidedForm, TokenBudget
 
 # Whether a feature is on: auto where the running version is known to be safe, decided when it is known.
 Switch = Literal["auto", "on", "off"]
@@ -36,9 +36,22 @@ class TensorRTLLMEngineSpec(EngineSection):
 
     kind: Literal["tensorrt_llm"]
     max_inflight: int = Field(
-        default=1024,
+        default=1152,
         ge=1,
-        description="Requests sent and not answered (requests). 8 ranks x 128: fills every rank, queues nothing there.",
+        description="Requests sent and not answered (requests). 8 ranks x 128, and an eighth more that wait inside: a rank "
+        "whose request ends has the next one at hand, and one that begins like those in its cache can wait for it.",
+    )
+
+    token_budget: TokenBudget = Field(
+        default="auto",
+        description="How much of max_tokens to ask for at first (tokens); an answer that is cut off goes on, doubling. "
+        "The engine reserves memory for prompt + max_tokens, however short an answer is. auto: as an earlier run's lengths "
+        "say (input.length_prior), else 8192; off: all at once.",
+    )
+    rank_placement: bool = Field(
+        default=True,
+        description="Send prompts that begin alike to the same rank, whose cache has their beginning, as far as the load "
+        "allows. false: the engine spreads them.",
     )
 
     # ---- how the model is laid out
@@ -72,7 +85,9 @@ class TensorRTLLMEngineSpec(EngineSection):
 
     # ---- what fits
     max_batch_size: int = Field(
-        default=128, ge=1, description="Requests decoded together, a rank (requests). Times the ranks is max_inflight."
+        default=128,
+        ge=1,
+        description="Requests decoded together, a rank (requests). Times the ranks, and an eighth more, is max_inflight.",
     )
     max_num_tokens: int = Field(
         default=8192,

@@ -15,6 +15,7 @@ import time
 from dataclasses import replace
 
 from batchgen.build import build_id
+from batchgen.continuation import make_serving
 from batchgen.engines import create_engine, list_refused
 from batchgen.engines.base import Engine
 from batchgen.errors import BatchgenError, EngineDied, InputChanged, Refusal, StorageError
@@ -57,11 +58,10 @@ class Worker:
         """Load the engine. Raises EngineDied or SpecError with the reason."""
         started = time.monotonic()
         await self._engine.open()
-        spec = self._spec
-        engine, refused = self._engine, list_refused(spec.engine.kind)
-        preparer = Preparer(spec, engine.tokenizer, engine.max_model_len, refused, self._setup.prior)
-        hints = HintCheck()
-        self._sender = Sender(engine, spec.engine.max_inflight, spec.retry, self._die, hints.note)
+        spec, engine, prior = self._spec, self._engine, self._setup.prior
+        preparer = Preparer(spec, engine.tokenizer, engine.max_model_len, list_refused(spec.engine.kind), prior)
+        serving, hints = make_serving(engine, spec, prior), HintCheck()
+        self._sender = Sender(serving, spec.engine.max_inflight, spec.retry, self._die, hints.note)
         self._feeder = Feeder(spec, self._setup.passthrough, preparer, self._sender, hints)
         self._window = self._sender.window
         self._wake, self._flushing = asyncio.Event(), asyncio.Lock()

@@ -30,6 +30,8 @@ LAYERS = [
     # pure decisions
     ["prompt", "plan", "backlog", "scaling", "governor", "lengths", "answer", "verify_rows"],
     ["stats", "work_queue", "progress", "roster"],
+    ["budget", "placement", "stops"],
+    ["seam"],
     ["checkpoint", "stage_plan", "engines.trtllm.env"],
     ["preflight"],
     ["preflight_model"],
@@ -41,6 +43,12 @@ LAYERS = [
     # benchmarks, and what their scores say
     ["evaluate", "evaluate.extract", "evaluate.templates", "evaluate.statistics", "evaluate.speed"],
     ["evaluate.benchmarks"],
+    # engines in virtual time
+    ["simulate", "simulate.step_cost", "simulate.published"],
+    ["simulate.rank"],
+    ["simulate.engine"],
+    ["simulate.calibration", "simulate.workload"],
+    ["simulate.policies", "simulate.oracle"],
     # the store seam
     ["stores", "stores.base"],
     ["stores.local", "stores.remote"],
@@ -89,12 +97,23 @@ LAYERS = [
     ["engines.contract_subject"],
     ["engines.contract_answers"],
     ["engines.contract"],
+    ["continuation"],
     ["shard_files", "sender", "validate"],
     ["feeder"],
     ["worker_setup", "worker_shares"],
     ["worker", "job"],
     # many workers
     ["sharing", "ledger", "staffing"],
+    # many virtual workers
+    ["simulate.open_rows"],
+    ["simulate.record"],
+    ["simulate.worker", "simulate.cluster", "simulate.plot"],
+    ["simulate.scenario"],
+    ["simulate.profile", "simulate.from_spec", "simulate.sources"],
+    ["simulate.fluid"],
+    ["simulate.estimate"],
+    ["simulate.report", "simulate.figures_ranks"],
+    ["simulate.figures"],
     ["inline_pool", "ray_pool", "dispatch"],
     ["pools"],
     # one run
@@ -106,7 +125,7 @@ LAYERS = [
     ["control"],
     ["finish", "verify_files", "verify_folder"],
     ["run", "verify"],
-    ["demo", "bench_decode", "bench_queue"],
+    ["demo", "bench_decode", "bench_queue", "bench_placement"],
     # benchmarks as jobs
     [
         "evaluate.spec",
@@ -129,7 +148,7 @@ LAYERS = [
     ["bench.measure", "bench.summary"],
     ["bench.benchmark", "bench.saturation"],
     ["cli.base"],
-    ["cli.jobs", "cli.outputs", "cli.nodes", "cli.models"],
+    ["cli.jobs", "cli.outputs", "cli.nodes", "cli.models", "cli.simulate"],
     ["cli.evaluate"],
     ["cli"],
     ["cli.__main__"],
@@ -152,11 +171,20 @@ PURE |= {
     "verify_rows",
 }
 PURE |= {"read_ahead", "hint_check"}
+PURE |= {"budget", "placement", "stops", "seam", "engines.base"}
 PURE |= {"checkpoint", "stage_plan", "preflight", "preflight_model"}
 PURE |= {"quantize.recipe", "quantize.architecture", "quantize.weigh"}
 PURE |= {"evaluate.extract", "evaluate.templates", "evaluate.statistics", "evaluate.speed"}
 PURE |= {"bench.oracle", "bench.runs"}
 PURE |= {"engines.trtllm.sampling", "engines.trtllm.env", "engines.trtllm.args", "engines.trtllm.health"}
+PURE |= {
+    "simulate",
+    "simulate.step_cost",
+    "simulate.published",
+    "simulate.rank",
+    "simulate.engine",
+    "simulate.calibration",
+}
 # What only does I/O: pure modules may not even import it from the standard library.
 EFFECTS = {
     "os",
@@ -197,7 +225,7 @@ VENDORS = {
     "scipy": {"evaluate.statistics", "evaluate.targets()"},
     "h5py": {"evaluate.targets()"},
     "math_verify": {"evaluate.math_grader()"},
-    "typer": {"cli.base", "cli.jobs", "cli.outputs", "cli.nodes", "cli.models", "cli.evaluate"},
+    "typer": {"cli.base", "cli.jobs", "cli.outputs", "cli.nodes", "cli.models", "cli.simulate", "cli.evaluate"},
     "rich": {"view", "cli.jobs()", "cli.outputs()", "cli.nodes()", "cli.models()", "doctor()"},
 }
 # Modules that import a heavy vendor at their top: whoever imports one of them does so lazily, or is one itself.

@@ -179,7 +179,7 @@ def test_a_hub_cache_with_the_tokenizer_alone_is_no_broken_checkpoint(tmp_path: 
 
 def test_needs_are_read_from_the_section() -> None:
     needs = make_needs(TRTLLM, ModelSpec(max_model_len=5000), 100)
-    assert (needs.num_gpus, needs.num_ranks, needs.max_inflight) == (8, 8, 1024)
+    assert (needs.num_gpus, needs.num_ranks, needs.max_inflight) == (8, 8, 1152)
     assert (needs.max_model_len, needs.max_tokens) == (5000, 100)
 
 

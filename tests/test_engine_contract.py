@@ -174,15 +174,27 @@ class SaysNothing(Broken):
 
 class LosesThePlaceOfTheCancelled(Broken):
     async def generate(self, request: Request) -> Generation:
-        await self._slots.acquire()
+        await self._slots[0].acquire()
         answer = await super().generate(request)
-        self._slots.release()
+        self._slots[0].release()
         return answer
+
+
+class ForgetsThePartialAnswer(Broken):
+    async def generate(self, request: Request) -> Generation:
+        return await super().generate(replace(request, partial=None))
+
+
+class TakesAnyRank(Broken):
+    async def generate(self, request: Request) -> Generation:
+        return await super().generate(replace(request, rank=0))
 
 
 @pytest.mark.parametrize(
     ("broken", "check", "sentence"),
     [
+        (ForgetsThePartialAnswer, contract.check_partial_answers_go_on, "does not go on as the whole one did"),
+        (TakesAnyRank, contract.check_ranks_are_there, "a rank that is not there took a request"),
         (LeavesATask, contract.check_close_leaves_nothing_behind, "close left behind"),
         (BlocksTheLoop, contract.check_it_never_blocks_the_loop, "stood still"),
         (AnswersAfterClose, contract.check_it_must_be_open, "a closed engine answered"),

@@ -189,7 +189,7 @@ def test_sampling_of_a_row_wins(tmp_path: Path, out: Path, as_json: bool) -> Non
 
 
 def test_reasoning_is_split_from_the_answer(tree: Tree, files: list[tuple[str, int]], out: Path) -> None:
-    run(change(tree, "sampling", thinking=True))
+    run(change(change(tree, "sampling", thinking=True), "engine", mean_tokens=60, sigma=0.0))
     rows = check_output(out, files)
     assert {row["reasoning"] for row in rows} == {"considering"}
     assert not any("think" in row["text"] for row in rows)

@@ -1,6 +1,7 @@
 """The simulated engine's lengths and limits. How a run behaves on it is in test_run.py."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,7 +12,7 @@ from makers import make_job_spec, make_request
 from batchgen.engine_specs import SimulatedEngineSpec
 from batchgen.engines import create_engine
 from batchgen.engines.simulated import SimulatedEngine, read_calls, read_spans
-from batchgen.records import Generation
+from batchgen.records import Generation, Partial
 
 
 def generate(engine: SimulatedEngine, max_tokens: int) -> Generation:
@@ -80,3 +81,43 @@ def test_answers_end_when_they_are_due_and_say_when_they_had_their_slot(tmp_path
     for start, _ in spans:
         others = sum(begin <= start + 1e-3 < end - 1e-3 for begin, end in spans)
         assert others <= 2, "more answers at once than slots"
+
+
+def test_any_split_of_an_answer_makes_the_same_answer() -> None:
+    spec = SimulatedEngineSpec(kind="simulated", has_latency=False, mean_tokens=50, sigma=0.5)
+
+    async def work() -> None:
+        engine = SimulatedEngine(spec)
+        await engine.open()
+        request = make_request(max_tokens=1000, seed=7, thinking=True)
+        whole = await engine.generate(request)
+        assert whole.token_ids is not None
+        assert len(whole.token_ids) == whole.usage.completion_tokens
+        assert whole.text == engine.tokenizer.decode(whole.token_ids)
+        for end in range(1, len(whole.token_ids)):
+            part = await engine.generate(replace(request, sampling=replace(request.sampling, max_tokens=end)))
+            assert (part.token_ids, part.finish_reason) == (whole.token_ids[:end], "length")
+            rest = await engine.generate(replace(request, partial=Partial(part.token_ids)))
+            assert (rest.token_ids, rest.finish_reason) == (whole.token_ids[end:], "stop")
+
+    asyncio.run(work())
+
+
+def test_a_pinned_request_waits_for_its_rank_and_no_other() -> None:
+    """Two ranks of one slot each, and rank 0 is at work for long."""
+    spec = SimulatedEngineSpec(kind="simulated", slots=2, ranks=2, decode_tokens_per_s=1000, length="max_tokens")
+
+    async def work() -> None:
+        engine = SimulatedEngine(spec)
+        await engine.open()
+        long, behind, beside = (
+            asyncio.ensure_future(engine.generate(replace(make_request(max_tokens=num_tokens), rank=rank)))
+            for num_tokens, rank in ((10_000_000, 0), (1, 0), (1, 1))
+        )
+        await beside
+        assert not behind.done()
+        long.cancel()
+        await behind
+        await engine.close()
+
+    asyncio.run(work())

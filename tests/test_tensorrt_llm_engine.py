@@ -30,7 +30,9 @@ from trtllm_util import (
 )
 
 import batchgen
+from batchgen.continuation import make_serving
 from batchgen.engines import create_engine, tensorrt_llm
+from batchgen.engines.base import Answering
 from batchgen.engines.contract import CHECKS, Subject
 from batchgen.engines.tensorrt_llm import TensorRTLLMEngine
 from batchgen.errors import EngineDied, EngineUnavailable, RequestFailed, RequestRejected, SpecError
@@ -539,3 +541,72 @@ def test_thoughts_are_not_held_to_the_form_of_the_answer(stand_in: StandIn) -> N
     run(main())
     (sent,) = [call["sampling"] for call in read_calls(stand_in.path) if "prompt" in call][-1:]
     assert '{"type":"object"}' in str(sent)
+
+
+# ---- parts and ranks -------------------------------------------------------------------------------------------------
+
+
+def make_serving_of(engine: TensorRTLLMEngine, **section: Any) -> Answering:
+    return make_serving(engine, make_job_spec(engine={**SMALL, **section}, sampling={"max_tokens": 100}), None)
+
+
+def test_rows_in_parts_are_answered_as_in_one_shot_and_every_request_is_pinned(stand_in: StandIn) -> None:
+    """Stop strings across seams, and canaries in between, which would take the pins of all others off."""
+
+    async def main() -> None:
+        async with opened(stand_in, canary_interval_s=0.05) as engine:
+            serving = make_serving_of(engine, token_budget=5)
+            rows = [make_request(row, max_tokens=60, temperature=0.0, seed=None, logprobs=1) for row in range(8)]
+            free = [await engine.generate(row) for row in rows]
+            marks = [answer.text[3:6] or "x" for answer in free]
+            rows += [replace(r, sampling=replace(r.sampling, stop=(m,))) for r, m in zip(rows, marks, strict=True)]
+            one_shot = [await engine.generate(row) for row in rows]
+            await until(lambda: stand_in.count_requests() > len(free) + len(rows) + 3, "canaries come")
+            num_before = len(read_calls(stand_in.path))
+            answers = await asyncio.gather(*map(serving.generate, rows))
+            for ours, theirs in zip(answers, one_shot, strict=True):
+                assert (ours.text, ours.token_ids) == (theirs.text, theirs.token_ids)
+                assert (ours.finish_reason, ours.logprobs) == (theirs.finish_reason, theirs.logprobs)
+                # The vendor counts the tokens of a stop string that it met as such; of one across a seam we know all.
+                num_tokens = (ours.usage.completion_tokens or 0) - (theirs.usage.completion_tokens or 0)
+                assert replace(ours.usage, completion_tokens=0) == replace(theirs.usage, completion_tokens=0)
+                assert 0 <= num_tokens <= (3 if ours.finish_reason == "stop" else 0)
+            await until(lambda: len(read_calls(stand_in.path)) > num_before + 40, "parts and canaries are noted")
+            calls = [call for call in read_calls(stand_in.path)[num_before:] if "prompt" in call]
+            assert {call["is_pinned"] for call in calls} == {True}
+            assert {call["rank"] for call in calls} == {0, 1}
+            assert max(call["sampling"]["max_tokens"] for call in calls) <= 20
+
+    run(main())
+
+
+def test_an_engine_that_dies_costs_a_row_its_last_part_only(stand_in: StandIn) -> None:
+    async def main() -> None:
+        stand_in.control(token_s=0.005, max_natural_tokens=1_000_000)
+        async with opened(stand_in) as engine:
+            serving = make_serving_of(engine, token_budget=10)
+            row = make_request(1, max_tokens=100, temperature=0.0, seed=None)
+            one_shot = await engine.generate(row)
+            num_before = stand_in.count_requests()
+            asking = asyncio.ensure_future(serving.generate(row))
+            await until(lambda: stand_in.count_requests() == num_before + 3, "its third part begins")
+            stand_in.kill(CHILD)
+            with pytest.raises(EngineUnavailable):
+                await asking
+            answer = await persist(serving, row)
+            assert (answer.token_ids, answer.usage) == (one_shot.token_ids, one_shot.usage)
+            prompts = [len(call["prompt"]) for call in read_calls(stand_in.path) if "prompt" in call]
+            assert [each - len(row.ids) for each in prompts if each > len(row.ids)] == [10, 20, 20, 40, 80]
+
+    run(main())
+
+
+def test_a_rank_that_is_not_there_is_refused_here(stand_in: StandIn) -> None:
+    """The vendor's would end the engine."""
+
+    async def main() -> None:
+        async with opened(stand_in) as engine:
+            with pytest.raises(RequestRejected, match="one of the engine's 2"):
+                await engine.generate(replace(make_request(1), rank=2))
+
+    run(main())

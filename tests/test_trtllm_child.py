@@ -12,9 +12,9 @@ import pytest
 from trtllm_child_util import LLM, MODEL, PROMPT, SAMPLED, Child, read_calls, running, until
 
 from batchgen.engines.hf_tokenizer import HFTokenizer
-from batchgen.engines.trtllm.sampling import cut_text
 from batchgen.engines.trtllm.wire import Abort, Failed, Finished, Start, Started, StartFailed, Stop, Submit
 from batchgen.spec import ModelSpec
+from batchgen.stops import cut_text
 
 GREEDY = replace(SAMPLED, temperature=0.0)
 LONG = replace(SAMPLED, max_tokens=400)

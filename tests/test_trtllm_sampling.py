@@ -10,14 +10,13 @@ from hypothesis import strategies as st
 
 from batchgen.engines.trtllm.errors import UNKNOWN, judge_answer, judge_start, judge_submit
 from batchgen.engines.trtllm.sampling import (
-    cut_at_stop,
-    cut_text,
     drop_end,
     make_guided_kwargs,
     make_logprobs,
     make_sampling_kwargs,
 )
 from batchgen.records import SamplingParams, TokenLogprob
+from batchgen.stops import cut_at_stop, cut_text
 
 FULL = SamplingParams(
     temperature=0.7,

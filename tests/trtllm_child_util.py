@@ -36,6 +36,7 @@ from stand_in_control import make_env, read_calls, write_control  # noqa: E402
 
 MODEL = str(Path(batchgen.__file__).parent / "embedded")
 LLM = {"model": MODEL, "tensor_parallel_size": 2, "custom_tokenizer": "deepseek_v32", "max_seq_len": 512}
+LLM |= {"enable_attention_dp": True}
 SAMPLED = SamplingParams(temperature=1.0, top_p=0.95, max_tokens=40, seed=1)
 PROMPT = tuple(range(40, 52))
 CHILD = ("-m", "batchgen.engines.trtllm.child")

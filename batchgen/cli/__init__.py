@@ -12,7 +12,8 @@ import batchgen.cli.jobs  # isort: skip
 import batchgen.cli.outputs  # isort: skip
 import batchgen.cli.nodes  # isort: skip
 import batchgen.cli.models  # isort: skip
-import batchgen.cli.evaluate  # isort: skip  # noqa: F401
+import batchgen.cli.evaluate  # isort: skip
+import batchgen.cli.simulate  # isort: skip  # noqa: F401
 from batchgen.cli.base import app
 
 __all__ = ["app", "main"]

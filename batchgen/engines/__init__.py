@@ -14,7 +14,7 @@ from batchgen.engine_specs import (
     list_entry_points,
     load_entry_point,
 )
-from batchgen.engines.base import Capabilities, Engine, EngineKind, Tokenizer
+from batchgen.engines.base import Capabilities, Engine, EngineFacts, EngineKind, Tokenizer
 from batchgen.errors import SpecError
 from batchgen.spec import JobSpec, ModelSpec
 from batchgen.tensorrt_llm_spec import TensorRTLLMEngineSpec
@@ -83,35 +83,74 @@ def _create_trtllm_tokenizer(model: ModelSpec, section: TensorRTLLMEngineSpec) -
     return create_trtllm_tokenizer(model, section)
 
 
+def _make_simulated_facts(section: SimulatedEngineSpec, _: str) -> EngineFacts:
+    # An answer that is as long as it may be has no end to go on to.
+    is_resumable = section.length != "max_tokens"
+    max_rank_rows = -(-section.slots // section.ranks)
+    return EngineFacts(is_resumable=is_resumable, num_ranks=section.ranks, max_rank_rows=max_rank_rows)
+
+
+def _make_openai_facts(section: OpenAIEngineSpec, _: str) -> EngineFacts:
+    return EngineFacts(is_resumable=section.send_token_ids and section.extra_body.get("return_token_ids") is True)
+
+
+def _make_trtllm_facts(section: TensorRTLLMEngineSpec, version: str) -> EngineFacts:
+    from batchgen.engines.trtllm.args import make_facts
+
+    return make_facts(section, version)
+
+
 ENGINES: dict[str, EngineKind[Any]] = {
+    # It draws length and text from the prompt before the answer began, so any row goes on as it would have.
     "simulated": EngineKind(
         SimulatedEngineSpec,
-        Capabilities(is_seeded=True, has_logprobs=False, has_sampling=True),
+        Capabilities(
+            is_seeded=True,
+            has_logprobs=False,
+            has_sampling=True,
+            is_resumable=True,
+            resumable_fields=frozenset({"seed", "repetition_penalty", "presence_penalty", "frequency_penalty"}),
+            has_ranks=True,
+        ),
         _create_simulated,
         _create_byte_tokenizer,
+        _make_simulated_facts,
     ),
+    # Its repetition penalty counts prompt and answer alike, the other two the answer only. A seed's state stays behind.
     "transformers": EngineKind(
         TransformersEngineSpec,
-        Capabilities(is_seeded=True, has_logprobs=True, has_sampling=True),
+        Capabilities(
+            is_seeded=True,
+            has_logprobs=True,
+            has_sampling=True,
+            is_resumable=True,
+            resumable_fields=frozenset({"repetition_penalty"}),
+        ),
         _create_transformers,
         _create_hf_tokenizer,
     ),
     # All of it is sent, and is as good as the server: top_k, min_p and repetition_penalty are no fields of OpenAI's own
     # API (vLLM, SGLang and trtllm-serve take them), and its logprobs name tokens by text: token_id is null unless the
-    # server is told to give ids (vLLM: extra_body {return_tokens_as_token_ids: true}).
+    # server is told to give ids (vLLM: extra_body {return_tokens_as_token_ids: true}). Resumable where ids go in and come
+    # out (send_token_ids, extra_body {return_token_ids: true}); what its penalties count is the server's affair.
     "openai": EngineKind(
         OpenAIEngineSpec,
-        Capabilities(is_seeded=True, has_logprobs=True, has_sampling=True, is_guided=True),
+        Capabilities(is_seeded=True, has_logprobs=True, has_sampling=True, is_guided=True, is_resumable=True),
         _create_openai,
         _create_hf_tokenizer,
+        _make_openai_facts,
     ),
     # Seeds are passed on; the vendor promises no repetition. Sums differ with what shares a batch, and the top-k kernel of
-    # DeepSeek-V3.2's sparse attention is not deterministic by its makers' choice.
+    # DeepSeek-V3.2's sparse attention is not deterministic by its makers' choice. Of penalties, versions differ in whether
+    # they are heeded at all and count the prompt: such rows are not continued.
     "tensorrt_llm": EngineKind(
         TensorRTLLMEngineSpec,
-        Capabilities(is_seeded=True, has_logprobs=True, has_sampling=True, is_guided=True),
+        Capabilities(
+            is_seeded=True, has_logprobs=True, has_sampling=True, is_guided=True, is_resumable=True, has_ranks=True
+        ),
         _create_tensorrt_llm,
         _create_trtllm_tokenizer,
+        _make_trtllm_facts,
     ),
 }
 
@@ -155,6 +194,14 @@ def check_supported(spec: JobSpec) -> None:
     check_patience(spec)
     if spec.prompt.on_overflow == "truncate_left" and not spec.engine.has_tokenizer:
         raise SpecError(f"prompt.on_overflow: the engine '{kind}' counts no tokens here; use error")
+
+
+def make_facts(section: Any, version: str) -> EngineFacts:
+    """What of its capabilities an engine with this section and of this version has."""
+    kind = get_engine_kind(section.kind)
+    if kind.make_facts is not None:
+        return kind.make_facts(section, version)
+    return EngineFacts(is_resumable=kind.capabilities.is_resumable)
 
 
 def check_patience(spec: JobSpec) -> None:

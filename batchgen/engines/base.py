@@ -26,13 +26,34 @@ class Capabilities:
     `is_seeded`: a seed can be asked for, and the same request with the same seed draws the same tokens, as far as the
     engine's arithmetic allows. `has_logprobs`: of the drawn tokens and the likeliest ones. `has_sampling`: top_k, min_p
     and the three penalties. `is_guided`: answers can be held to a JSON schema, a regex or a grammar; which of them, the
-    section's `guided_forms` says.
+    section's `guided_forms` says. `is_resumable`: it takes token ids, names those it generated, and goes on from prompt and
+    partial answer (`Request.partial`); `resumable_fields` names the sampling fields beyond `budget.ALWAYS_RESUMABLE` that
+    then mean the same as in one shot. `has_ranks`: a request can be pinned to a rank (`Request.rank`).
     """
 
     is_seeded: bool
     has_logprobs: bool
     has_sampling: bool
     is_guided: bool = False
+    is_resumable: bool = False
+    resumable_fields: frozenset[str] = frozenset()
+    has_ranks: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What of its capabilities an engine has as it is set up and running, for token budgets and placement.
+    `max_prompt_tokens`: no longer prompt is taken, even where prompt and completion fit `max_model_len`. `has_block_reuse`:
+    a prompt that begins as an earlier one did costs the rest of it only. `num_ranks`: 1 where there is nothing to choose;
+    `max_rank_rows`: requests that one rank decodes at once. `keeps_stop`: `token_ids` of an answer that a stop string ended
+    hold that string's tokens."""
+
+    is_resumable: bool = False
+    max_prompt_tokens: int | None = None
+    has_block_reuse: bool = False
+    num_ranks: int = 1
+    max_rank_rows: int | None = None
+    keeps_stop: bool = True
 
 
 class Tokenizer(Protocol):
@@ -73,16 +94,26 @@ class Tokenizer(Protocol):
         ...
 
 
-class Engine(Protocol):
+class Answering(Protocol):
+    """What a sender of requests needs of an engine."""
+
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+
+    async def generate(self, request: Request) -> Generation:
+        """Raises RequestRejected (never again), RequestFailed (worth another try), EngineUnavailable (it never took the
+        request) or EngineDied."""
+        ...
+
+
+class Engine(Answering, Protocol):
     """One engine, made for one spec. Without a tokenizer its requests carry the row's prompt, else token ids.
-    `max_model_len` is None where only a server knows it. All are there once `open` has returned."""
+    `max_model_len` is None where only a server knows it. All are there once `open` has returned. `total_tokens` grows while
+    `generate` works, so that a long answer shows as progress."""
 
     kind: str
     version: str
     total_tokens: int
-
-    @property
-    def tokenizer(self) -> Tokenizer | None: ...
 
     @property
     def max_model_len(self) -> int | None: ...
@@ -90,11 +121,6 @@ class Engine(Protocol):
     async def open(self) -> None:
         """Load the model. Raises EngineDied with the reason when that is impossible, SpecError when the spec asks for
         what is not to be had here."""
-        ...
-
-    async def generate(self, request: Request) -> Generation:
-        """Raises RequestRejected (never again), RequestFailed (worth another try), EngineUnavailable (it never took the
-        request) or EngineDied. `total_tokens` grows while it works, so that a long answer shows as progress."""
         ...
 
     async def close(self) -> None:
@@ -106,9 +132,12 @@ class Engine(Protocol):
 class EngineKind(Generic[SectionT]):
     """All that is known of a kind of engine: what an entry point of the group `batchgen.engines` loads, under the name
     that `spec` gives to `kind`. Only its functions import the vendor. `create` returns an engine that is not open;
-    `create_tokenizer` is what `validate` shows a rendered prompt with, and absent where the engine has none."""
+    `create_tokenizer` is what `validate` shows a rendered prompt with, and absent where the engine has none; `make_facts`
+    tells what an engine with this section and of this version has of its capabilities: by default whether it is
+    resumable, and one rank."""
 
     spec: type[SectionT]
     capabilities: Capabilities
     create: Callable[[ModelSpec, SectionT], Engine]
     create_tokenizer: Callable[[ModelSpec, SectionT], Tokenizer] | None = None
+    make_facts: Callable[[SectionT, str], EngineFacts] | None = None

@@ -20,6 +20,8 @@ from batchgen.engines.contract_answers import (
     check_answers_are_not_mixed_up,
     check_capabilities_are_honest,
     check_limits_of_length,
+    check_partial_answers_go_on,
+    check_ranks_are_there,
     check_seeds_decide,
     check_stop_strings,
 )
@@ -209,6 +211,8 @@ CHECKS: tuple[Callable[[Subject], Awaitable[None]], ...] = (
     check_stop_strings,
     check_capabilities_are_honest,
     check_seeds_decide,
+    check_partial_answers_go_on,
+    check_ranks_are_there,
     check_a_cancelled_request_is_gone,
     check_the_cancelled_is_not_worked_on,
     check_errors_are_ours,

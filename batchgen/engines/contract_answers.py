@@ -1,11 +1,13 @@
 """The part of the contract that is about what is in an answer. See `contract`."""
 
 import asyncio
+from dataclasses import replace
 
-from batchgen.engines import get_engine_kind, list_refused
+from batchgen.engines import get_engine_kind, list_refused, make_facts
 from batchgen.engines.base import Engine
 from batchgen.engines.contract_subject import Subject, check_answer, opened
-from batchgen.records import Request
+from batchgen.errors import RequestRejected
+from batchgen.records import Partial, Request
 
 
 async def check_answers_are_not_mixed_up(subject: Subject) -> None:
@@ -75,6 +77,51 @@ async def check_seeds_decide(subject: Subject) -> None:
         first, again, *others = [await ask(engine, request) for request in hot]
         assert first == again, "is_seeded, and the same seed gave another answer"
         assert {first} != set(others), "is_seeded, and every seed gave the same answer"
+
+
+async def check_partial_answers_go_on(subject: Subject) -> None:
+    """Where the engine is resumable, half of an answer goes on as the whole one did. Half of them may differ: see above."""
+    async with opened(subject) as engine:
+        facts = make_facts(subject.spec.engine, engine.version)
+        capabilities = get_engine_kind(subject.spec.engine.kind).capabilities
+        assert capabilities.is_resumable or not facts.is_resumable, "the facts say is_resumable, and the table does not"
+        if not facts.is_resumable:
+            return
+        assert engine.tokenizer is not None, "is_resumable, and requests have no token ids"
+        num_same = num_tried = 0
+        thinking = engine.tokenizer.think_end is not None  # makes answers longer
+        for number in range(8):
+            request = subject.make_request(number, engine, thinking=thinking)
+            whole = (await engine.generate(request)).token_ids
+            assert whole is not None, "is_resumable, and an answer does not name its tokens"
+            half = whole[: len(whole) // 2]
+            if half:
+                left = replace(request.sampling, max_tokens=request.sampling.max_tokens - len(half))
+                answer = await engine.generate(replace(request, sampling=left, partial=Partial(half)))
+                assert answer.token_ids is not None, "is_resumable, and a continued answer does not name its tokens"
+                assert len(answer.token_ids) <= left.max_tokens, "a continued answer repeats what was there before"
+                num_tried += 1
+                num_same += (half + answer.token_ids)[: len(whole)] == whole
+        assert num_tried, "is_resumable, and no answer has two tokens"
+        assert 2 * num_same >= num_tried, "is_resumable, and half an answer does not go on as the whole one did"
+
+
+async def check_ranks_are_there(subject: Subject) -> None:
+    """Every rank takes requests that are pinned to it, and there are no more than the facts say."""
+    async with opened(subject) as engine:
+        facts = make_facts(subject.spec.engine, engine.version)
+        assert facts.num_ranks >= 1, "an engine without a rank"
+        if not get_engine_kind(subject.spec.engine.kind).capabilities.has_ranks:
+            assert facts.num_ranks == 1, "ranks, and not has_ranks"
+            return
+        pinned = [replace(subject.make_request(each, engine), rank=each) for each in range(facts.num_ranks)]
+        for request, answer in zip(pinned, await asyncio.gather(*map(engine.generate, pinned)), strict=True):
+            check_answer(request, answer)
+        try:
+            await engine.generate(replace(pinned[0], rank=facts.num_ranks))
+        except RequestRejected:
+            return
+        raise AssertionError("has_ranks, and a rank that is not there took a request")
 
 
 async def ask(engine: Engine, request: Request) -> str:

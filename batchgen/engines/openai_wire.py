@@ -96,7 +96,7 @@ def make_body(request: Request, model: str, spec: OpenAIEngineSpec) -> bytes:
 
 
 def make_prompt_fields(request: Request, is_chat: bool) -> dict[str, Any]:
-    prompt = request.prompt or Prompt(token_ids=request.token_ids)
+    prompt = request.prompt or Prompt(token_ids=request.ids)
     if is_chat:
         return {"messages": prompt.messages, "tools": prompt.tools}
     return {"prompt": prompt.text if prompt.text is not None else prompt.token_ids}

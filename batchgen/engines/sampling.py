@@ -5,15 +5,14 @@ the row's own logits make it take, and nothing from its neighbours. The order of
 min_p; ties go to the lower token id.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from batchgen.records import SamplingParams, TokenLogprob
-
-Decode = Callable[[Sequence[int]], str]
+from batchgen.stops import Decode, decode_tail
 
 # After this many draws in vain a row's vocabulary is sorted. With top_p 0.95 one in twenty is in vain.
 MAX_DRAWS = 8
@@ -275,17 +274,6 @@ def meets_stop(row: Row, decode: Decode) -> bool:
     return find_stop(decode_tail(row.out, num_bytes, decode), stop) is not None and (
         find_stop(decode(row.out), stop) is not None
     )
-
-
-def decode_tail(out: list[int], num_bytes: int, decode: Decode) -> str:
-    """Text of the last tokens, at least so many bytes of it where there are as many. A token is a byte or more, but for
-    special ones, which show as nothing."""
-    num_tokens = num_bytes
-    while True:
-        text = decode(out[-num_tokens:])
-        if num_tokens >= len(out) or len(text.encode(errors="replace")) >= num_bytes:
-            return text
-        num_tokens *= 2
 
 
 def find_stop(text: str, stop: Sequence[str]) -> int | None:

@@ -1,11 +1,12 @@
 """An engine without a model: continuous batching in real time, seeded lengths, faults on request, every call recorded.
 
-A request waits for a slot, is prefilled (prefills share one rate) and decodes at its slot's own rate. Length and text
-follow from the prompt, the seed and the sample alone, so a rerun repeats them; or each answer is as long as its request
-allows, so that lengths measured elsewhere come in as a column of per-row sampling. `call_log` gets one line a call, written
-with O_APPEND in one piece, so that a test can count what was generated again even after SIGKILL; and one for each answer
-that took time, with when it got its slot and when it was done, so that it can be seen how busy the slots were. This is
-product, not test scaffolding: users test their own jobs with it.
+A request waits for a slot (of its rank, where it names one), is prefilled (prefills share one rate) and decodes at its
+slot's own rate. Length and text follow from the prompt, the seed and the sample alone, so a rerun repeats them and a
+partial answer goes on as it would have; or each answer is as long as its request allows, so that lengths measured elsewhere
+come in as a column of per-row sampling. `call_log` gets one line a call, written with O_APPEND in one piece, so that a test
+can count what was generated again even after SIGKILL; and one for each answer that took time, with when it got its slot and
+when it was done, so that it can be seen how busy the slots were. This is product, not test scaffolding: users test their
+own jobs with it.
 """
 
 import asyncio
@@ -78,7 +79,9 @@ class SimulatedEngine:
 
     async def open(self) -> None:
         await asyncio.sleep(self._spec.startup_s)
-        self._slots = asyncio.Semaphore(self._spec.slots)
+        shares = [(self._spec.slots + rank) // self._spec.ranks for rank in range(self._spec.ranks)]
+        self._slots = [asyncio.Semaphore(max(1, share)) for share in shares]
+        self._num_rows = [0] * self._spec.ranks
         self._prefilled_at = 0.0
         self._death = asyncio.get_running_loop().create_future()
         if self._spec.call_log is not None:
@@ -119,13 +122,22 @@ class SimulatedEngine:
         self._log_fds = {}
 
     async def _work(self, request: Request) -> Generation:
+        ranks = range(self._spec.ranks)
+        rank = min(ranks, key=self._num_rows.__getitem__) if request.rank is None else request.rank
+        self._num_rows[rank] += 1
+        try:
+            return await self._work_on(rank, request)
+        finally:
+            self._num_rows[rank] -= 1
+
+    async def _work_on(self, rank: int, request: Request) -> Generation:
         started = time.monotonic()
-        async with self._slots:
+        async with self._slots[rank]:
             began = time.monotonic()
             self._prefilled_at = max(began, self._prefilled_at) + len(request.ids) / self._spec.prefill_tokens_per_s
             first_at = self._prefilled_at
             await sleep_until(first_at)
-            await self._decode(self._choose_length(request), first_at)
+            await self._decode(self._choose_length(request)[0], first_at)
             answer = self._answer(request, queued_s=began - started, ttft_s=first_at - started)
         self._log(request, "answers", round(time.time() - (time.monotonic() - began), 4), round(time.time(), 4))
         return answer
@@ -140,6 +152,8 @@ class SimulatedEngine:
             self.total_tokens += num_tokens * step // num_steps - num_tokens * (step - 1) // num_steps
 
     def _check(self, request: Request) -> None:
+        if request.rank is not None and not 0 <= request.rank < self._spec.ranks:
+            raise RequestRejected("bad_rank", f"rank {request.rank} is not one of {self._spec.ranks} (engine.ranks)")
         reject = self._spec.reject_text
         if reject is not None and reject.encode() in bytes(token & 255 for token in request.ids):
             raise RequestRejected("rejected", "the simulated engine refuses this prompt (engine.reject_text)")
@@ -151,31 +165,42 @@ class SimulatedEngine:
         row = request.row_id
         text = f"{purpose}\0{request.sampling.seed}\0{row.source_file}\0{row.source_row}\0{row.sample_index}"
         digest = hashlib.blake2b(text.encode(), digest_size=8)
-        digest.update(bytes(token & 255 for token in request.ids))
+        digest.update(bytes(token & 255 for token in request.token_ids or ()))
         return random.Random(digest.digest())
 
-    def _choose_length(self, request: Request) -> int:
+    def _choose_length(self, request: Request) -> tuple[int, bool]:
+        """(tokens to generate now, is the answer cut off then)."""
+        max_tokens = request.sampling.max_tokens
         if self._spec.length == "max_tokens":
-            return request.sampling.max_tokens
+            return max_tokens, False
         sigma = self._spec.sigma
         draw = self._random(request, "length").lognormvariate(0.0, sigma) if sigma else 1.0
-        wanted = self._spec.mean_tokens * draw / math.exp(sigma * sigma / 2)
-        return max(1, min(round(wanted), request.sampling.max_tokens))
+        whole = round(self._spec.mean_tokens * draw / math.exp(sigma * sigma / 2))
+        left = max(1, whole - count_done(request))
+        return min(left, max_tokens), left > max_tokens
+
+    def _write(self, request: Request, num_tokens: int) -> bytes:
+        """So many bytes, which are tokens, after those that are there already."""
+        words = self._random(request, "text")
+        done = count_done(request)
+        written = bytearray(b"considering</think>" if request.sampling.thinking else b"")
+        while len(written) < done + num_tokens:
+            written += words.choice(WORDS).encode() + b" "
+        return bytes(written[done : done + num_tokens])
 
     def _answer(self, request: Request, *, queued_s: float, ttft_s: float) -> Generation:
-        num_tokens = self._choose_length(request)
+        num_tokens, is_cut = self._choose_length(request)
         if not self._spec.has_latency:
             self.total_tokens += num_tokens
-        words = self._random(request, "text")
-        text = " ".join(words.choice(WORDS) for _ in range(max(1, num_tokens // 6)))
-        stopped = min((text.partition(mark)[0] for mark in request.sampling.stop), key=len, default=text)
-        is_whole = num_tokens == request.sampling.max_tokens and stopped == text
-        is_cut = self._spec.length == "lognormal" and is_whole
-        thought = "considering</think>" if request.sampling.thinking else ""
+        written = self._write(request, num_tokens)
+        text = written.decode()
+        places = [text.find(mark) for mark in request.sampling.stop if mark in text]
+        ends = [text.find(mark) + len(mark) for mark in request.sampling.stop if mark in text]
+        num_tokens = min(ends, default=num_tokens)
         return Generation(
-            text=thought + stopped,
-            token_ids=tuple(stopped.encode()[:num_tokens]),
-            finish_reason="length" if is_cut else "stop",
+            text=text[: min(places, default=len(text))],
+            token_ids=tuple(written[:num_tokens]),
+            finish_reason="length" if is_cut and not places else "stop",
             usage=Usage(prompt_tokens=len(request.ids), completion_tokens=num_tokens, cached_tokens=0),
             queued_s=queued_s,
             ttft_s=ttft_s,
@@ -192,6 +217,10 @@ class SimulatedEngine:
 async def sleep_until(at: float) -> None:
     """On the monotonic clock."""
     await asyncio.sleep(max(0.0, at - time.monotonic()))
+
+
+def count_done(request: Request) -> int:
+    return 0 if request.partial is None else len(request.partial.token_ids)
 
 
 def read_calls(call_log: str) -> list[tuple[str, int, int, int]]:

@@ -20,13 +20,12 @@ from dataclasses import replace
 from typing import Any
 
 from batchgen.engines.base import Tokenizer
-from batchgen.engines.trtllm.args import is_safe_version, make_llm_kwargs, needs_safe_version
+from batchgen.engines.trtllm.args import is_safe_version, make_facts, make_llm_kwargs, needs_safe_version
 from batchgen.engines.trtllm.client import Client, End, Ticket, count_tokens, is_answer_empty
 from batchgen.engines.trtllm.gpu import find_gpu_memory, list_held
 from batchgen.engines.trtllm.health import Health, History
 from batchgen.engines.trtllm.orphans import sweep_orphans
 from batchgen.engines.trtllm.process import EngineProcess, create_process
-from batchgen.engines.trtllm.sampling import cut_text
 from batchgen.engines.trtllm.tokenizer import create_trtllm_tokenizer, make_start_probes
 from batchgen.engines.trtllm.wire import BEAT_S, Finished, Start, Started
 from batchgen.errors import (
@@ -42,6 +41,7 @@ from batchgen.node_check import preflight
 from batchgen.records import Generation, Request, SamplingParams, Usage
 from batchgen.spec import ModelSpec
 from batchgen.staging import stage_model
+from batchgen.stops import cut_text
 from batchgen.tensorrt_llm_spec import TensorRTLLMEngineSpec
 
 log = logging.getLogger(__name__)
@@ -63,14 +63,14 @@ class TensorRTLLMEngine:
         self.version = "unknown"
         self.tokenizer = None
         self.max_model_len: int | None = model.max_model_len
-        self.total_tokens = 0
+        self.total_tokens, self._start_s = 0, 0.0
         self._model, self._section = model, section
+        self._num_ranks = make_facts(section, self.version).num_ranks
         self._history = History(section.max_restarts)
         self._room = asyncio.Semaphore(section.max_inflight)
         self._client: Client | None = None
         self._death: str | None = "the engine is not open"
         self._supervisor: asyncio.Task[None] | None = None
-        self._start_s = 0.0
 
     # ---- what the worker calls ---------------------------------------------------------------------------------------
 
@@ -108,7 +108,7 @@ class TensorRTLLMEngine:
             if client is None or not client.is_open:
                 raise self._make_unavailable("engine_restarting", "the engine is being started")
             sampling = self._fit(request)
-            finished = await client.ask(request.row_id, request.ids, sampling)
+            finished = await client.ask(request.row_id, request.ids, sampling, request.rank)
         self._check_answer(request, finished)
         return await self._make_generation(request, finished)
 
@@ -133,6 +133,8 @@ class TensorRTLLMEngine:
         if request.sampling.guided is not None and request.sampling.thinking:
             told = "guided: it would hold the thoughts to the form, too; ask for thinking or for a form"
             raise RequestRejected("bad_sampling", told)
+        if request.rank is not None and not 0 <= request.rank < self._num_ranks:
+            raise RequestRejected("bad_rank", f"rank {request.rank} is not one of the engine's {self._num_ranks}")
         if self.max_model_len is None:
             return request.sampling
         room = self.max_model_len - len(request.ids)
@@ -219,6 +221,7 @@ class TensorRTLLMEngine:
             process,
             health,
             tuple(self.tokenizer.encode("1")),
+            num_ranks=self._num_ranks,
             can_recycle=self._history.can_recycle,
             on_up=note_up,
             on_tokens=self._count_tokens,

@@ -30,7 +30,8 @@ from batchgen.spec import ModelSpec
 
 if TYPE_CHECKING:
     from batchgen.engines.decode import DecodeBatch
-    from batchgen.engines.sampling import Decode, Row
+    from batchgen.engines.sampling import Row
+    from batchgen.stops import Decode
 
 log = logging.getLogger(__name__)
 

@@ -4,6 +4,7 @@ is not known, and then nothing is on that an old version does wrong."""
 import re
 from typing import Any
 
+from batchgen.engines.base import EngineFacts
 from batchgen.spec import ModelSpec
 from batchgen.tensorrt_llm_spec import Switch, TensorRTLLMEngineSpec
 
@@ -46,6 +47,21 @@ def make_llm_kwargs(model: ModelSpec, section: TensorRTLLMEngineSpec, version: s
     if section.enable_attention_dp and section.attention_dp_balance:
         kwargs["attention_dp_config"] = {"enable_balance": True, "batching_wait_iters": 0, "timeout_iters": 60}
     return merge(kwargs, section.extra)
+
+
+def make_facts(section: TensorRTLLMEngineSpec, version: str) -> EngineFacts:
+    """What budgets and placement must know. The vendor refuses a prompt beyond max_num_tokens that it may not take in
+    parts, and a continued answer is part of the prompt. Stop strings are cut from the token ids here."""
+    is_safe = is_safe_version(version)
+    has_chunked_prefill = is_on(section.enable_chunked_prefill, is_safe=is_safe)
+    return EngineFacts(
+        is_resumable=True,
+        max_prompt_tokens=None if has_chunked_prefill else section.max_num_tokens,
+        has_block_reuse=is_on(section.enable_block_reuse, is_safe=is_safe),
+        num_ranks=section.tensor_parallel_size if section.enable_attention_dp and section.rank_placement else 1,
+        max_rank_rows=section.max_batch_size,
+        keeps_stop=False,
+    )
 
 
 def make_cuda_graph_config(section: TensorRTLLMEngineSpec) -> dict[str, Any] | None:

@@ -56,7 +56,8 @@ class Ticket:
 
 
 class Client:
-    """See the module. `canary_ids`: a prompt of ours. `can_recycle`: asked before it is started anew in order."""
+    """See the module. `canary_ids`: a prompt of ours. `num_ranks`: more than one where requests are pinned to them.
+    `can_recycle`: asked before it is started anew in order."""
 
     def __init__(
         self,
@@ -64,6 +65,7 @@ class Client:
         health: Health,
         canary_ids: tuple[int, ...],
         *,
+        num_ranks: int,
         can_recycle: Callable[[Recycle], bool],
         on_up: Callable[[Started], None],
         on_tokens: Callable[[int], None],
@@ -72,6 +74,7 @@ class Client:
         self.is_open = False
         self.recycle: Recycle | None = None
         self._process, self._health, self._canary_ids = process, health, canary_ids
+        self._num_ranks = num_ranks
         self._can_recycle, self._on_up, self._on_tokens = can_recycle, on_up, on_tokens
         self._numbers = itertools.count()
         self._canaries: set[int] = set()
@@ -82,13 +85,15 @@ class Client:
 
     # ---- requests ----------------------------------------------------------------------------------------------------
 
-    async def ask(self, row_id: RowId, token_ids: tuple[int, ...], sampling: SamplingParams) -> Finished:
+    async def ask(
+        self, row_id: RowId, token_ids: tuple[int, ...], sampling: SamplingParams, rank: int | None = None
+    ) -> Finished:
         """The answer. Raises RequestRejected, RequestFailed, or whatever the ticket is ended with. Cancelled: the engine
         is told so."""
         number = next(self._numbers)
         ticket = Ticket(row_id, asyncio.get_running_loop().create_future())
         self.tickets[number] = ticket
-        self._submit(number, token_ids, sampling)
+        self._submit(number, token_ids, sampling, rank)
         try:
             return await ticket.future
         finally:
@@ -103,15 +108,17 @@ class Client:
             if not ticket.future.done():
                 ticket.future.set_exception(choose(ticket))
 
-    def _submit(self, number: int, token_ids: tuple[int, ...], sampling: SamplingParams) -> None:
+    def _submit(self, number: int, token_ids: tuple[int, ...], sampling: SamplingParams, rank: int | None) -> None:
         self._health.note_sent(time.monotonic(), number, sampling.max_tokens)
-        self._process.send(Submit(number, token_ids, sampling))
+        self._process.send(Submit(number, token_ids, sampling, rank))
 
     def _send_canary(self) -> None:
         number = next(self._numbers)
         self._canaries.add(number)
+        # To each rank in turn: a request without one would take the pins of all others off.
+        rank = self._num_canaries % self._num_ranks if self._num_ranks > 1 else None
         self._num_canaries += 1
-        self._submit(number, self._canary_ids, CANARY)
+        self._submit(number, self._canary_ids, CANARY, rank)
 
     # ---- its life ----------------------------------------------------------------------------------------------------
 

@@ -8,16 +8,15 @@ What its source says, 1.2 era, and what follows here:
   requests with stop strings, whose text the child scans itself, and off for all others, which nobody reads as text.
 - Stop strings are only turned into ids for params without an `end_id`: it is never given, the vendor takes the
   tokenizer's.
-- The scan cuts the text and leaves the token ids: `cut_at_stop` cuts those.
+- The scan cuts the text and leaves the token ids: `stops.cut_at_stop` cuts those.
 - `logprobs=0` turns them off instead of giving the drawn token's alone: one is asked for, and the top dropped.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from batchgen.records import SamplingParams, TokenLogprob
 
-Decode = Callable[[Sequence[int]], str]
 OPTIONAL = ("min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
 
@@ -87,34 +86,3 @@ def drop_end(token_ids: Sequence[int], end_ids: frozenset[int]) -> Sequence[int]
     """Without the end-of-text or stop token that ended the answer. An answer of nothing else keeps it: that is how an
     empty answer is told from none at all."""
     return token_ids[:-1] if len(token_ids) > 1 and token_ids[-1] in end_ids else token_ids
-
-
-def find_stop(text: str, stop: Sequence[str], start: int = 0) -> str | None:
-    """The stop string that begins first, looking from `start`."""
-    places = {each: text.find(each, start) for each in stop}
-    met = [each for each in stop if places[each] >= 0]
-    return min(met, key=lambda each: places[each]) if met else None
-
-
-def cut_at_stop(token_ids: Sequence[int], stop: Sequence[str], decode: Decode) -> Sequence[int]:
-    """The tokens before the first stop string. Where it begins inside a token, that one and the rest of the stop string
-    stay, or text before it would be lost: whoever decodes them cuts once more, with `cut_text`."""
-    end = len(token_ids)
-    if find_stop(decode(token_ids), stop) is None:
-        return token_ids
-    while end > 1 and find_stop(decode(token_ids[: end - 1]), stop) is not None:
-        end -= 1
-    kept = cut_text(decode(token_ids[:end]), stop)
-    for start in range(end - 1, -1, -1):
-        text = decode(token_ids[:start])
-        if text == kept:
-            return token_ids[:start]
-        if len(text) < len(kept):
-            break
-    return token_ids[:end]
-
-
-def cut_text(text: str, stop: Sequence[str]) -> str:
-    """The text before the first stop string."""
-    mark = find_stop(text, stop)
-    return text if mark is None else text[: text.find(mark)]

@@ -12,10 +12,11 @@ from typing import Any
 from batchgen.engines.trtllm import vendor as tensorrt
 from batchgen.engines.trtllm.errors import judge_answer, judge_submit
 from batchgen.engines.trtllm.probe import read_limit, read_vocab_size
-from batchgen.engines.trtllm.sampling import cut_at_stop, drop_end, find_stop, make_logprobs
+from batchgen.engines.trtllm.sampling import drop_end, make_logprobs
 from batchgen.engines.trtllm.vendor import Vendor
 from batchgen.engines.trtllm.wire import Abort, Failed, Finished, FromEngine, Submit
 from batchgen.records import SamplingParams
+from batchgen.stops import cut_at_stop, find_stop
 
 FINISHED = {"stop", "length"}
 CANARY_TEXT = "1"

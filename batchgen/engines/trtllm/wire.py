@@ -93,7 +93,7 @@ class Finished:
 
     `token_ids` end before the end-of-text token, the stop token or the stop string that ended it. Where a stop string
     begins inside a token, that token and the rest of it stay: whoever makes text of them cuts it once more, with
-    `sampling.cut_text`. No token at all, with finish_reason 'stop' and without a `stop_reason`, is an answer that
+    `stops.cut_text`. No token at all, with finish_reason 'stop' and without a `stop_reason`, is an answer that
     the engine failed to give: a true empty one holds its end-of-text token. `num_tokens`: how many it generated, those
     that were cut off included; None: as many as there are.
     """

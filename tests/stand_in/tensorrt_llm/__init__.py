@@ -3,7 +3,8 @@
 Put `tests/stand_in` on the PYTHONPATH of an engine's process and `import tensorrt_llm` finds this. It has the real API's
 names, signatures, defaults, strictness and bad habits, as far as they are known (`tests/stand_in/signatures.py` lists
 them, `tests/test_stand_in.py` compares). Each rank is a real process in a session of its own, as MPI's are, that holds
-"GPU memory" in a ledger (`gpu_ledger.py`) and draws tokens from (prompt ids, seed), the same every time.
+"GPU memory" in a ledger (`gpu_ledger.py`) and draws each token from (all tokens before it, seed), the same every time.
+A request pinned to a rank goes there, if it is strict and all others are; one for a rank that is not there ends the engine.
 
 Environment, read once at the start:
 
@@ -12,14 +13,14 @@ Environment, read once at the start:
 - STAND_IN_NUM_RANKS   rank processes to start, at most tensor_parallel_size (which is the default)
 - STAND_IN_CALLS       file that gets a JSON line for each LLM made, each request taken, each abort: {"llm": kwargs},
                        {"prompt": ids, "sampling": {...}, "rank": n, "streaming": b,
-                       "num_inflight": with it}, {"abort": request_id}
+                        "num_inflight": with it, "is_pinned": b}, {"abort": request_id}
 - STAND_IN_OLD         '1': no hang detector module, no text scan for stop strings, as in older versions
 
 The control file is JSON, read again when it changes. Write it with `write_control` of `stand_in_control.py` (atomic).
 
     speed
       token_s: 0.0            seconds an iteration takes (one token for every active request)
-      max_natural_tokens: 64  an answer ends by itself after 1 to that many tokens
+      max_natural_tokens: 64  an answer ends by itself after about half as many tokens
     start, read when the LLM is made
       start_s: 0.0            how long it takes
       start_fault             'oom': RuntimeError, out of memory. 'worker_died': RuntimeError as when a rank dies in

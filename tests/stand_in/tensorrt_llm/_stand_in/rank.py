@@ -8,6 +8,7 @@ import select
 import signal
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ IDLE_S = 0.02
 
 
 class Active:
-    """A request while it is decoded; what it will say is decided by its prompt and seed alone."""
+    """A request while it is decoded. Each token follows from all before it and the seed, so that a partial answer which
+    comes back as part of a prompt goes on as it would have."""
 
     def __init__(self, order: dict[str, Any], alphabet: list[int], max_natural: int) -> None:
         self.order = order
@@ -29,21 +31,37 @@ class Active:
         self.num_told = 0
         self.scheduled_at = time.monotonic()
         self.first_at: float | None = None
-        rng = random.Random(repr((order["prompt"], "greedy" if order["is_greedy"] else order["seed"] or 0)))
-        self.rng = rng
-        self.natural = order["guided"] or [rng.choice(alphabet) for _ in range(rng.randrange(max_natural) + 1)]
-        if order["think_end"] is not None:
-            self.natural.insert(len(self.natural) // 2, order["think_end"])
-        if order["min_tokens"]:
-            self.natural *= -(-order["min_tokens"] // len(self.natural))
+        self.seed = "greedy" if order["is_greedy"] else order["seed"] or 0
+        self.alphabet, self.end_odds = alphabet, 2 / max_natural
+        self.think_end = order["think_end"]
+        self.state = 0
+        for token in order["prompt"]:
+            self.note(token)
+
+    def note(self, token: int) -> None:
+        self.state = zlib.crc32(b"%d," % token, self.state)
+
+    def choose(self) -> int | None:
+        """The next token; None: the end."""
+        at, guided = len(self.tokens), self.order["guided"]
+        if guided is not None:
+            return guided[at] if at < len(guided) else None
+        rng = random.Random(f"{self.state} {self.seed}")
+        token: int = rng.choice(self.alphabet)
+        wants_end = rng.random() < self.end_odds
+        if self.think_end is not None and (wants_end or rng.random() < 1 / 16):
+            token, self.think_end = self.think_end, None
+        elif wants_end and not self.order["ignore_eos"] and at >= max(1, self.order["min_tokens"] or 1):
+            return None
+        return token
 
     def step(self) -> str | None:
         """One more token; the reason, when it is the last."""
         if self.order["is_empty"]:
             return "end_id"
-        at = len(self.tokens)
-        token = self.natural[at % len(self.natural)] if self.order["ignore_eos"] or at < len(self.natural) else None
+        token = self.choose()
         self.tokens.append(self.order["end_id"] if token is None else token)
+        self.note(self.tokens[-1])
         self.first_at = self.first_at or time.monotonic()
         if token is None:
             return "end_id"

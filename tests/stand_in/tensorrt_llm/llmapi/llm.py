@@ -49,6 +49,7 @@ class LLM:
         self._ids = itertools.count(1)
         self._results: dict[int, RequestOutput] = {}
         self._rank_of: dict[int, int] = {}
+        self._unpinned: set[int] = set()
         self._ballast: list[bytearray] = []
         self._num_empty = 0
         record({"llm": {"model": str(model), **given, **kwargs}})
@@ -158,7 +159,10 @@ class LLM:
         result = RequestOutput(self, number, prompt, token_ids, params)
         rank = self._choose_rank(scheduling)
         self._results[number], self._rank_of[number] = result, rank
+        if scheduling is None or scheduling.attention_dp_rank is None:
+            self._unpinned.add(number)
         told = {"rank": rank, "streaming": streaming, "num_inflight": len(self._results)}
+        told["is_pinned"] = number not in self._unpinned
         record({"prompt": token_ids, "sampling": describe(params), **told})
         self._ballast.append(bytearray(os.urandom(1) * int(self._control.get("rss_bytes_per_request", 0))))
         self._ranks[rank].num_active += 1
@@ -178,12 +182,22 @@ class LLM:
         return None
 
     def _choose_rank(self, scheduling: SchedulingParams | None) -> int:
-        if scheduling is not None and scheduling.attention_dp_rank is not None:
-            return scheduling.attention_dp_rank % len(self._ranks)
-        return min(range(len(self._ranks)), key=lambda each: self._ranks[each].num_active)
+        """A full rank's strict request waits for it, but only while no request without a rank is there."""
+        balanced = min(range(len(self._ranks)), key=lambda each: self._ranks[each].num_active)
+        wanted = scheduling.attention_dp_rank if scheduling is not None and self.args.enable_attention_dp else None
+        if wanted is None:
+            return balanced
+        if not 0 <= wanted < self.args.tensor_parallel_size:
+            self._is_shutdown = True
+            raise IndexError("list index out of range")
+        wanted %= len(self._ranks)  # fewer processes than ranks may stand in for them
+        is_full = self._ranks[wanted].num_active >= (self.args.max_batch_size or 2048)
+        is_strict = not scheduling.attention_dp_relax and not self._unpinned
+        return wanted if is_strict or not is_full else balanced
 
     def _make_order(self, number: int, token_ids: list[int], params: SamplingParams) -> dict[str, Any]:
         think, think_end = (self.tokenizer and self.tokenizer.tokenizer.token_to_id(t) for t in ("<think>", "</think>"))
+        marks = [each for each in token_ids if each in (think, think_end) and each is not None]
         guided = params.guided_decoding and params.guided_decoding.json
         return {
             "id": number,
@@ -198,7 +212,7 @@ class LLM:
             "logprobs": params.logprobs,
             "is_empty": self._is_empty(),
             "guided": self.tokenizer.encode(make_instance(guided), add_special_tokens=False) if guided else None,
-            "think_end": think_end if think is not None and token_ids[-1] == think else None,
+            "think_end": think_end if marks and marks[-1] == think else None,
         }
 
     def _is_empty(self) -> bool:
@@ -214,6 +228,7 @@ class LLM:
         if "error" in event or event["reason"]:
             del self._results[event["id"]]
             self._ranks[self._rank_of.pop(event["id"])].num_active -= 1
+            self._unpinned.discard(event["id"])
         result._put(event)
 
     def _abort(self, number: int) -> None:
