@@ -28,7 +28,7 @@ from batchgen.evaluate.spec_load import load_evaluate_spec
 from batchgen.evaluate.table import make_html, make_markdown
 from batchgen.storage import Storage
 
-GSM8K = Path("/work/shared/data/gsm8k_test.parquet")
+GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k_test.parquet"
 NUM_CHOICES = 24
 
 
