@@ -26,7 +26,7 @@ LAYERS = [
     ["tensorrt_llm_spec", "sampling_spec", "retry_spec"],
     ["engine_specs"],
     ["lazy_heap", "leases", "tail"],
-    ["spec", "events", "build", "tasks", "window", "signals", "damage", "seal"],
+    ["spec", "events", "build", "tasks", "window", "pace", "signals", "damage", "seal"],
     ["tokenizer_files"],
     # pure decisions
     ["prompt", "plan", "backlog", "scaling", "governor", "lengths", "answer", "verify_rows"],
@@ -178,7 +178,7 @@ PURE |= {
     "answer",
     "verify_rows",
 }
-PURE |= {"read_ahead", "hint_check"}
+PURE |= {"read_ahead", "hint_check", "pace"}
 PURE |= {"budget", "placement", "stops", "seam", "engines.base"}
 PURE |= {"checkpoint", "stage_plan", "preflight", "preflight_model"}
 PURE |= {"quantize.recipe", "quantize.architecture", "quantize.weigh"}
