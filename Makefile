@@ -4,10 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test soak lint types clean
+.PHONY: demo card test soak lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python jobs/demo.py
+
+# The embedded model to NVFP4, the same questions to both, and the table: docs/evaluate.md has what came of it.
+card: $(VENV)/.test
+	$(BIN)/python jobs/card_demo.py
 
 test: lint types
 	$(BIN)/python -m pytest

@@ -27,8 +27,9 @@ from batchgen.spec import JobSpec
 from batchgen.spec_load import make_spec
 from batchgen.view import LineView
 
-# Room for what the window holds beyond the batch, so that the engine never waits for our loop to hear of an answer.
-WINDOW_SHARE = 1.25
+# Requests in flight, in batches: from what waits at it the engine chooses prompts of like lengths to begin together. With
+# 1.25 it was measured a sixth slower on an H100, through the worker and fed directly alike.
+WINDOW_SHARE = 4.0
 SHARDS = 8
 
 

@@ -83,7 +83,12 @@ class TransformersEngineSpec(EngineSection):
     """Any Hugging Face causal LM on this machine, decoded in batches. Needs the extra: pip install 'batchgen[local]'."""
 
     kind: Literal["transformers"]
-    max_inflight: int = Field(default=128, ge=1, description="Requests sent and not answered (requests).")
+    max_inflight: int = Field(
+        default=256,
+        ge=1,
+        description="Requests sent and not answered (requests). About four times max_batch_size: from those that wait, the "
+        "engine chooses prompts of like lengths to begin together.",
+    )
     max_batch_size: int = Field(default=64, ge=1, description="Requests decoded together (requests).")
     num_threads: int = Field(
         default=1, ge=1, description="Torch threads; a second one was measured to slow small models."

@@ -34,6 +34,7 @@ from batchgen.feeder import Feeder
 from batchgen.hint_check import HintCheck
 from batchgen.open_shard import OpenShard
 from batchgen.orders import Order
+from batchgen.pace import Pace
 from batchgen.prepare import Preparer
 from batchgen.records import Lease, WorkerInfo
 from batchgen.row_ranges import iter_rows
@@ -78,7 +79,7 @@ class Worker:
         self._sender = Sender(serving, size, spec.retry, self._die, self._note_restart, hints.note)
         self._feeder = Feeder(spec, self._setup.passthrough, preparer, self._sender, hints)
         self._window = self._sender.window
-        self._wake = asyncio.Event()
+        self._wake, self._pace = asyncio.Event(), Pace(spec.engine.max_inflight, time.monotonic())
         self._spill = Spill(
             self._files, self._setup.epoch, self._setup.worker_id, lambda: [*self._shards.values()], self._emit
         )
@@ -111,11 +112,13 @@ class Worker:
         self._shard_tasks.spawn(self._shares.obey(order))
 
     async def poll(self, timeout_s: float) -> list[PoolEvent]:
-        """Events since the last poll, at once or when the first comes, and always a heartbeat."""
+        """Events since the last poll, at once or when the first comes, and always a heartbeat; it comes early where rows
+        go fast."""
+        wait_s = self._pace.choose_wait_s(self._sender.num_sent, time.monotonic(), timeout_s)
         if not self._events:
             self._wake.clear()
             with contextlib.suppress(TimeoutError):  # nothing happened: the heartbeat alone is the news
-                await asyncio.wait_for(self._wake.wait(), timeout_s)
+                await asyncio.wait_for(self._wake.wait(), wait_s)
         events, self._events = self._events, []
         return [*events, self._make_heartbeat()]
 

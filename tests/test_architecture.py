@@ -26,7 +26,7 @@ LAYERS = [
     ["tensorrt_llm_spec", "sampling_spec", "retry_spec"],
     ["engine_specs"],
     ["lazy_heap", "leases", "tail"],
-    ["spec", "events", "build", "tasks", "window", "signals", "damage", "seal"],
+    ["spec", "events", "build", "tasks", "window", "pace", "signals", "damage", "seal"],
     ["tokenizer_files"],
     # pure decisions
     ["prompt", "plan", "backlog", "scaling", "governor", "lengths", "answer", "verify_rows"],
@@ -41,6 +41,9 @@ LAYERS = [
     ["quantize.weigh"],
     # the embedded model's questions, and how it was made
     ["demo_questions", "training", "training.recipe", "training.muon"],
+    # benchmarks, and what their scores say
+    ["evaluate", "evaluate.extract", "evaluate.templates", "evaluate.statistics", "evaluate.speed"],
+    ["evaluate.benchmarks"],
     # engines in virtual time
     ["simulate", "simulate.step_cost", "simulate.published"],
     ["simulate.rank"],
@@ -130,6 +133,20 @@ LAYERS = [
     ["run", "verify"],
     ["chaos", "chaos_child"],
     ["demo", "bench_decode", "bench_queue", "bench_placement", "bench_memory"],
+    # benchmarks as jobs
+    [
+        "evaluate.spec",
+        "evaluate.folder",
+        "evaluate.dataset",
+        "evaluate.targets",
+        "evaluate.sandbox",
+        "evaluate.math_grader",
+    ],
+    ["evaluate.spec_load", "evaluate.rounds", "evaluate.compare"],
+    ["evaluate.programs", "evaluate.table"],
+    ["evaluate.score"],
+    ["evaluate.job"],
+    ["evaluate.card_demo"],
     ["bench_worker"],
     # beside other systems; a peer's process may have no more of ours than child and workload
     ["bench", "bench.workload", "bench.oracle", "bench.child", "bench.processes", "bench.homes"],
@@ -139,6 +156,7 @@ LAYERS = [
     ["bench.benchmark", "bench.saturation"],
     ["cli.base"],
     ["cli.jobs", "cli.outputs", "cli.nodes", "cli.models", "cli.simulate", "cli.chaos"],
+    ["cli.evaluate"],
     ["cli"],
     ["cli.__main__"],
 ]
@@ -160,10 +178,11 @@ PURE |= {
     "answer",
     "verify_rows",
 }
-PURE |= {"read_ahead", "hint_check"}
+PURE |= {"read_ahead", "hint_check", "pace"}
 PURE |= {"budget", "placement", "stops", "seam", "engines.base"}
 PURE |= {"checkpoint", "stage_plan", "preflight", "preflight_model"}
 PURE |= {"quantize.recipe", "quantize.architecture", "quantize.weigh"}
+PURE |= {"evaluate.extract", "evaluate.templates", "evaluate.statistics", "evaluate.speed"}
 PURE |= {"bench.oracle", "bench.runs"}
 PURE |= {"engines.trtllm.sampling", "engines.trtllm.env", "engines.trtllm.args", "engines.trtllm.health"}
 PURE |= {
@@ -210,7 +229,20 @@ VENDORS = {
     "pynvml": {"engines.trtllm.gpu()", "node_facts()"},
     "yaml": {"spec_load"},
     "jsonschema": {"sampling_spec()"},
-    "typer": {"cli.base", "cli.jobs", "cli.outputs", "cli.nodes", "cli.models", "cli.simulate", "cli.chaos"},
+    "numpy": {"evaluate.statistics", "evaluate.speed"},
+    "scipy": {"evaluate.statistics", "evaluate.targets()"},
+    "h5py": {"evaluate.targets()"},
+    "math_verify": {"evaluate.math_grader()"},
+    "typer": {
+        "cli.base",
+        "cli.jobs",
+        "cli.outputs",
+        "cli.nodes",
+        "cli.models",
+        "cli.simulate",
+        "cli.chaos",
+        "cli.evaluate",
+    },
     "rich": {"view", "cli.jobs()", "cli.outputs()", "cli.nodes()", "cli.models()", "doctor()"},
 }
 # Modules that import a heavy vendor at their top: whoever imports one of them does so lazily, or is one itself.

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from batchgen.batch_stats import STATS_SCHEMA
 from batchgen.cli import app
 from batchgen.errors import SpecError
+from batchgen.evaluate.spec_load import load_evaluate_spec
 from batchgen.quantize.spec_load import load_quantize_spec
 from batchgen.spec_load import load_spec, make_spec, parse_spec
 from batchgen.validate import check_spec
@@ -21,7 +22,7 @@ from batchgen.write import make_output_schema
 REPO = Path(__file__).parents[1]
 ERROR_MAKERS = {"BadRow", "BadCell", "RequestRejected", "RequestFailed", "Failure"}
 # Specs in jobs/ of which no job is made.
-OTHER_SPECS = {"quantize.yaml"}
+OTHER_SPECS = {"quantize.yaml", "evaluate.yaml"}
 README = (REPO / "README.md").read_text()
 
 
@@ -84,6 +85,13 @@ def test_the_quantization_spec_works() -> None:
     check_spec(load_quantize_spec(path).as_job())
     with pytest.raises(SpecError, match="did you mean 'num_rows'"):
         load_quantize_spec(path, ["calibration.num_row=1"])
+
+
+def test_the_evaluation_spec_works() -> None:
+    path = str(REPO / "jobs" / "evaluate.yaml")
+    check_spec(load_evaluate_spec(path).make_job("prompts.parquet", "out", n=1))
+    with pytest.raises(SpecError, match="did you mean 'dataset'"):
+        load_evaluate_spec(path, ["dataste=x"])
 
 
 JOB_SPECS = sorted(path for path in (REPO / "jobs").glob("*.yaml") if path.name not in OTHER_SPECS)

@@ -276,8 +276,8 @@ def test_rounded_activations_make_a_difference_that_does_not_depend_on_the_batch
         engine = TransformersEngineSpec.model_validate({"kind": "transformers", "device": "cpu", "nvfp4": mode})
         examinee = Examinee(made, engine)
         texts[mode] = [reply.text for reply in examinee.ask(questions, thinking=True, temperature=0.0)]
-        alone = [examinee.ask([question], thinking=True, temperature=0.0)[0].text for question in questions[:4]]
-        assert texts[mode][:4] == alone
+        alone = [examinee.ask([question], thinking=True, temperature=0.0)[0].text for question in questions[:2]]
+        assert texts[mode][:2] == alone
     assert texts["w4a16"] != texts["w4a4"]
 
 

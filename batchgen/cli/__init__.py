@@ -12,6 +12,7 @@ import batchgen.cli.jobs  # isort: skip
 import batchgen.cli.outputs  # isort: skip
 import batchgen.cli.nodes  # isort: skip
 import batchgen.cli.models  # isort: skip
+import batchgen.cli.evaluate  # isort: skip
 import batchgen.cli.simulate  # isort: skip
 import batchgen.cli.chaos  # isort: skip  # noqa: F401
 from batchgen.cli.base import app

@@ -1,0 +1,1 @@
+"""Benchmarks as jobs: questions to prompts, the ordinary batch job, scores, and a table that compares two checkpoints."""
