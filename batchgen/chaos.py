@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchgen.engine_specs import SimulatedEngineSpec
+from batchgen.engines.trtllm.keeper import is_alive, read_stat
 from batchgen.errors import OutputError, RunStopped
 from batchgen.faults import STEPS, WHENS, Fault, find_impossible
 from batchgen.job import open_job
@@ -121,6 +122,7 @@ class _Runner:
         self._path.write_text(spec.model_dump_json())  # JSON is YAML
         self._calls = Path(str(local / "calls"))
         self._kills: dict[str, int] = {}
+        self._began: dict[int, int | None] = {}
         self._num_runs = 0
 
     def run_to_end(self, num_kills: int) -> Result:
@@ -199,12 +201,19 @@ class _Runner:
         self._say(f"kill {sum(self._kills.values())}: {whom}, after {self._count_calls():,} requests")
 
     def _list_workers(self) -> list[int]:
-        """Processes of this machine that called an engine of this job: each has a log of its own."""
-        pids = [int(found[1]) for log in self._list_logs() if (found := re.search(r"calls-(\d+)\.jsonl$", log.name))]
-        return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+        """Processes of this machine that called an engine of this job: each has a log of its own. Not one that has a dead
+        one's number: the system gives numbers again."""
+        self._list_logs()
+        return [pid for pid, began in self._began.items() if began is not None and is_alive(pid, began)]
 
     def _list_logs(self) -> Sequence[Path]:
-        return sorted(self._calls.glob("calls-*.jsonl"))
+        """Looked at many times a second, so a process whose log is new lives, or did a moment ago."""
+        logs = sorted(self._calls.glob("calls-*.jsonl"))
+        for log in logs:
+            if (found := re.search(r"calls-(\d+)\.jsonl$", log.name)) and int(found[1]) not in self._began:
+                stat = read_stat(int(found[1]))
+                self._began[int(found[1])] = None if stat is None else stat[2]
+        return logs
 
     def _count_calls(self) -> int:
         return sum(log.read_bytes().count(b"\n") for log in self._list_logs())

@@ -248,6 +248,7 @@ class Dispatcher:
                 self._note_lost(lost)
             self._delete(self.index.complete(number))
             self.inquiry.note_committed(number)
+        self.inquiry.note_returned(event.worker_id, event.batch_id)  # it may have found the file instead of rows to try
 
     def _fail(self, event: ShardFailed) -> None:
         if event.is_fatal:

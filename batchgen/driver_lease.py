@@ -111,9 +111,11 @@ class DriverLease:
     """Held by one driver. `renew` often (a sixth of the time to live is good); stop at LeaseLost. Renewing and releasing
     may be asked for by two threads: they wait for each other, and nothing is written after the release."""
 
-    def __init__(self, storage: Storage, holder: Holder, clock: Callable[[], float]) -> None:
+    def __init__(self, storage: Storage, holder: Holder, clock: Callable[[], float], asked_at: float) -> None:
+        """`asked_at`: when its creation was asked for. Not when that is known: a driver that is frozen in between would
+        think that it holds what its successors have taken over and done with."""
         self._storage, self._holder, self._clock = storage, holder, clock
-        self._renewed_at = clock()
+        self._renewed_at = asked_at
         self._writing = threading.Lock()
 
     @property
@@ -191,8 +193,9 @@ def acquire(
             beat=0,
             ttl_s=ttl_s,
         )
+        asked_at = clock()
         if _create(storage, holder):
-            return DriverLease(storage, holder, clock)
+            return DriverLease(storage, holder, clock, asked_at)
         current = read_holder(storage)
 
 

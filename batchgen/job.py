@@ -221,8 +221,12 @@ def load_journal(job: Job, on_warning: Callable[[str], None]) -> JournalIndex:
     nothing to another run. A damaged segment costs the work in it, for which nobody need be woken; raises OutputError for
     a file that somebody else put there."""
     index = JournalIndex()
-    for number in job.committed.keys() - {queued.shard.number for queued in job.todo}:
-        index.complete(number)
+    todo = {queued.shard.number for queued in job.todo}
+    for number, committed in job.committed.items():
+        if number in todo:
+            index.settle(number, committed.footer.epoch)
+        else:
+            index.complete(number)
     segments = list_segments(job.storage)
     try:
         for refs in read_indexes(job.storage, segments, job.spec.fingerprint(), on_warning):

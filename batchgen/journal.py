@@ -9,6 +9,7 @@ and its rows are made again. A file that is no segment of this job is refused: s
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from batchgen.storage import Storage
 
 FOLDER = "_batchgen/journal"
 INDEX_KEY = b"batchgen.journal"
+_SEGMENT_NAME = re.compile(rf"{FOLDER}/e(\d+)-.+\.parquet")
 NUM_INDEX_THREADS = 32
 
 
@@ -33,6 +35,12 @@ def make_segment_path(epoch: int, worker_id: str, sequence: int) -> str:
 def make_worker_prefix(epoch: int, worker_id: str) -> str:
     """What the names of all segments of one worker start with."""
     return f"{FOLDER}/e{epoch:06d}-{worker_id}-"
+
+
+def parse_epoch(path: str) -> int | None:
+    """Of the run whose worker wrote a segment; None for a name that is no segment's."""
+    name = _SEGMENT_NAME.fullmatch(path)
+    return None if name is None else int(name[1])
 
 
 def make_segment(rows: Mapping[int, pa.Table], fingerprint: str) -> pa.Buffer:
@@ -158,16 +166,26 @@ class JournalIndex:
     _refs: dict[int, list[JournalRef]] = field(default_factory=dict)
     _shards: dict[str, set[int]] = field(default_factory=dict)
     _done: set[int] = field(default_factory=set)
+    _settled: dict[int, int] = field(default_factory=dict)
 
     def add(self, refs: Mapping[int, JournalRef]) -> list[str]:
         """A segment was written. Adding it twice is a no-op; shards that were committed meanwhile are left out."""
-        live = {number: ref for number, ref in refs.items() if number not in self._done}
+        live = {number: ref for number, ref in refs.items() if not self._is_over(number, ref)}
         for number, ref in live.items():
             shards = self._shards.setdefault(ref.path, set())
             if number not in shards:
                 shards.add(number)
                 self._refs.setdefault(number, []).append(ref)
         return sorted({ref.path for ref in refs.values()} - self._shards.keys())
+
+    def _is_over(self, shard_number: int, ref: JournalRef) -> bool:
+        settled = self._settled.get(shard_number, -1)
+        return shard_number in self._done or (parse_epoch(ref.path) or settled + 1) <= settled
+
+    def settle(self, shard_number: int, epoch: int) -> None:
+        """A file stands that a run of this epoch committed, and it will be replaced: rows that this run or earlier ones
+        journaled don't count, whenever they were written."""
+        self._settled[shard_number] = epoch
 
     def get(self, shard_number: int) -> tuple[JournalRef, ...]:
         """Where rows of this shard lie, in name order."""

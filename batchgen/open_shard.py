@@ -48,7 +48,7 @@ class OpenShard:
         self.is_closed = False
         self.error: BatchgenError | None = None
         self.num_inflight = 0
-        self.replaced_attempt = 0
+        self.replaced_epoch = 0
         self.is_recovered = False
         self.shared_ids: set[str] = set()
         self._away: dict[Slot, str] = {}

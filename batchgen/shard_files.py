@@ -62,14 +62,15 @@ class ShardFiles:
             return None
         return CommittedShard(info, *read_footer(self._storage, info.path))
 
-    def read_journal(self, lease: Lease, after_attempt: int) -> tuple[pa.Table, list[str]]:
-        """(rows that attempts later than this one finished and journaled, each once. Those of the attempt that committed
-        the file to be replaced are in that file, and a segment of it that was not deleted must not bring its errors back.
+    def read_journal(self, lease: Lease, after_epoch: int) -> tuple[pa.Table, list[str]]:
+        """(rows that runs later than this one finished and journaled, each once. What the run that committed the file to be
+        replaced made of this shard is in that file or lost, and `batch_stats` says so: a segment that was not deleted must
+        not bring its errors back, nor one that a zombie wrote later the rows of a lost batch (`manifest.is_settled`).
         Errors of an earlier run are tried again as those of a committed shard are: what `retry.errors` names is left
         out; what is to be said of segments that are damaged)."""
         rows, left_out = journal.read_sound_rows(self._storage, lease.journal, self.result_schema)
         batches = [parse_batch_id(batch_id) for batch_id in rows["batch_id"].to_pylist()]
-        is_late = pa.array([attempt > after_attempt for _, _, attempt in batches], pa.bool_())
+        is_late = pa.array([epoch > after_epoch for _, epoch, _ in batches], pa.bool_())
         is_old = pa.array([epoch < lease.epoch for _, epoch, _ in batches], pa.bool_())
         is_again = pc.and_(is_old, find_again(rows, self._spec.retry.errors))
         return journal.drop_repeated(rows.filter(pc.and_not(is_late, is_again))), left_out
@@ -79,14 +80,14 @@ class ShardFiles:
         return journal.read_ref(self._storage, ref, self.result_schema)
 
     def read_kept(self, lease: Lease, errors: str) -> tuple[pa.Table, int]:
-        """(rows of the file to be replaced that stay as they are: all but the error rows to be tried again; the attempt
-        that made it). Raises OutputError where its bytes are not those that were committed: a new seal must never
-        vouch for rows that were damaged meanwhile."""
+        """(rows of the file to be replaced that stay as they are: all but the error rows to be tried again; the epoch
+        of the run that made it). Raises OutputError where its bytes are not those that were committed: a new seal must
+        never vouch for rows that were damaged meanwhile."""
         path = lease.shard.data_path
         data = self._storage.read_bytes(path)
         footer = read_whole_file(data, self._storage.url(path))
         rows = pq.read_table(pa.BufferReader(data), columns=self.result_schema.names).cast(self.result_schema)
-        return rows.filter(pc.invert(find_again(rows, errors))), footer.attempt
+        return rows.filter(pc.invert(find_again(rows, errors))), footer.epoch
 
     def write_segment(self, path: str, rows: dict[int, pa.Table]) -> dict[int, JournalRef]:
         return journal.write_segment(self._storage, path, rows, self._fingerprint)

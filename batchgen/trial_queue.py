@@ -6,7 +6,7 @@ nothing else until it has given them back. Where no worker is idle one is kept f
 
 from collections.abc import Iterable
 
-from batchgen.leases import QueueWorker
+from batchgen.leases import OpenLease, QueueWorker
 from batchgen.records import Lease
 from batchgen.suspects import ShardRows
 from batchgen.work_queue import LostLease, WorkQueue
@@ -27,27 +27,25 @@ class TrialQueue(WorkQueue):
         """The lease ended without a commit and for no fault of its shard, which waits again. None for a zombie's."""
         worker = self._workers.get(worker_id)
         held = self._close(worker, batch_id) if worker is not None else None
-        if worker is None or held is None:
+        if held is None:
             return None
-        if not worker.open:
-            worker.is_apart = False
-            self._place(worker)
         self._backlog.note_return(held.lease.shard.number, reason)
         return LostLease(held.lease, held.started_at, now, held.num_rows_done, reason)
-
-    def fail(self, worker_id: str, batch_id: str, now: float, reason: str) -> LostLease | None:
-        failed = super().fail(worker_id, batch_id, now, reason)
-        worker = self._workers.get(worker_id)
-        if worker is not None and worker.is_apart and not worker.open:
-            worker.is_apart = False
-            self._place(worker)
-        return failed
 
     def retire(self, worker_id: str) -> None:
         """The worker gets no more leases."""
         if (worker := self._workers.get(worker_id)) is not None:
             worker.is_leaving = True
             self._place(worker)
+
+    def _close(self, worker: QueueWorker, batch_id: str) -> OpenLease | None:
+        """However the last lease of a trial ended, its worker is one among the others again. (A zombie may have committed
+        the shard whose rows it tries: then there is no more to try, and nothing to give back.)"""
+        held = super()._close(worker, batch_id)
+        if held is not None and worker.is_apart and not worker.open:
+            worker.is_apart = False
+            self._place(worker)
+        return held
 
     # ---- decisions out -----------------------------------------------------------------------------------------------
 

@@ -201,12 +201,10 @@ class Worker:
     async def _recover(self, shard: OpenShard) -> None:
         lease = shard.lease
         if lease.replaces is not None:
-            kept, shard.replaced_attempt = await asyncio.to_thread(
-                self._files.read_kept, lease, self._spec.retry.errors
-            )
+            kept, shard.replaced_epoch = await asyncio.to_thread(self._files.read_kept, lease, self._spec.retry.errors)
             shard.recover(kept, are_copied=True)
         if lease.journal:
-            saved, left_out = await asyncio.to_thread(self._files.read_journal, lease, shard.replaced_attempt)
+            saved, left_out = await asyncio.to_thread(self._files.read_journal, lease, shard.replaced_epoch)
             shard.recover(saved, are_copied=False)
             for message in left_out:
                 self._emit(WorkerWarned(self._setup.worker_id, message))

@@ -102,7 +102,7 @@ class WorkerShares:
             return
         try:
             lease = replace(shard.lease, journal=order.refs)
-            rows, _ = await asyncio.to_thread(self._files.read_journal, lease, shard.replaced_attempt)
+            rows, _ = await asyncio.to_thread(self._files.read_journal, lease, shard.replaced_epoch)
         except (StorageError, Refusal) as error:
             shard.close(error)
             return

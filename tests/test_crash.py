@@ -255,7 +255,8 @@ def test_a_driver_that_was_paused_too_long_stops(
         first.signal(signal.SIGCONT)
         ended = first.wait()
         assert ended.code == 3
-        assert "took" in ended.err
+        # Two threads find out, and the scheduler says which is first: one that another took it over, one that time went by.
+        assert "took" in ended.err or "could not renew the lease" in ended.err
         assert "Traceback" not in ended.err
         assert second.is_running
         assert second.wait().code == 0

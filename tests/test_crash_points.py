@@ -32,12 +32,12 @@ from batchgen.verify import verify
 
 SIGKILLED = -9
 # In the order of a job's life, so that each of them is still ahead when its run begins.
-FAULTS = ["list:before:1", "plan:after:1", "plan:torn:2", "lease:torn:1", "read:before:3", "generate:after:9"]
-FAULTS += ["journal:torn:1", "create:before:1", "create:torn:1", "create:after:1", "stats:torn:1", "manifest:torn:2"]
-FAULTS += ["success:before:1", "success:torn:1", "success:after:1"]
-MORE_FAULTS = ["list:after:2", "plan:before:1", "plan:before:3", "lease:before:1", "lease:after:1", "read:after:4"]
-MORE_FAULTS += ["generate:before:5", "journal:before:1", "journal:after:1", "create:after:2", "stats:before:1"]
-MORE_FAULTS += ["stats:after:1", "manifest:before:1", "manifest:after:3", "manifest:torn:4", "success:before:1"]
+FAULTS = ["plan:torn:2", "lease:torn:1", "generate:after:9", "journal:torn:1", "create:torn:1", "create:after:1"]
+FAULTS += ["stats:torn:1", "manifest:torn:2", "success:torn:1"]
+MORE_FAULTS = ["list:before:1", "list:after:2", "plan:before:1", "plan:after:1", "plan:before:3", "lease:before:1"]
+MORE_FAULTS += ["lease:after:1", "read:before:3", "read:after:4", "generate:before:5", "journal:before:1"]
+MORE_FAULTS += ["journal:after:1", "create:before:1", "create:after:2", "stats:before:1", "stats:after:1"]
+MORE_FAULTS += ["manifest:before:1", "manifest:after:3", "manifest:torn:4", "success:before:1", "success:after:1"]
 STABLE = ["custom_id", "source_row", "sample_index", "text", "finish_reason", "prompt_tokens", "completion_tokens"]
 
 

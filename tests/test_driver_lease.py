@@ -323,6 +323,22 @@ def test_a_slow_reply_counts_from_when_it_was_asked_for(storage: FaultyStorage) 
         lease.renew()
 
 
+def test_a_pause_before_the_creation_is_known_counts(storage: FaultyStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its successors may have come and gone: it must not write their last words over."""
+    clock = Clock()
+    create = FaultyStorage.create
+
+    def freeze(self: FaultyStorage, path: str, data: bytes | memoryview) -> str:
+        version = create(self, path, data)
+        clock.now += TTL_S
+        return version
+
+    monkeypatch.setattr(FaultyStorage, "create", freeze)
+    lease = acquire(storage, TTL_S, clock=clock, sleep=clock.sleep)
+    with pytest.raises(LeaseLost, match="could not renew"):
+        lease.check()
+
+
 def test_a_pause_of_half_the_time_to_live_ends_the_hold(storage: FaultyStorage) -> None:
     clock = Clock()
     lease = take(storage, clock)

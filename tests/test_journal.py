@@ -183,6 +183,18 @@ def test_adding_twice_is_a_no_op_and_what_came_too_late_is_free() -> None:
     assert index.complete(2) == ["z"]
 
 
+def test_what_a_settled_run_journaled_does_not_count_whenever_it_comes() -> None:
+    index = JournalIndex()
+    old, new, later = (make_segment_path(epoch, "w", 1) for epoch in (2, 3, 4))
+    index.settle(1, 3)
+    for path in (old, new):
+        assert index.add({1: JournalRef(path, 0)}) == [path]
+    assert index.add({1: JournalRef(later, 0), 2: JournalRef(later, 1)}) == []
+    assert index.get(1) == (JournalRef(later, 0),)
+    assert index.complete(1) == []
+    assert index.complete(2) == [later]
+
+
 def test_references_come_in_name_order_however_the_news_came() -> None:
     index = JournalIndex()
     for name in ("c", "a", "b"):

@@ -38,18 +38,21 @@ from jobs_util import (
     write_prompts,
     write_spec,
 )
-from makers import make_job_spec, make_lease, make_ok, make_shard
+from makers import make_job_spec, make_lease, make_ok, make_rows, make_shard
 
 from batchgen import manifest
 from batchgen.control import request_cancel
 from batchgen.engines.simulated import read_calls
 from batchgen.errors import InputError
 from batchgen.job import open_job, reopen
+from batchgen.journal import make_segment_path, write_segment
 from batchgen.open_shard import OpenShard
 from batchgen.prepare import make_inputs
 from batchgen.run import run_job
+from batchgen.shard_files import ShardFiles
 from batchgen.spec_load import make_spec
 from batchgen.storage import Storage
+from batchgen.verify import verify
 from batchgen.write import make_output_schema, make_result_schema
 
 COLUMNS = [
@@ -450,6 +453,31 @@ def test_a_replacement_that_fails_again_counts_on(
     assert {row["batch_id"][-5:] for row in failed} == {"e3-a3"}
     assert count_calls(calls) == 55 + 2 * len(failed)
     read_stats(out)
+
+
+def test_a_zombies_late_rows_of_a_run_that_is_over_do_not_count(
+    tree: Tree, files: list[tuple[str, int]], out: Path
+) -> None:
+    """Its batch was lost without a row, and batch_stats says so. What it journals when it wakes up must not enter the file
+    that another run makes of that shard, however late an attempt it was of."""
+    flaky = change(change(tree, "engine", failure_rate=0.3), "retry", max_attempts=1)
+    run(flaky)
+    failed = next(row for row in check_output(out, files) if row["status"] == "error")
+    spec, storage, shard = make_spec(tree), Storage(str(out)), int(failed["batch_id"].split("-")[1])
+    late = make_rows(make_ok(failed["source_row"], text="late"), batch_id=f"shard-{shard:09d}-e1-a9", spec=spec)
+    path = make_segment_path(1, "worker-0009", 1)
+    refs = write_segment(storage, path, {shard: late}, spec.fingerprint())
+    found, _ = ShardFiles(storage, spec, pa.schema([])).read_journal(
+        make_lease(make_shard(shard), epoch=2, journal=tuple(refs.values())), after_epoch=1
+    )
+    assert found.num_rows == 0
+    report, _ = run(tree)
+    assert report["exit_code"] == 0
+    rows = check_output(out, files)
+    check_conserved(out, files)
+    assert "late" not in {row["text"] for row in rows}
+    assert list_output(out, "_batchgen/journal") == []
+    assert verify(storage).exit_code == 0
 
 
 # ---- exit codes of the command ---------------------------------------------------------------------------------------

@@ -40,6 +40,10 @@ class Checker:
             if after is None:
                 raise Violation(f"{path} was deleted")
             self._check_rows(path, read_rows(after), is_new=before is None)
+        elif path in ("manifest.json", "report.json") and before and after:
+            was, is_now = (json.loads(content)["epoch"] for content in (before, after))
+            if is_now < was:
+                raise Violation(f"{path} of epoch {was} was replaced by that of an earlier one, {is_now}")
         elif path == "_SUCCESS" and after is not None:
             missing = self._wanted - {key for rows in self._rows_of.values() for key in map(get_key, rows)}
             if missing:
@@ -78,7 +82,7 @@ class Checker:
         rows = self.list_rows()
         if sorted(map(get_key, rows)) != sorted(self._keys):
             raise Violation(f"{len(rows)} rows in the output where {len(self._keys)} are wanted")
-        errors = {get_key(row) for row in rows if row["status"] == "error"}
+        errors = self.list_errors()
         if errors != expected_errors:
             raise Violation(f"error rows {sorted(errors ^ expected_errors)} are wrong or missing")
         self._check_counts(rows, len(errors))
@@ -86,6 +90,11 @@ class Checker:
     def list_rows(self) -> list[dict[str, Any]]:
         """All rows of the output, in the order of the files' names."""
         return [row for path in sorted(self._rows_of) for row in self._rows_of[path]]
+
+    def list_errors(self, error_type: str | None = None) -> set[Key]:
+        """Error rows of the output, or those of one type."""
+        errors = (row for row in self.list_rows() if row["status"] == "error")
+        return {get_key(row) for row in errors if error_type in (None, row["error_type"])}
 
     def _check_counts(self, rows: list[dict[str, Any]], num_errors: int) -> None:
         manifest = json.loads(self._read("manifest.json"))
@@ -100,6 +109,12 @@ class Checker:
             raise Violation(f"batch_stats has {twice} more than once")
         if unknown := {row["batch_id"] for row in rows} - set(batches):
             raise Violation(f"batch_stats lacks {sorted(unknown)}")
+
+    def has_lost_only(self, path: str) -> bool:
+        """Are the batches of this file of batch_stats lost ones, without a row in the output?"""
+        batches = read_rows(self._read(path), ["batch_id", "outcome"])
+        ours = {row["batch_id"] for row in self.list_rows()}
+        return all(row["outcome"] == "lost" and row["batch_id"] not in ours for row in batches)
 
     def _list(self, folder: str) -> list[str]:
         return sorted(name.removeprefix(OUT) for name in self._store if name.startswith(OUT + folder))
