@@ -69,6 +69,7 @@ budget_lists = st.lists(st.integers(1, 9), min_size=1, max_size=4)
 @example("abcabc", ("ca",), 70, [3], True)
 @example("aaaa", ("aa", "aaa"), 70, [1], False)
 @example("ab😀b", ("b",), 70, [3], True)
+@example("😀a", ("😀a",), 5, [1, 4], False)
 def test_parts_make_the_answer_that_one_shot_makes(
     text: str, stop: tuple[str, ...], max_tokens: int, budgets: list[int], keeps_stop: bool
 ) -> None:
