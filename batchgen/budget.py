@@ -18,13 +18,16 @@ from batchgen.records import SamplingParams
 # The first part of a row whose length nobody has told us. Reasoning models answer most questions within it.
 FIRST_TOKENS = 8192
 GROWTH = 2.0
-# First parts that `choose_ladder` tries, in tokens, and how they grow.
-FIRSTS = (512, 1024, 2048, 3072, 4096, 6144, 8192, 12_288, 16_384, 24_576, 32_768)
+# First parts that `choose_ladder` tries, in tokens, and how they grow. Smaller ones were worse in the simulator than they are
+# by the model here, which knows nothing of ranks that wait for one another before each prefill.
+FIRSTS = (2048, 3072, 4096, 6144, 8192, 12_288, 16_384, 24_576, 32_768)
 GROWTHS = (1.0, 1.5, 2.0, 4.0)
 # Enough of a distribution to compare ladders by.
 MAX_LENGTHS = 256
 # More seams than this are no plan, whatever the model says.
 MAX_PARTS = 32
+# Ladders that differ by no more than this share are as good as one another, and the one with the fewest parts is taken.
+SAME = 0.03
 # One-shot unless continuing saves at least this share: a model is a model.
 MIN_GAIN = 0.02
 
@@ -144,8 +147,9 @@ def choose_ladder(
         each: estimate(each, lengths, num_prompt=num_prompt, max_tokens=max_tokens, cost=cost) for each in candidates
     }
     flat = estimate(Ladder(), lengths, num_prompt=num_prompt, max_tokens=max_tokens, cost=cost)
-    # Of two that cost the same, the one with fewer seams.
-    best = min(costs, key=lambda each: (costs[each].row_s, len(each.rungs), each.rungs), default=None)
+    least_s = min((found.row_s for found in costs.values()), default=0.0)
+    near = (each for each, found in costs.items() if found.row_s <= (1 + SAME) * least_s)
+    best = min(near, key=lambda each: (costs[each].num_parts, costs[each].row_s, each.rungs), default=None)
     return best if best is not None and costs[best].row_s < (1 - MIN_GAIN) * flat.row_s else Ladder()
 
 

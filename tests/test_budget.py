@@ -224,9 +224,8 @@ def test_the_default_costs_are_the_simulators() -> None:
     assert cost.step_kv_s == pytest.approx(step.index_s, rel=0.01)
 
 
-@pytest.mark.parametrize(("prompt", "sigma"), [(200, 0.8), (1000, 1.2)])
-def test_the_ladder_that_is_chosen_is_as_good_in_the_simulator_as_any(prompt: int, sigma: float) -> None:
-    """Against 8k doubling, which was better than it while the model counted on a cache that keeps everything."""
+def test_the_ladder_that_is_chosen_is_better_in_the_simulator_than_8k_doubling() -> None:
+    prompt, sigma = 200, 0.8
     lengths = make_lognormal(4000, sigma, prompt)
     cost = EngineCost(max_rows=384, reuse_share=0.9)
     chosen = choose_ladder(lengths.list_quantiles(256), num_prompt=prompt, max_tokens=64_000, cost=cost)
@@ -237,4 +236,11 @@ def test_the_ladder_that_is_chosen_is_as_good_in_the_simulator_as_any(prompt: in
         workload = Workload(lengths, 64_000, lognormal=(4000, sigma))
         return find_steady(run_exactly(Scenario(10_000, 500, worker, cluster, workload)))[0]
 
-    assert measure_rate(chosen) > 0.97 * measure_rate(make_ladder(8192, 64_000))
+    assert measure_rate(chosen) > 1.05 * measure_rate(make_ladder(8192, 64_000))
+
+
+def test_a_ladder_of_many_parts_must_be_worth_them() -> None:
+    """Of ladders that differ by less than the model can tell; small parts were 10 % worse here in the simulator."""
+    lengths = make_lognormal(4000, 1.2, 1000).list_quantiles(256)
+    cost = EngineCost(max_rows=384, reuse_share=0.9)
+    assert choose_ladder(lengths, num_prompt=1000, max_tokens=64_000, cost=cost).rungs[0] >= 8192
