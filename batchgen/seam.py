@@ -59,6 +59,12 @@ def count_undecided(before: Partial, stop: Sequence[str], decode: Decode) -> int
     return max((len(rest.encode()) for rest in rests), default=0)
 
 
+def can_hide_stop(stop: Sequence[str], *, keeps_stop: bool) -> bool:
+    """May a part end at one of these without a sign that, with what came before it, it was another that began earlier? So
+    it is where one lies inside another, and the engine cuts what it found: such a row goes in one piece."""
+    return not keeps_stop and any(outer.find(inner, 1) > 0 for outer in stop for inner in stop if inner != outer)
+
+
 def count_bytes(stop: Sequence[str]) -> int:
     """Of the longest stop string, and a character that a seam cut before it."""
     return max(len(text.encode()) for text in stop) + MAX_CHARACTER_BYTES

@@ -1,8 +1,8 @@
 """How long a job takes and what it costs: many virtual runs of it, and what they agree on.
 
 Each run has its own seed: rows are drawn anew from a sample of lengths that is itself drawn anew (the smoothed bootstrap),
-workers start and are lost at other times. The interval holds nine of ten of those runs. It knows nothing of what the engine's
-model has wrong: its measured error against published figures (up to a quarter) comes on top, as a factor on all of it.
+workers start and are lost at other times. The interval holds nine of ten of those runs. It knows nothing of what the
+engine's model has wrong: its measured error against published figures (up to a quarter) comes on top, as a factor on all.
 """
 
 import math

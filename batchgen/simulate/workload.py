@@ -82,7 +82,7 @@ class Lengths:
         logs, count = [math.log(output) for _, output in self.pairs], self.num_rows
         mean = sum(log * number for log, number in zip(logs, self.counts, strict=True)) / count
         variance = sum((log - mean) ** 2 * number for log, number in zip(logs, self.counts, strict=True)) / count
-        return 0.9 * math.sqrt(variance) * count**-0.2
+        return 0.9 * math.sqrt(variance) / math.pow(count, 0.2)
 
 
 def make_lengths(pairs: Mapping[tuple[int, int], int]) -> Lengths:
