@@ -21,7 +21,7 @@ GROWTH = 2.0
 # First parts that `choose_ladder` tries, in tokens, and how they grow. Smaller ones are worse in the simulator than by the
 # model here, which knows nothing of ranks that wait for one another before each prefill.
 FIRSTS = (4096, 6144, 8192, 12_288, 16_384, 24_576, 32_768)
-GROWTHS = (1.0, 1.5, 2.0, 4.0)
+GROWTHS = (1.0, 1.5, 2.0)
 # Enough of a distribution to compare ladders by.
 MAX_LENGTHS = 256
 # More seams than this are no plan, whatever the model says.

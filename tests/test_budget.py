@@ -234,7 +234,7 @@ def test_the_ladder_that_is_chosen_is_better_in_the_simulator_than_8k_doubling()
         worker = WorkerModel(make_v32_engine(max_batch_size=384), Policies(ladder=ladder, has_placement=True), 8 * 384)
         cluster = ClusterModel(ClusterSpec(), Surroundings(0.001, 0.0))
         workload = Workload(lengths, 64_000, lognormal=(4000, sigma))
-        return find_steady(run_exactly(Scenario(10_000, 500, worker, cluster, workload)))[0]
+        return find_steady(run_exactly(Scenario(8_000, 500, worker, cluster, workload)))[0]
 
     assert measure_rate(chosen) > 1.05 * measure_rate(make_ladder(8192, 64_000))
 
