@@ -18,13 +18,16 @@ from batchgen.records import SamplingParams
 # The first part of a row whose length nobody has told us. Reasoning models answer most questions within it.
 FIRST_TOKENS = 8192
 GROWTH = 2.0
-# First parts that `choose_ladder` tries, in tokens, and how they grow.
-FIRSTS = (512, 1024, 2048, 3072, 4096, 6144, 8192, 12_288, 16_384, 24_576, 32_768)
-GROWTHS = (1.0, 1.5, 2.0, 4.0)
+# First parts that `choose_ladder` tries, in tokens, and how they grow. Smaller ones are worse in the simulator than by the
+# model here, which knows nothing of ranks that wait for one another before each prefill.
+FIRSTS = (4096, 6144, 8192, 12_288, 16_384, 24_576, 32_768)
+GROWTHS = (1.0, 1.5, 2.0)
 # Enough of a distribution to compare ladders by.
 MAX_LENGTHS = 256
 # More seams than this are no plan, whatever the model says.
 MAX_PARTS = 32
+# Ladders that differ by no more than this share are as good as one another, and the one with the fewest parts is taken.
+SAME = 0.03
 # One-shot unless continuing saves at least this share: a model is a model.
 MIN_GAIN = 0.02
 
@@ -51,17 +54,17 @@ class Ladder:
 
 @dataclass(frozen=True, slots=True)
 class EngineCost:
-    """What one rank's time goes to. `kv_tokens`: its cache; `max_rows`: decoded together at most. A decode step of b rows
-    with c tokens of context in all takes step_s + b * step_row_s + c * step_kv_s; a prompt token `prefill_token_s`.
-    `reuse_share`: how much of a continued prompt is found in the cache. The defaults are DeepSeek-V3.2's in NVFP4 on one
-    B200 of eight, from public figures (43 kB of cache a token, 166 ms a step with 896 rows of 2,000 tokens, 8,600 prompt
-    tokens/s): good to compare ladders with, not to foretell throughput."""
+    """What one rank's time goes to. `kv_tokens`: its cache; `max_rows`: decoded together at most, and in flight. A decode
+    step of b rows with c tokens of context in all takes step_s + b * step_row_s + c * step_kv_s; a prompt token
+    `prefill_token_s`. `reuse_share`: how much of a continued prompt is found in a cache that has room for it. The defaults
+    are DeepSeek-V3.2's in NVFP4 on one B200 of eight, as `simulate.calibration` has them from public figures: good to
+    compare ladders with, not to foretell throughput."""
 
-    kv_tokens: int = 1_850_000
+    kv_tokens: int = 1_960_000
     max_rows: int = 128
-    step_s: float = 0.025
-    step_row_s: float = 1e-4
-    step_kv_s: float = 2.5e-8
+    step_s: float = 0.01156
+    step_row_s: float = 1.02e-4
+    step_kv_s: float = 4.6e-9
     prefill_token_s: float = 1.15e-4
     reuse_share: float = 0.0
 
@@ -69,12 +72,14 @@ class EngineCost:
 @dataclass(frozen=True, slots=True)
 class LadderCost:
     """What a ladder does to an engine. `row_s`: time of one rank for one row; `mean_rows`: decoded together; `held_tokens`:
-    mean reservation of a row; `num_parts`: mean; `prefilled_again`: mean tokens of a row prefilled at its seams."""
+    mean reservation of a row; `num_parts`: mean; `reuse_share`: of a continued prompt that is still in the cache;
+    `prefilled_again`: mean tokens of a row prefilled at its seams."""
 
     row_s: float
     mean_rows: float
     held_tokens: float
     num_parts: float
+    reuse_share: float
     prefilled_again: float
 
 
@@ -142,8 +147,9 @@ def choose_ladder(
         each: estimate(each, lengths, num_prompt=num_prompt, max_tokens=max_tokens, cost=cost) for each in candidates
     }
     flat = estimate(Ladder(), lengths, num_prompt=num_prompt, max_tokens=max_tokens, cost=cost)
-    # Of two that cost the same, the one with fewer seams.
-    best = min(costs, key=lambda each: (costs[each].row_s, len(each.rungs), each.rungs), default=None)
+    least_s = min((found.row_s for found in costs.values()), default=0.0)
+    near = (each for each, found in costs.items() if found.row_s <= (1 + SAME) * least_s)
+    best = min(near, key=lambda each: (costs[each].num_parts, costs[each].row_s, each.rungs), default=None)
     return best if best is not None and costs[best].row_s < (1 - MIN_GAIN) * flat.row_s else Ladder()
 
 
@@ -161,7 +167,7 @@ def estimate(
     """What rows of these lengths cost in a rank that is always full, at the mean: how many fit follows from what each holds
     reserved while it is decoded."""
     rungs = [*(rung for rung in ladder.rungs if rung < max_tokens), max_tokens]
-    steps = held = context = again = parts = 0.0
+    steps = held = context = seams = left = parts = 0.0
     cut = [min(float(length), max_tokens) for length in lengths]
     before = 0
     for rung in rungs:
@@ -174,11 +180,24 @@ def estimate(
         held += part_steps * (num_prompt + rung)
         context += sum(each * (num_prompt + before + each / 2) for each in reached)
         parts += len(reached)
-        again += len(reached) * (num_prompt + before) * (1 - cost.reuse_share) if before else 0.0
+        seams += len(reached) * (num_prompt + before) if before else 0.0
+        left += len(reached) * (num_prompt + before) + part_steps
         before = rung
     num = len(cut)
     mean_held = held / steps if steps else num_prompt + rungs[0]
     rows = max(1.0, min(float(cost.max_rows), cost.kv_tokens / mean_held))
-    step_s = cost.step_s + rows * (cost.step_row_s + cost.step_kv_s * context / max(steps, 1e-9))
-    row_s = steps / num * step_s / rows + (num_prompt + again / num) * cost.prefill_token_s
-    return LadderCost(row_s, rows, mean_held, parts / num, again / num)
+    mean_context = context / max(steps, 1e-9)
+    reuse_share = cost.reuse_share * count_kept(rows, mean_context, left / parts, cost)
+    again = seams / num * (1 - reuse_share)
+    step_s = cost.step_s + rows * (cost.step_row_s + cost.step_kv_s * mean_context)
+    row_s = steps / num * step_s / rows + (num_prompt + again) * cost.prefill_token_s
+    return LadderCost(row_s, rows, mean_held, parts / num, reuse_share, again)
+
+
+def count_kept(rows: float, mean_context: float, mean_left: float, cost: EngineCost) -> float:
+    """Share of what parts left behind that is still there when their rows go on. A row waits until those before it were let
+    in, and for each of them another part has left its tokens: the oldest go where that is more than the cache has room for
+    beside the rows that are decoded."""
+    room = max(0.0, cost.kv_tokens - rows * mean_context)
+    left_meanwhile = (cost.max_rows - rows) * mean_left
+    return 1.0 if left_meanwhile <= room else room / left_meanwhile

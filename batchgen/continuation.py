@@ -32,7 +32,7 @@ from batchgen.errors import RequestFailed
 from batchgen.lengths import LengthPrior, list_quantiles
 from batchgen.placement import Placer
 from batchgen.records import Generation, Partial, Request, RowId
-from batchgen.seam import count_undecided, extend, find_seam_stop, join
+from batchgen.seam import can_hide_stop, count_undecided, extend, find_seam_stop, join
 from batchgen.spec import JobSpec
 
 log = logging.getLogger(__name__)
@@ -105,6 +105,8 @@ class Continuation:
 
     def _can_continue(self, request: Request) -> bool:
         is_tokenised = request.token_ids is not None
+        if can_hide_stop(request.sampling.stop, keeps_stop=self._facts.keeps_stop):
+            return False
         return self._is_resumable and is_tokenised and not list_unresumable(request.sampling, self._resumable)
 
     def _choose_budget(self, request: Request, ladder: Ladder) -> int:

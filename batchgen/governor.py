@@ -9,7 +9,7 @@ measured in this run, rows per second of one worker that is up; before any row w
 import math
 import re
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import MAXYEAR, UTC, datetime, timedelta
 
 from batchgen.spec import ClusterSpec
 
@@ -137,7 +137,10 @@ def parse_deadline(text: str, now: datetime) -> datetime:
     match = DURATION.fullmatch(text.strip())
     if match is not None and any(match.groups()):
         days, hours, minutes, seconds = (float(part or 0) for part in match.groups())
-        return now + timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+        try:
+            return now + timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+        except OverflowError:
+            raise ValueError(f"that is beyond the year {MAXYEAR}; leave it out for a run without one") from None
     try:
         deadline = datetime.fromisoformat(text.strip())
     except ValueError:

@@ -9,10 +9,8 @@ answer, not those dropped; `prompt_tokens`, `cached_tokens`, `queued_s` and `ttf
 from collections.abc import Sequence
 
 from batchgen.records import Generation, Partial, Request, Usage
-from batchgen.stops import Decode, cut_at_stop, cut_text, decode_tail, find_stop
+from batchgen.stops import CUT_CHARACTER, Decode, count_certain_bytes, cut_at_stop, cut_text, decode_tail, find_stop
 
-# A character cut by a seam shows as this.
-CUT_CHARACTER = "\ufffd"
 MAX_CHARACTER_BYTES = 4
 
 
@@ -44,7 +42,7 @@ def find_seam_stop(before: Partial, part: Generation, stop: Sequence[str], decod
         # Decoded from the middle, a text may begin with half a character: what seems to be there is looked for in all.
         if is_met and find_stop(decode(whole), stop) is not None:
             return num
-        if len(decode(token_ids[:num]).encode(errors="replace")) >= num_bytes:
+        if count_certain_bytes(decode(token_ids[:num])) >= num_bytes:
             return None
     return None
 
@@ -59,6 +57,12 @@ def count_undecided(before: Partial, stop: Sequence[str], decode: Decode) -> int
         return count_bytes(stop)
     rests = [text[size:] for text in stop for size in range(1, len(text)) if tail.endswith(text[:size])]
     return max((len(rest.encode()) for rest in rests), default=0)
+
+
+def can_hide_stop(stop: Sequence[str], *, keeps_stop: bool) -> bool:
+    """May a part end at one of these without a sign that, with what came before it, it was another that began earlier? So
+    it is where one lies inside another, and the engine cuts what it found: such a row goes in one piece."""
+    return not keeps_stop and any(outer.find(inner, 1) > 0 for outer in stop for inner in stop if inner != outer)
 
 
 def count_bytes(stop: Sequence[str]) -> int:

@@ -47,6 +47,11 @@ class EngineSection(Section):
         return frozenset({"json_schema", "regex", "grammar"})
 
     @property
+    def unheeded_fields(self) -> frozenset[str]:
+        """Sampling fields that its kind can honour, and not as it is set up here: they are refused."""
+        return frozenset()
+
+    @property
     def max_start_s(self) -> float:
         """How long the engine itself gives its start (s); the driver must wait longer. 0: it doesn't say."""
         return 0.0

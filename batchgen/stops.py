@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 
 Decode = Callable[[Sequence[int]], str]
+# Bytes that are no character, or half of one, show as this.
+CUT_CHARACTER = "\ufffd"
 
 
 def find_stop(text: str, stop: Sequence[str], start: int = 0) -> str | None:
@@ -42,6 +44,11 @@ def decode_tail(out: Sequence[int], num_bytes: int, decode: Decode) -> str:
     num_tokens = num_bytes
     while True:
         text = decode(out[-num_tokens:])
-        if num_tokens >= len(out) or len(text.encode(errors="replace")) >= num_bytes:
+        if num_tokens >= len(out) or count_certain_bytes(text) >= num_bytes:
             return text
         num_tokens *= 2
+
+
+def count_certain_bytes(text: str) -> int:
+    """Of the tokens that became this text, at least: a cut character may stand for one byte, and is three itself."""
+    return len(text.encode(errors="replace")) - 2 * text.count(CUT_CHARACTER)

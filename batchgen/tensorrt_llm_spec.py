@@ -13,6 +13,9 @@ from batchgen.sections import EngineSection, GuidedForm, TokenBudget
 
 # Whether a feature is on: auto where the running version is known to be safe, decided when it is known.
 Switch = Literal["auto", "on", "off"]
+# What the vendor's TorchSampler, the default in 1.2, takes and drops without a word: the penalties came with its
+# pull request 16485, min_p with 16590, both of July 2026. TRTLLMSampler, which 1.2 still has, knows them.
+DROPPED = frozenset({"min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"})
 # Arguments of the vendor that are made from fields of the spec, or that this engine can't work without.
 OURS = {
     "model": "model.path",
@@ -139,6 +142,12 @@ class TensorRTLLMEngineSpec(EngineSection):
         default=None, description="What keeps answers to a schema; without one no row can ask for that."
     )
 
+    has_penalties: bool = Field(
+        default=False,
+        description="Does the vendor's sampler heed min_p and the three penalties? 1.2's default one drops them unsaid, so "
+        "they are refused. true with a release that heeds them; extra: {sampler_type: TRTLLMSampler} is as good in 1.2.",
+    )
+
     # ---- how long things may take
     start_timeout_s: float = Field(
         default=5400.0,
@@ -216,6 +225,11 @@ class TensorRTLLMEngineSpec(EngineSection):
     @property
     def guided_forms(self) -> frozenset[GuidedForm]:
         return frozenset({"json_schema", "regex", "grammar"}) if self.guided_decoding_backend else frozenset()
+
+    @property
+    def unheeded_fields(self) -> frozenset[str]:
+        is_heeded = self.has_penalties or self.extra.get("sampler_type") == "TRTLLMSampler"
+        return frozenset() if is_heeded else DROPPED
 
     @property
     def max_start_s(self) -> float:

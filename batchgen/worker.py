@@ -74,7 +74,7 @@ class Worker:
         started = time.monotonic()
         await self._engine.open()
         spec, engine, prior = self._spec, self._engine, self._setup.prior
-        preparer = Preparer(spec, engine.tokenizer, engine.max_model_len, list_refused(spec.engine.kind), prior)
+        preparer = Preparer(spec, engine.tokenizer, engine.max_model_len, list_refused(spec.engine), prior)
         serving, hints, size = make_serving(engine, spec, prior), HintCheck(), spec.engine.max_inflight
         self._sender = Sender(serving, size, spec.retry, self._die, self._note_restart, hints.note)
         self._feeder = Feeder(spec, self._setup.passthrough, preparer, self._sender, hints)

@@ -163,7 +163,7 @@ INSTALLED = {"other": "right", "broken": "wrong", "gone": "absent", "simulated":
 def test_an_entry_point_adds_a_kind_and_replaces_none() -> None:
     assert get_engine_kind("other") is OTHER
     assert get_engine_kind("simulated").spec is SimulatedEngineSpec
-    assert list_refused("other") == {
+    assert list_refused(OtherSpec()) == {
         "seed",
         "logprobs",
         "top_k",

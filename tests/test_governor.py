@@ -133,6 +133,12 @@ def test_deadlines_are_times_or_times_from_now(text: str, expected: str) -> None
     assert parse_deadline(text, datetime(2026, 11, 27, 20, 0, tzinfo=UTC)).isoformat() == expected
 
 
+@pytest.mark.parametrize("text", ["9999999d", "99999999999999d", "9" * 400 + "h"])
+def test_a_deadline_that_no_calendar_has_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="leave it out"):
+        parse_deadline(text, datetime(2026, 11, 27, tzinfo=UTC))
+
+
 @pytest.mark.parametrize("text", ["", "tomorrow", "06:00", "2026-11-28T06:00", "8", "h"])
 def test_what_is_no_deadline_is_refused_with_the_mend(text: str) -> None:
     with pytest.raises(ValueError, match="UTC offset"):

@@ -6,11 +6,11 @@ Tokens are bytes, so that seams fall inside characters and inside stop strings w
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from batchgen.records import Generation, Partial, Request, RowId, SamplingParams, TokenLogprob, Usage
-from batchgen.seam import count_undecided, extend, find_seam_stop, join
+from batchgen.seam import can_hide_stop, count_undecided, extend, find_seam_stop, join
 from batchgen.stops import cut_at_stop, cut_text, find_stop
 
 
@@ -46,6 +46,8 @@ def write_in_parts(
     while True:
         done = len(before.token_ids) if before is not None else 0
         budget = min(budgets[num_parts % len(budgets)], max_tokens - done)
+        undecided = count_undecided(before, stop, decode) if before is not None else 0
+        budget = min(budget, undecided) if undecided else budget
         part = write(tokens[done:], stop, budget, keeps_stop=keeps_stop)
         num_parts += 1
         num_kept = find_seam_stop(before, part, stop, decode) if before is not None else None
@@ -69,9 +71,12 @@ budget_lists = st.lists(st.integers(1, 9), min_size=1, max_size=4)
 @example("abcabc", ("ca",), 70, [3], True)
 @example("aaaa", ("aa", "aaa"), 70, [1], False)
 @example("ab😀b", ("b",), 70, [3], True)
+@example("😀a", ("😀a",), 5, [1, 4], False)
+@example("aaa", ("aa",), 70, [1, 2], False)
 def test_parts_make_the_answer_that_one_shot_makes(
     text: str, stop: tuple[str, ...], max_tokens: int, budgets: list[int], keeps_stop: bool
 ) -> None:
+    assume(not can_hide_stop(stop, keeps_stop=keeps_stop))
     tokens = text.encode()
     one_shot = write(tokens, stop, max_tokens, keeps_stop=keeps_stop)
     joined, _ = write_in_parts(tokens, stop, max_tokens, budgets, keeps_stop=keeps_stop)
@@ -125,6 +130,16 @@ def test_a_bare_end_of_text_is_no_token_of_the_answer() -> None:
 )
 def test_a_stop_string_that_has_begun_is_waited_for(text: str, stop: tuple[str, ...], wanted: int) -> None:
     assert count_undecided(Partial(tuple(text.encode())), stop, decode) == wanted
+
+
+@pytest.mark.parametrize(
+    ("stop", "hides"), [((" ", "a "), True), (("##", "\n##\n"), True), (("a", "ab"), False), (("aa",), False)]
+)
+def test_a_stop_string_inside_another_could_hide_it_from_an_engine_that_cuts(
+    stop: tuple[str, ...], hides: bool
+) -> None:
+    assert can_hide_stop(stop, keeps_stop=False) is hides
+    assert not can_hide_stop(stop, keeps_stop=True)
 
 
 def test_half_a_character_may_begin_a_stop_string() -> None:

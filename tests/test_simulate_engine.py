@@ -8,7 +8,7 @@ import pytest
 
 from batchgen.simulate.calibration import PUBLISHED, make_v32_engine, repeat_run
 from batchgen.simulate.engine import EngineModel, Finished, VirtualEngine, sum_of_max
-from batchgen.simulate.rank import VirtualRequest
+from batchgen.simulate.rank import Prefixes, VirtualRequest
 from batchgen.simulate.step_cost import StepCost
 
 SPARSE = StepCost(1e-2, 1e-4, 2e-8, 3e-8, 5e-9, 1e-9, top_k=100)
@@ -186,6 +186,20 @@ def test_a_prefix_that_nobody_holds_goes_when_its_room_is_reserved() -> None:
 
 
 # ---- taken away
+
+
+def test_what_the_parts_of_a_row_leave_counts_once() -> None:
+    """Counted twice, it would crowd out what other rows left."""
+    prefixes, parts = Prefixes(), 5
+    for row in range(3):
+        for part in range(parts):
+            done = 100 * part
+            request = VirtualRequest(row, 50 + done, 100, 100, None, row if done else None, 50 + done, leaves=row)
+            prefixes.hold(request)
+            assert prefixes.count_cached(request) == (49 + done if done else 0)
+            prefixes.note_computed(request)
+            prefixes.leave(request)
+            prefixes.release(request, 3 * (50 + 100 * parts))
 
 
 def test_a_cancelled_request_gives_back_what_it_held_and_says_what_it_made() -> None:

@@ -6,12 +6,14 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from makers import make_job_spec
 
 from batchgen.errors import InputError, SpecError
 from batchgen.simulate.engine import EngineModel
@@ -143,6 +145,27 @@ def test_gpu_hours_end_a_virtual_run_as_they_end_a_real_one() -> None:
     assert record.stop is not None
     assert 0 < record.num_rows < 1500
     assert record.gpu_s <= 0.5 * 3600
+
+
+def test_a_deadline_counts_from_when_the_run_would_begin() -> None:
+    deadline = datetime(2026, 11, 28, 6, tzinfo=UTC)
+    spec = make_job_spec(engine={"kind": "simulated", "slots": 4}, cluster={"deadline": deadline, "drain_s": 60})
+    lengths = make_lognormal(100, 1.0, 100)
+
+    def run(left_s: float) -> VirtualRun:
+        asked = Asked(50, Surroundings(10.0, 0.0), began_at=deadline.timestamp() - left_s)
+        return run_exactly(make_scenario(spec, lengths, asked))
+
+    assert run(10 * 86_400).stop is None
+    assert "is reached" in (run(70).stop or "")
+    assert "50 of 50 rows are missing" in (run(-1).stop or "")
+
+
+def test_a_job_whose_workers_all_die_at_once_is_given_up() -> None:
+    """No row would ever be finished: told, and not simulated for ever."""
+    scenario = make_small()
+    lost = replace(scenario.cluster, surroundings=Surroundings(10.0, 0.0, losses_per_hour=1e9))
+    assert "hardly ends" in (run_exactly(replace(scenario, cluster=lost)).stop or "")
 
 
 # ---- from a spec

@@ -168,6 +168,23 @@ def test_a_resampled_sample_has_as_many_rows_and_another_mean() -> None:
     assert again.mean() == pytest.approx(lengths.mean(), rel=0.5)
 
 
+def test_a_resampled_sample_has_longer_rows_than_its_longest_and_none_beyond_the_cut() -> None:
+    lengths = make_lengths({(10, tokens): 1 for tokens in range(10, 1000, 10)} | {(10, 2000): 50})
+    means, longest = [], []
+    for seed in range(200):
+        again = lengths.resample(str(seed), 2000)
+        means.append(again.mean())
+        longest.append(max(output for _, output in again.pairs if output != 2000))
+        assert (
+            0.2
+            < sum(count for pair, count in zip(again.pairs, again.counts, strict=True) if pair[1] == 2000) / 149
+            < 0.5
+        )
+    assert sum(means) / 200 == pytest.approx(lengths.mean(), rel=0.02)
+    assert max(longest) > 1000
+    assert make_lengths({(1, 7): 9}).resample("1") == make_lengths({(1, 7): 9})
+
+
 def test_a_lognormal_has_the_mean_that_was_asked_for() -> None:
     assert make_lognormal(4000, 1.0, 100).mean() == pytest.approx(4000, rel=0.01)
     assert make_lognormal(4000, 1.0, 100).mean(8000) < 3500

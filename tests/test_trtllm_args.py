@@ -6,12 +6,13 @@ import pytest
 from makers import make_job_spec
 from pydantic import ValidationError
 
+from batchgen.engines import check_supported
 from batchgen.engines.trtllm.args import is_safe_version, make_llm_kwargs, needs_safe_version
 from batchgen.engines.trtllm.env import make_environment
 from batchgen.engines.trtllm.gpu import MAX_FREE_USED_BYTES, list_held
 from batchgen.errors import SpecError
 from batchgen.spec import ModelSpec
-from batchgen.tensorrt_llm_spec import TensorRTLLMEngineSpec
+from batchgen.tensorrt_llm_spec import DROPPED, TensorRTLLMEngineSpec
 
 MODEL = ModelSpec(path="nvidia/DeepSeek-V3.2-NVFP4", max_model_len=72_192)
 
@@ -115,6 +116,21 @@ def test_extra_goes_through_and_is_merged_with_what_is_there() -> None:
 def test_what_extra_may_not_hold(extra: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValidationError, match=sentence):
         make_section(extra=extra)
+
+
+def test_penalties_that_the_default_sampler_drops_are_refused_and_told_how_to_have_them() -> None:
+    def check(engine: dict[str, Any], **sampling: Any) -> None:
+        check_supported(make_job_spec(engine={"kind": "tensorrt_llm", **engine}, sampling=sampling))
+
+    for field in sorted(DROPPED):
+        value = {field: 0.5}
+        with pytest.raises(SpecError, match=rf"sampling\.{field}: .*sampler_type: TRTLLMSampler"):
+            check({}, **value)
+        check({"extra": {"sampler_type": "TRTLLMSampler"}}, **value)
+        check({"has_penalties": True}, **value)
+    check({}, top_k=5, seed=1)
+    with pytest.raises(SpecError, match="sampler_type"):
+        check({"extra": {"sampler_type": "TorchSampler"}}, min_p=0.1)
 
 
 def test_mtp_that_samples_is_let_through() -> None:

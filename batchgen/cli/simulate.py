@@ -1,5 +1,6 @@
 """The command that runs a job in virtual time."""
 
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,15 +26,17 @@ FromOutOption = Annotated[
     str | None, typer.Option("--from", metavar="OUT", help="An earlier run's output: lengths as it measured them.")
 ]
 MeanTokensOption = Annotated[
-    float | None, typer.Option("--mean-tokens", min=1, help="Stated mean of completion tokens (lognormal).")
+    float | None, typer.Option("--mean-tokens", min=1, max=1e7, help="Stated mean of completion tokens (lognormal).")
 ]
 SigmaOption = Annotated[float, typer.Option("--sigma", min=0, max=3, help="Its sigma, of the logarithm.")]
-PromptTokensOption = Annotated[int, typer.Option("--prompt-tokens", min=1, help="Of a prompt, where no file says it.")]
+PromptTokensOption = Annotated[
+    int, typer.Option("--prompt-tokens", min=1, max=10**7, help="Of a prompt, where no file says it.")
+]
 StartupSOption = Annotated[
-    float, typer.Option("--startup-s", min=0, help="From asking for a worker to its first request (s).")
+    float, typer.Option("--startup-s", min=0, max=7 * 86_400, help="From asking for a worker to its first request (s).")
 ]
 LossesPerHourOption = Annotated[
-    float, typer.Option("--losses-per-hour", min=0, help="How often one worker is lost: spot, faults.")
+    float, typer.Option("--losses-per-hour", min=0, max=60, help="How often one worker is lost: spot, faults.")
 ]
 PriceOption = Annotated[
     float | None,
@@ -85,7 +88,7 @@ def simulate(
             sigma=sigma,
             prompt_tokens=prompt_tokens,
         )
-        asked = Asked(rows or count_rows(job_spec), Surroundings(startup_s, 0.2, losses_per_hour), engines)
+        asked = Asked(rows or count_rows(job_spec), Surroundings(startup_s, 0.2, losses_per_hour), engines, time.time())
         scenario = make_scenario(job_spec, found_lengths, asked)
         found = run(scenario, runs, seed)
         for line in describe(found, scenario, source, price):

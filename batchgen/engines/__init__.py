@@ -18,6 +18,7 @@ from batchgen.engine_specs import (
 )
 from batchgen.engines.base import Capabilities, Engine, EngineFacts, EngineKind, Tokenizer
 from batchgen.errors import SpecError
+from batchgen.sections import EngineSection
 from batchgen.spec import JobSpec, ModelSpec
 from batchgen.tensorrt_llm_spec import TensorRTLLMEngineSpec
 
@@ -39,6 +40,11 @@ FORM_MENDS = {
     "text": "prompt.chat: false makes bare text of every row; set prompt.chat: true",
     "messages": "chat prompts need engine.api: chat, or a tokenizer here (engine.send_token_ids: true)",
     "token_ids": "prompt_token_ids needs engine.api: completions",
+}
+OTHER_ENGINE = "leave it out or choose another engine"
+UNHEEDED_MENDS = {
+    "tensorrt_llm": "1.2's default sampler drops it without a word: set engine.extra {sampler_type: TRTLLMSampler}, "
+    "or engine.has_penalties with a release whose sampler knows it"
 }
 GUIDED_MENDS = {
     "openai": "what else a server knows goes into engine.extra_body, for the whole job (vLLM: structured_outputs)",
@@ -146,8 +152,8 @@ ENGINES: dict[str, EngineKind[Any]] = {
         _make_openai_facts,
     ),
     # Seeds are passed on; the vendor promises no repetition. Sums differ with what shares a batch, and the top-k kernel of
-    # DeepSeek-V3.2's sparse attention is not deterministic by its makers' choice. Of penalties, versions differ in whether
-    # they are heeded at all and count the prompt: such rows are not continued.
+    # DeepSeek-V3.2's sparse attention is not deterministic by its makers' choice. Of penalties, samplers differ in whether
+    # they are heeded at all (`unheeded_fields`) and count the prompt: such rows are not continued.
     "tensorrt_llm": EngineKind(
         TensorRTLLMEngineSpec,
         Capabilities(
@@ -173,20 +179,20 @@ def get_engine_kind(kind: str) -> EngineKind[Any]:
     return found
 
 
-def list_refused(kind: str) -> frozenset[str]:
-    """Names of all sampling fields that this kind of engine can't honour."""
-    capabilities = get_engine_kind(kind).capabilities
-    return frozenset(name for name, need in NEEDS.items() if not getattr(capabilities, need))
+def list_refused(section: EngineSection) -> frozenset[str]:
+    """Names of all sampling fields that an engine with this section can't honour."""
+    capabilities = get_engine_kind(section.kind).capabilities
+    return section.unheeded_fields | {name for name, need in NEEDS.items() if not getattr(capabilities, need)}
 
 
 def check_supported(spec: JobSpec) -> None:
     """Raises SpecError when sampling or prompt section ask what the chosen engine can't do."""
     kind = spec.engine.kind
-    for name in sorted(list_refused(kind)):
+    for name in sorted(list_refused(spec.engine)):
         if getattr(spec.sampling, name) is not None:
-            raise SpecError(
-                f"sampling.{name}: the engine '{kind}' can't honour it; leave it out or choose another engine"
-            )
+            is_dropped = name in spec.engine.unheeded_fields
+            mend = UNHEEDED_MENDS.get(kind, OTHER_ENGINE) if is_dropped else OTHER_ENGINE
+            raise SpecError(f"sampling.{name}: the engine '{kind}' can't honour it; {mend}")
     guided = spec.sampling.guided
     if guided is not None and guided.form not in spec.engine.guided_forms:
         takes = ", ".join(sorted(spec.engine.guided_forms)) or "none of them beside its own response_format"

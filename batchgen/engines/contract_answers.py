@@ -46,7 +46,7 @@ async def check_stop_strings(subject: Subject) -> None:
 async def check_capabilities_are_honest(subject: Subject) -> None:
     """What the table says the engine can do, it does; what it can't is refused before it gets there."""
     kind = subject.spec.engine.kind
-    capabilities, refused = get_engine_kind(kind).capabilities, list_refused(kind)
+    capabilities, refused = get_engine_kind(kind).capabilities, list_refused(subject.spec.engine)
     async with opened(subject) as engine:
         if capabilities.has_logprobs:
             requests = [subject.make_request(number, engine, logprobs=1) for number in range(8)]
@@ -58,7 +58,8 @@ async def check_capabilities_are_honest(subject: Subject) -> None:
             assert max(given) <= 1e-6, "a logprob above 0"
         if capabilities.has_sampling:
             penalties = {"repetition_penalty": 1.1, "presence_penalty": 0.1, "frequency_penalty": 0.1}
-            await engine.generate(subject.make_request(4, engine, temperature=1.0, top_k=5, min_p=0.1, **penalties))
+            heeded = {name: value for name, value in (penalties | {"min_p": 0.1}).items() if name not in refused}
+            await engine.generate(subject.make_request(4, engine, temperature=1.0, top_k=5, **heeded))
             greedy = [subject.make_request(number, engine, top_k=1, temperature=1.0) for number in range(8)]
             best = [subject.make_request(number, engine) for number in range(8)]
             num_same = sum(

@@ -25,6 +25,8 @@ from batchgen.tail import TailPolicy
 from batchgen.work_queue import QueuedShard, WorkQueue
 
 MAX_LEASES_PER_TURN = 1000
+# A run that lost more workers than this for each it may have, and some, will hardly end.
+MAX_LOSSES_EACH, MAX_LOSSES = 100, 1000
 
 
 class VirtualCluster:
@@ -193,6 +195,8 @@ class VirtualCluster:
 
     def _lose(self, worker_id: str, now: float) -> None:
         self.record.num_losses += 1
+        if self.record.num_losses > MAX_LOSSES + MAX_LOSSES_EACH * self._model.cluster.workers.max:
+            self._stop(f"{self.record.num_losses:,} workers were lost; at that rate the job hardly ends", now)
         self.record.lost_tokens += self.workers[worker_id].count_lost()
         self._remove(worker_id, now)
         shares = self.queue.list_shares(worker_id)

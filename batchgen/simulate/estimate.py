@@ -1,8 +1,8 @@
 """How long a job takes and what it costs: many virtual runs of it, and what they agree on.
 
-Each run has its own seed: rows are drawn anew from a sample of lengths that is itself drawn anew (the bootstrap), workers
-start and are lost at other times. The interval holds nine of ten of those runs. It knows nothing of what the engine's model
-has wrong: its measured error against published figures (up to a quarter) comes on top, as a factor on all of it.
+Each run has its own seed: rows are drawn anew from a sample of lengths that is itself drawn anew (the smoothed bootstrap),
+workers start and are lost at other times. The interval holds nine of ten of those runs. It knows nothing of what the
+engine's model has wrong: its measured error against published figures (up to a quarter) comes on top, as a factor on all.
 """
 
 import math
@@ -51,8 +51,9 @@ def estimate(scenario: Scenario, *, num_runs: int, seed: object, is_exact: bool 
 
 def resample(scenario: Scenario, seed: str) -> Scenario:
     """The same job as another sample of the same lengths would have shown it."""
-    lengths = scenario.workload.lengths.resample(seed)
-    return replace(scenario, workload=replace(scenario.workload, lengths=lengths)).with_seed(seed)
+    workload = scenario.workload
+    lengths = workload.lengths.resample(seed, workload.max_tokens)
+    return replace(scenario, workload=replace(workload, lengths=lengths)).with_seed(seed)
 
 
 def _make_aggregated(scenario: Scenario, seed: object) -> Callable[[Scenario], VirtualRun]:

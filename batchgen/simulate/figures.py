@@ -69,7 +69,7 @@ def _steady(
     engine = make_v32_engine(max_batch_size=batch, reuses_blocks=reuses, reserves_exactly=is_exact)
     worker = WorkerModel(engine, Policies(ladder=ladder, has_placement=True), window=8 * batch)
     workload = Workload(make_lognormal(MEAN, sigma, prompt), CAP, lognormal=(MEAN, sigma))
-    num_rows = 6_000 if batch <= 128 else 12_000
+    num_rows = 12_000 if batch <= 128 else 24_000  # with fewer, many begin alike and the start is most of it
     return find_steady(run_exactly(Scenario(num_rows, 500, worker, make_cluster(1), workload)))[0]
 
 

@@ -31,11 +31,13 @@ BALANCE_STEPS = 60
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What the command line adds to the spec. `is_hinted`: rows have hints (exact ones); None: as the spec says."""
+    """What the command line adds to the spec. `began_at`: when the run would begin (Unix
+    seconds): the spec's deadline is compared with it. `is_hinted`: rows have hints (exact ones); None: as the spec says."""
 
     num_rows: int
     surroundings: Surroundings
     num_engines: int | None = None
+    began_at: float = 0.0
     is_hinted: bool | None = None
 
 
@@ -116,7 +118,13 @@ def make_scenario(spec: JobSpec, lengths: Lengths, asked: Asked) -> Scenario:
         choose_rows_per_shard(spec, asked.num_rows),
         worker,
         ClusterModel(
-            cluster, asked.surroundings, spec.retry, TailPolicy(), n=n, gpus_per_worker=cluster.gpus_per_worker
+            cluster,
+            asked.surroundings,
+            spec.retry,
+            TailPolicy(),
+            n=n,
+            gpus_per_worker=cluster.gpus_per_worker,
+            began_at=asked.began_at,
         ),
         workload,
     )

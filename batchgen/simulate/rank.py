@@ -76,10 +76,8 @@ class Prefixes:
     def leave(self, request: VirtualRequest) -> None:
         """It ended: its prompt and answer are there to be gone on with."""
         if request.leaves is not None:
-            num_tokens = request.prompt_tokens + request.output_tokens
             self._computed.add(request.leaves)
-            self._idle[request.leaves] = num_tokens
-            self._idle_tokens += num_tokens
+            self._rest(request.leaves, request.prompt_tokens + request.output_tokens)
 
     def release(self, request: VirtualRequest, room: int) -> None:
         """`room`: tokens of the KV cache that nobody uses now."""
@@ -89,9 +87,14 @@ class Prefixes:
             if not self._held[prefix]:
                 del self._held[prefix]
                 if prefix in self._computed:
-                    self._idle[prefix] = request.prefix_tokens
-                    self._idle_tokens += request.prefix_tokens
+                    self._rest(prefix, request.prefix_tokens)
         self.fit(room)
+
+    def _rest(self, name: Hashable, num_tokens: int) -> None:
+        """Nobody holds it now. A part that goes on leaves under the name of what it began with, and more of it."""
+        before = self._idle.pop(name, 0)
+        self._idle[name] = max(before, num_tokens)
+        self._idle_tokens += self._idle[name] - before
 
     def fit(self, room: int) -> None:
         while self._idle and self._idle_tokens > room:

@@ -3,7 +3,8 @@ begin alike. Deterministic by seed; each shard draws its own rows, so that they 
 
 Lengths come from a sample of (prompt, completion) tokens: an earlier run's rows, a histogram of them (`lengths`, by
 buckets: the middle of each stands for all), or a lognormal whose parameters somebody states. `resample` draws a sample of
-the same size with replacement (the bootstrap): how much a small sample might have told otherwise.
+the same size with replacement, each length moved a little (the smoothed bootstrap): how much a small sample might have told
+otherwise, answers longer than its longest included.
 """
 
 import math
@@ -62,15 +63,26 @@ class Lengths:
         sums, total = list(accumulate(self.counts)), self.num_rows
         return [float(self.pairs[bisect_left(sums, (2 * each + 1) * total / (2 * count))][1]) for each in range(count)]
 
-    def resample(self, seed: str) -> "Lengths":
+    def resample(self, seed: str, max_tokens: int | None = None) -> "Lengths":
+        """Answers that were cut off at `max_tokens` stay there: how long they would have been, the sample doesn't say."""
         if self.num_rows > MAX_RESAMPLED:
             return self
-        draws = random.Random(f"{seed}:resample").choices(range(len(self.pairs)), self.counts, k=self.num_rows)
-        found: dict[int, int] = {}
-        for draw in draws:
-            found[draw] = found.get(draw, 0) + 1
-        kept = sorted(found)
-        return Lengths(tuple(self.pairs[each] for each in kept), tuple(found[each] for each in kept))
+        source, width = random.Random(f"{seed}:resample"), self._choose_width()
+        most = math.inf if max_tokens is None else max_tokens
+        found: dict[tuple[int, int], int] = {}
+        for prompt, output in source.choices(self.pairs, self.counts, k=self.num_rows):
+            # The factor's mean is 1: a wider sample is no longer one.
+            moved = output if output >= most else round(output * math.exp(source.gauss(-width * width / 2, width)))
+            pair = prompt, max(1, moved)
+            found[pair] = found.get(pair, 0) + 1
+        return make_lengths(found)
+
+    def _choose_width(self) -> float:
+        """How far a length is moved, as a standard deviation of its logarithm: Silverman's rule for a kernel density."""
+        logs, count = [math.log(output) for _, output in self.pairs], self.num_rows
+        mean = sum(log * number for log, number in zip(logs, self.counts, strict=True)) / count
+        variance = sum((log - mean) ** 2 * number for log, number in zip(logs, self.counts, strict=True)) / count
+        return 0.9 * math.sqrt(variance) / math.pow(count, 0.2)
 
 
 def make_lengths(pairs: Mapping[tuple[int, int], int]) -> Lengths:
