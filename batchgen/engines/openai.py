@@ -14,6 +14,7 @@ import contextlib
 import os
 import socket
 import time
+from collections.abc import Coroutine
 from typing import Any
 
 import aiohttp
@@ -56,6 +57,7 @@ class OpenAIEngine:
         self._room = asyncio.Semaphore(spec.max_inflight)
         self._death: str | None = "the engine is not open"
         self._session: aiohttp.ClientSession | None = None
+        self._asking: set[asyncio.Task[Generation]] = set()
 
     async def open(self) -> None:
         """Raises EngineDied when no server answers in `open_timeout_s`, or one refuses the key."""
@@ -74,8 +76,7 @@ class OpenAIEngine:
         async with self._room:
             self._check_alive()
             try:
-                server = await self._choose()
-                return await self._ask(server, request)
+                return await self._end_with_us(self._choose_and_ask(request))
             except RequestFailed as error:
                 self._check_hope(str(error) if isinstance(error, EngineUnavailable) else error.error_type)
                 raise
@@ -83,8 +84,28 @@ class OpenAIEngine:
                 self._death = self._death or str(error)
                 raise
 
+    async def _choose_and_ask(self, request: Request) -> Generation:
+        return await self._ask(await self._choose(), request)
+
+    async def _end_with_us(self, asking: Coroutine[Any, Any, Generation]) -> Generation:
+        """A closed session was seen to leave the reader of a stream waiting for ever, on a busy machine: each request is a
+        task of its own, which `close` ends."""
+        task = asyncio.ensure_future(asking)
+        self._asking.add(task)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if task.cancelled() and current is not None and not current.cancelling():
+                self._check_alive()
+            raise
+        finally:
+            self._asking.discard(task)
+
     async def close(self) -> None:
         self._death = "the engine was closed"
+        for task in self._asking:
+            task.cancel()
         session, self._session = self._session, None
         if session is not None:
             await session.close()
