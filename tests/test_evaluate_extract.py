@@ -157,6 +157,14 @@ def test_what_was_printed_is_compared_as_livecodebench_does(printed: str, expect
     assert is_same_output(printed, expected) is is_same
 
 
+def test_brackets_without_end_are_no_answer() -> None:
+    assert not is_same_value("[" * 100_000, "[]")
+
+
+def test_a_number_of_endless_signs_is_none_at_once() -> None:
+    assert read_number("$" * 60_000 + "5") is None
+
+
 def test_what_was_returned_is_compared_as_a_value() -> None:
     assert is_same_value("[1, 2]", "[1,2]")
     assert not is_same_value("", "[1,2]")
