@@ -248,19 +248,48 @@ def test_a_source_that_lacks_a_tensor_is_refused_before_anything_is_measured(tmp
         quantize(spec, lambda _: None)
 
 
-def test_a_source_in_float32_and_in_shards_is_packed_as_its_bfloat16(tmp_path: Path, made: Path) -> None:
-    shutil.copytree(EMBEDDED, tmp_path / "model")
-    (tmp_path / "model/model.safetensors").unlink()
+def write_float32_shards(folder: Path) -> None:
+    shutil.copytree(EMBEDDED, folder, ignore=shutil.ignore_patterns("model.safetensors", "__pycache__"))
     tensors = {name: tensor.float() for name, tensor in load_file(EMBEDDED / "model.safetensors").items()}
     names = sorted(tensors)
     parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
     for file, part in parts.items():
-        save_file({name: tensors[name] for name in part}, tmp_path / "model" / file, metadata={"format": "pt"})
+        save_file({name: tensors[name] for name in part}, folder / file, metadata={"format": "pt"})
     places = {name: file for file, part in parts.items() for name in part}
-    (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def test_a_source_in_float32_and_in_shards_is_packed_as_its_bfloat16(tmp_path: Path, made: Path) -> None:
+    write_float32_shards(tmp_path / "model")
     report = check_folders(tmp_path / "model", made, lambda _: None)
     assert report["faults"] == []
     assert report["ratio"] > 3.1
+
+
+def test_from_object_storage_to_object_storage(tmp_path: Path, s3_url: str) -> None:
+    write_float32_shards(tmp_path / "model")
+    source, output = Storage(f"{s3_url}/model"), Storage(f"{s3_url}/nvfp4")
+    for file in (tmp_path / "model").iterdir():
+        source.put(file.name, file.read_bytes())
+    spec = make_spec(tmp_path, num_rows=8)
+    model = ModelSpec(path=source.root, stage_dir=str(tmp_path / "staged"))
+    report = quantize(
+        spec.model_copy(
+            update={"model": model, "output": spec.output.model_copy(update={"path": output.root})},
+        ),
+        lambda _: None,
+    )
+    assert (report["faults"], len(report["layers"])) == ([], 36)
+    paths = {info.path for info in output.list_files()}
+    assert {"model.safetensors", "hf_quant_config.json", "quantize_report.json", "tokenizer.json"} <= paths
+    assert "quantize_started.json" not in paths
+    assert not (tmp_path / "work" / report["fingerprint"]).exists()
+
+
+def test_gpus_that_ray_can_not_reserve_are_refused(tmp_path: Path) -> None:
+    values = make_spec(tmp_path).model_dump(mode="json")
+    with pytest.raises(ValueError, match="give a whole number"):
+        QuantizeSpec.model_validate({**values, "gpus": 1.5})
 
 
 def test_too_few_rows_are_refused(tmp_path: Path) -> None:
