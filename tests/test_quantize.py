@@ -126,6 +126,9 @@ def test_the_estimate_is_what_the_checkpoint_then_weighs(made: Path) -> None:
         ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM"),
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"num_hidden_layers": None}, "lacks num_hidden_layers"),
+        ({"architectures": "LlamaForCausalLM"}, "architecture LlamaForCausalLM"),
+        ({"quantization_config": "fp8", "architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM"),
+        ({"moe_intermediate_size": 2040}, "no multiple of 16"),
     ],
 )
 def test_a_config_that_tells_no_size_is_refused(change: dict[str, object], what: str) -> None:
@@ -310,6 +313,29 @@ def test_an_incomplete_source_is_refused(tmp_path: Path) -> None:
     spec = make_spec(tmp_path).model_copy(update={"model": ModelSpec(path=str(tmp_path / "model"))})
     with pytest.raises(InputError, match="truncated"):
         quantize(spec, lambda _: None)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(180)
+def test_the_ray_job_tells_its_tasks_refusal_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "spec.json").write_text(make_spec(tmp_path).model_dump_json())
+    job = Path(__file__).parents[1] / "jobs/quantize.py"
+    command = [sys.executable, str(job), str(tmp_path / "spec.json"), "--set", "calibration.num_rows=81"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=150)
+    assert ended.returncode == 2
+    told = [line for line in ended.stderr.splitlines() if line.startswith("batchgen: ")]
+    assert len(told) == 1
+    assert "80 rows make a prompt, and calibration.num_rows asks for 81; give more rows" in told[0]
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("module", ["modelopt", "torch"])
+def test_a_machine_that_could_not_quantize_is_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(SpecError, match=rf"{module} is not installed; pip install 'batchgen\[quantize\]'"):
+        quantize(make_spec(tmp_path), lambda _: None)
 
 
 # ---- checking one

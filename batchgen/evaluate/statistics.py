@@ -42,7 +42,8 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """`other` against `base`. `difference` is other minus base. `p_mcnemar`: only where each question was asked once.
+    """`other` against `base`. `difference` is other minus base. `p_mcnemar`: only where each question was asked once
+    and none belongs with another.
     `num_more_samples`: how many more of each run would tell, where it is inconclusive."""
 
     num_questions: int
@@ -154,7 +155,8 @@ def compare_scores(
         margin=margin,
         num_worse=worse,
         num_better=better,
-        p_mcnemar=mcnemar(worse, better) if is_single else None,
+        # It takes questions for independent, which the steps of one problem are not.
+        p_mcnemar=mcnemar(worse, better) if is_single and len(sums) == len(differences) else None,
         verdict=verdict,
         num_more_samples=more if verdict == "inconclusive" else None,
     )
