@@ -133,6 +133,14 @@ def test_the_last_closed_program_counts(text: str, code: str | None) -> None:
     assert extract_program(text) == code
 
 
+def test_a_step_of_nothing_but_blanks_is_read_at_once() -> None:
+    for blanks in ("\n" * 60_000, "from " + " " * 60_000):
+        code = extract_step(f"```python\n{blanks}x = 1\nfrom a.b import  c\n  import d\nfrom_here = 2\n```")
+        assert code is not None
+        assert "import" not in code
+        assert code.endswith("from_here = 2\n")
+
+
 def test_a_step_of_scicode_is_the_first_block_without_imports() -> None:
     assert extract_step("```python\nimport numpy as np\ndef f():\n    return 1\n```\n```python\nf()\n```") == (
         "\ndef f():\n    return 1\n"

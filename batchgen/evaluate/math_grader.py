@@ -96,7 +96,7 @@ class MathGrader:
         self._connection.send(("1", "\\frac{2}{2}"))
         try:
             is_ready = self._connection.poll(120.0) and self._connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             is_ready = False
         if not is_ready:
             self._stop()
