@@ -44,7 +44,8 @@ class Interval:
 class Comparison:
     """`other` against `base`. `difference` is other minus base. `p_mcnemar`: only where each question was asked once
     and none belongs with another.
-    `num_more_samples`: how many more of each run would tell, where it is inconclusive."""
+    `num_more_samples`: how many more of each run would tell, where it is inconclusive; questions where the interval
+    is exact."""
 
     num_questions: int
     num_clusters: int
@@ -143,7 +144,8 @@ def compare_scores(
     difference = float(differences.mean())
     worse, better = int((differences < 0).sum()), int((differences > 0).sum())
     verdict = judge(interval, margin)
-    more = count_more_samples(num_samples, difference, interval, margin)
+    num_units = len(differences) if interval.is_exact else num_samples
+    more = count_more_samples(num_units, difference, interval, margin)
     return Comparison(
         num_questions=len(differences),
         num_clusters=len(sums),
