@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -144,6 +145,14 @@ def test_the_command_line_compares_and_writes(two_runs: Path, tmp_path: Path) ->
     assert {path.suffix for path in tmp_path.glob("comparison.*")} == {".md", ".json", ".html"}
 
 
+def test_a_summary_that_lacks_something_is_refused_by_name(two_runs: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(next(two_runs.rglob("scores.json")).parent, folder)
+    (folder / "scores.json").write_text("{}")
+    with pytest.raises(InputError, match=r"scores\.json: lacks benchmark"):
+        compare_folders(str(folder), [str(folder)], margin=0.01, confidence=0.9)
+
+
 def test_what_was_not_asked_alike_is_not_compared(two_runs: Path, tmp_path: Path) -> None:
     base = read_evaluation(Storage(str(two_runs / "base")))
     for change, what in (
@@ -215,6 +224,7 @@ def test_a_dataset_is_read_in_any_form(tmp_path: Path, suffix: str) -> None:
         ("aime.jsonl", "{", "can't be read as jsonl"),
         ("aime.json", '{"a": 1}', "can't be read as json"),
         ("aime.parquet", "PAR1", "can't be read as parquet"),
+        ("aime.csv", "problem,id\np,1,2\n", "row 0: lacks the column 'answer'; it has id, problem"),
         ("aime.txt", "x", "is none of .parquet, .jsonl, .json, .csv"),
         ("aime.jsonl", '{"problem": "", "answer": "2"}', "row 0: column 'problem' is empty"),
         ("aime.jsonl", '{"problem": "p", "answer": null}', "row 0: column 'answer' is empty"),
@@ -225,6 +235,33 @@ def test_a_dataset_that_lacks_something_is_refused_by_name(tmp_path: Path, name:
     (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=re.escape(what)):
         make_questions(make_spec(tmp_path, None, "aime_2025", tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "row", "what"),
+    [
+        ("mmlu_pro", {"question": "q", "options": "['1']", "answer": "A"}, "column 'options' is no list"),
+        ("scicode", {"problem_id": "1", "required_dependencies": "", "sub_steps": []}, "holds no question"),
+        ("scicode", {"problem_id": "1", "required_dependencies": "", "sub_steps": "[]"}, "'sub_steps' is no list"),
+        (
+            "livecodebench_v6",
+            {
+                "question_content": "q",
+                "starter_code": "",
+                "public_test_cases": [{"input": 1, "output": "1"}],
+                "private_test_cases": [],
+                "metadata": "{}",
+            },
+            "row 0: has a test case whose input or output is no text",
+        ),
+    ],
+)
+def test_a_column_of_another_kind_is_refused_by_name(
+    tmp_path: Path, benchmark: str, row: dict[str, Any], what: str
+) -> None:
+    (tmp_path / "data.jsonl").write_text(json.dumps(row))
+    with pytest.raises(InputError, match=re.escape(what)):
+        make_questions(make_spec(tmp_path, None, benchmark, tmp_path / "data.jsonl"))
 
 
 def test_more_questions_than_there_are_is_refused(tmp_path: Path) -> None:

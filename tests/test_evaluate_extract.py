@@ -133,6 +133,14 @@ def test_the_last_closed_program_counts(text: str, code: str | None) -> None:
     assert extract_program(text) == code
 
 
+def test_a_step_of_nothing_but_blanks_is_read_at_once() -> None:
+    for blanks in ("\n" * 60_000, "from " + " " * 60_000):
+        code = extract_step(f"```python\n{blanks}x = 1\nfrom a.b import  c\n  import d\nfrom_here = 2\n```")
+        assert code is not None
+        assert "import" not in code
+        assert code.endswith("from_here = 2\n")
+
+
 def test_a_step_of_scicode_is_the_first_block_without_imports() -> None:
     assert extract_step("```python\nimport numpy as np\ndef f():\n    return 1\n```\n```python\nf()\n```") == (
         "\ndef f():\n    return 1\n"
@@ -155,6 +163,14 @@ def test_a_step_of_scicode_is_the_first_block_without_imports() -> None:
 )
 def test_what_was_printed_is_compared_as_livecodebench_does(printed: str, expected: str, is_same: bool) -> None:
     assert is_same_output(printed, expected) is is_same
+
+
+def test_brackets_without_end_are_no_answer() -> None:
+    assert not is_same_value("[" * 100_000, "[]")
+
+
+def test_a_number_of_endless_signs_is_none_at_once() -> None:
+    assert read_number("$" * 60_000 + "5") is None
 
 
 def test_what_was_returned_is_compared_as_a_value() -> None:

@@ -1,5 +1,6 @@
 """What nobody trusts runs where it can do nothing: each of these programs tries, and says what came of it."""
 
+import os
 import subprocess
 import sys
 import time
@@ -37,6 +38,14 @@ def count_ours(mark: str) -> int:
 def test_a_program_runs() -> None:
     ended = run("import sys; print(sys.stdin.read().upper()); sys.exit(3)", b"hello")
     assert ended == Ended("exited", 3, b"HELLO\n")
+
+
+def test_the_callers_umask_does_not_hide_the_program() -> None:
+    before = os.umask(0o077)
+    try:
+        assert run("print(1)").stdout == b"1\n"
+    finally:
+        os.umask(before)
 
 
 FORK = """

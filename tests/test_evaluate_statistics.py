@@ -128,6 +128,23 @@ def test_the_score_is_the_mean_over_questions_and_a_single_run_has_mcnemar() -> 
     assert compare_scores(base, other, list("abcd"), num_samples=8, is_single=False, margin=0.01).p_mcnemar is None
 
 
+def test_questions_that_would_tell_are_counted_as_questions_however_often_each_was_asked() -> None:
+    same, names = [1.0] * 12, [str(number) for number in range(12)]
+    made = [
+        compare_scores(same, same, names, num_samples=12 * n, is_single=n == 1, margin=0.01, confidence=0.9)
+        for n in (1, 4)
+    ]
+    assert made[0].interval.is_exact
+    assert made[0].num_more_samples == made[1].num_more_samples
+
+
+def test_steps_of_one_problem_have_no_mcnemar() -> None:
+    made = compare_scores(
+        [1.0] * 4, [0.0] * 4, ["a", "a", "b", "b"], num_samples=4, is_single=True, margin=0.01, confidence=0.9
+    )
+    assert made.p_mcnemar is None
+
+
 def test_one_question_tells_nothing() -> None:
     with pytest.raises(ValueError, match="two questions"):
         compare_scores([1.0], [0.0], ["a"], num_samples=1, is_single=True, margin=0.01)

@@ -18,12 +18,14 @@ from batchgen.checkpoint_facts import read_tensors
 from batchgen.engine_specs import TransformersEngineSpec
 from batchgen.errors import InputError, OutputError, SpecError
 from batchgen.quantize.architecture import list_tensors, read_shape
+from batchgen.quantize.calibrate import list_unmeasured
 from batchgen.quantize.check import compare_tensors
-from batchgen.quantize.job import check_folders, quantize
+from batchgen.quantize.job import check_folders, find_report, quantize, upload
 from batchgen.quantize.recipe import is_quantized, quantize_names
 from batchgen.quantize.spec import QuantizeSpec
 from batchgen.quantize.weigh import weigh_checkpoint
 from batchgen.spec import ModelSpec
+from batchgen.storage import Storage
 from batchgen.training.accuracy import Examinee, list_questions, measure
 
 EMBEDDED = Path(str(files("batchgen") / "embedded"))
@@ -124,6 +126,9 @@ def test_the_estimate_is_what_the_checkpoint_then_weighs(made: Path) -> None:
         ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM"),
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"num_hidden_layers": None}, "lacks num_hidden_layers"),
+        ({"architectures": "LlamaForCausalLM"}, "architecture LlamaForCausalLM"),
+        ({"quantization_config": "fp8", "architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM"),
+        ({"moe_intermediate_size": 2040}, "no multiple of 16"),
     ],
 )
 def test_a_config_that_tells_no_size_is_refused(change: dict[str, object], what: str) -> None:
@@ -190,6 +195,106 @@ def test_a_killed_quantization_goes_on_with_what_was_measured(tmp_path: Path, ma
     assert all(float(ours[name]) == pytest.approx(float(theirs[name]), rel=0.02) for name in scales)
 
 
+def test_any_other_checkpoint_is_left_alone(tmp_path: Path, made: Path) -> None:
+    spec = make_spec(tmp_path)
+    shutil.copytree(made, tmp_path / "out", ignore=shutil.ignore_patterns("_batchgen"))
+    (tmp_path / "out/quantize_report.json").unlink()
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir() if file.is_file()}
+    with pytest.raises(OutputError, match="of another checkpoint; choose an empty"):
+        quantize(spec, lambda _: None)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir() if file.is_file()} == before
+
+
+def test_an_interrupted_upload_goes_on_and_another_packings_files_are_replaced(tmp_path: Path, made: Path) -> None:
+    packed, output, claim = tmp_path / "packed", Storage(str(tmp_path / "out")), {"fingerprint": "f", "packing": "one"}
+    shutil.copytree(made, packed, ignore=shutil.ignore_patterns("_batchgen"))
+    (packed / "encoding").mkdir()
+    (packed / "encoding/rules.py").write_text("")
+    said: list[str] = []
+    upload(packed, output, claim, said.append)
+    assert sum(text.startswith("wrote") for text in said) == sum(file.is_file() for file in packed.rglob("*"))
+    assert (tmp_path / "out/encoding/rules.py").read_bytes() == b""
+    output.delete("config.json")  # as if killed before it
+    said.clear()
+    upload(packed, output, claim, said.append)
+    assert [text.split(",")[0] for text in said] == ["wrote config.json"]
+    said.clear()
+    upload(packed, output, {**claim, "packing": "two"}, said.append)
+    assert any(text.startswith("wrote model.safetensors") for text in said)
+
+
+def test_an_output_with_weights_and_a_claim_but_no_config_is_gone_on_with(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path)
+    output = Storage(spec.output.path)
+    output.put("model.safetensors", b"half")
+    output.put("quantize_started.json", json.dumps({"fingerprint": spec.fingerprint(), "packing": "p"}).encode())
+    assert find_report(output, spec) is None
+    with pytest.raises(OutputError, match="another checkpoint"):
+        find_report(output, make_spec(tmp_path, num_rows=65))
+
+
+def test_rows_are_measured_once_whatever_the_batches_were_before() -> None:
+    batches = [[(1,), (2,), (3,)], [(4,), (5,)]]
+    assert list_unmeasured(batches, 0) == batches
+    assert list_unmeasured(batches, 1) == [[(2,), (3,)], [(4,), (5,)]]
+    assert list_unmeasured(batches, 4) == [[(5,)]]
+    assert list_unmeasured(batches, 5) == []
+
+
+def test_a_source_that_lacks_a_tensor_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    shutil.copytree(EMBEDDED, tmp_path / "model")
+    tensors = load_file(EMBEDDED / "model.safetensors")
+    del tensors["model.layers.0.input_layernorm.weight"]
+    save_file(tensors, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    spec = make_spec(tmp_path).model_copy(update={"model": ModelSpec(path=str(tmp_path / "model"))})
+    with pytest.raises(InputError, match=r"lacks 1 of the model's tensors, first model\.layers\.0\.input_layernorm"):
+        quantize(spec, lambda _: None)
+
+
+def write_float32_shards(folder: Path) -> None:
+    shutil.copytree(EMBEDDED, folder, ignore=shutil.ignore_patterns("model.safetensors", "__pycache__"))
+    tensors = {name: tensor.float() for name, tensor in load_file(EMBEDDED / "model.safetensors").items()}
+    names = sorted(tensors)
+    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, part in parts.items():
+        save_file({name: tensors[name] for name in part}, folder / file, metadata={"format": "pt"})
+    places = {name: file for file, part in parts.items() for name in part}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def test_a_source_in_float32_and_in_shards_is_packed_as_its_bfloat16(tmp_path: Path, made: Path) -> None:
+    write_float32_shards(tmp_path / "model")
+    report = check_folders(tmp_path / "model", made, lambda _: None)
+    assert report["faults"] == []
+    assert report["ratio"] > 3.1
+
+
+def test_from_object_storage_to_object_storage(tmp_path: Path, s3_url: str) -> None:
+    write_float32_shards(tmp_path / "model")
+    source, output = Storage(f"{s3_url}/model"), Storage(f"{s3_url}/nvfp4")
+    for file in (tmp_path / "model").iterdir():
+        source.put(file.name, file.read_bytes())
+    spec = make_spec(tmp_path, num_rows=8)
+    model = ModelSpec(path=source.root, stage_dir=str(tmp_path / "staged"))
+    report = quantize(
+        spec.model_copy(
+            update={"model": model, "output": spec.output.model_copy(update={"path": output.root})},
+        ),
+        lambda _: None,
+    )
+    assert (report["faults"], len(report["layers"])) == ([], 36)
+    paths = {info.path for info in output.list_files()}
+    assert {"model.safetensors", "hf_quant_config.json", "quantize_report.json", "tokenizer.json"} <= paths
+    assert "quantize_started.json" not in paths
+    assert not (tmp_path / "work" / report["fingerprint"]).exists()
+
+
+def test_gpus_that_ray_can_not_reserve_are_refused(tmp_path: Path) -> None:
+    values = make_spec(tmp_path).model_dump(mode="json")
+    with pytest.raises(ValueError, match="give a whole number"):
+        QuantizeSpec.model_validate({**values, "gpus": 1.5})
+
+
 def test_too_few_rows_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"80 rows make a prompt, and calibration\.num_rows asks for 81"):
         quantize(make_spec(tmp_path, num_rows=81), lambda _: None)
@@ -208,6 +313,29 @@ def test_an_incomplete_source_is_refused(tmp_path: Path) -> None:
     spec = make_spec(tmp_path).model_copy(update={"model": ModelSpec(path=str(tmp_path / "model"))})
     with pytest.raises(InputError, match="truncated"):
         quantize(spec, lambda _: None)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(180)
+def test_the_ray_job_tells_its_tasks_refusal_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "spec.json").write_text(make_spec(tmp_path).model_dump_json())
+    job = Path(__file__).parents[1] / "jobs/quantize.py"
+    command = [sys.executable, str(job), str(tmp_path / "spec.json"), "--set", "calibration.num_rows=81"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=150)
+    assert ended.returncode == 2
+    told = [line for line in ended.stderr.splitlines() if line.startswith("batchgen: ")]
+    assert len(told) == 1
+    assert "80 rows make a prompt, and calibration.num_rows asks for 81; give more rows" in told[0]
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("module", ["modelopt", "torch"])
+def test_a_machine_that_could_not_quantize_is_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(SpecError, match=rf"{module} is not installed; pip install 'batchgen\[quantize\]'"):
+        quantize(make_spec(tmp_path), lambda _: None)
 
 
 # ---- checking one
@@ -279,6 +407,20 @@ def test_rounded_activations_make_a_difference_that_does_not_depend_on_the_batch
         alone = [examinee.ask([question], thinking=True, temperature=0.0)[0].text for question in questions[:2]]
         assert texts[mode][:2] == alone
     assert texts["w4a16"] != texts["w4a4"]
+
+
+def test_a_checkpoint_that_lacks_something_is_not_run(made: Path, tmp_path: Path) -> None:
+    name = "model.norm.weight"
+    with pytest.raises(SpecError, match=f"lacks 1 of the model's tensors, first {name}"):
+        Examinee(change(made, tmp_path, {name: None}))
+
+
+def test_activations_are_rounded_only_where_their_scales_are_whole(made: Path, tmp_path: Path) -> None:
+    engine = TransformersEngineSpec.model_validate({"kind": "transformers", "device": "cpu", "nvfp4": "w4a4"})
+    scale = f"{MODULE}.input_scale"
+    for number, (edit, what) in enumerate([(None, "has no input_scale"), (torch.tensor(3.0), "different input_scale")]):
+        with pytest.raises(SpecError, match=what):
+            Examinee(change(made, tmp_path / str(number), {scale: edit}), engine)
 
 
 def test_another_quantization_is_refused_by_name(made: Path, tmp_path: Path) -> None:

@@ -6,18 +6,19 @@ tensor cores get it, so that it shows what the quantization costs in accuracy. N
 tensor a layer, with no module of their own to hook: their loop is written here, with the rounding in it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from batchgen.errors import SpecError
+from batchgen.errors import InputError, SpecError
 from batchgen.quantize.folder import open_folder
 from batchgen.quantize.nvfp4 import fake_quantize
 from batchgen.quantize.weights import iter_plain, read_input_scales
 
 Nvfp4Mode = Literal["w4a16", "w4a4"]
+PACKED = ".weight_scale_2"
 
 
 def load_nvfp4_model(folder: Path, mode: Nvfp4Mode, options: Mapping[str, Any]) -> Any:
@@ -34,11 +35,31 @@ def load_nvfp4_model(folder: Path, mode: Nvfp4Mode, options: Mapping[str, Any]) 
         raise SpecError(f"model.path: transformers {transformers.__version__} has no {names[0]}; install a newer one")
     with open_folder(folder) as tensors:
         plain, input_scales = dict(iter_plain(tensors)), read_input_scales(tensors)
-    model = vendor.from_pretrained(None, config=config, state_dict=plain, **options)
+        packed = [name.removesuffix(PACKED) for name in tensors.names if name.endswith(PACKED)]
+    if mode == "w4a4":
+        check_input_scales(input_scales, packed)
+    model, told = vendor.from_pretrained(None, config=config, state_dict=plain, output_loading_info=True, **options)
+    if missing := sorted(told["missing_keys"]):  # transformers would draw them at random
+        raise InputError(
+            f"{folder}: lacks {len(missing)} of the model's tensors, first {missing[0]}; copy it there again"
+        )
     model.generation_config = read_generation_config(folder, model.generation_config)
     if mode == "w4a4":
         round_activations(model, input_scales)
     return model
+
+
+def check_input_scales(scales: Mapping[str, torch.Tensor], packed: Iterable[str]) -> None:
+    """Each packed module has one, and a gate's is its up projection's: their input is one tensor. Raises InputError."""
+    for module in packed:
+        if module not in scales:
+            raise InputError(f"{module} has no input_scale; use engine.nvfp4: w4a16, or quantize the checkpoint again")
+        other = scales.get(module.removesuffix("gate_proj") + "up_proj") if module.endswith("gate_proj") else None
+        if other is not None and not torch.equal(scales[module].flatten(), other.flatten()):
+            raise InputError(
+                f"{module} and its up_proj have different input_scale; use engine.nvfp4: w4a16, or quantize the "
+                "checkpoint again"
+            )
 
 
 def read_generation_config(folder: Path, default: Any) -> Any:

@@ -93,6 +93,13 @@ def _text(row: Row, column: str) -> str:
     return str(value)
 
 
+def _list(row: Row, column: str) -> list[Any]:
+    value = row[column]
+    if not isinstance(value, list):  # of a string each character would be taken for an entry
+        raise ValueError(f"column '{column}' is no list; convert it as docs/evaluate.md says")
+    return value
+
+
 # ---- mathematics
 
 
@@ -131,7 +138,7 @@ def _make_choice(row: Row, number: int, id_column: str, options: Sequence[str], 
 
 
 def _make_mmlu_pro(row: Row, number: int) -> Question:
-    options = [str(option) for option in row["options"]]
+    options = [str(option) for option in _list(row, "options")]
     return _make_choice(row, number, "question_id", options, _text(row, "answer"), "question")
 
 
@@ -168,6 +175,8 @@ def _make_livecodebench(row: Row, number: int) -> Question:
     cases = [*_parse(row, "public_test_cases"), *_parse(row, "private_test_cases")]
     if not cases:
         raise ValueError("has no test cases")
+    if not all(isinstance(case[name], str) for case in cases for name in ("input", "output")):
+        raise ValueError("has a test case whose input or output is no text")
     function = _parse(row, "metadata").get("func_name") if starter else None
     if starter and function is None:
         raise ValueError("has starter code and no func_name in its metadata")
@@ -192,7 +201,7 @@ def _make_scicode(row: Row) -> list[Question]:
     problem, dependencies = _text(row, "problem_id"), str(row["required_dependencies"] or "")
     questions: list[Question] = []
     before: list[dict[str, str | None]] = []
-    for place, step in enumerate(row["sub_steps"], 1):
+    for place, step in enumerate(_list(row, "sub_steps"), 1):
         is_given = (problem, place) in GIVEN_STEPS
         if is_given and not step.get("given_code"):
             raise ValueError(f"step {step['step_number']} lacks given_code, the reference's own code of it")
@@ -202,7 +211,12 @@ def _make_scicode(row: Row) -> list[Question]:
                 "next": f"{told}\n\n{step['function_header']}\n\n{step['return_line']}",
                 "dependencies": dependencies,
             }
-            tests = {"place": place, "before": before[:], "dependencies": dependencies, "cases": step["test_cases"]}
+            tests = {
+                "place": place,
+                "before": before[:],
+                "dependencies": dependencies,
+                "cases": _list(step, "test_cases"),
+            }
             questions.append(Question(str(step["step_number"]), names, None, problem, json.dumps(tests)))
         before.append({"told": told, "given": step["given_code"] if is_given else None})
     return questions

@@ -18,6 +18,8 @@ from batchgen.storage import Storage
 
 # Asking fewer or more samples is no other question; a seed only makes it repeatable.
 FREE_SAMPLING = ("n", "seed")
+# Of a summary, for a comparison.
+NEEDED = ("benchmark", "title", "digest", "sampling", "speed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,8 @@ def find_places(root: Storage) -> list[str]:
 def read_evaluation(storage: Storage) -> Evaluation:
     """Raises InputError while programs were not run: nothing is known of them."""
     summary = read_json(storage, SUMMARY) or {}
+    if missing := [name for name in NEEDED if name not in summary]:
+        raise InputError(f"{storage.url(SUMMARY)}: lacks {missing[0]}; batchgen evaluate score OUT writes it again")
     rights: dict[str, list[bool]] = defaultdict(list)
     clusters = {}
     for row in read_table(storage, SCORES, ["question", "cluster", "is_right"]).to_pylist():

@@ -24,7 +24,9 @@ def read_dataset(url: str, columns: Sequence[str]) -> list[dict[str, Any]]:
         raise InputError(f"{url}: holds no rows; give the benchmark's whole file")
     for number, row in enumerate(rows):
         if missing := [column for column in columns if column not in row]:
-            raise InputError(f"{url} row {number}: lacks the column '{missing[0]}'; it has {', '.join(sorted(row))}")
+            raise InputError(
+                f"{url} row {number}: lacks the column '{missing[0]}'; it has {', '.join(sorted(filter(None, row)))}"
+            )
     return rows
 
 

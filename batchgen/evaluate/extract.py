@@ -11,7 +11,6 @@ import re
 # "Answer: B", bold or not, as Artificial Analysis describes it.
 _ANSWER_LINE = re.compile(r"(?i)[*_]{0,2}Answer[*_]{0,2}\s*:[\s*_]{0,2}\s*([A-Z])(?![a-zA-Z0-9])")
 _LONE_LETTER = re.compile(r"\b[A-Z]\b")
-_IMPORTS = re.compile(r"^\s*(?:import .*|from .*\s+import\s+.*)", re.MULTILINE)
 _FENCE = "```"
 _BOXED = "\\boxed{"
 
@@ -66,7 +65,13 @@ def extract_step(text: str) -> str | None:
     fence = f"{_FENCE}python" if f"{_FENCE}python" in text else _FENCE
     _, mark, rest = text.partition(fence)
     body = rest.partition(_FENCE)[0] if mark else text
-    return _IMPORTS.sub("", body) if body.strip() else None
+    return "\n".join(line for line in body.split("\n") if not _is_import(line)) if body.strip() else None
+
+
+def _is_import(line: str) -> bool:
+    """Line by line: one pattern over all of it takes the square of 60,000 blank lines, which a model may well write."""
+    plain = line.lstrip()
+    return plain.startswith("import ") or (plain.startswith("from ") and "import" in plain.split()[2:])
 
 
 def extract_gold_number(text: str) -> str:

@@ -76,6 +76,8 @@ def make_questions(spec: EvaluateSpec) -> list[Question]:
         questions = spec.entry.make(rows)
     except ValueError as error:
         raise InputError(f"{spec.dataset} {error}") from error
+    if not questions:
+        raise InputError(f"{spec.dataset}: holds no question; give the benchmark's whole file")
     seen: set[str] = set()
     for question in questions:
         if question.id in seen:

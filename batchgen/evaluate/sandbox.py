@@ -75,6 +75,7 @@ class Sandbox:
             program.chmod(0o755)  # whatever the umask: the program's user is another one
             for name, data in files.items():
                 (program / name).write_bytes(data)
+                (program / name).chmod(0o644)
             (Path(folder) / "stdin").write_bytes(stdin)
             with (Path(folder) / "stdin").open("rb") as source:
                 return self._run([*self._python, f"{PROGRAM_FOLDER}/main.py"], program, source.fileno())

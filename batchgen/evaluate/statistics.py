@@ -42,8 +42,10 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """`other` against `base`. `difference` is other minus base. `p_mcnemar`: only where each question was asked once.
-    `num_more_samples`: how many more of each run would tell, where it is inconclusive."""
+    """`other` against `base`. `difference` is other minus base. `p_mcnemar`: only where each question was asked once
+    and none belongs with another.
+    `num_more_samples`: how many more of each run would tell, where it is inconclusive; questions where the interval
+    is exact."""
 
     num_questions: int
     num_clusters: int
@@ -142,7 +144,8 @@ def compare_scores(
     difference = float(differences.mean())
     worse, better = int((differences < 0).sum()), int((differences > 0).sum())
     verdict = judge(interval, margin)
-    more = count_more_samples(num_samples, difference, interval, margin)
+    num_units = len(differences) if interval.is_exact else num_samples
+    more = count_more_samples(num_units, difference, interval, margin)
     return Comparison(
         num_questions=len(differences),
         num_clusters=len(sums),
@@ -154,7 +157,8 @@ def compare_scores(
         margin=margin,
         num_worse=worse,
         num_better=better,
-        p_mcnemar=mcnemar(worse, better) if is_single else None,
+        # It takes questions for independent, which the steps of one problem are not.
+        p_mcnemar=mcnemar(worse, better) if is_single and len(sums) == len(differences) else None,
         verdict=verdict,
         num_more_samples=more if verdict == "inconclusive" else None,
     )

@@ -16,7 +16,9 @@ def read_targets(url: str, counts: Mapping[str, int]) -> dict[str, list[Any]]:
     """By step number, a target for each of its tests. Raises InputError for a file that lacks one."""
     import h5py
 
-    (info,) = list_inputs(url)
+    info, *others = list_inputs(url)
+    if others:
+        raise InputError(f"{url}: is {1 + len(others)} files; give SciCode's test_data.h5")
     with open_input(info.path, info.version) as source:
         data = io.BytesIO(source.read())
     try:

@@ -41,7 +41,8 @@ class Shape:
 
 def read_shape(config: Mapping[str, Any]) -> Shape:
     """Raises ValueError, a clause, for the config of another architecture or one that lacks a number."""
-    found = ", ".join(map(str, config.get("architectures") or ["none"]))
+    named = config.get("architectures") or ["none"]
+    found = ", ".join(map(str, named)) if isinstance(named, list) else str(named)
     if found != ARCHITECTURE:
         raise ValueError(f"is of architecture {found}; sizes are known for {ARCHITECTURE} only")
     names = {name: config.get(name, 0 if name == "num_nextn_predict_layers" else None) for name in Shape.__slots__}

@@ -60,6 +60,16 @@ def batch_rows(rows: Sequence[TokenIds], max_rows: int) -> list[list[TokenIds]]:
     return [group[start : start + max_rows] for group in groups for start in range(0, len(group), max_rows)]
 
 
+def list_unmeasured(batches: Sequence[Sequence[TokenIds]], num_rows: int) -> list[Sequence[TokenIds]]:
+    """All but the first `num_rows` rows, which a run with batches of another size may have left within one."""
+    left = []
+    for batch in batches:
+        if num_rows < len(batch):
+            left.append(batch[num_rows:])
+        num_rows = max(0, num_rows - len(batch))
+    return left
+
+
 def make_quantization(mtq: Any) -> dict[str, Any]:
     """modelopt's words for the recipe of `recipe.is_quantized`: attention and heads off, its output projection on."""
     made: dict[str, Any] = copy.deepcopy(mtq.NVFP4_DEFAULT_CFG)
@@ -82,11 +92,7 @@ def calibrate(
         import modelopt.torch.quantization as mtq
 
         def run(vendor: Any) -> None:
-            skip = measured.num_rows
-            for batch in batches:
-                if skip > 0:
-                    skip -= len(batch)
-                    continue
+            for batch in list_unmeasured(batches, measured.num_rows):
                 with torch.no_grad():
                     vendor(input_ids=torch.tensor(batch, device=vendor.device))
                 measured.add(len(batch), {name: _read_amax(each) for name, each in _list_inputs(vendor)})

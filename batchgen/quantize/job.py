@@ -2,14 +2,17 @@
 
 Each step leaves its result where the next run finds it: what was measured in `work_dir`, the packed folder there under
 its name once it is whole, files of the output one by one, and the report last. A folder with a report of the same
-quantization is done; one of another is refused.
+quantization is done; one of another is refused, and so is any other checkpoint: a claim put there before the first file
+says whose the files are, and of which packing.
 """
 
 import json
 import mmap
+import secrets
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from batchgen.checkpoint import QUANT_CONFIG
 from batchgen.checkpoint_facts import read_tensors
 from batchgen.errors import InputError, OutputError, SpecError
 from batchgen.job_inputs import find_inputs, inspect_inputs
+from batchgen.manifest import read_json
 from batchgen.paths import expand_home
 from batchgen.plan import make_plan
 from batchgen.prepare import Preparer
@@ -30,7 +34,8 @@ from batchgen.staging import stage_weights
 from batchgen.storage import Storage
 
 REPORT = "quantize_report.json"
-PACKED, MEASURED = "checkpoint", "measured.json"
+CLAIM = "quantize_started.json"
+PACKED, MEASURED, PACKING = "checkpoint", "measured.json", "packing"
 # Written by nobody but the source: tokenizer, chat template, generation defaults.
 COPIED = ("tokenizer", "special_tokens_map", "chat_template", "generation_config", "vocab", "merges", "encoding")
 Say = Callable[[str], None]
@@ -47,6 +52,7 @@ class Places:
 
 def quantize(spec: QuantizeSpec, say: Say) -> dict[str, Any]:
     """The report. Raises Refusal for what can't work, StorageError; then start it again and it goes on."""
+    check_installed()
     output = Storage(spec.output.path)
     if (done := find_report(output, spec)) is not None:
         say("nothing left to do: the checkpoint is there and was checked")
@@ -60,23 +66,36 @@ def quantize(spec: QuantizeSpec, say: Say) -> dict[str, Any]:
     report = {"fingerprint": spec.fingerprint(), "batchgen": __version__, **check_folders(source, work / PACKED, say)}
     if report["faults"]:
         raise OutputError(f"{work / PACKED}: {report['faults'][0]}; remove that folder and run it again")
-    upload(work / PACKED, output, say)
+    upload(work / PACKED, output, make_claim(spec, work), say)
     output.put(REPORT, json.dumps(report, indent=1).encode())
+    output.delete(CLAIM)
     shutil.rmtree(work)
     return report
+
+
+def check_installed() -> None:
+    """Raises SpecError: before the model is loaded."""
+    for module in ("torch", "transformers", "modelopt"):
+        if find_spec(module) is None:
+            raise SpecError(f"{module} is not installed; pip install 'batchgen[quantize]'")
 
 
 def find_report(output: Storage, spec: QuantizeSpec) -> dict[str, Any] | None:
     """The report of this very quantization. Raises OutputError when the folder holds another one, or something else."""
     if output.info(REPORT) is None:
-        strays = [info.path for info in output.list_files() if info.path.endswith(".safetensors")]
-        if strays and output.info(QUANT_CONFIG) is None:
-            raise OutputError(f"{output.root}: holds {strays[0]}, another checkpoint; choose an empty output.path")
+        claim = read_json(output, CLAIM)
+        strays = [info.path for info in output.list_files() if is_of_checkpoint(info.path)]
+        if strays and (claim is None or claim.get("fingerprint") != spec.fingerprint()):
+            raise OutputError(f"{output.root}: holds {strays[0]} of another checkpoint; choose an empty output.path")
         return None
     report: dict[str, Any] = json.loads(output.read_bytes(REPORT))
     if report["fingerprint"] != spec.fingerprint():
         raise OutputError(f"{output.root}: holds the checkpoint of another quantization; choose another output.path")
     return report
+
+
+def is_of_checkpoint(path: str) -> bool:
+    return path.endswith((".safetensors", ".bin")) or path in ("config.json", QUANT_CONFIG)
 
 
 def find_source(spec: QuantizeSpec) -> Path:
@@ -139,6 +158,7 @@ def pack_checkpoint(spec: QuantizeSpec, places: Places, say: Say) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     export(model, unfinished)
     finish_configs(unfinished, places.source, spec.output.kv_cache)
+    (places.work / PACKING).write_text(secrets.token_hex(16), encoding="utf-8")
     unfinished.rename(places.work / PACKED)
 
 
@@ -156,9 +176,17 @@ def load_plain(folder: Path, spec: QuantizeSpec) -> Any:
         options = {"experts_implementation": "eager"}
     try:
         with quiet_progress():
-            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options).eval()
-    except (OSError, ValueError, KeyError, ImportError) as error:
+            model, told = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.bfloat16, output_loading_info=True, **options
+            )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise unloadable(spec.model, "weights", error) from error
+    if missing := sorted(told["missing_keys"]):  # transformers would draw them at random
+        raise InputError(
+            f"model.path: {folder} lacks {len(missing)} of the model's tensors, first {missing[0]}; copy the checkpoint "
+            "there again"
+        )
+    return model.eval()
 
 
 def finish_configs(folder: Path, source: Path, kv_cache: str) -> None:
@@ -172,8 +200,9 @@ def finish_configs(folder: Path, source: Path, kv_cache: str) -> None:
         quant_config["quantization"]["kv_cache_quant_algo"] = "FP8"
     path.write_text(json.dumps(quant_config, indent=2) + "\n", encoding="utf-8")
     for file in source.iterdir():
-        if file.name.startswith(COPIED):
-            shutil.copyfile(file, folder / file.name)
+        if file.name.startswith(COPIED):  # DeepSeek's encoding is a folder
+            copy = shutil.copytree if file.is_dir() else shutil.copyfile
+            copy(file, folder / file.name)
 
 
 def check_folders(source: Path, packed: Path, say: Say) -> dict[str, Any]:
@@ -195,12 +224,25 @@ def check_folders(source: Path, packed: Path, say: Say) -> dict[str, Any]:
     return report
 
 
-def upload(folder: Path, output: Storage, say: Say) -> None:
-    """Files that are not there yet in their full size, the configs last: without them nobody takes the weights."""
-    there = {info.path: info.num_bytes for info in output.list_files()}
-    files = sorted(folder.iterdir(), key=lambda file: (file.suffix == ".json", file.name))
-    for file in files:
-        if there.get(file.name) != file.stat().st_size:
+def make_claim(spec: QuantizeSpec, work: Path) -> dict[str, str]:
+    """Whose the output is. `packing`: two runs that pack anew may differ in an activation's scale, at equal sizes."""
+    return {"fingerprint": spec.fingerprint(), "packing": (work / PACKING).read_text(encoding="utf-8")}
+
+
+def upload(folder: Path, output: Storage, claim: dict[str, str], say: Say) -> None:
+    """Files of this packing that are not there yet in their full size, the configs last: without them nobody takes the
+    weights."""
+    is_ours = read_json(output, CLAIM) == claim
+    there = {info.path: info.num_bytes for info in output.list_files()} if is_ours else {}
+    output.put(CLAIM, json.dumps(claim).encode())
+    found = (file for file in folder.rglob("*") if file.is_file())
+    for file in sorted(found, key=lambda file: (file.suffix == ".json", file.name)):
+        name, num_bytes = file.relative_to(folder).as_posix(), file.stat().st_size
+        if there.get(name) == num_bytes:
+            continue
+        if num_bytes:
             with file.open("rb") as source, mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                output.put(file.name, memoryview(data))
-            say(f"wrote {file.name}, {file.stat().st_size:,} bytes")
+                output.put(name, memoryview(data))
+        else:  # which can't be mapped
+            output.put(name, b"")
+        say(f"wrote {name}, {num_bytes:,} bytes")

@@ -15,6 +15,7 @@ from batchgen.checkpoint import Tensor
 BLOCK = 16
 FP8_SCALE = ".weight_scale_inv"
 BYTES = {"U8": 1, "F8_E4M3": 1, "BF16": 2, "F16": 2, "F32": 4}
+CAST = ("F8_E4M3", "F16", "F32")
 
 _MODULE = re.compile(r"model\.layers\.(\d+)\.(mlp\.(.*\.)?(gate|up|down)_proj|self_attn\.o_proj)")
 
@@ -37,11 +38,14 @@ def quantize_names(tensors: Iterable[Tensor], num_layers: int) -> Iterator[Tenso
             continue  # what is not packed becomes BF16, which needs none
         module = tensor.name.removesuffix(".weight")
         if module == tensor.name or not is_quantized(module, num_layers):
-            is_fp8 = tensor.dtype == "F8_E4M3"
-            yield make_tensor(tensor.name, "BF16", tensor.shape) if is_fp8 else tensor
+            # The model is loaded in BF16, all but the routers' biases.
+            is_cast = tensor.dtype in CAST and not tensor.name.endswith("e_score_correction_bias")
+            yield make_tensor(tensor.name, "BF16", tensor.shape) if is_cast else tensor
             continue
         if tensor.dtype == "U8":
             raise ValueError(f"holds {tensor.name} packed already; give the checkpoint it was made from")
+        if len(tensor.shape) != 2:
+            raise ValueError(f"holds {tensor.name} of shape {list(tensor.shape)}, which is no matrix")
         rows, columns = tensor.shape
         if columns % BLOCK:
             raise ValueError(f"holds {tensor.name} of {columns} columns, no multiple of {BLOCK}")

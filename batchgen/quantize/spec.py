@@ -4,7 +4,7 @@ import hashlib
 import json
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from batchgen.sections import Section
 from batchgen.spec import InputSpec, JobSpec, ModelSpec, OutputSpec, PromptSpec, Url
@@ -49,6 +49,13 @@ class QuantizeSpec(Section):
         default="~/.cache/batchgen/quantize",
         description="Local folder for what was measured and for the checkpoint until it is uploaded.",
     )
+
+    @field_validator("gpus")
+    @classmethod
+    def _is_whole(cls, gpus: float) -> float:
+        if gpus > 1 and gpus != int(gpus):
+            raise ValueError("Ray reserves a part of one GPU or whole ones; give a whole number")
+        return gpus
 
     def as_job(self) -> JobSpec:
         """The job that would send the calibration prompts to the model: its rows and prompts are read as a job's are."""

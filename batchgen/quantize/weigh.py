@@ -54,7 +54,8 @@ def weigh_checkpoint(config: Mapping[str, Any], tensors: Sequence[Tensor]) -> tu
     if not isinstance(num_layers, int):
         raise ValueError("lacks num_hidden_layers")
     if not tensors:
-        is_fp8 = (config.get("quantization_config") or {}).get("quant_method") == "fp8"
+        quantization = config.get("quantization_config")
+        is_fp8 = isinstance(quantization, Mapping) and quantization.get("quant_method") == "fp8"
         tensors = list(list_tensors(read_shape(config), is_fp8=is_fp8))
     form = "FP8" if any(tensor.dtype == "F8_E4M3" for tensor in tensors) else "BF16"
     return weigh(form, tensors), weigh("NVFP4", list(quantize_names(tensors, num_layers)))
