@@ -97,6 +97,7 @@ def create_stand_in(path: Path, monkeypatch: pytest.MonkeyPatch) -> StandIn:
     for name, value in make_env(path, NUM_RANKS).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(tempfile, "tempdir", str(path))
+    monkeypatch.delitem(sys.modules, "pynvml", raising=False)  # the real one, where another test's vendor has loaded it
     monkeypatch.syspath_prepend(NODE)
     return StandIn(path)
 
