@@ -14,7 +14,7 @@ from jobs_util import read_rows, run, write_prompts
 from makers import make_job_spec, make_request
 from openai_server import MODEL, OpenAIServer
 
-from batchgen.budget import EngineCost, Ladder, estimate, make_ladder
+from batchgen.budget import SAME, EngineCost, Ladder, estimate, make_ladder
 from batchgen.continuation import REUSE_SHARE, Continuation, make_job_ladder, make_serving
 from batchgen.engine_specs import OpenAIEngineSpec, SimulatedEngineSpec, TransformersEngineSpec
 from batchgen.engines import get_engine_kind, make_facts
@@ -371,7 +371,9 @@ def test_an_earlier_runs_lengths_choose_the_ladder() -> None:
             estimate(each, lengths, num_prompt=1000, max_tokens=64_000, cost=cost).row_s
             for each in (ladder, choose(None))
         )
-        assert chosen <= usual
+        assert chosen <= usual * (1 + SAME), (
+            "of ladders that the model can't tell apart it takes the one with fewer parts"
+        )
 
 
 def test_facts_follow_the_version_and_the_section() -> None:
