@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchgen.batches import BatchStats
-from batchgen.damage import RESTORE, refusing_damage
 from batchgen.errors import AlreadyExists
 from batchgen.stats import LATENCY_FIELDS
 from batchgen.storage import Storage
+from batchgen.verify.damage import RESTORE, refusing_damage
 from batchgen.write import FORMAT_VERSION, make_parquet
 
 STATS_FOLDER = "batch_stats"

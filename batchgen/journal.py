@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchgen.damage import refusing_damage
 from batchgen.errors import AlreadyExists, Damaged, Foreign, NotFound
 from batchgen.records import JournalRef
 from batchgen.storage import Storage
+from batchgen.verify.damage import refusing_damage
 
 FOLDER = "_batchgen/journal"
 INDEX_KEY = b"batchgen.journal"

@@ -12,7 +12,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from batchgen.damage import RESTORE, refusing_damage
 from batchgen.errors import InputError, StorageError
 from batchgen.lengths import (
     HintTotals,
@@ -28,6 +27,7 @@ from batchgen.read import Unreadable, iter_shard
 from batchgen.records import Shard
 from batchgen.spec import JobSpec
 from batchgen.storage import Storage
+from batchgen.verify.damage import RESTORE, refusing_damage
 
 LENGTHS = "_batchgen/lengths.json"
 FORMAT_VERSION = 1

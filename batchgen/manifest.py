@@ -18,14 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchgen.batches import BatchStats, FileFooter
-from batchgen.damage import RESTORE, refusing_damage
+from batchgen.driver.fence import Put
 from batchgen.errors import AlreadyExists, LeaseLost, NotFound, OutputError
-from batchgen.fence import Put
 from batchgen.names import parse_batch_id
 from batchgen.records import InputFile, Shard
-from batchgen.shard_footer import read_footer
 from batchgen.stats import merge_stats
 from batchgen.storage import FileInfo, Storage
+from batchgen.verify.damage import RESTORE, refusing_damage
+from batchgen.worker.shard_footer import read_footer
 from batchgen.write import footer_from_json, footer_to_json, make_parquet
 
 SPEC = "_batchgen/spec.json"

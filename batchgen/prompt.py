@@ -15,8 +15,8 @@ from pydantic import ValidationError
 
 from batchgen.errors import BadRow, SpecError
 from batchgen.records import Guided, Prompt, RowId, SamplingParams
-from batchgen.sampling_spec import SamplingSpec
 from batchgen.spec import JobSpec, PromptSpec
+from batchgen.specs.sampling import SamplingSpec
 
 
 @dataclass(frozen=True, slots=True)

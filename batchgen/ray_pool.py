@@ -22,11 +22,11 @@ from ray.actor import ActorHandle
 from ray.exceptions import AuthenticationError, RayActorError, RayError, RayTaskError
 
 from batchgen.errors import LeaseHeld, Refusal
-from batchgen.events import PoolEvent, WorkerLeaving, WorkerLost, WorkerStarted, WorkerStartFailed
-from batchgen.orders import Order
+from batchgen.queue.events import PoolEvent, WorkerLeaving, WorkerLost, WorkerStarted, WorkerStartFailed
+from batchgen.queue.orders import Order
 from batchgen.records import Lease
 from batchgen.spec import ClusterSpec
-from batchgen.worker import Worker, WorkerSetup, open_worker
+from batchgen.worker.worker import Worker, WorkerSetup, open_worker
 
 NAMESPACE = "batchgen"
 CONNECT_TIMEOUT_S = 10.0

@@ -13,7 +13,7 @@ from typing import Any
 
 from batchgen import __version__
 from batchgen.batches import BatchStats
-from batchgen.fence import Put
+from batchgen.driver.fence import Put
 from batchgen.manifest import CommittedShard
 from batchgen.spec import JobSpec
 from batchgen.stats import LATENCIES, QUANTILES, merge_sketches, read_quantile

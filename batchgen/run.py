@@ -8,22 +8,22 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
-from batchgen.control import StatusWriter
-from batchgen.dispatch import Dispatcher
+from batchgen.driver.control import StatusWriter
+from batchgen.driver.dispatch import Dispatcher
+from batchgen.driver.finish import finish, withdraw_success
+from batchgen.driver.hold import Hold, hold_folder
+from batchgen.driver.job import Job, check_renders, freeze, limit_rows, load_journal, open_job, reopen
+from batchgen.driver.pools import create_pool
+from batchgen.driver.signals import stop_on_signal
+from batchgen.driver.view import View
 from batchgen.errors import LeaseLost, RunStopped, StorageError
-from batchgen.events import WorkerPool
-from batchgen.finish import finish, withdraw_success
-from batchgen.hold import Hold, hold_folder
-from batchgen.inquiry import Inquiry
-from batchgen.job import Job, check_renders, freeze, limit_rows, load_journal, open_job, reopen
-from batchgen.pools import create_pool
-from batchgen.progress import Progress
-from batchgen.signals import stop_on_signal
+from batchgen.queue.events import WorkerPool
+from batchgen.queue.inquiry import Inquiry
+from batchgen.queue.progress import Progress
+from batchgen.queue.trial_queue import TrialQueue
 from batchgen.spec import JobSpec
 from batchgen.storage import Storage
-from batchgen.trial_queue import TrialQueue
-from batchgen.view import View
-from batchgen.worker import WorkerSetup
+from batchgen.worker.worker import WorkerSetup
 
 
 def run_job(spec: JobSpec, view: View, *, limit: int | None = None) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, AwareDatetime, Field, model_validator
 
-from batchgen.engine_specs import EngineSpec
-from batchgen.retry_spec import RetrySpec as RetrySpec  # a section like the others
-from batchgen.sampling_spec import SamplingSpec
-from batchgen.sections import PromptForm, Section
+from batchgen.specs.engine import EngineSpec
+from batchgen.specs.retry import RetrySpec as RetrySpec  # a section like the others
+from batchgen.specs.sampling import SamplingSpec
+from batchgen.specs.sections import PromptForm, Section
 from batchgen.urls import check_url
 
 FINGERPRINT_VERSION = 1

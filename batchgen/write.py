@@ -18,8 +18,8 @@ from pydantic import TypeAdapter
 
 from batchgen.batches import BatchStats, FileFooter
 from batchgen.records import Lease
-from batchgen.seal import write_sealed
 from batchgen.spec import JobSpec
+from batchgen.worker.seal import write_sealed
 
 FORMAT_VERSION = 1
 FOOTER_KEY = b"batchgen"

@@ -3,7 +3,7 @@
 import argparse
 import statistics
 
-from batchgen.bench_decode import WAYS, make_model, make_workload
+from batchgen.bench.decode import WAYS, make_model, make_workload
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ Prints the resident memory of driver and worker while rows go by, and one JSON l
 
 import sys
 
-from batchgen.bench_memory import main
+from batchgen.bench.memory import main
 
 if __name__ == "__main__":
     sys.exit(main())

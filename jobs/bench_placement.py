@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from batchgen.bench_placement import POLICIES, Workload, make_row
+from batchgen.bench.placement import POLICIES, Workload, make_row
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from batchgen.bench_queue import run_bench
+from batchgen.bench.queue import run_bench
 
 
 def main() -> None:

@@ -6,8 +6,8 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from batchgen.bench_decode import make_workload
-from batchgen.bench_worker import Setup, compare, describe_device, write_checkpoint
+from batchgen.bench.decode import make_workload
+from batchgen.bench.worker import Setup, compare, describe_device, write_checkpoint
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from rich.console import Console
 from batchgen.cli.base import refusals
 from batchgen.cli.jobs import watch_run
 from batchgen.demo import read_answers, write_questions
-from batchgen.spec_load import load_spec
+from batchgen.specs.load import load_spec
 
 
 def main() -> int:

@@ -17,9 +17,9 @@ from batchgen.cli import app
 from batchgen.errors import BatchgenError
 from batchgen.read import Unreadable, decode_rows, iter_shard, read_footer
 from batchgen.records import InputFile, Shard
+from batchgen.specs.validate import is_scalar, is_text, is_token_ids
 from batchgen.storage import Storage, list_inputs
-from batchgen.validate import is_scalar, is_text, is_token_ids
-from batchgen.verify import verify
+from batchgen.verify.verify import verify
 from batchgen.write import list_reserved_names
 
 MAX_ROWS = 300

@@ -21,10 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import s3fs
 
-from batchgen.dispatch import Progress
+from batchgen.driver.dispatch import Progress
 from batchgen.run import run_job
 from batchgen.spec import JobSpec
-from batchgen.spec_load import make_spec
+from batchgen.specs.load import make_spec
 
 Tree = dict[str, Any]
 Key = tuple[str, int, int]

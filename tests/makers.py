@@ -18,9 +18,9 @@ from batchgen.records import (
     Usage,
     WorkerInfo,
 )
-from batchgen.result_batch import make_result_batch
 from batchgen.spec import JobSpec
-from batchgen.spec_load import make_spec
+from batchgen.specs.load import make_spec
+from batchgen.worker.result_batch import make_result_batch
 from batchgen.write import make_result_schema
 
 

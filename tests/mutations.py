@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batchgen.seal import BODY_KEY, write_sealed
+from batchgen.worker.seal import BODY_KEY, write_sealed
 
 Folder = dict[str, bytes]
 Mutation = Callable[[random.Random, Folder, Folder], str]

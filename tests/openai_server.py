@@ -330,9 +330,9 @@ def make_events(whole: dict[str, Any], num_parts: int, is_chat: bool) -> Iterato
 
 
 async def serve() -> None:
-    from batchgen.engine_specs import TransformersEngineSpec
     from batchgen.engines.transformers import TransformersEngine
     from batchgen.spec import ModelSpec
+    from batchgen.specs.engine import TransformersEngineSpec
 
     engine = TransformersEngine(ModelSpec(), TransformersEngineSpec(kind="transformers"))
     await engine.open()

@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 from makers import make_lease, make_request
 
-from batchgen.answer import Parsed, make_failed, make_given_up, make_result, split_reasoning
 from batchgen.engines.simulated import ByteTokenizer
 from batchgen.errors import BadRow, RequestFailed, RequestRejected
 from batchgen.records import Failure, Generation, Timing, Usage
+from batchgen.worker.answer import Parsed, make_failed, make_given_up, make_result, split_reasoning
 
 ANSWER = Generation("because</think>so", (1, 2), "stop", Usage(3, 2, 1), ttft_s=0.5, queued_s=0.25)
 PARSE = ByteTokenizer().parse

@@ -20,22 +20,33 @@ MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 300
 
 LAYERS = [
+    ["specs", "queue", "worker", "driver", "verify", "staging", "preflight", "chaos"],
     ["__init__", "names", "row_ranges", "batches", "errors", "urls", "paths"],
-    ["records", "suspects"],
-    ["sections", "orders", "spilled"],
-    ["tensorrt_llm_spec", "sampling_spec", "retry_spec"],
-    ["engine_specs"],
-    ["lazy_heap", "leases", "tail"],
-    ["spec", "events", "build", "tasks", "window", "pace", "signals", "damage", "seal"],
-    ["tokenizer_files"],
+    ["records", "queue.suspects"],
+    ["specs.sections", "queue.orders", "worker.spilled"],
+    ["specs.tensorrt_llm", "specs.sampling", "specs.retry"],
+    ["specs.engine"],
+    ["queue.lazy_heap", "queue.leases", "queue.tail"],
+    [
+        "spec",
+        "queue.events",
+        "build",
+        "worker.tasks",
+        "worker.window",
+        "worker.pace",
+        "driver.signals",
+        "verify.damage",
+        "worker.seal",
+    ],
+    ["preflight.tokenizer_files"],
     # pure decisions
-    ["prompt", "plan", "backlog", "scaling", "governor", "lengths", "answer", "verify_rows"],
-    ["stats", "work_queue", "progress", "roster"],
-    ["budget", "placement", "stops", "trial_queue"],
-    ["seam"],
-    ["checkpoint", "stage_plan", "engines.trtllm.env"],
-    ["preflight"],
-    ["preflight_model"],
+    ["prompt", "plan", "queue.backlog", "queue.scaling", "queue.governor", "lengths", "worker.answer", "verify.rows"],
+    ["stats", "queue.work_queue", "queue.progress", "queue.roster"],
+    ["worker.budget", "worker.placement", "worker.stops", "queue.trial_queue"],
+    ["worker.seam"],
+    ["preflight.checkpoint", "staging.plan", "engines.trtllm.env"],
+    ["preflight.preflight"],
+    ["preflight.model"],
     ["quantize", "quantize.recipe"],
     ["quantize.architecture"],
     ["quantize.weigh"],
@@ -56,14 +67,14 @@ LAYERS = [
     ["stores.s3"],
     ["stores.opening"],
     ["storage"],
-    ["fence"],
-    ["stores.probe", "spec_load", "read", "write", "journal", "driver_lease"],
-    ["shard_footer", "batch_stats", "handoff"],
+    ["driver.fence"],
+    ["stores.probe", "specs.load", "read", "write", "journal", "driver.lease"],
+    ["worker.shard_footer", "batch_stats", "worker.handoff"],
     # weights on the node's own disk
-    ["stage_fetch", "stage_lock"],
-    ["stage_hub"],
-    ["staging", "checkpoint_facts", "node_facts"],
-    ["node_check"],
+    ["staging.fetch", "staging.lock"],
+    ["staging.hub"],
+    ["staging.staging", "preflight.checkpoint_facts", "preflight.facts"],
+    ["preflight.check"],
     # the engine seam
     ["engines.base", "engines.sampling", "engines.hf_tokenizer", "engines.breaker", "engines.openai_wire"],
     ["engines.deepseek_turns"],
@@ -90,26 +101,26 @@ LAYERS = [
     ["engines.decode", "engines.simulated"],
     ["engines.transformers", "engines.openai", "engines.tensorrt_llm"],
     ["engines"],
-    ["faults"],
-    ["doctor"],
+    ["chaos.faults"],
+    ["preflight.doctor"],
     ["training.rows", "training.save", "training.accuracy"],
     ["training.train"],
     # one worker
-    ["result_batch", "read_ahead", "hint_check"],
-    ["manifest", "open_shard", "prepare"],
+    ["worker.result_batch", "worker.read_ahead", "worker.hint_check"],
+    ["manifest", "worker.open_shard", "worker.prepare"],
     ["length_files"],
     ["engines.contract_subject"],
     ["engines.contract_answers"],
     ["engines.contract"],
-    ["continuation"],
-    ["shard_files", "sender", "validate"],
-    ["job_inputs"],
-    ["feeder"],
-    ["worker_setup", "worker_shares"],
-    ["spill"],
-    ["worker", "job"],
+    ["worker.continuation"],
+    ["worker.shard_files", "worker.sender", "specs.validate"],
+    ["specs.inputs"],
+    ["worker.feeder"],
+    ["worker.setup", "worker.shares"],
+    ["worker.spill"],
+    ["worker.worker", "driver.job"],
     # many workers
-    ["inquiry", "sharing", "ledger", "staffing"],
+    ["queue.inquiry", "queue.sharing", "queue.ledger", "queue.staffing"],
     # many virtual workers
     ["simulate.open_rows"],
     ["simulate.record"],
@@ -120,19 +131,19 @@ LAYERS = [
     ["simulate.estimate"],
     ["simulate.report", "simulate.figures_ranks"],
     ["simulate.figures"],
-    ["inline_pool", "ray_pool", "dispatch"],
-    ["pools"],
+    ["driver.inline_pool", "ray_pool", "driver.dispatch"],
+    ["driver.pools"],
     # one run
-    ["hold", "view", "report"],
+    ["driver.hold", "driver.view", "report"],
     # an NVFP4 checkpoint
     ["quantize.spec", "quantize.calibrate", "quantize.check"],
     ["quantize.spec_load", "quantize.job"],
-    ["inventory"],
-    ["control"],
-    ["finish", "verify_files", "verify_folder"],
-    ["run", "verify"],
-    ["chaos", "chaos_child"],
-    ["demo", "bench_decode", "bench_queue", "bench_placement", "bench_memory"],
+    ["driver.inventory"],
+    ["driver.control"],
+    ["driver.finish", "verify.files", "verify.folder"],
+    ["run", "verify.verify"],
+    ["chaos.chaos", "chaos.child"],
+    ["demo", "bench.decode", "bench.queue", "bench.placement", "bench.memory"],
     # benchmarks as jobs
     [
         "evaluate.spec",
@@ -147,7 +158,7 @@ LAYERS = [
     ["evaluate.score"],
     ["evaluate.job"],
     ["evaluate.card_demo"],
-    ["bench_worker"],
+    ["bench.worker"],
     # beside other systems; a peer's process may have no more of ours than child and workload
     ["bench", "bench.workload", "bench.oracle", "bench.child", "bench.processes", "bench.homes"],
     ["bench.ways", "bench.inputs", "bench.server"],
@@ -160,27 +171,37 @@ LAYERS = [
     ["cli"],
     ["cli.__main__"],
 ]
-PURE = {"names", "records", "events", "orders", "errors", "urls", "sections", "engine_specs", "tensorrt_llm_spec"}
-PURE |= {"spec", "prompt", "plan", "sampling_spec", "batches", "engines.deepseek_turns", "engines.deepseek_v32"}
-PURE |= {"row_ranges", "suspects", "trial_queue", "retry_spec"}
+PURE = {
+    "names",
+    "records",
+    "queue.events",
+    "queue.orders",
+    "errors",
+    "urls",
+    "specs.sections",
+    "specs.engine",
+    "specs.tensorrt_llm",
+}
+PURE |= {"spec", "prompt", "plan", "specs.sampling", "batches", "engines.deepseek_turns", "engines.deepseek_v32"}
+PURE |= {"row_ranges", "queue.suspects", "queue.trial_queue", "specs.retry"}
 PURE |= {
-    "work_queue",
-    "governor",
-    "tail",
-    "progress",
-    "roster",
-    "backlog",
-    "lazy_heap",
-    "leases",
-    "scaling",
+    "queue.work_queue",
+    "queue.governor",
+    "queue.tail",
+    "queue.progress",
+    "queue.roster",
+    "queue.backlog",
+    "queue.lazy_heap",
+    "queue.leases",
+    "queue.scaling",
     "lengths",
     "stats",
-    "answer",
-    "verify_rows",
+    "worker.answer",
+    "verify.rows",
 }
-PURE |= {"read_ahead", "hint_check", "pace"}
-PURE |= {"budget", "placement", "stops", "seam", "engines.base"}
-PURE |= {"checkpoint", "stage_plan", "preflight", "preflight_model"}
+PURE |= {"worker.read_ahead", "worker.hint_check", "worker.pace"}
+PURE |= {"worker.budget", "worker.placement", "worker.stops", "worker.seam", "engines.base"}
+PURE |= {"preflight.checkpoint", "staging.plan", "preflight.preflight", "preflight.model"}
 PURE |= {"quantize.recipe", "quantize.architecture", "quantize.weigh"}
 PURE |= {"evaluate.extract", "evaluate.templates", "evaluate.statistics", "evaluate.speed"}
 PURE |= {"bench.oracle", "bench.runs"}
@@ -211,24 +232,24 @@ EFFECTS = {
 # vendor -> the only modules that may import it. '()' after a name: only inside functions, so that it loads when used.
 VENDORS = {
     "ray": {"ray_pool"},
-    "torch": {"engines.sampling", "engines.decode", "engines.hf_model()", "engines.transformers()", "bench_decode()"}
-    | {"training.muon()", "training.train()", "training.save()", "training.accuracy()", "bench_worker()"}
+    "torch": {"engines.sampling", "engines.decode", "engines.hf_model()", "engines.transformers()", "bench.decode()"}
+    | {"training.muon()", "training.train()", "training.save()", "training.accuracy()", "bench.worker()"}
     | {"quantize.nvfp4", "quantize.weights", "quantize.calibrate", "quantize.check", "engines.nvfp4_model"}
-    | {"quantize.folder()", "quantize.job()", "bench_worker()"},
-    "transformers": {"bench_decode()", "engines.hf_model()", "engines.hf_tokenizer()", "training.train()"}
-    | {"engines.nvfp4_model()", "quantize.job()", "bench_worker()"},
+    | {"quantize.folder()", "quantize.job()", "bench.worker()"},
+    "transformers": {"bench.decode()", "engines.hf_model()", "engines.hf_tokenizer()", "training.train()"}
+    | {"engines.nvfp4_model()", "quantize.job()", "bench.worker()"},
     "modelopt": {"quantize.calibrate()"},
     "safetensors": {"engines.hf_model()", "quantize.folder()"},
     "jinja2": {"engines.hf_tokenizer"},
     "tensorrt_llm": {"engines.trtllm.vendor()"},
-    "huggingface_hub": {"stage_hub()"},
+    "huggingface_hub": {"staging.hub()"},
     "fsspec": {"stores.remote", "stores.s3"},
     "s3fs": {"stores.s3"},
     "aiohttp": {"stores.remote", "engines.openai", "engines.openai_http", "bench.server()"},
     "botocore": {"stores.remote"},
-    "pynvml": {"engines.trtllm.gpu()", "node_facts()"},
-    "yaml": {"spec_load"},
-    "jsonschema": {"sampling_spec()"},
+    "pynvml": {"engines.trtllm.gpu()", "preflight.facts()"},
+    "yaml": {"specs.load"},
+    "jsonschema": {"specs.sampling()"},
     "numpy": {"evaluate.statistics", "evaluate.speed"},
     "scipy": {"evaluate.statistics", "evaluate.targets()"},
     "h5py": {"evaluate.targets()"},
@@ -243,7 +264,7 @@ VENDORS = {
         "cli.chaos",
         "cli.evaluate",
     },
-    "rich": {"view", "cli.jobs()", "cli.outputs()", "cli.nodes()", "cli.models()", "doctor()"},
+    "rich": {"driver.view", "cli.jobs()", "cli.outputs()", "cli.nodes()", "cli.models()", "preflight.doctor()"},
 }
 # Modules that import a heavy vendor at their top: whoever imports one of them does so lazily, or is one itself.
 HEAVY = {
@@ -384,7 +405,7 @@ SHOW = "print(*sorted(m for m in {names} if m in sys.modules))"
         ("import batchgen", HEAVY | {"pyarrow", "pydantic", "yaml", "typer", "rich"}),
         ("import batchgen.cli", HEAVY | {"pyarrow", "pydantic", "yaml"}),
         # All that a driver and a simulated worker on a local disk need.
-        ("import batchgen.run, batchgen.inline_pool, batchgen.engines.simulated", HEAVY),
+        ("import batchgen.run, batchgen.driver.inline_pool, batchgen.engines.simulated", HEAVY),
     ],
 )
 def test_importing_loads_no_vendor_before_it_is_used(code: str, absent: set[str]) -> None:

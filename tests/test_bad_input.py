@@ -31,7 +31,7 @@ from typer.testing import CliRunner
 
 import batchgen
 from batchgen.cli import app
-from batchgen.validate import is_scalar
+from batchgen.specs.validate import is_scalar
 from batchgen.write import list_reserved_names
 
 CORPUS = Path(__file__).parents[2] / "shared/data/parquet_corpus"

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from batchgen.bench_decode import WAYS, make_model, make_workload
+from batchgen.bench.decode import WAYS, make_model, make_workload
 
 
 @pytest.fixture(scope="module")

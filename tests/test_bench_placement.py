@@ -2,7 +2,7 @@
 
 import pytest
 
-from batchgen.bench_placement import POLICIES, Cache, Replay, Workload, make_row, measure_ideal
+from batchgen.bench.placement import POLICIES, Cache, Replay, Workload, make_row, measure_ideal
 
 # 48 prompts a prefix, as 200,000 over 4,096 prefixes have.
 SMALL = Workload(

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from batchgen.bench_decode import Workload, make_workload
-from batchgen.bench_worker import Setup, check_lengths, compare, describe_device, write_checkpoint
+from batchgen.bench.decode import Workload, make_workload
+from batchgen.bench.worker import Setup, check_lengths, compare, describe_device, write_checkpoint
 
 
 @pytest.mark.filterwarnings("ignore")  # the library's own

@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchgen.budget import (
+from batchgen.records import Guided, SamplingParams
+from batchgen.simulate.calibration import make_v32_engine
+from batchgen.simulate.policies import Policies, WorkerModel
+from batchgen.simulate.profile import find_steady
+from batchgen.simulate.record import ClusterModel, Surroundings
+from batchgen.simulate.scenario import Scenario, run_exactly
+from batchgen.simulate.workload import Workload, make_lognormal
+from batchgen.spec import ClusterSpec
+from batchgen.worker.budget import (
     ALWAYS_RESUMABLE,
     FIRST_TOKENS,
     EngineCost,
@@ -20,14 +28,6 @@ from batchgen.budget import (
     list_unresumable,
     make_ladder,
 )
-from batchgen.records import Guided, SamplingParams
-from batchgen.simulate.calibration import make_v32_engine
-from batchgen.simulate.policies import Policies, WorkerModel
-from batchgen.simulate.profile import find_steady
-from batchgen.simulate.record import ClusterModel, Surroundings
-from batchgen.simulate.scenario import Scenario, run_exactly
-from batchgen.simulate.workload import Workload, make_lognormal
-from batchgen.spec import ClusterSpec
 
 
 def draw_lengths(mean: float, sigma: float, num: int = 400) -> list[float]:

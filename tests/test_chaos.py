@@ -12,11 +12,11 @@ from jobs_util import SLOW_ENGINE, Tree, list_output, make_tree, run_cli, write_
 from jobs_util import read_folder as read_output
 from ray_cluster import run_ray_cluster
 
-from batchgen import chaos
-from batchgen.chaos import make_chaos_spec, make_verdict, run_chaos
+from batchgen.chaos import chaos
+from batchgen.chaos.chaos import make_chaos_spec, make_verdict, run_chaos
+from batchgen.driver.job import limit_rows
 from batchgen.errors import Refusal
-from batchgen.job import limit_rows
-from batchgen.spec_load import make_spec
+from batchgen.specs.load import make_spec
 
 NUM_ROWS = 120
 

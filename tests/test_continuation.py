@@ -14,9 +14,6 @@ from jobs_util import read_rows, run, write_prompts
 from makers import make_job_spec, make_request
 from openai_server import MODEL, OpenAIServer
 
-from batchgen.budget import SAME, EngineCost, Ladder, estimate, make_ladder
-from batchgen.continuation import REUSE_SHARE, Continuation, make_job_ladder, make_serving
-from batchgen.engine_specs import OpenAIEngineSpec, SimulatedEngineSpec, TransformersEngineSpec
 from batchgen.engines import get_engine_kind, make_facts
 from batchgen.engines.base import EngineFacts
 from batchgen.engines.openai import OpenAIEngine
@@ -24,9 +21,12 @@ from batchgen.engines.simulated import SimulatedEngine
 from batchgen.engines.transformers import TransformersEngine
 from batchgen.errors import EngineUnavailable, RequestFailed
 from batchgen.lengths import list_quantiles, make_prior
-from batchgen.placement import Placer
 from batchgen.records import Generation, Partial, Request, RowId, SamplingParams
 from batchgen.spec import ModelSpec
+from batchgen.specs.engine import OpenAIEngineSpec, SimulatedEngineSpec, TransformersEngineSpec
+from batchgen.worker.budget import SAME, EngineCost, Ladder, estimate, make_ladder
+from batchgen.worker.continuation import REUSE_SHARE, Continuation, make_job_ladder, make_serving
+from batchgen.worker.placement import Placer
 
 T = TypeVar("T")
 RESUMABLE = EngineFacts(is_resumable=True)

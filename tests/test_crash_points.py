@@ -25,10 +25,10 @@ from jobs_util import (
 )
 from s3_server import S3Proxy
 
+from batchgen.chaos.faults import STEPS, WHENS, Fault, find_impossible, name_step, parse_fault
 from batchgen.errors import SpecError
-from batchgen.faults import STEPS, WHENS, Fault, find_impossible, name_step, parse_fault
 from batchgen.storage import Storage
-from batchgen.verify import verify
+from batchgen.verify.verify import verify
 
 SIGKILLED = -9
 # In the order of a job's life, so that each of them is still ahead when its run begins.
@@ -42,7 +42,7 @@ STABLE = ["custom_id", "source_row", "sample_index", "text", "finish_reason", "p
 
 
 def run_child(spec: str, fault: str) -> int:
-    command = [sys.executable, "-m", "batchgen.chaos_child", spec, fault]
+    command = [sys.executable, "-m", "batchgen.chaos.child", spec, fault]
     return subprocess.run(command, capture_output=True, timeout=60, check=False).returncode
 
 

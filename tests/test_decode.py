@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from batchgen.engine_specs import TransformersEngineSpec
 from batchgen.engines import decode
 from batchgen.engines.decode import ADMIT_EVERY_STEPS, MAX_SCORE_BYTES, DecodeBatch, probe
 from batchgen.engines.hf_model import load_model
@@ -19,6 +18,7 @@ from batchgen.engines.hf_tokenizer import HFTokenizer
 from batchgen.engines.sampling import Row, make_row
 from batchgen.records import SamplingParams
 from batchgen.spec import ModelSpec
+from batchgen.specs.engine import TransformersEngineSpec
 
 EOS = frozenset({1})
 

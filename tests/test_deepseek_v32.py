@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchgen.answer import Parsed
 from batchgen.engines.deepseek_v32 import parse_answer, render_chat
 from batchgen.errors import BadRow
+from batchgen.worker.answer import Parsed
 
 SECRET = "Xyzzy"
 BEGIN, END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"

@@ -15,8 +15,8 @@ from batchgen.cli import app
 from batchgen.errors import SpecError
 from batchgen.evaluate.spec_load import load_evaluate_spec
 from batchgen.quantize.spec_load import load_quantize_spec
-from batchgen.spec_load import load_spec, make_spec, parse_spec
-from batchgen.validate import check_spec
+from batchgen.specs.load import load_spec, make_spec, parse_spec
+from batchgen.specs.validate import check_spec
 from batchgen.write import make_output_schema
 
 REPO = Path(__file__).parents[1]

@@ -18,15 +18,15 @@ from test_preflight import B200, NODE, pick
 from typer.testing import CliRunner, Result
 
 from batchgen.cli import app
-from batchgen.doctor import examine
 from batchgen.errors import EngineDied, SpecError
-from batchgen.node_check import make_needs, preflight
-from batchgen.node_facts import find_existing, parse_smi, pick_visible, read_node, read_spawn, try_mpi
-from batchgen.preflight import list_launcher_variables
+from batchgen.preflight.check import make_needs, preflight
+from batchgen.preflight.doctor import examine
+from batchgen.preflight.facts import find_existing, parse_smi, pick_visible, read_node, read_spawn, try_mpi
+from batchgen.preflight.preflight import list_launcher_variables
 from batchgen.spec import ModelSpec
-from batchgen.spec_load import make_spec
+from batchgen.specs.load import make_spec
+from batchgen.specs.tensorrt_llm import TensorRTLLMEngineSpec
 from batchgen.storage import Storage
-from batchgen.tensorrt_llm_spec import TensorRTLLMEngineSpec
 
 TRTLLM = TensorRTLLMEngineSpec(kind="tensorrt_llm")
 # What an H100 machine printed.

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from batchgen.driver_lease import DriverLease, Holder, acquire, get_machine, is_dead_here, make_path, read_holder
+from batchgen.driver.hold import Hold
+from batchgen.driver.lease import DriverLease, Holder, acquire, get_machine, is_dead_here, make_path, read_holder
 from batchgen.errors import LeaseHeld, LeaseLost, StorageError
-from batchgen.hold import Hold
 from batchgen.storage import Storage
 
 TTL_S = 60.0

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 from makers import make_job_spec
 
-from batchgen import engine_specs
-from batchgen.engine_specs import BUILT_IN, SimulatedEngineSpec
 from batchgen.engines import ENGINES, check_supported, create_engine, create_tokenizer, get_engine_kind, list_refused
 from batchgen.engines.base import Capabilities, EngineKind
 from batchgen.errors import SpecError
-from batchgen.sections import EngineSection
+from batchgen.specs import engine as engine_specs
+from batchgen.specs.engine import BUILT_IN, SimulatedEngineSpec
+from batchgen.specs.sections import EngineSection
 
 
 def openai(**fields: Any) -> dict[str, Any]:

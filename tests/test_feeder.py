@@ -11,19 +11,19 @@ import pyarrow.parquet as pq
 import pytest
 from makers import make_job_spec, make_lease, make_ok, make_rows
 
-from batchgen import feeder, read_ahead
 from batchgen.engines.base import Engine
 from batchgen.engines.simulated import ByteTokenizer
 from batchgen.errors import SpecError
-from batchgen.feeder import Feeder, Page
-from batchgen.hint_check import HintCheck
-from batchgen.open_shard import OpenShard
-from batchgen.prepare import Preparer
 from batchgen.read import pick_rows, read_footer
 from batchgen.records import Generation, Lease, Request, Shard, Slot, Usage
-from batchgen.sender import Sender
 from batchgen.spec import JobSpec, RetrySpec
 from batchgen.storage import list_inputs
+from batchgen.worker import feeder, read_ahead
+from batchgen.worker.feeder import Feeder, Page
+from batchgen.worker.hint_check import HintCheck
+from batchgen.worker.open_shard import OpenShard
+from batchgen.worker.prepare import Preparer
+from batchgen.worker.sender import Sender
 from batchgen.write import make_result_schema
 
 NO_PASSTHROUGH = pa.schema([])

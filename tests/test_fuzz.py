@@ -20,11 +20,11 @@ from makers import make_tree as make_small_tree
 
 from batchgen import journal, manifest
 from batchgen.batch_stats import read_batch_stats
-from batchgen.control import describe_status, find_lock, read_lost_batches, read_status
-from batchgen.driver_lease import FOLDER as LEASES
-from batchgen.driver_lease import read_holder
+from batchgen.driver.control import describe_status, find_lock, read_lost_batches, read_status
+from batchgen.driver.job import check_fingerprint
+from batchgen.driver.lease import FOLDER as LEASES
+from batchgen.driver.lease import read_holder
 from batchgen.errors import BadRow, BatchgenError, Damaged
-from batchgen.job import check_fingerprint
 from batchgen.prompt import (
     BadCell,
     list_columns,
@@ -34,12 +34,12 @@ from batchgen.prompt import (
     make_prompt,
     make_row_sampling,
 )
-from batchgen.shard_footer import read_footer, read_whole_file
 from batchgen.spec import JobSpec
-from batchgen.spec_load import make_spec, parse_spec
+from batchgen.specs.load import make_spec, parse_spec
+from batchgen.specs.validate import check_spec
 from batchgen.storage import Storage
-from batchgen.validate import check_spec
-from batchgen.verify import verify
+from batchgen.verify.verify import verify
+from batchgen.worker.shard_footer import read_footer, read_whole_file
 from batchgen.write import make_result_schema
 
 fuzz = settings(

@@ -12,8 +12,8 @@ from jobs_util import check_output, count_calls, make_tree, merge, read_folder, 
 from typer.testing import CliRunner
 
 from batchgen import cli
-from batchgen.governor import MARGIN_S, RunFacts, format_hours, govern, parse_deadline
-from batchgen.roster import Roster
+from batchgen.queue.governor import MARGIN_S, RunFacts, format_hours, govern, parse_deadline
+from batchgen.queue.roster import Roster
 from batchgen.spec import ClusterSpec, WorkersSpec
 
 NOW = 1_800_000_000.0

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from batchgen.engine_specs import TransformersEngineSpec
 from batchgen.engines.hf_tokenizer import resolve_model
 from batchgen.engines.transformers import TransformersEngine, make_batch
 from batchgen.errors import SpecError
 from batchgen.spec import ModelSpec
+from batchgen.specs.engine import TransformersEngineSpec
 
 
 def open_engine(model: ModelSpec, **changes: Any) -> None:

@@ -4,12 +4,12 @@ from pathlib import Path
 
 from makers import make_job_spec, make_shard, make_worker_info
 
-from batchgen.inquiry import Inquiry
 from batchgen.journal import JournalIndex
+from batchgen.queue.inquiry import Inquiry
+from batchgen.queue.suspects import accuse
+from batchgen.queue.trial_queue import TrialQueue
+from batchgen.queue.work_queue import QueuedShard
 from batchgen.storage import Storage
-from batchgen.suspects import accuse
-from batchgen.trial_queue import TrialQueue
-from batchgen.work_queue import QueuedShard
 
 
 def test_a_trial_ends_when_its_shards_turn_out_to_be_committed(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from jobs_util import check_output, list_output, make_tree, read_rows, run, to_parquet
 from makers import make_error, make_file, make_job_spec, make_ok, make_rows
 
+from batchgen.driver.job import open_job
 from batchgen.errors import InputError, Refusal
-from batchgen.job import open_job
 from batchgen.length_files import LENGTHS, measure_shards, read_prior
 from batchgen.lengths import (
     LengthCounts,
@@ -30,7 +30,7 @@ from batchgen.lengths import (
 from batchgen.manifest import read_json, read_plan, write_plan_files, write_plan_shards
 from batchgen.plan import add_prompt_bytes
 from batchgen.records import Generation, Shard, Usage
-from batchgen.spec_load import make_spec
+from batchgen.specs.load import make_spec
 from batchgen.storage import Storage
 
 counts_of = st.dictionaries(

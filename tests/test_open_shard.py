@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from makers import make_error, make_job_spec, make_lease, make_ok, make_rows, make_shard
 
-from batchgen.open_shard import BATCH_ROWS, BATCH_VALUES, OpenShard
-from batchgen.prepare import make_inputs, make_unknown_inputs
 from batchgen.records import Generation, JournalRef, Lease, Result, ShardProgress, TokenLogprob, Usage
-from batchgen.result_batch import make_result_batch
+from batchgen.worker.open_shard import BATCH_ROWS, BATCH_VALUES, OpenShard
+from batchgen.worker.prepare import make_inputs, make_unknown_inputs
+from batchgen.worker.result_batch import make_result_batch
 from batchgen.write import LOGPROBS_TYPE, make_output_schema, make_result_schema
 
 SPEC = make_job_spec()

@@ -14,13 +14,13 @@ import pytest
 from jobs_util import check_conserved, check_output, make_tree, read_rows, run, write_file
 from openai_server import KEY, MODEL, OpenAIServer
 
-from batchgen.engine_specs import OpenAIEngineSpec
+from batchgen.driver.job import open_job, render_first_prompt
 from batchgen.engines.openai import OpenAIEngine
 from batchgen.errors import BatchgenError, EngineDied, EngineUnavailable, RequestFailed, RequestRejected
-from batchgen.job import open_job, render_first_prompt
 from batchgen.records import Generation, Guided, Prompt, Request, RowId, SamplingParams
 from batchgen.spec import ModelSpec
-from batchgen.spec_load import make_spec
+from batchgen.specs.engine import OpenAIEngineSpec
+from batchgen.specs.load import make_spec
 from batchgen.storage import Storage
 
 T = TypeVar("T")

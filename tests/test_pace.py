@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchgen.pace import MIN_WAIT_S, Pace
+from batchgen.worker.pace import MIN_WAIT_S, Pace
 
 
 def beat(pace: Pace, per_s: float, num: int, max_wait_s: float = 2.0) -> list[float]:

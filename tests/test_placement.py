@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchgen.placement import BLOCK_TOKENS, Placer
+from batchgen.worker.placement import BLOCK_TOKENS, Placer
 
 
 def make_prompt(prefix: int, number: int, *, prefix_tokens: int = 256, suffix_tokens: int = 64) -> list[int]:

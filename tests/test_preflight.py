@@ -8,10 +8,19 @@ from typing import Any
 import pytest
 from checkpoints import CONFIG, make_files, make_nvfp4_files
 
-from batchgen.checkpoint import CheckpointFacts
-from batchgen.checkpoint_facts import read_checkpoint
 from batchgen.errors import EngineDied, SpecError
-from batchgen.preflight import (
+from batchgen.preflight.checkpoint import CheckpointFacts
+from batchgen.preflight.checkpoint_facts import read_checkpoint
+from batchgen.preflight.model import (
+    check_capacity,
+    check_disk,
+    check_files,
+    check_model,
+    check_quantization,
+    find_capacity,
+    find_kv_token_bytes,
+)
+from batchgen.preflight.preflight import (
     GIB,
     Check,
     EngineNeeds,
@@ -24,15 +33,6 @@ from batchgen.preflight import (
     check_transformers,
     make_error,
     parse_version,
-)
-from batchgen.preflight_model import (
-    check_capacity,
-    check_disk,
-    check_files,
-    check_model,
-    check_quantization,
-    find_capacity,
-    find_kv_token_bytes,
 )
 
 B200 = GpuFacts("NVIDIA B200", (10, 0), 180 * GIB, 179 * GIB)

@@ -9,8 +9,8 @@ from makers import make_job_spec
 
 from batchgen.engines.simulated import ByteTokenizer
 from batchgen.errors import SpecError
-from batchgen.prepare import Prepared, Preparer, make_custom_ids
 from batchgen.records import Prompt, Request, Result, RowId, Timing
+from batchgen.worker.prepare import Prepared, Preparer, make_custom_ids
 
 
 def prepare(

@@ -24,8 +24,8 @@ from batchgen.prompt import (
     make_tools,
 )
 from batchgen.records import Guided, Prompt, RowId, SamplingParams
-from batchgen.sampling_spec import SamplingSpec
 from batchgen.spec import PromptSpec
+from batchgen.specs.sampling import SamplingSpec
 
 SECRET = "Xyzzy"
 

@@ -14,9 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from batchgen.checkpoint_facts import read_tensors
-from batchgen.engine_specs import TransformersEngineSpec
 from batchgen.errors import InputError, OutputError, SpecError
+from batchgen.preflight.checkpoint_facts import read_tensors
 from batchgen.quantize.architecture import list_tensors, read_shape
 from batchgen.quantize.calibrate import list_unmeasured
 from batchgen.quantize.check import compare_tensors
@@ -25,6 +24,7 @@ from batchgen.quantize.recipe import is_quantized, quantize_names
 from batchgen.quantize.spec import QuantizeSpec
 from batchgen.quantize.weigh import weigh_checkpoint
 from batchgen.spec import ModelSpec
+from batchgen.specs.engine import TransformersEngineSpec
 from batchgen.storage import Storage
 from batchgen.training.accuracy import Examinee, list_questions, measure
 

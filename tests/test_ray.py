@@ -22,8 +22,8 @@ from trtllm_util import CHILD, KEEPER, RANK, SMALL, create_stand_in
 import batchgen
 from batchgen.batch_stats import read_stats_table
 from batchgen.engines.simulated import read_calls
-from batchgen.handoff import list_handoffs
 from batchgen.storage import Storage
+from batchgen.worker.handoff import list_handoffs
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 
@@ -318,9 +318,9 @@ def test_driver_of_another_build_is_turned_away(cluster: RayCluster, tmp_path: P
     spec = write_spec(tmp_path, str(tmp_path / "in"), str(tmp_path / "out"))
     script = tmp_path / "other_build.py"
     script.write_text(
-        "import batchgen.dispatch, sys\n"
+        "import batchgen.driver.dispatch, sys\n"
         "from batchgen.cli import app\n"
-        "batchgen.dispatch.build_id = lambda: '9.9.9+other'\n"
+        "batchgen.driver.dispatch.build_id = lambda: '9.9.9+other'\n"
         f"sys.exit(app(['run', {spec!r}]))\n"
     )
     import subprocess

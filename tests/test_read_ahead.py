@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchgen import read_ahead
-from batchgen.read_ahead import ReadAhead, Stretch
+from batchgen.worker import read_ahead
+from batchgen.worker.read_ahead import ReadAhead, Stretch
 
 ALL = 10**9
 

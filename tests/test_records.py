@@ -11,10 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from makers import make_error, make_file, make_job_spec, make_lease, make_ok, make_request, make_shard, make_worker_info
 
-from batchgen import batches, errors, events, orders, records
+from batchgen import batches, errors, records
 from batchgen.batches import BatchStats, FileFooter
 from batchgen.errors import BatchgenError, RowError
-from batchgen.events import (
+from batchgen.names import make_batch_id, make_data_path, parse_batch_id
+from batchgen.queue import events, orders
+from batchgen.queue.events import (
     EngineRestarted,
     Heartbeat,
     JournalFlushed,
@@ -30,11 +32,10 @@ from batchgen.events import (
     WorkerStartFailed,
     WorkerWarned,
 )
-from batchgen.names import make_batch_id, make_data_path, parse_batch_id
-from batchgen.orders import DropShare, GiveRows, HelpShare, TakeIn
+from batchgen.queue.orders import DropShare, GiveRows, HelpShare, TakeIn
 from batchgen.records import Guided, JournalRef, Partial, Prompt, RowId, ShardProgress, Share, TokenLogprob
 from batchgen.storage import Storage
-from batchgen.worker import WorkerSetup
+from batchgen.worker.worker import WorkerSetup
 
 STATS = BatchStats("shard-000000001-e1-a1", "shard-000000001", 1, 1, "committed", latency={"a": None}, sketches={})
 FOOTER = FileFooter(1, "f", 1, 1, 1, STATS.batch_id, 1, 2, 3, (STATS,))

@@ -41,18 +41,18 @@ from jobs_util import (
 from makers import make_job_spec, make_lease, make_ok, make_rows, make_shard
 
 from batchgen import manifest
-from batchgen.control import request_cancel
+from batchgen.driver.control import request_cancel
+from batchgen.driver.job import open_job, reopen
 from batchgen.engines.simulated import read_calls
 from batchgen.errors import InputError
-from batchgen.job import open_job, reopen
 from batchgen.journal import make_segment_path, write_segment
-from batchgen.open_shard import OpenShard
-from batchgen.prepare import make_inputs
 from batchgen.run import run_job
-from batchgen.shard_files import ShardFiles
-from batchgen.spec_load import make_spec
+from batchgen.specs.load import make_spec
 from batchgen.storage import Storage
-from batchgen.verify import verify
+from batchgen.verify.verify import verify
+from batchgen.worker.open_shard import OpenShard
+from batchgen.worker.prepare import make_inputs
+from batchgen.worker.shard_files import ShardFiles
 from batchgen.write import make_output_schema, make_result_schema
 
 COLUMNS = [

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchgen.scaling import Facts, choose_num_to_start, choose_to_release
+from batchgen.queue.scaling import Facts, choose_num_to_start, choose_to_release
 from batchgen.spec import ClusterSpec, WorkersSpec
 
 

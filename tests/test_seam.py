@@ -10,8 +10,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from batchgen.records import Generation, Partial, Request, RowId, SamplingParams, TokenLogprob, Usage
-from batchgen.seam import can_hide_stop, count_undecided, extend, find_seam_stop, join
-from batchgen.stops import cut_at_stop, cut_text, find_stop
+from batchgen.worker.seam import can_hide_stop, count_undecided, extend, find_seam_stop, join
+from batchgen.worker.stops import cut_at_stop, cut_text, find_stop
 
 
 def decode(token_ids: Sequence[int]) -> str:

@@ -8,13 +8,13 @@ from typing import Any, cast
 import pytest
 from makers import make_job_spec, make_lease, make_ok, make_request, make_shard
 
-from batchgen import sender
 from batchgen.engines.base import Engine
 from batchgen.errors import BatchgenError, EngineUnavailable, RequestFailed
-from batchgen.open_shard import OpenShard
 from batchgen.records import Generation, Request, Result, Usage
-from batchgen.sender import Sender, choose_delay_s
 from batchgen.spec import RetrySpec
+from batchgen.worker import sender
+from batchgen.worker.open_shard import OpenShard
+from batchgen.worker.sender import Sender, choose_delay_s
 from batchgen.write import make_result_schema
 
 NOW = RetrySpec(backoff_s=0.0, max_attempts=3)

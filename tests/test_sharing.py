@@ -30,14 +30,14 @@ from jobs_util import (
 )
 
 import batchgen.run
-from batchgen.dispatch import Dispatcher
-from batchgen.events import JournalFlushed, PoolEvent, RowsGiven, ShardCommitted, ShareEnded, WorkerLost
-from batchgen.handoff import list_handoffs, make_handoff_path, read_handoff, write_handoff
-from batchgen.inline_pool import InlinePool
-from batchgen.orders import GiveRows, HelpShare, Order, TakeIn
+from batchgen.driver.dispatch import Dispatcher
+from batchgen.driver.inline_pool import InlinePool
+from batchgen.queue.events import JournalFlushed, PoolEvent, RowsGiven, ShardCommitted, ShareEnded, WorkerLost
+from batchgen.queue.orders import GiveRows, HelpShare, Order, TakeIn
+from batchgen.queue.tail import TailPolicy
 from batchgen.storage import Storage
-from batchgen.tail import TailPolicy
-from batchgen.worker import WorkerSetup
+from batchgen.worker.handoff import list_handoffs, make_handoff_path, read_handoff, write_handoff
+from batchgen.worker.worker import WorkerSetup
 
 ROWS = 120
 # Splits as soon as anybody runs dry, however little there is to gain: the protocol is what is tried here.
@@ -288,7 +288,7 @@ def test_a_run_that_is_stopped_while_it_splits_goes_on(
     tree: Tree, files: list[tuple[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from batchgen.errors import Cancelled
-    from batchgen.spec_load import make_spec
+    from batchgen.specs.load import make_spec
 
     class StopView(RecordingView):
         def show(self, progress: Any) -> None:

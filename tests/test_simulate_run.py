@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from batchgen.budget import Ladder
+from batchgen.queue.tail import TailPolicy
 from batchgen.simulate.engine import EngineModel
 from batchgen.simulate.oracle import run_oracle
 from batchgen.simulate.policies import Policies, WorkerModel
@@ -15,7 +15,7 @@ from batchgen.simulate.scenario import Scenario, draw_rows, run_exactly
 from batchgen.simulate.step_cost import StepCost
 from batchgen.simulate.workload import Workload, make_lengths, make_lognormal
 from batchgen.spec import ClusterSpec
-from batchgen.tail import TailPolicy
+from batchgen.worker.budget import Ladder
 
 SLOTS = 16
 STEP = StepCost(0.02, 1e-4, 1e-8, 1e-8)

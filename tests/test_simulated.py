@@ -9,10 +9,10 @@ import pytest
 from jobs_util import make_tree, read_rows, run, write_file
 from makers import make_job_spec, make_request
 
-from batchgen.engine_specs import SimulatedEngineSpec
 from batchgen.engines import create_engine
 from batchgen.engines.simulated import SimulatedEngine, read_calls, read_spans
 from batchgen.records import Generation, Partial
+from batchgen.specs.engine import SimulatedEngineSpec
 
 
 def generate(engine: SimulatedEngine, max_tokens: int) -> Generation:

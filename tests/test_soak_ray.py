@@ -17,9 +17,9 @@ import pytest
 from jobs_util import Tree, make_tree, write_prompts, write_spec
 from ray_cluster import RayCluster, run_ray_cluster
 
-from batchgen.chaos import read_keys
+from batchgen.chaos.chaos import read_keys
 from batchgen.storage import Storage
-from batchgen.verify import verify
+from batchgen.verify.verify import verify
 
 pytestmark = [pytest.mark.soak, pytest.mark.ray, pytest.mark.timeout(3600)]
 

@@ -11,10 +11,10 @@ import yaml
 from makers import make_job_spec, make_tree
 from pydantic import BaseModel, ValidationError
 
-from batchgen.engine_specs import SimulatedEngineSpec, TransformersEngineSpec
 from batchgen.errors import InputError, SpecError
 from batchgen.spec import YOUNGER, JobSpec
-from batchgen.spec_load import _members, describe, list_field_names, load_spec, make_spec, parse_spec
+from batchgen.specs.engine import SimulatedEngineSpec, TransformersEngineSpec
+from batchgen.specs.load import _members, describe, list_field_names, load_spec, make_spec, parse_spec
 
 TEXT = """
 input: {paths: /data/in.parquet}

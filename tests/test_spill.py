@@ -20,9 +20,9 @@ from jobs_util import (
     write_prompts,
 )
 
-from batchgen import spill
 from batchgen.errors import OutputError
 from batchgen.journal import FOLDER
+from batchgen.worker import spill
 
 SLOW = {"has_latency": True, "slots": 8, "max_inflight": 8, "decode_tokens_per_s": 200, "sigma": 0.3}
 Files = list[tuple[str, int]]
@@ -89,7 +89,7 @@ def test_a_large_flush_does_not_wait_for_the_interval(
 ) -> None:
     monkeypatch.setattr(spill, "MAX_UNFLUSHED_BYTES", 1)
     monkeypatch.setattr(spill, "LOOK_S", 0.05)
-    monkeypatch.setattr("batchgen.open_shard.BATCH_ROWS", 8)
+    monkeypatch.setattr("batchgen.worker.open_shard.BATCH_ROWS", 8)
     flushed: list[int] = []
     flush = spill.Spill._flush
 

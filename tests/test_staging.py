@@ -18,15 +18,15 @@ import pytest
 from checkpoints import make_files, make_safetensors
 from s3_server import S3Proxy, S3Server
 
-from batchgen.engine_specs import TransformersEngineSpec
 from batchgen.engines.hf_tokenizer import HFTokenizer
 from batchgen.engines.transformers import TransformersEngine
 from batchgen.errors import Cancelled, EngineDied, SpecError, StorageError
 from batchgen.spec import ModelSpec
-from batchgen.stage_hub import find_cached
-from batchgen.stage_lock import StageProgress
-from batchgen.stage_plan import MARKER, choose_files, list_parts, parse_sidecar, parse_sums
-from batchgen.staging import StageOptions, make_plan, stage, stage_model
+from batchgen.specs.engine import TransformersEngineSpec
+from batchgen.staging.hub import find_cached
+from batchgen.staging.lock import StageProgress
+from batchgen.staging.plan import MARKER, choose_files, list_parts, parse_sidecar, parse_sums
+from batchgen.staging.staging import StageOptions, make_plan, stage, stage_model
 from batchgen.storage import Storage
 
 PART_BYTES = 40_000
@@ -36,7 +36,7 @@ FILES = make_files()
 CHILD = """
 import sys
 from batchgen.spec import ModelSpec
-from batchgen.staging import StageOptions, stage
+from batchgen.staging.staging import StageOptions, stage
 options = StageOptions(num_threads=1, part_bytes=int(sys.argv[3]), poll_s=0.02)
 show = lambda progress: print(progress.describe(), flush=True)
 print(stage(ModelSpec(path=sys.argv[1], stage_dir=sys.argv[2]), on_progress=show, options=options), flush=True)

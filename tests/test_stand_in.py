@@ -19,7 +19,7 @@ from trtllm_util import StandIn, create_stand_in, wait_until
 import batchgen
 from batchgen.engines.trtllm.args import make_llm_kwargs
 from batchgen.spec import ModelSpec
-from batchgen.tensorrt_llm_spec import TensorRTLLMEngineSpec
+from batchgen.specs.tensorrt_llm import TensorRTLLMEngineSpec
 
 sys.path.insert(0, str(Path(__file__).parent / "stand_in"))
 

@@ -15,7 +15,7 @@ from s3_server import S3Proxy
 
 from batchgen.errors import BatchgenError
 from batchgen.storage import Storage
-from batchgen.verify import verify
+from batchgen.verify.verify import verify
 
 pytestmark = pytest.mark.s3
 

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchgen.row_ranges import count_rows, has_row, iter_rows, make_ranges, subtract, take_first, unite
-from batchgen.suspects import (
+from batchgen.queue.suspects import (
     MAX_UNKNOWN_WINDOWS,
     ShardRows,
     Suspects,
@@ -23,6 +22,7 @@ from batchgen.suspects import (
     keep_shards,
     to_json,
 )
+from batchgen.row_ranges import count_rows, has_row, iter_rows, make_ranges, subtract, take_first, unite
 
 Row = tuple[int, int]
 WINDOW = 32

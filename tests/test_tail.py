@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchgen.tail import TailPolicy, WorkerLoad, choose_splits
+from batchgen.queue.tail import TailPolicy, WorkerLoad, choose_splits
 
 POLICY = TailPolicy(min_gain_s=2.0, full_share=0.8, ahead_share=0.25)
 

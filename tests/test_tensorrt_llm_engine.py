@@ -30,7 +30,6 @@ from trtllm_util import (
 )
 
 import batchgen
-from batchgen.continuation import make_serving
 from batchgen.engines import create_engine, tensorrt_llm
 from batchgen.engines.base import Answering
 from batchgen.engines.contract import CHECKS, Subject
@@ -38,6 +37,7 @@ from batchgen.engines.tensorrt_llm import TensorRTLLMEngine
 from batchgen.errors import EngineDied, EngineRestarted, EngineUnavailable, RequestFailed, RequestRejected, SpecError
 from batchgen.records import Generation, Guided, Prompt, Request, RowId, SamplingParams
 from batchgen.spec import ModelSpec
+from batchgen.worker.continuation import make_serving
 
 # Answers that go on for a second: as long as max_tokens lets them.
 SLOW = {"token_s": 0.005, "max_natural_tokens": 1_000_000}

@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
-from batchgen.engine_specs import TransformersEngineSpec
 from batchgen.engines.transformers import TransformersEngine
 from batchgen.errors import EngineDied, RequestFailed, RequestRejected, SpecError
 from batchgen.records import Generation, Request, RowId, SamplingParams
 from batchgen.spec import ModelSpec
+from batchgen.specs.engine import TransformersEngineSpec
 
 T = TypeVar("T")
 WAYS = {

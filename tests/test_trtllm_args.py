@@ -12,7 +12,7 @@ from batchgen.engines.trtllm.env import make_environment
 from batchgen.engines.trtllm.gpu import MAX_FREE_USED_BYTES, list_held
 from batchgen.errors import SpecError
 from batchgen.spec import ModelSpec
-from batchgen.tensorrt_llm_spec import DROPPED, TensorRTLLMEngineSpec
+from batchgen.specs.tensorrt_llm import DROPPED, TensorRTLLMEngineSpec
 
 MODEL = ModelSpec(path="nvidia/DeepSeek-V3.2-NVFP4", max_model_len=72_192)
 

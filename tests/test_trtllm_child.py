@@ -14,7 +14,7 @@ from trtllm_child_util import LLM, MODEL, PROMPT, SAMPLED, Child, read_calls, ru
 from batchgen.engines.hf_tokenizer import HFTokenizer
 from batchgen.engines.trtllm.wire import Abort, Failed, Finished, Start, Started, StartFailed, Stop, Submit
 from batchgen.spec import ModelSpec
-from batchgen.stops import cut_text
+from batchgen.worker.stops import cut_text
 
 GREEDY = replace(SAMPLED, temperature=0.0)
 LONG = replace(SAMPLED, max_tokens=400)

@@ -14,7 +14,7 @@ from batchgen.engines.trtllm.health import (
     Kill,
     Recycle,
 )
-from batchgen.tensorrt_llm_spec import TensorRTLLMEngineSpec
+from batchgen.specs.tensorrt_llm import TensorRTLLMEngineSpec
 
 GIB = 2**30
 

@@ -16,7 +16,7 @@ from batchgen.engines.trtllm.sampling import (
     make_sampling_kwargs,
 )
 from batchgen.records import SamplingParams, TokenLogprob
-from batchgen.stops import cut_at_stop, cut_text
+from batchgen.worker.stops import cut_at_stop, cut_text
 
 FULL = SamplingParams(
     temperature=0.7,

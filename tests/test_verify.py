@@ -32,10 +32,10 @@ from typer.testing import CliRunner
 from batchgen.batches import FileFooter
 from batchgen.cli import app
 from batchgen.errors import OutputError
-from batchgen.seal import digest_footer, is_json_whole, seal_json, write_sealed
 from batchgen.storage import Storage
-from batchgen.verify import Verdict, verify
-from batchgen.verify_rows import KeyCheck, check_batches, check_plan, confirm_repeated
+from batchgen.verify.rows import KeyCheck, check_batches, check_plan, confirm_repeated
+from batchgen.verify.verify import Verdict, verify
+from batchgen.worker.seal import digest_footer, is_json_whole, seal_json, write_sealed
 from batchgen.write import FOOTER_KEY
 
 NUM_MUTATIONS = 100

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchgen.window import Window
+from batchgen.worker.window import Window
 
 
 class Clock:

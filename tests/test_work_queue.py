@@ -10,10 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from makers import make_shard, make_worker_info
 
-from batchgen.events import Heartbeat
-from batchgen.records import Lease, ShardProgress, Share
-from batchgen.spec import ClusterSpec, RetrySpec
-from batchgen.work_queue import (
+from batchgen.queue.events import Heartbeat
+from batchgen.queue.work_queue import (
     BACKOFF_S,
     MAX_BACKOFF_S,
     MAX_OPEN_SHARDS,
@@ -22,6 +20,8 @@ from batchgen.work_queue import (
     QueuedShard,
     WorkQueue,
 )
+from batchgen.records import Lease, ShardProgress, Share
+from batchgen.spec import ClusterSpec, RetrySpec
 
 ROWS = 10
 EPOCH = 7
@@ -553,7 +553,7 @@ def test_a_helper_is_busy_with_its_share_alone_and_its_progress_is_its_owners() 
 
 def test_a_decision_looks_at_few_workers_and_few_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted, not timed: what one lease costs does not grow with the cluster or the job."""
-    from batchgen import lazy_heap, work_queue
+    from batchgen.queue import lazy_heap, work_queue
 
     counts: Counter[str] = Counter()
 
@@ -569,7 +569,7 @@ def test_a_decision_looks_at_few_workers_and_few_shards(monkeypatch: pytest.Monk
         return bool(plain(self, worker))
 
     monkeypatch.setattr(work_queue, "LazyHeap", CountingHeap)
-    monkeypatch.setattr("batchgen.backlog.LazyHeap", CountingHeap)
+    monkeypatch.setattr("batchgen.queue.backlog.LazyHeap", CountingHeap)
     monkeypatch.setattr(work_queue.WorkQueue, "_wants_more", count_wants)
     num_shards, num_workers = 5000, 300
     queue = make_queue(*[1.0 + number % 97 for number in range(num_shards)])

@@ -16,15 +16,15 @@ from batchgen.engines.deepseek_tokenizer import create_deepseek_tokenizer
 from batchgen.engines.hf_tokenizer import HFTokenizer
 from batchgen.engines.simulated import ByteTokenizer, SimulatedEngine
 from batchgen.errors import EngineDied, InputError, SpecError
-from batchgen.events import PoolEvent, ShardCommitted, ShardFailed, WorkerLost
 from batchgen.journal import make_segment_path, write_segment
+from batchgen.queue.events import PoolEvent, ShardCommitted, ShardFailed, WorkerLost
 from batchgen.read import read_footer
 from batchgen.records import Generation, Lease, Request, Shard
-from batchgen.shard_files import ShardFiles
 from batchgen.spec import JobSpec, ModelSpec
+from batchgen.specs.validate import check_footer, make_passthrough_schema, render_first
 from batchgen.storage import Storage, list_inputs
-from batchgen.validate import check_footer, make_passthrough_schema, render_first
-from batchgen.worker import Worker, WorkerSetup, open_worker
+from batchgen.worker.shard_files import ShardFiles
+from batchgen.worker.worker import Worker, WorkerSetup, open_worker
 
 NO_PASSTHROUGH = pa.schema([])
 Change = Callable[[Generation], Generation]
@@ -228,7 +228,9 @@ def test_thinking_without_marks_is_refused(tmp_path: Path, monkeypatch: pytest.M
     lease = write_input(tmp_path, pa.table({"prompt": ["a"]}))
     with pytest.raises(SpecError, match=r"^sampling\.thinking: the model's tokenizer has no think marks"):
         render_first([lease.shard], spec, PlainTokenizer())
-    monkeypatch.setattr("batchgen.worker.create_engine", lambda spec: ChangingEngine(spec, tokenizer=PlainTokenizer()))
+    monkeypatch.setattr(
+        "batchgen.worker.worker.create_engine", lambda spec: ChangingEngine(spec, tokenizer=PlainTokenizer())
+    )
     setup = WorkerSetup("w1", spec, 1, Storage(spec.output.path), NO_PASSTHROUGH)
     with pytest.raises(EngineDied, match=r"^sampling\.thinking: the model's tokenizer has no think marks"):
         asyncio.run(open_worker(setup, "here"))

@@ -12,7 +12,7 @@ from makers import make_error, make_job_spec, make_lease, make_ok, make_rows, ma
 
 from batchgen.batches import BatchStats, FileFooter
 from batchgen.records import Generation, Result, RowId, Timing, TokenLogprob, Usage
-from batchgen.result_batch import make_result_batch
+from batchgen.worker.result_batch import make_result_batch
 from batchgen.write import (
     FORMAT_VERSION,
     footer_from_json,

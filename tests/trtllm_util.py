@@ -20,7 +20,7 @@ from batchgen.engines.tensorrt_llm import TensorRTLLMEngine
 from batchgen.errors import EngineUnavailable
 from batchgen.records import Generation, Request, RowId, SamplingParams
 from batchgen.spec import ModelSpec
-from batchgen.tensorrt_llm_spec import TensorRTLLMEngineSpec
+from batchgen.specs.tensorrt_llm import TensorRTLLMEngineSpec
 
 STAND_IN = Path(__file__).parent / "stand_in"
 sys.path.insert(0, str(STAND_IN))

@@ -25,7 +25,7 @@ from batchgen.prompt import make_sampling_params
 from batchgen.records import Request, RowId
 from batchgen.run import run_job
 from batchgen.spec import JobSpec
-from batchgen.spec_load import make_spec
+from batchgen.specs.load import make_spec
 from batchgen.storage import Storage
 
 # A token of an answer is a millisecond of its slot.

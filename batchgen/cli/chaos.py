@@ -35,9 +35,9 @@ def chaos(
     debug: DebugOption = False,
 ) -> None:
     """Run the job with a simulated engine on your own store, kill it again and again, and count its rows."""
-    from batchgen.chaos import run_chaos
-    from batchgen.job import limit_rows
-    from batchgen.spec_load import load_spec
+    from batchgen.chaos.chaos import run_chaos
+    from batchgen.driver.job import limit_rows
+    from batchgen.specs.load import load_spec
 
     with refusals(debug, as_json=as_json):
         job_spec = limit_rows(load_spec(spec, set or ()), limit)

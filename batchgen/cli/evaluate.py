@@ -45,8 +45,8 @@ def run_evaluation(
 def watch_evaluation(spec: Any) -> dict[str, Any]:
     """Its jobs with the view that suits where standard error goes."""
     from batchgen.cli.jobs import watch_run
+    from batchgen.driver.view import LineView
     from batchgen.evaluate.job import evaluate
-    from batchgen.view import LineView
 
     summary = evaluate(spec, LineView(spec.cluster.log_interval_s, say), lambda job: watch_run(job, limit=None))
     if summary["state"] == "finished":

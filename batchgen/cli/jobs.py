@@ -28,8 +28,8 @@ def validate(
     spec: SpecArgument, set: SetOption = None, as_json: JsonOption = False, debug: DebugOption = False
 ) -> None:
     """Check spec, input and output without starting anything; show the first rendered prompt."""
-    from batchgen.job import open_job, render_first_prompt
-    from batchgen.spec_load import load_spec
+    from batchgen.driver.job import open_job, render_first_prompt
+    from batchgen.specs.load import load_spec
     from batchgen.storage import Storage
     from batchgen.stores.probe import probe
 
@@ -60,9 +60,9 @@ def plan(
     debug: DebugOption = False,
 ) -> None:
     """Show files, rows, shards, read amplification and what is done already. Writes nothing."""
-    from batchgen.job import limit_rows, open_job
+    from batchgen.driver.job import limit_rows, open_job
     from batchgen.plan import read_amplification
-    from batchgen.spec_load import load_spec
+    from batchgen.specs.load import load_spec
     from batchgen.storage import Storage
 
     with refusals(debug, as_json=as_json):
@@ -98,7 +98,7 @@ def run(
     debug: DebugOption = False,
 ) -> None:
     """Run the job, or go on with it. Start it again after anything: nothing is lost and nothing is done twice."""
-    from batchgen.spec_load import load_spec
+    from batchgen.specs.load import load_spec
 
     with refusals(debug, is_run=True, as_json=as_json):
         overrides = [*(set or ()), *make_limits(deadline, max_gpu_hours)]
@@ -110,7 +110,7 @@ def run(
 def make_limits(deadline: str | None, max_gpu_hours: float | None) -> list[str]:
     """The options as overrides of the spec. Raises SpecError for a time that is none."""
     from batchgen.errors import SpecError
-    from batchgen.governor import parse_deadline
+    from batchgen.queue.governor import parse_deadline
 
     limits = [] if max_gpu_hours is None else [f"cluster.max_gpu_hours={max_gpu_hours}"]
     if deadline is not None:
@@ -126,9 +126,9 @@ def watch_run(spec: Any, limit: int | None) -> dict[str, Any]:
     """Run with the view that suits where standard error goes, then print the summary there."""
     from rich.console import Console
 
+    from batchgen.driver.view import LineView, RichView, print_rows
     from batchgen.report import make_text_rows
     from batchgen.run import run_job
-    from batchgen.view import LineView, RichView, print_rows
 
     console = Console(stderr=True)
     if console.is_terminal:

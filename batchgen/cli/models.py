@@ -17,8 +17,8 @@ def weigh(
     debug: DebugOption = False,
 ) -> None:
     """What will the checkpoint weigh as NVFP4, on disk and on each GPU? Reads headers, or the config alone; no weights."""
-    from batchgen.checkpoint_facts import read_tensors
     from batchgen.errors import InputError
+    from batchgen.preflight.checkpoint_facts import read_tensors
     from batchgen.quantize.weigh import make_value, weigh_checkpoint
 
     with refusals(debug, as_json=as_json):

@@ -19,8 +19,8 @@ def doctor(
     """Will this node carry the job? Looks at GPUs, versions, MPI, the model's files, servers and the output, in seconds."""
     from rich.console import Console
 
-    from batchgen.doctor import examine, make_value, print_checks
-    from batchgen.spec_load import load_spec
+    from batchgen.preflight.doctor import examine, make_value, print_checks
+    from batchgen.specs.load import load_spec
 
     with refusals(debug, as_json=as_json):
         checks = examine(None if spec is None else load_spec(spec, set or ()))
@@ -41,9 +41,9 @@ def stage(
     debug: DebugOption = False,
 ) -> None:
     """Copy the spec's model to this node's disk (model.stage_dir), as its workers would at their start."""
-    from batchgen.spec_load import load_spec
-    from batchgen.stage_lock import make_log_progress
-    from batchgen.staging import stage as stage_now
+    from batchgen.specs.load import load_spec
+    from batchgen.staging.lock import make_log_progress
+    from batchgen.staging.staging import stage as stage_now
 
     with refusals(debug, as_json=as_json):
         folder = stage_now(load_spec(spec, set or ()).model, verify=verify, on_progress=make_log_progress(say))

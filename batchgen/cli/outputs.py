@@ -10,7 +10,7 @@ from batchgen.cli.base import DebugOption, JsonOption, OutArgument, app, print_j
 @app.command()
 def status(out: OutArgument, as_json: JsonOption = False, debug: DebugOption = False) -> None:
     """What the run on OUT last said of itself."""
-    from batchgen.control import describe_status, read_status
+    from batchgen.driver.control import describe_status, read_status
     from batchgen.errors import OutputError
     from batchgen.storage import Storage
 
@@ -30,11 +30,11 @@ def report(out: OutArgument, as_json: JsonOption = False, debug: DebugOption = F
     """The summary of the last run that ended on OUT."""
     from rich.console import Console
 
+    from batchgen.driver.view import print_rows
     from batchgen.errors import OutputError
     from batchgen.manifest import read_json
     from batchgen.report import REPORT_JSON, make_text_rows
     from batchgen.storage import Storage
-    from batchgen.view import print_rows
 
     with refusals(debug, as_json=as_json):
         storage = Storage(out)
@@ -56,7 +56,7 @@ def verify(
 ) -> None:
     """Check every byte, row, key and count of OUT. Exit codes: 0 all right, 1 findings, 2 no job, 3 right but not done."""
     from batchgen.storage import Storage
-    from batchgen.verify import verify as look
+    from batchgen.verify.verify import verify as look
 
     with refusals(debug, as_json=as_json):
         storage = Storage(out)
@@ -75,7 +75,7 @@ def verify(
 @app.command()
 def cancel(out: OutArgument, as_json: JsonOption = False, debug: DebugOption = False) -> None:
     """Ask the run on OUT to finish what is in flight, journal it and stop, wherever it runs."""
-    from batchgen.control import request_cancel
+    from batchgen.driver.control import request_cancel
     from batchgen.storage import Storage
 
     with refusals(debug, as_json=as_json):

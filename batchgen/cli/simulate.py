@@ -76,7 +76,7 @@ def simulate(
     from batchgen.simulate.record import Surroundings
     from batchgen.simulate.report import describe, make_value
     from batchgen.simulate.sources import choose_lengths
-    from batchgen.spec_load import load_spec
+    from batchgen.specs.load import load_spec
 
     with refusals(debug, as_json=as_json):
         job_spec = load_spec(spec, set or ())
@@ -124,7 +124,7 @@ def turn_policies(variants: list[Any], scenario: Any, runs: int, seed: int) -> d
 
 def count_rows(spec: Any) -> int:
     """Of the planned input. Raises what opening the job does."""
-    from batchgen.job import open_job
+    from batchgen.driver.job import open_job
     from batchgen.storage import Storage
 
     return open_job(spec, Storage(spec.output.path)).plan.num_rows

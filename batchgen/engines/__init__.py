@@ -9,18 +9,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from batchgen.engine_specs import (
+from batchgen.engines.base import Capabilities, Engine, EngineFacts, EngineKind, Tokenizer
+from batchgen.errors import SpecError
+from batchgen.spec import JobSpec, ModelSpec
+from batchgen.specs.engine import (
     OpenAIEngineSpec,
     SimulatedEngineSpec,
     TransformersEngineSpec,
     list_entry_points,
     load_entry_point,
 )
-from batchgen.engines.base import Capabilities, Engine, EngineFacts, EngineKind, Tokenizer
-from batchgen.errors import SpecError
-from batchgen.sections import EngineSection
-from batchgen.spec import JobSpec, ModelSpec
-from batchgen.tensorrt_llm_spec import TensorRTLLMEngineSpec
+from batchgen.specs.sections import EngineSection
+from batchgen.specs.tensorrt_llm import TensorRTLLMEngineSpec
 
 # The last one is used.
 _wrappers: list[Callable[[Engine], Engine]] = []

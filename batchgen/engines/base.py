@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from batchgen.answer import Parsed
 from batchgen.records import Generation, Request
-from batchgen.sections import EngineSection
 from batchgen.spec import ModelSpec
+from batchgen.specs.sections import EngineSection
+from batchgen.worker.answer import Parsed
 
 SectionT = TypeVar("SectionT", bound=EngineSection)
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from batchgen.engines import create_engine
 from batchgen.engines.base import Engine
-from batchgen.prepare import encode
 from batchgen.records import Generation, Prompt, Request, RowId, SamplingParams
 from batchgen.spec import JobSpec
+from batchgen.worker.prepare import encode
 
 PROMPTS = tuple(f"{'please ' * (number % 7)}say {number}" for number in range(64))
 SHORT = SamplingParams(temperature=0.0, max_tokens=24)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from batchgen.engines.sampling import Row, accept
-from batchgen.stops import Decode
+from batchgen.worker.stops import Decode
 
 # Attention scores of one prefill that may exist at a time, of all heads. Fused kernels need none of it; others, and
 # DeepSeek-V3.2's indexer, write them all out.

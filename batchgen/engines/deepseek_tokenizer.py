@@ -8,10 +8,10 @@ decoding, or nothing could be parsed.
 from collections.abc import Sequence
 from typing import Any
 
-from batchgen.answer import Parsed
 from batchgen.engines.deepseek_v32 import DSML, THINK_END, parse_answer, render_chat
 from batchgen.engines.hf_tokenizer import THINK_MARKS, HFTokenizer
 from batchgen.spec import ModelSpec
+from batchgen.worker.answer import Parsed
 
 # (messages, thinking) that show every kind of turn. No tool definitions: the vendors' copies of that text differ.
 _SYSTEM = {"role": "system", "content": "Be brief."}

@@ -17,8 +17,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from batchgen.answer import Parsed, split_reasoning
 from batchgen.engines.deepseek_turns import ASKING, Call, Turn, list_results, make_turns, refuse
+from batchgen.worker.answer import Parsed, split_reasoning
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 THINK, THINK_END = "<think>", "</think>"

@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from batchgen.checkpoint import QUANT_CONFIG
-from batchgen.engine_specs import TransformersEngineSpec
 from batchgen.engines.hf_tokenizer import resolve_model, unloadable
 from batchgen.errors import EngineDied, InputError, SpecError, StorageError
+from batchgen.preflight.checkpoint import QUANT_CONFIG
 from batchgen.spec import ModelSpec
-from batchgen.staging import stage_weights
+from batchgen.specs.engine import TransformersEngineSpec
+from batchgen.staging.staging import stage_weights
 
 CUDA_CACHE_SHARE = 0.6
 CPU_CACHE_SHARE = 0.25

@@ -20,11 +20,11 @@ from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
-from batchgen.answer import Parsed, split_reasoning
 from batchgen.errors import BadRow, SpecError, StorageError
 from batchgen.paths import expand_home
 from batchgen.spec import ModelSpec
-from batchgen.staging import stage_tokenizer
+from batchgen.staging.staging import stage_tokenizer
+from batchgen.worker.answer import Parsed, split_reasoning
 
 THINK_MARKS = ("<think>", "</think>")
 NAMES_TOOLS = re.compile(r"\btools\b")

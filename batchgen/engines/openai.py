@@ -19,7 +19,6 @@ from typing import Any
 
 import aiohttp
 
-from batchgen.engine_specs import OpenAIEngineSpec
 from batchgen.engines.base import Tokenizer
 from batchgen.engines.breaker import Server, Servers
 from batchgen.engines.openai_errors import (
@@ -35,6 +34,7 @@ from batchgen.engines.openai_wire import make_body, parse_answer, parse_json
 from batchgen.errors import BatchgenError, EngineDied, EngineUnavailable, RequestFailed, RequestRejected
 from batchgen.records import Generation, Request
 from batchgen.spec import ModelSpec
+from batchgen.specs.engine import OpenAIEngineSpec
 
 PATHS = {"chat": "/chat/completions", "completions": "/completions"}
 ASK_AGAIN_S = 0.25

@@ -5,8 +5,8 @@ from typing import Any
 
 import aiohttp
 
-from batchgen.engine_specs import OpenAIEngineSpec
 from batchgen.errors import EngineUnavailable, RequestFailed
+from batchgen.specs.engine import OpenAIEngineSpec
 
 # Uvicorn, and so vLLM, closes a connection that was idle for 5 s; a request sent at that instant is lost.
 KEEPALIVE_S = 3.0

@@ -12,9 +12,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from batchgen.engine_specs import OpenAIEngineSpec
 from batchgen.errors import RequestFailed, RequestRejected
 from batchgen.records import Generation, Guided, Prompt, Request, SamplingParams, TokenLogprob, Usage
+from batchgen.specs.engine import OpenAIEngineSpec
 
 # Finish reasons of vLLM, SGLang and TensorRT-LLM for answers that ended because the server did.
 CUT_SHORT = {"abort", "error", "cancelled", "timeout"}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from batchgen.records import SamplingParams, TokenLogprob
-from batchgen.stops import Decode, decode_tail
+from batchgen.worker.stops import Decode, decode_tail
 
 # After this many draws in vain a row's vocabulary is sorted. With top_p 0.95 one in twenty is in vain.
 MAX_DRAWS = 8

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from batchgen import __version__
-from batchgen.answer import Parsed, split_reasoning
-from batchgen.engine_specs import SimulatedEngineSpec
 from batchgen.engines.base import Tokenizer
 from batchgen.errors import BatchgenError, EngineDied, EngineRestarted, RequestFailed, RequestRejected
 from batchgen.records import Generation, Request, Usage
+from batchgen.specs.engine import SimulatedEngineSpec
+from batchgen.worker.answer import Parsed, split_reasoning
 
 WORDS = ("amber", "brook", "cedar", "delta", "ember", "fjord", "grove", "heath", "inlet", "jetty", "knoll", "larch")
 # How often an answer under way shows in `total_tokens`.

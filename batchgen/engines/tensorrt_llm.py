@@ -38,12 +38,12 @@ from batchgen.errors import (
     SpecError,
     StorageError,
 )
-from batchgen.node_check import preflight
+from batchgen.preflight.check import preflight
 from batchgen.records import Generation, Request, SamplingParams, Usage
 from batchgen.spec import ModelSpec
-from batchgen.staging import stage_model
-from batchgen.stops import cut_text
-from batchgen.tensorrt_llm_spec import TensorRTLLMEngineSpec
+from batchgen.specs.tensorrt_llm import TensorRTLLMEngineSpec
+from batchgen.staging.staging import stage_model
+from batchgen.worker.stops import cut_text
 
 log = logging.getLogger(__name__)
 

@@ -20,18 +20,18 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from batchgen.engine_specs import TransformersEngineSpec
 from batchgen.engines.base import Tokenizer
 from batchgen.engines.hf_model import find_cache_bytes, find_max_model_len, list_eos_ids, load_model
 from batchgen.engines.hf_tokenizer import HFTokenizer
 from batchgen.errors import BatchgenError, EngineDied, RequestFailed, RequestRejected, SpecError
 from batchgen.records import Generation, Request, Usage
 from batchgen.spec import ModelSpec
+from batchgen.specs.engine import TransformersEngineSpec
 
 if TYPE_CHECKING:
     from batchgen.engines.decode import DecodeBatch
     from batchgen.engines.sampling import Row
-    from batchgen.stops import Decode
+    from batchgen.worker.stops import Decode
 
 log = logging.getLogger(__name__)
 

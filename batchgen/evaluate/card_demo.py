@@ -13,7 +13,7 @@ from batchgen.evaluate.spec import EvaluateSpec
 from batchgen.evaluate.spec_load import with_absolute
 from batchgen.quantize.job import quantize
 from batchgen.quantize.spec import QuantizeSpec
-from batchgen.spec_load import make_section
+from batchgen.specs.load import make_section
 
 NUM_QUESTIONS = 500
 # As the card samples; and greedy, where each question is asked once and McNemar's test is exact.

@@ -18,10 +18,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchgen.damage import refusing_damage
 from batchgen.errors import NotFound, OutputError
 from batchgen.evaluate.benchmarks import Question
 from batchgen.storage import Storage
+from batchgen.verify.damage import refusing_damage
 
 QUESTIONS, SCORES, SUMMARY = "questions.parquet", "scores.parquet", "scores.json"
 QUESTION_SCHEMA = pa.schema(

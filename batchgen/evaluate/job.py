@@ -6,6 +6,7 @@ from typing import Any
 
 from batchgen.batch_stats import read_batch_stats
 from batchgen.batches import BatchStats
+from batchgen.driver.view import View
 from batchgen.errors import InputError, NotFound, OutputError, SpecError
 from batchgen.evaluate.benchmarks import Question, make_arithmetic
 from batchgen.evaluate.dataset import read_dataset
@@ -32,7 +33,6 @@ from batchgen.evaluate.targets import read_targets
 from batchgen.run import run_job
 from batchgen.spec import JobSpec
 from batchgen.storage import Storage, read_text
-from batchgen.view import View
 
 SPEC = "evaluation.json"
 NUM_ARITHMETIC = 500

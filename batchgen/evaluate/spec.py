@@ -4,11 +4,11 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from batchgen.engine_specs import EngineSpec
 from batchgen.evaluate.benchmarks import BENCHMARKS, Benchmark
-from batchgen.sampling_spec import SamplingSpec
-from batchgen.sections import Section
 from batchgen.spec import ClusterSpec, JobSpec, ModelSpec, RetrySpec, Url
+from batchgen.specs.engine import EngineSpec
+from batchgen.specs.sampling import SamplingSpec
+from batchgen.specs.sections import Section
 
 BenchmarkName = Literal["mmlu_pro", "gpqa_diamond", "aime_2025", "livecodebench_v6", "scicode", "gsm8k", "arithmetic"]
 

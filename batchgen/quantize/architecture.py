@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
-from batchgen.checkpoint import Tensor
+from batchgen.preflight.checkpoint import Tensor
 from batchgen.quantize.recipe import FP8_SCALE, make_tensor
 
 ARCHITECTURE = "DeepseekV32ForCausalLM"

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from batchgen.checkpoint import Tensor
 from batchgen.errors import InputError
+from batchgen.preflight.checkpoint import Tensor
 from batchgen.quantize.folder import TensorFolder
 from batchgen.quantize.nvfp4 import pack, unpack
 from batchgen.quantize.recipe import is_quantized, quantize_names

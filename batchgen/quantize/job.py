@@ -18,20 +18,20 @@ from pathlib import Path
 from typing import Any
 
 from batchgen import __version__
-from batchgen.checkpoint import QUANT_CONFIG
-from batchgen.checkpoint_facts import read_tensors
 from batchgen.errors import InputError, OutputError, SpecError
-from batchgen.job_inputs import find_inputs, inspect_inputs
 from batchgen.manifest import read_json
 from batchgen.paths import expand_home
 from batchgen.plan import make_plan
-from batchgen.prepare import Preparer
+from batchgen.preflight.checkpoint import QUANT_CONFIG
+from batchgen.preflight.checkpoint_facts import read_tensors
 from batchgen.prompt import list_columns
 from batchgen.quantize.spec import QuantizeSpec
 from batchgen.read import Unreadable, iter_shard
 from batchgen.records import Request
-from batchgen.staging import stage_weights
+from batchgen.specs.inputs import find_inputs, inspect_inputs
+from batchgen.staging.staging import stage_weights
 from batchgen.storage import Storage
+from batchgen.worker.prepare import Preparer
 
 REPORT = "quantize_report.json"
 CLAIM = "quantize_started.json"

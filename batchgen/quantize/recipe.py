@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from math import prod
 
-from batchgen.checkpoint import Tensor
+from batchgen.preflight.checkpoint import Tensor
 
 BLOCK = 16
 FP8_SCALE = ".weight_scale_inv"

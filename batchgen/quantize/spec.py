@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from batchgen.sections import Section
 from batchgen.spec import InputSpec, JobSpec, ModelSpec, OutputSpec, PromptSpec, Url
+from batchgen.specs.sections import Section
 
 
 class CalibrationSpec(Section):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from batchgen.quantize.spec import QuantizeSpec
-from batchgen.spec_load import make_section, parse_tree, with_absolute_paths
+from batchgen.specs.load import make_section, parse_tree, with_absolute_paths
 from batchgen.storage import read_text
 
 

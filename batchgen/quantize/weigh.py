@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from batchgen.checkpoint import Tensor
+from batchgen.preflight.checkpoint import Tensor
 from batchgen.quantize.architecture import list_tensors, read_shape
 from batchgen.quantize.recipe import FP8_SCALE, quantize_names
 

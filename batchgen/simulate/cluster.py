@@ -12,17 +12,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import cast
 
-from batchgen.events import RowsGiven, ShareEnded, WorkerPool
-from batchgen.governor import RunFacts, Verdict, govern
 from batchgen.journal import JournalIndex
-from batchgen.orders import Order
-from batchgen.roster import Roster
-from batchgen.scaling import Facts, choose_num_to_start, choose_to_release
-from batchgen.sharing import Sharing
+from batchgen.queue.events import RowsGiven, ShareEnded, WorkerPool
+from batchgen.queue.governor import RunFacts, Verdict, govern
+from batchgen.queue.orders import Order
+from batchgen.queue.roster import Roster
+from batchgen.queue.scaling import Facts, choose_num_to_start, choose_to_release
+from batchgen.queue.sharing import Sharing
+from batchgen.queue.tail import TailPolicy
+from batchgen.queue.work_queue import QueuedShard, WorkQueue
 from batchgen.simulate.open_rows import Committed, VirtualEvent
 from batchgen.simulate.record import ClusterModel, Moment, VirtualRun, Working
-from batchgen.tail import TailPolicy
-from batchgen.work_queue import QueuedShard, WorkQueue
 
 MAX_LEASES_PER_TURN = 1000
 # A run that lost more workers than this for each it may have, and some, will hardly end.

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from batchgen.budget import MAX_LENGTHS, EngineCost, Ladder, choose_ladder, make_ladder
+from batchgen.queue.tail import TailPolicy
 from batchgen.simulate.calibration import make_v32_engine
 from batchgen.simulate.engine import EngineModel
 from batchgen.simulate.estimate import estimate
@@ -22,7 +22,7 @@ from batchgen.simulate.scenario import Scenario, draw_rows, run_exactly
 from batchgen.simulate.step_cost import StepCost
 from batchgen.simulate.workload import Lengths, Workload, make_lengths, make_lognormal
 from batchgen.spec import ClusterSpec
-from batchgen.tail import TailPolicy
+from batchgen.worker.budget import MAX_LENGTHS, EngineCost, Ladder, choose_ladder, make_ladder
 
 CAP = 64_000
 MEAN = 4_000

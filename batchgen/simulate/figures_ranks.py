@@ -3,7 +3,6 @@
 import random
 from collections.abc import Iterator, Sequence
 
-from batchgen.placement import Placer
 from batchgen.records import Lease
 from batchgen.simulate.calibration import make_v32_engine
 from batchgen.simulate.open_rows import VirtualStore
@@ -11,6 +10,7 @@ from batchgen.simulate.policies import Policies, WorkerModel
 from batchgen.simulate.scenario import cut_shards
 from batchgen.simulate.worker import VirtualWorker
 from batchgen.simulate.workload import Workload, make_lognormal
+from batchgen.worker.placement import Placer
 
 NUM_ROWS = 12_000
 # All slots, and an eighth more (as jobs/deepseek_v32_throughput.yaml has it).

@@ -19,8 +19,8 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from batchgen.events import Heartbeat
-from batchgen.orders import Order
+from batchgen.queue.events import Heartbeat
+from batchgen.queue.orders import Order
 from batchgen.records import Lease, ShardProgress, WorkerInfo
 from batchgen.simulate.cluster import VirtualCluster
 from batchgen.simulate.open_rows import Committed, VirtualEvent

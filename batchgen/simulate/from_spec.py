@@ -8,10 +8,9 @@ be made up. Raises SpecError and InputError with what to change.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from batchgen.budget import MAX_LENGTHS, EngineCost, Ladder, choose_ladder, make_ladder
-from batchgen.engine_specs import SimulatedEngineSpec
 from batchgen.errors import SpecError
 from batchgen.plan import choose_rows_per_shard
+from batchgen.queue.tail import TailPolicy
 from batchgen.simulate.calibration import make_v32_engine
 from batchgen.simulate.engine import EngineModel
 from batchgen.simulate.policies import ONE_SHOT, Policies, WorkerModel
@@ -20,8 +19,9 @@ from batchgen.simulate.scenario import Scenario
 from batchgen.simulate.step_cost import StepCost
 from batchgen.simulate.workload import Lengths, Workload
 from batchgen.spec import JobSpec
-from batchgen.tail import TailPolicy
-from batchgen.tensorrt_llm_spec import TensorRTLLMEngineSpec
+from batchgen.specs.engine import SimulatedEngineSpec
+from batchgen.specs.tensorrt_llm import TensorRTLLMEngineSpec
+from batchgen.worker.budget import MAX_LENGTHS, EngineCost, Ladder, choose_ladder, make_ladder
 
 # Of a continued prompt, while its blocks stay: what the production ladder counts on, too.
 REUSE_SHARE = 0.9

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import overload
 
-from batchgen.events import RowsGiven, ShareEnded
+from batchgen.queue.events import RowsGiven, ShareEnded
 from batchgen.records import Lease, ShardProgress, Share
 from batchgen.simulate.workload import VirtualRow
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from batchgen.budget import Ladder
 from batchgen.simulate.engine import EngineModel
+from batchgen.worker.budget import Ladder
 
 ONE_SHOT = Ladder()
 

@@ -3,12 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from batchgen.events import Heartbeat
-from batchgen.orders import Order
+from batchgen.queue.events import Heartbeat
+from batchgen.queue.orders import Order
+from batchgen.queue.tail import TailPolicy
 from batchgen.records import Lease, WorkerInfo
 from batchgen.simulate.open_rows import VirtualEvent
 from batchgen.spec import ClusterSpec, RetrySpec
-from batchgen.tail import TailPolicy
 
 
 @dataclass(frozen=True, slots=True)

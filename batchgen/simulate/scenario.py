@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from batchgen.lengths import choose_cost
+from batchgen.queue.work_queue import QueuedShard
 from batchgen.records import InputFile, Shard
 from batchgen.simulate.cluster import VirtualCluster
 from batchgen.simulate.open_rows import VirtualStore
@@ -16,7 +17,6 @@ from batchgen.simulate.policies import WorkerModel
 from batchgen.simulate.record import ClusterModel, VirtualRun
 from batchgen.simulate.worker import VirtualWorker
 from batchgen.simulate.workload import VirtualRow, Workload
-from batchgen.work_queue import QueuedShard
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,17 +8,17 @@ about shares of a shard; given away are the rows that it would send last.
 
 from collections.abc import Iterable
 
-from batchgen.budget import choose_budget
-from batchgen.events import Heartbeat, RowsGiven, ShareEnded
-from batchgen.orders import DropShare, GiveRows, HelpShare, Order, TakeIn
-from batchgen.placement import Placer
-from batchgen.read_ahead import ReadAhead, Stretch
+from batchgen.queue.events import Heartbeat, RowsGiven, ShareEnded
+from batchgen.queue.orders import DropShare, GiveRows, HelpShare, Order, TakeIn
 from batchgen.records import Lease, Share, WorkerInfo
 from batchgen.simulate.engine import Finished, VirtualEngine
 from batchgen.simulate.open_rows import Committed, Key, OpenRows, VirtualEvent, VirtualStore, VirtualTokens
 from batchgen.simulate.policies import WorkerModel
 from batchgen.simulate.rank import VirtualRequest
 from batchgen.simulate.workload import VirtualRow, Workload
+from batchgen.worker.budget import choose_budget
+from batchgen.worker.placement import Placer
+from batchgen.worker.read_ahead import ReadAhead, Stretch
 
 
 class VirtualWorker:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from batchgen.demo_questions import CHAT_MIX, THINKING_MIX, Question, make_question
-from batchgen.engine_specs import TransformersEngineSpec
 from batchgen.records import SamplingParams
 from batchgen.spec import ModelSpec
+from batchgen.specs.engine import TransformersEngineSpec
 
 THINK_END = "</think>"
 ON_CPU = TransformersEngineSpec(kind="transformers", device="cpu", dtype="float32")

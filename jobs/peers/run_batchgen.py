@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from batchgen.bench.child import Child
+from batchgen.driver.view import LineView
 from batchgen.run import run_job
-from batchgen.spec_load import make_spec
+from batchgen.specs.load import make_spec
 from batchgen.storage import Storage
-from batchgen.view import LineView
 
 
 def put_input(folder: str, url: str) -> str:

@@ -259,7 +259,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
 
 class Threading:
-    """What `batchgen.hold` and `batchgen.driver_lease` use of the module `threading`."""
+    """What `batchgen.driver.hold` and `batchgen.driver.lease` use of the module `threading`."""
 
     def __init__(self, get_kernel: Callable[[], Kernel]) -> None:
         class Waitable:

@@ -14,11 +14,11 @@ from typing import Any, Literal
 import pytest
 
 from . import patches  # isort: skip  # noqa: F401 - before anything of batchgen
+from batchgen.chaos.faults import STEPS, WHENS, Fault, FaultClient, FaultEngine, Step, Striker, When, find_impossible
 from batchgen.errors import RequestFailed
-from batchgen.faults import STEPS, WHENS, Fault, FaultClient, FaultEngine, Step, Striker, When, find_impossible
 from batchgen.records import Generation, Request
 from batchgen.spec import JobSpec
-from batchgen.spec_load import make_spec
+from batchgen.specs.load import make_spec
 from batchgen.stores.base import Client
 
 from .__main__ import quieten

@@ -9,11 +9,14 @@ from . import patches  # isort: skip  # noqa: F401 - before anything of batchgen
 import pyarrow.compute as pc
 import pytest
 
-from batchgen import driver_lease, fence, finish, journal, manifest, shard_files
-from batchgen.open_shard import OpenShard
-from batchgen.shard_files import ShardFiles
+from batchgen import journal, manifest
+from batchgen.driver import fence, finish
+from batchgen.driver import lease as driver_lease
+from batchgen.queue.work_queue import WorkQueue
 from batchgen.storage import Storage
-from batchgen.work_queue import WorkQueue
+from batchgen.worker import shard_files
+from batchgen.worker.open_shard import OpenShard
+from batchgen.worker.shard_files import ShardFiles
 
 
 def commit_overwrites(patch: pytest.MonkeyPatch) -> None:

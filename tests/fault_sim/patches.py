@@ -91,8 +91,11 @@ for _name in ("read", "read_row_group", "iter_batches"):
     _without_threads(_name)
 pq.read_table = _read_table
 
-from batchgen import driver_lease, hold, run, worker  # noqa: E402
+from batchgen import run  # noqa: E402
+from batchgen.driver import hold  # noqa: E402
+from batchgen.driver import lease as driver_lease  # noqa: E402
 from batchgen.stores.probe import StoreAbilities  # noqa: E402
+from batchgen.worker import worker  # noqa: E402
 
 threads = Threading(get_kernel)
 hold.threading = threads  # type: ignore[assignment]

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from batchgen.errors import EngineDied
-from batchgen.events import PoolEvent, WorkerLost, WorkerStarted, WorkerStartFailed
-from batchgen.orders import Order
+from batchgen.queue.events import PoolEvent, WorkerLost, WorkerStarted, WorkerStartFailed
+from batchgen.queue.orders import Order
 from batchgen.records import Lease
-from batchgen.worker import Worker, WorkerSetup, open_worker
+from batchgen.worker.worker import Worker, WorkerSetup, open_worker
 
 from .kernel import Kernel, Process, Strand, VirtualLoop
 

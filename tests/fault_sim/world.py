@@ -20,11 +20,11 @@ from batchgen.engines import create_engine
 from batchgen.errors import BatchgenError, Cancelled, RequestFailed
 from batchgen.records import Generation, Request
 from batchgen.spec import JobSpec
-from batchgen.spec_load import make_spec
+from batchgen.specs.load import make_spec
 from batchgen.storage import Storage
 from batchgen.stores.base import Client
 from batchgen.stores.opening import opening_through
-from batchgen.verify import verify
+from batchgen.verify.verify import verify
 
 from .checker import Checker, Key, Violation
 from .faults import CALM, Weather, choose, make_weather

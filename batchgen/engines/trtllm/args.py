@@ -6,7 +6,7 @@ from typing import Any
 
 from batchgen.engines.base import EngineFacts
 from batchgen.spec import ModelSpec
-from batchgen.tensorrt_llm_spec import Switch, TensorRTLLMEngineSpec
+from batchgen.specs.tensorrt_llm import Switch, TensorRTLLMEngineSpec
 
 # Before it, KV blocks are counted wrongly when a prompt is both reused and prefilled in parts: silent corruption.
 SAFE_VERSION = (1, 2, 1)

@@ -16,7 +16,7 @@ from batchgen.engines.trtllm.sampling import drop_end, make_logprobs
 from batchgen.engines.trtllm.vendor import Vendor
 from batchgen.engines.trtllm.wire import Abort, Failed, Finished, FromEngine, Submit
 from batchgen.records import SamplingParams
-from batchgen.stops import cut_at_stop, find_stop
+from batchgen.worker.stops import cut_at_stop, find_stop
 
 FINISHED = {"stop", "length"}
 CANARY_TEXT = "1"

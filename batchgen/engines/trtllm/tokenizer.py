@@ -6,7 +6,7 @@ from batchgen.engines.deepseek_tokenizer import create_deepseek_tokenizer, make_
 from batchgen.engines.hf_tokenizer import HFTokenizer
 from batchgen.errors import SpecError
 from batchgen.spec import ModelSpec
-from batchgen.tensorrt_llm_spec import TensorRTLLMEngineSpec
+from batchgen.specs.tensorrt_llm import TensorRTLLMEngineSpec
 
 DEEPSEEK = "deepseek_v32"
 

@@ -1,0 +1,96 @@
+"""The end of a run: stats, footers' copy, report, manifest, and last of all `_SUCCESS`.
+
+Called for a finished and for a stopped run, by the holder of the lease only. `_SUCCESS` says that every input row is in
+the output and that no more than `retry.max_error_rate` of the rows are errors.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from batchgen import manifest
+from batchgen.batch_stats import read_batch_stats, write_batch_stats
+from batchgen.batches import BatchStats
+from batchgen.driver.control import read_lost_batches, write_status
+from batchgen.driver.dispatch import Dispatcher
+from batchgen.driver.fence import Fence, Put
+from batchgen.driver.hold import Hold
+from batchgen.driver.inventory import MANIFEST, REWRITTEN, write_manifest
+from batchgen.driver.job import Job
+from batchgen.length_files import write_lengths
+from batchgen.manifest import CommittedShard
+from batchgen.report import make_report, write_report
+from batchgen.storage import Storage
+from batchgen.worker.seal import seal_json
+
+
+def finish(
+    job: Job, dispatcher: Dispatcher | None, hold: Hold, *, message: str | None = None, is_trial: bool = False
+) -> dict[str, Any]:
+    """Write everything that is written last; the report. `dispatcher` is None when nothing was left to do. Raises
+    LeaseLost when the folder is not ours any more."""
+    storage = job.storage
+    fence = Fence(storage, (*REWRITTEN, MANIFEST, manifest.SUCCESS), hold.check_lease)
+    committed = {**job.committed, **(dispatcher.ledger.committed if dispatcher else {})}
+    batches, unsettled = settle_batches(job, dispatcher, committed, hold.check_lease)
+    manifest.write_committed(fence.put, committed.values())
+    write_lengths(storage, committed.values())
+    report = make_report(
+        job.spec,
+        [committed[shard.number] for shard in job.wanted if shard.number in committed],
+        batches.values(),
+        epoch=hold.epoch,
+        state="stopped" if message else "finished",
+        message=message,
+        num_input_rows=job.num_wanted_rows,
+        elapsed_s=dispatcher.make_progress().elapsed_s if dispatcher else 0.0,
+        is_unique_checked=job.is_unique_checked,
+        gpu_hours=dispatcher.count_gpu_hours() if dispatcher else None,
+    )
+    report["exit_code"] = choose_exit_code(report, job.spec.retry.max_error_rate)
+    report["output"] = storage.root
+    write_report(fence.put, report, job.spec)
+    write_manifest(storage, fence.put, job.spec, committed.values(), report, is_trial=is_trial)
+    if dispatcher is not None:
+        write_status(storage, hold.epoch, report["state"], dispatcher.make_progress(), unsettled, message)
+    hold.check_lease()
+    mark_success(job, fence.put, report, hold.epoch, is_trial=is_trial)
+    return report
+
+
+def settle_batches(
+    job: Job, dispatcher: Dispatcher | None, committed: Mapping[int, CommittedShard], check: Callable[[], None]
+) -> tuple[dict[str, BatchStats], list[BatchStats]]:
+    """(all batches that are known, those of them that batch_stats can't have yet). Writes batch_stats."""
+    batches = dict(dispatcher.ledger.batches) if dispatcher else {}
+    for shard in committed.values():
+        manifest.add_batches(batches, shard.footer.batches)
+    manifest.add_batches(batches, read_lost_batches(job.storage))
+    unsettled = [batch for batch in batches.values() if not manifest.is_settled(batch, committed)]
+    open_ids = {batch.batch_id for batch in unsettled}
+    settled = {batch_id: batch for batch_id, batch in batches.items() if batch_id not in open_ids}
+    write_batch_stats(job.storage, settled, check)
+    manifest.add_batches(batches, read_batch_stats(job.storage))  # older losses are in no file of data/
+    return batches, unsettled
+
+
+def mark_success(job: Job, put: Put, report: dict[str, Any], epoch: int, *, is_trial: bool) -> None:
+    """`_SUCCESS` there or not, as the report says. A trial that went well leaves it as it is."""
+    if report["exit_code"] != 0 or not report["rows"]["is_complete"]:
+        withdraw_success(job.storage)
+    elif not is_trial:
+        put(manifest.SUCCESS, seal_json({"epoch": epoch, "made_at": time.time()}))
+
+
+def withdraw_success(storage: Storage) -> None:
+    """Not asked for where there is none: a driver that is frozen just then would delete that of its successor."""
+    if storage.info(manifest.SUCCESS) is not None:
+        storage.delete(manifest.SUCCESS)
+
+
+def choose_exit_code(report: dict[str, Any], max_error_rate: float) -> int:
+    """0 done within the error rate, 1 done with too many errors, 3 stopped and resumable."""
+    if report["state"] == "stopped":
+        return 3
+    rate = report["rows"]["error_rate"]
+    return 1 if rate is not None and rate > max_error_rate else 0

@@ -1,0 +1,186 @@
+"""What the driver and a pool of workers say to each other. Frozen values that pickle; rows are never in them."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from batchgen.batches import BatchStats, FileFooter
+from batchgen.queue.orders import Order
+from batchgen.queue.suspects import ShardRows
+from batchgen.records import JournalRef, Lease, ShardProgress, Share, WorkerInfo
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStarted:
+    info: WorkerInfo
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStartFailed:
+    worker_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLost:
+    """The worker is gone (killed, node lost, engine dead). Its leases must be lent again. `inflight`: rows that its engine
+    had when it died; None: not known. `has_rows_to_blame`: False where the machine went, or somebody asked for it."""
+
+    worker_id: str
+    reason: str
+    inflight: tuple[ShardRows, ...] | None = None
+    has_rows_to_blame: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLeaving:
+    """Its node is being drained: it gets no more leases, journals what it has, and is lost soon."""
+
+    worker_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRestarted:
+    """The engine died with these rows in flight and starts anew by itself. The worker lives; the leases named ended, and
+    their finished rows are journaled."""
+
+    worker_id: str
+    reason: str
+    inflight: tuple[ShardRows, ...]
+    batch_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """Sent with every poll, idle or not. `total_tokens` only grows while the engine works; `integral` is the rows x
+    seconds in flight since the worker's start. `inflight`: the rows, told when nothing was sent and nothing ended since the
+    last heartbeat: then they may hang, and while they change what is told is old when it arrives."""
+
+    worker_id: str
+    total_tokens: int
+    num_inflight: int
+    integral: float
+    shards: tuple[ShardProgress, ...]
+    inflight: tuple[ShardRows, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JournalFlushed:
+    """A segment was written: where each shard's rows lie in it. `replaced`: earlier segments of which it holds a shard's
+    rows, too."""
+
+    worker_id: str
+    refs: tuple[tuple[int, JournalRef], ...]
+    replaced: tuple[tuple[int, tuple[str, ...]], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerWarned:
+    """Something went wrong that the worker goes on after, e.g. the store refused a journal segment."""
+
+    worker_id: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShardCommitted:
+    """The shard's file exists. `stats` is what this attempt did, with outcome 'superseded' when another attempt's file
+    was there first; size, version, footer and its digest are of the file that stands."""
+
+    worker_id: str
+    batch_id: str
+    stats: BatchStats
+    num_bytes: int
+    version: str
+    footer: FileFooter
+    footer_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFailed:
+    """The lease ended without a commit, e.g. the store failed or the input changed. `is_fatal` stops the run."""
+
+    worker_id: str
+    batch_id: str
+    shard_number: int
+    reason: str
+    is_fatal: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ShardReturned:
+    """The lease's rows (`Lease.only`) ended and are journaled; their shard is to be done yet."""
+
+    worker_id: str
+    batch_id: str
+    shard_number: int
+
+
+@dataclass(frozen=True, slots=True)
+class RowsGiven:
+    """The owner's answer to `GiveRows`: so many requests wait in the handoff, and it will not send them. 0: it had none to
+    give, and there is no handoff."""
+
+    worker_id: str
+    share: Share
+    num_requests: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShareEnded:
+    """A helper has done with a share. All that it generated is in the journal, by events before this one. `stats` is None
+    where it got nowhere; `reason` says why it could not finish."""
+
+    worker_id: str
+    share: Share
+    stats: BatchStats | None
+    reason: str | None = None
+
+
+PoolEvent = (
+    WorkerStarted
+    | WorkerStartFailed
+    | WorkerLost
+    | WorkerLeaving
+    | EngineRestarted
+    | WorkerWarned
+    | Heartbeat
+    | JournalFlushed
+    | ShardCommitted
+    | ShardFailed
+    | ShardReturned
+    | RowsGiven
+    | ShareEnded
+)
+
+
+class WorkerPool(Protocol):
+    """Workers somewhere else. Calls return at once; what came of them arrives as events, in order for each worker.
+
+    A worker may be lost at any time, with everything it had not journaled; `WorkerLost` or `WorkerStartFailed` is then
+    its last event. `kill` of an unknown worker is a no-op.
+    """
+
+    def start_worker(self, worker_id: str) -> None: ...
+
+    def assign(self, lease: Lease) -> None: ...
+
+    def tell(self, worker_id: str, order: Order) -> None:
+        """Of no effect where the worker is gone."""
+        ...
+
+    def kill(self, worker_id: str) -> None:
+        """End the worker without mercy; no event follows."""
+        ...
+
+    def poll(self, timeout_s: float) -> list[PoolEvent]:
+        """Events of all workers: at once where there are some, else after at most this long."""
+        ...
+
+    def drain(self, timeout_s: float) -> list[PoolEvent]:
+        """All workers stop sending, finish what they can in this time, and journal it."""
+        ...
+
+    def close(self) -> None:
+        """End all workers. Twice is a no-op."""
+        ...

@@ -1,0 +1,1 @@
+"""Weights from a store or a hub to the node's own disk, once per node."""

@@ -1,0 +1,42 @@
+"""What a shard file says of itself, from its footer alone, and whether all of it is what was written.
+
+Whatever is wrong with the bytes is one OutputError with the file's name and the mend.
+"""
+
+from batchgen.batches import FileFooter
+from batchgen.errors import OutputError
+from batchgen.storage import Storage
+from batchgen.verify.damage import refusing_damage
+from batchgen.worker.seal import END_BYTES, Seal, digest, find_footer, open_footer, read_footer_bytes, read_seal
+from batchgen.write import FORMAT_VERSION, read_file_footer
+
+NOT_OURS = "was not written by this version of batchgen; choose another output.path"
+
+
+def read_footer(storage: Storage, path: str) -> tuple[FileFooter, str]:
+    """(the footer of one shard file, its digest). Raises OutputError when it is not one of batchgen's, NotFound when it is
+    gone."""
+    with refusing_damage(storage.url(path), NOT_OURS):
+        with storage.open_read(path) as source:
+            content = read_footer_bytes(source)
+        return parse_footer(content, storage.url(path))[0], digest(content)
+
+
+def read_whole_file(data: bytes, url: str) -> FileFooter:
+    """The footer of a shard file whose bytes are all here. Raises OutputError where they are not those that its footer
+    seals."""
+    with refusing_damage(url, NOT_OURS):
+        start = find_footer(data[-END_BYTES:], len(data))
+        footer, seal = parse_footer(data[start:], url)
+        if seal.body_sha256 is not None and digest(data[:start]) != seal.body_sha256:
+            raise OutputError(f"{url}: was changed since it was written; restore it, or delete it to generate it again")
+    return footer
+
+
+def parse_footer(content: bytes, url: str) -> tuple[FileFooter, Seal]:
+    """(what the footer says, its seal), of a footer's bytes."""
+    parquet = open_footer(content)
+    footer = read_file_footer(parquet)
+    if footer is None or footer.format_version != FORMAT_VERSION:
+        raise OutputError(f"{url}: {NOT_OURS}")
+    return footer, read_seal(content, parquet)
