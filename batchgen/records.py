@@ -278,12 +278,14 @@ class WorkerInfo:
 @dataclass(frozen=True, slots=True)
 class ShardProgress:
     """How far an open lease is, in input rows whose n samples are all finished; in failed samples, of any row; and in
-    requests that are neither finished, nor given to another worker, nor sent to the engine yet."""
+    requests that are neither finished, nor given to another worker, nor sent to the engine yet. `error_types`: the failed
+    samples by type."""
 
     batch_id: str
     num_rows_done: int
     num_rows_error: int
     num_unsent: int = 0
+    error_types: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

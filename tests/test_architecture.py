@@ -21,7 +21,8 @@ MAX_FILE_LINES = 300
 
 LAYERS = [
     ["specs", "queue", "worker", "driver", "verify", "staging", "preflight", "chaos"],
-    ["__init__", "names", "row_ranges", "batches", "errors", "urls", "paths"],
+    ["names", "row_ranges", "batches", "errors", "urls", "paths"],
+    ["logs"],
     ["records", "queue.suspects"],
     ["specs.sections", "queue.orders", "worker.spilled"],
     ["specs.tensorrt_llm", "specs.sampling", "specs.retry"],
@@ -42,7 +43,7 @@ LAYERS = [
     # pure decisions
     ["prompt", "plan", "queue.backlog", "queue.scaling", "queue.governor", "lengths", "worker.answer", "verify.rows"],
     ["stats", "queue.work_queue", "queue.progress", "queue.roster"],
-    ["worker.budget", "worker.placement", "worker.stops", "queue.trial_queue"],
+    ["worker.budget", "worker.placement", "worker.stops", "queue.trial_queue", "queue.pulse"],
     ["worker.seam"],
     ["preflight.checkpoint", "staging.plan", "engines.trtllm.env"],
     ["preflight.preflight"],
@@ -134,12 +135,14 @@ LAYERS = [
     ["driver.inline_pool", "ray_pool", "driver.dispatch"],
     ["driver.pools"],
     # one run
+    ["driver.screen"],
     ["driver.hold", "driver.view", "report"],
     # an NVFP4 checkpoint
     ["quantize.spec", "quantize.calibrate", "quantize.check"],
     ["quantize.spec_load", "quantize.job"],
     ["driver.inventory"],
     ["driver.control"],
+    ["driver.watch"],
     ["driver.finish", "verify.files", "verify.folder"],
     ["driver.run", "verify.verify"],
     ["chaos.chaos", "chaos.child"],
@@ -170,6 +173,8 @@ LAYERS = [
     ["cli.evaluate"],
     ["cli"],
     ["cli.__main__"],
+    # what `import batchgen` offers, each loaded when it is asked for
+    ["__init__"],
 ]
 PURE = {
     "names",
@@ -189,6 +194,7 @@ PURE |= {
     "queue.governor",
     "queue.tail",
     "queue.progress",
+    "queue.pulse",
     "queue.roster",
     "queue.backlog",
     "queue.lazy_heap",
@@ -264,7 +270,15 @@ VENDORS = {
         "cli.chaos",
         "cli.evaluate",
     },
-    "rich": {"driver.view", "cli.jobs()", "cli.outputs()", "cli.nodes()", "cli.models()", "preflight.doctor()"},
+    "rich": {
+        "driver.view",
+        "driver.screen",
+        "cli.jobs()",
+        "cli.outputs()",
+        "cli.nodes()",
+        "cli.models()",
+        "preflight.doctor()",
+    },
 }
 # Modules that import a heavy vendor at their top: whoever imports one of them does so lazily, or is one itself.
 HEAVY = {

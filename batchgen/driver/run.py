@@ -16,10 +16,11 @@ from batchgen.driver.job import Job, check_renders, freeze, limit_rows, load_jou
 from batchgen.driver.pools import create_pool
 from batchgen.driver.signals import stop_on_signal
 from batchgen.driver.view import View
+from batchgen.driver.watch import Watch
 from batchgen.errors import LeaseLost, RunStopped, StorageError
+from batchgen.logs import Note, in_run, log_event
 from batchgen.queue.events import WorkerPool
 from batchgen.queue.inquiry import Inquiry
-from batchgen.queue.progress import Progress
 from batchgen.queue.trial_queue import TrialQueue
 from batchgen.spec import JobSpec
 from batchgen.storage import Storage
@@ -32,8 +33,9 @@ def run_job(spec: JobSpec, view: View, *, limit: int | None = None) -> dict[str,
     job = open_job(limit_rows(spec, limit), Storage(spec.output.path))
     if job.is_new:
         check_renders(job)
-    with hold_folder(job, view.say, view.warn) as (hold, storage):
+    with hold_folder(job, view.say, view.warn) as (hold, storage), in_run(job=spec.fingerprint()[:8], epoch=hold.epoch):
         job = reopen(job, storage)
+        log_event("run_started", output=storage.root, rows=job.num_wanted_rows, shards=len(job.todo))
         for warning in job.warnings:
             view.warn(warning)
         if not job.todo:
@@ -45,21 +47,19 @@ def run_job(spec: JobSpec, view: View, *, limit: int | None = None) -> dict[str,
         with closing(create_pool(setup)) as pool, stop_on_signal() as check_signal:
             dispatcher = make_dispatcher(job, hold, pool, view, check_signal)
             message = dispatch(dispatcher, view)
-        return finish(job, dispatcher, hold, message=message, is_trial=limit is not None)
+        report = finish(job, dispatcher, hold, message=message, is_trial=limit is not None)
+        log_event("run_ended", **{name: report[name] for name in ("state", "exit_code", "rows", "run", "output")})
+        return report
 
 
 def make_dispatcher(job: Job, hold: Hold, pool: WorkerPool, view: View, check_signal: Callable[[], None]) -> Dispatcher:
     """The loop and everything it works with."""
     spec, todo = job.spec, job.todo
-    status = StatusWriter(job.storage, hold.epoch, spec.cluster.log_interval_s)
+    watch = Watch(view, StatusWriter(job.storage, hold.epoch, spec.cluster.log_interval_s))
 
     def check() -> None:
         hold.check()
         check_signal()
-
-    def show(progress: Progress) -> None:
-        view.show(progress)
-        status.update(dispatcher)
 
     queue = TrialQueue(todo, epoch=hold.epoch, retry=spec.retry, cluster=spec.cluster, n=spec.sampling.n)
     index = load_journal(job, view.warn)
@@ -76,7 +76,7 @@ def make_dispatcher(job: Job, hold: Hold, pool: WorkerPool, view: View, check_si
         num_rows=job.num_wanted_rows,
         num_rows_done_before=job.num_wanted_rows - sum(queued.shard.num_rows for queued in todo),
         check=check,
-        on_progress=show,
+        on_progress=lambda progress: watch.show(dispatcher, progress),
         on_warning=view.warn,
     )
     return dispatcher
@@ -89,7 +89,7 @@ def dispatch(dispatcher: Dispatcher, view: View) -> str | None:
     except LeaseLost:
         raise
     except (RunStopped, StorageError) as stop:
-        view.warn(f"stopping: {stop}")
+        view.warn(Note(f"stopping: {stop}", "run_stopping"))
         dispatcher.drain(dispatcher.spec.cluster.drain_s)
         return str(stop)
     return None

@@ -7,6 +7,7 @@ loop) but for `make_parts`.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -54,7 +55,7 @@ class OpenShard:
         self._away: dict[Slot, str] = {}
         self.num_copied = 0
         self.num_recovered = 0
-        self.num_error = 0
+        self.error_types: Counter[str] = Counter()
         self.read_s = 0.0
         self.prepare_s = 0.0
         self._finished = bytearray(lease.shard.num_rows * n)
@@ -103,7 +104,7 @@ class OpenShard:
         keys = zip(rows["source_row"].to_pylist(), rows["sample_index"].to_pylist(), strict=True)
         rows = rows.filter(pa.array([self._mark(row, sample) for row, sample in keys], pa.bool_()))
         self._recovered.append(rows)
-        self.num_error += pc.sum(pc.equal(rows["status"], "error")).as_py() or 0
+        self.error_types.update(rows["error_type"].drop_null().to_pylist())
         return int(rows.num_rows)
 
     def add_inputs(self, inputs: pa.Table) -> None:
@@ -120,7 +121,8 @@ class OpenShard:
         """One request ended. A second answer for the same row and sample is dropped: the first stands."""
         if not self._mark(result.row_id.source_row, result.row_id.sample_index):
             return
-        self.num_error += result.failure is not None
+        if result.failure is not None:
+            self.error_types[result.failure.error_type] += 1
         self._buffer.append(result)
         self._num_values += count_values(result)
         if len(self._buffer) >= BATCH_ROWS or self._num_values >= BATCH_VALUES:
@@ -186,6 +188,10 @@ class OpenShard:
         return bool(self._finished[self._slot(source_row, sample_index)])
 
     @property
+    def num_error(self) -> int:
+        return self.error_types.total()
+
+    @property
     def _num_made(self) -> int:
         return self._num_finished - self._num_left_out
 
@@ -193,7 +199,8 @@ class OpenShard:
     def progress(self) -> ShardProgress:
         """Input rows done, counted in whole rows of n samples."""
         num_unsent = len(self._finished) - self._num_finished - len(self._away) - self.num_inflight
-        return ShardProgress(self.lease.batch_id, self._num_made // self._n, self.num_error, max(0, num_unsent))
+        done, types = self._num_made // self._n, tuple(self.error_types.items())
+        return ShardProgress(self.lease.batch_id, done, self.num_error, max(0, num_unsent), types)
 
     def is_row_finished(self, source_row: int) -> bool:
         """All its samples."""
@@ -265,7 +272,8 @@ class OpenShard:
             batch = self._make_batch(self._buffer)
         except REFUSED_BY_ARROW:
             kept = [self._make_storable(result) for result in self._buffer]
-            self.num_error += sum(new is not old for new, old in zip(kept, self._buffer, strict=True))
+            changed = (new.failure for new, old in zip(kept, self._buffer, strict=True) if new is not old)
+            self.error_types.update(failure.error_type for failure in changed if failure is not None)
             batch = self._make_batch(kept)
         self._parts = (*self._parts, Finished(pa.Table.from_batches([batch])))
         self.num_unflushed_bytes += batch.nbytes
