@@ -42,6 +42,8 @@ from batchgen.worker.continuation import make_serving
 # Answers that go on for a second: as long as max_tokens lets them.
 SLOW = {"token_s": 0.005, "max_natural_tokens": 1_000_000}
 HASTY: dict[str, Any] = {"no_progress_s": 0.8, "canary_interval_s": 30}
+# Five seconds at least: as long as a prompt lets it in a model of 1,024 tokens.
+ENDLESS = SamplingParams(max_tokens=1000, seed=3)
 LONG = SamplingParams(max_tokens=200, seed=3)
 # Checks of the contract that need an answer to take its time.
 CUT_SHORT = {
@@ -192,10 +194,12 @@ def test_closed_while_it_starts(stand_in: StandIn) -> None:
 # ---- it dies or hangs
 
 
-async def start_rows(stand_in: StandIn, engine: TensorRTLLMEngine, num_rows: int = 4) -> list["asyncio.Task[Any]"]:
+async def start_rows(
+    stand_in: StandIn, engine: TensorRTLLMEngine, num_rows: int = 4, sampling: SamplingParams = LONG
+) -> list["asyncio.Task[Any]"]:
     """Rows that the engine has taken."""
     wanted = stand_in.count_requests() + num_rows
-    rows = [replace(make_request(row), sampling=replace(LONG, seed=row)) for row in range(num_rows)]
+    rows = [replace(make_request(row), sampling=replace(sampling, seed=row)) for row in range(num_rows)]
     tasks = [asyncio.ensure_future(catch(engine, row)) for row in rows]
     await until(lambda: stand_in.count_requests() >= wanted, "they are taken")
     return tasks
@@ -341,7 +345,7 @@ def test_restarts_that_help_nobody_end_the_worker(stand_in: StandIn) -> None:
         engine = make_engine(stand_in, max_restarts=2)
         await engine.open()
         try:
-            tasks = await start_rows(stand_in, engine)
+            tasks = await start_rows(stand_in, engine, sampling=ENDLESS)
             stand_in.control(start_fault="exit")
             stand_in.kill(CHILD)
             assert {type(end) for end in await asyncio.gather(*tasks)} == {EngineRestarted}
