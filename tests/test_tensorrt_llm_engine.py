@@ -376,6 +376,19 @@ def test_empty_answers_are_failures_and_have_it_started_anew(stand_in: StandIn) 
     run(main())
 
 
+def test_logits_that_are_no_numbers_fail_their_row_where_logprobs_show_them(stand_in: StandIn) -> None:
+    async def main() -> None:
+        async with opened(stand_in) as engine:
+            stand_in.control(nan_token=5)
+            told = SamplingParams(max_tokens=4, logprobs=0)
+            bad, good = (Request(RowId("f", row, 0), (3, token), told) for row, token in enumerate((5, 6)))
+            ends = await asyncio.gather(catch(engine, bad), catch(engine, good))
+            assert (type(ends[0]), ends[0].error_type) == (RequestFailed, "bad_logits")
+            assert isinstance(ends[1], Generation)
+
+    run(main())
+
+
 def test_memory_that_grows_has_it_started_anew_in_order(stand_in: StandIn) -> None:
     """What is in flight finishes, nothing new is taken, and nobody loses anything."""
 
