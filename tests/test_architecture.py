@@ -41,7 +41,7 @@ LAYERS = [
     ["preflight.tokenizer_files"],
     # pure decisions
     ["prompt", "plan", "queue.backlog", "queue.scaling", "queue.governor", "lengths", "worker.answer", "verify.rows"],
-    ["stats", "queue.work_queue", "queue.progress", "queue.roster"],
+    ["stats", "queue.work_queue", "queue.progress", "queue.roster", "queue.timeline"],
     ["worker.budget", "worker.placement", "worker.stops", "queue.trial_queue"],
     ["worker.seam"],
     ["preflight.checkpoint", "staging.plan", "engines.trtllm.env"],
@@ -134,7 +134,13 @@ LAYERS = [
     ["driver.inline_pool", "ray_pool", "driver.dispatch"],
     ["driver.pools"],
     # one run
-    ["driver.hold", "driver.view", "report"],
+    ["driver.hold", "driver.view"],
+    # what a job did
+    ["report", "report.figures", "report.svg"],
+    ["report.records"],
+    ["report.distributions", "report.waste", "report.lanes", "report.charts", "report.samples", "report.text"],
+    ["report.value", "report.page"],
+    ["report.reading", "driver.run_record"],
     # an NVFP4 checkpoint
     ["quantize.spec", "quantize.calibrate", "quantize.check"],
     ["quantize.spec_load", "quantize.job"],
@@ -166,7 +172,7 @@ LAYERS = [
     ["bench.measure", "bench.summary"],
     ["bench.benchmark", "bench.saturation"],
     ["cli.base"],
-    ["cli.jobs", "cli.outputs", "cli.nodes", "cli.models", "cli.simulate", "cli.chaos"],
+    ["cli.jobs", "cli.outputs", "cli.reports", "cli.nodes", "cli.models", "cli.simulate", "cli.chaos"],
     ["cli.evaluate"],
     ["cli"],
     ["cli.__main__"],
@@ -199,7 +205,16 @@ PURE |= {
     "worker.answer",
     "verify.rows",
 }
-PURE |= {"worker.read_ahead", "worker.hint_check", "worker.pace"}
+PURE |= {
+    "queue.timeline",
+    "report.waste",
+    "report.lanes",
+    "report.distributions",
+    "report.svg",
+    "report.charts",
+    "report.figures",
+}
+PURE |= {"report.value", "report.text", "worker.read_ahead", "worker.hint_check", "worker.pace"}
 PURE |= {"worker.budget", "worker.placement", "worker.stops", "worker.seam", "engines.base"}
 PURE |= {"preflight.checkpoint", "staging.plan", "preflight.preflight", "preflight.model"}
 PURE |= {"quantize.recipe", "quantize.architecture", "quantize.weigh"}
@@ -240,7 +255,7 @@ VENDORS = {
     | {"engines.nvfp4_model()", "quantize.job()", "bench.worker()"},
     "modelopt": {"quantize.calibrate()"},
     "safetensors": {"engines.hf_model()", "quantize.folder()"},
-    "jinja2": {"engines.hf_tokenizer"},
+    "jinja2": {"engines.hf_tokenizer", "report.page()"},
     "tensorrt_llm": {"engines.trtllm.vendor()"},
     "huggingface_hub": {"staging.hub()"},
     "fsspec": {"stores.remote", "stores.s3"},
@@ -258,13 +273,14 @@ VENDORS = {
         "cli.base",
         "cli.jobs",
         "cli.outputs",
+        "cli.reports",
         "cli.nodes",
         "cli.models",
         "cli.simulate",
         "cli.chaos",
         "cli.evaluate",
     },
-    "rich": {"driver.view", "cli.jobs()", "cli.outputs()", "cli.nodes()", "cli.models()", "preflight.doctor()"},
+    "rich": {"driver.view", "cli.jobs()", "cli.reports()", "cli.nodes()", "cli.models()", "preflight.doctor()"},
 }
 # Modules that import a heavy vendor at their top: whoever imports one of them does so lazily, or is one itself.
 HEAVY = {
