@@ -147,7 +147,7 @@ LAYERS = [
     ["driver.inventory"],
     ["driver.control"],
     ["driver.finish", "verify.files", "verify.folder"],
-    ["run", "verify.verify"],
+    ["driver.run", "verify.verify"],
     ["chaos.chaos", "chaos.child"],
     ["demo", "bench.decode", "bench.queue", "bench.placement", "bench.memory"],
     # benchmarks as jobs
@@ -421,7 +421,7 @@ SHOW = "print(*sorted(m for m in {names} if m in sys.modules))"
         ("import batchgen", HEAVY | {"pyarrow", "pydantic", "yaml", "typer", "rich"}),
         ("import batchgen.cli", HEAVY | {"pyarrow", "pydantic", "yaml"}),
         # All that a driver and a simulated worker on a local disk need.
-        ("import batchgen.run, batchgen.driver.inline_pool, batchgen.engines.simulated", HEAVY),
+        ("import batchgen.driver.run, batchgen.driver.inline_pool, batchgen.engines.simulated", HEAVY),
     ],
 )
 def test_importing_loads_no_vendor_before_it_is_used(code: str, absent: set[str]) -> None:
