@@ -43,7 +43,7 @@ LAYERS = [
     ["prompt", "plan", "queue.backlog", "queue.scaling", "queue.governor", "lengths", "worker.answer", "verify.rows"],
     ["stats", "queue.work_queue", "queue.progress", "queue.roster", "queue.timeline"],
     ["worker.budget", "worker.placement", "worker.stops", "queue.trial_queue"],
-    ["worker.seam"],
+    ["worker.seam", "worker.partials"],
     ["preflight.checkpoint", "staging.plan", "engines.trtllm.env"],
     ["preflight.preflight"],
     ["preflight.model"],
@@ -107,6 +107,7 @@ LAYERS = [
     ["training.train"],
     # one worker
     ["worker.result_batch", "worker.read_ahead", "worker.hint_check"],
+    ["worker.partial_rows"],
     ["manifest", "worker.open_shard", "worker.prepare"],
     ["length_files"],
     ["engines.contract_subject"],
@@ -216,6 +217,8 @@ PURE |= {
 }
 PURE |= {"report.value", "report.text", "worker.read_ahead", "worker.hint_check", "worker.pace"}
 PURE |= {"worker.budget", "worker.placement", "worker.stops", "worker.seam", "engines.base"}
+PURE |= {"worker.read_ahead", "worker.hint_check", "worker.pace"}
+PURE |= {"worker.budget", "worker.placement", "worker.stops", "worker.seam", "worker.partials", "engines.base"}
 PURE |= {"preflight.checkpoint", "staging.plan", "preflight.preflight", "preflight.model"}
 PURE |= {"quantize.recipe", "quantize.architecture", "quantize.weigh"}
 PURE |= {"evaluate.extract", "evaluate.templates", "evaluate.statistics", "evaluate.speed"}
