@@ -107,7 +107,7 @@ _without_threads(acero, "_group_by")
 _real_open, pq.ParquetFile.__init__ = pq.ParquetFile.__init__, _open_parquet
 pq.read_table = _read_table
 
-from batchgen import run  # noqa: E402
+from batchgen.driver import run  # noqa: E402, I001
 from batchgen.driver import hold  # noqa: E402
 from batchgen.driver import lease as driver_lease  # noqa: E402
 from batchgen.stores.probe import StoreAbilities  # noqa: E402
