@@ -261,7 +261,7 @@ def is_answer_empty(answer: Finished) -> bool:
 
 
 def is_answer_finite(answer: Finished) -> bool:
-    """Are the log probabilities, where they were asked for, numbers? Nothing else of an answer shows logits that were none."""
+    """Are the log probabilities numbers, where they were asked for? Nothing else shows logits that were none."""
     return not any(math.isnan(each.logprob) for each in answer.logprobs or ())
 
 
