@@ -140,6 +140,7 @@ LAYERS = [
     ["report.records"],
     ["report.distributions", "report.waste", "report.lanes", "report.charts", "report.samples", "report.text"],
     ["report.value", "report.page"],
+    ["report.by"],
     ["driver.run_record"],
     # an NVFP4 checkpoint
     ["quantize.spec", "quantize.calibrate", "quantize.check"],

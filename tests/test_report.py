@@ -236,6 +236,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tree]:
     write_prompts(root / "in")
     tree = make_tree(root / "in", root / "out", root / "calls")
     tree["output"]["report_rows"] = 3
+    tree["input"]["passthrough"] = ["key"]
     tree["retry"] = {"max_error_rate": 0.5}
     tree["engine"] = {**tree["engine"], "reject_text": "number 7"}
     run(tree, limit=20)
@@ -328,6 +329,41 @@ def test_files_of_earlier_builds_lack_columns_which_are_null(job: tuple[Path, Tr
     found = read_stats_table(Storage(str(tmp_path)))
     assert found.schema == STATS_SCHEMA
     assert all(found[name].null_count == table.num_rows for name in younger)
+
+
+def ask_by(folder: Path, out: Path, column: str) -> dict[str, Any]:
+    ended = run_cli(folder, "report", str(out), "--by", column, "--json")
+    assert ended.code == 0, ended.err
+    return dict(ended.report["by"])
+
+
+@pytest.mark.parametrize(
+    ("column", "source"),
+    [("worker", "batch_stats"), ("source_file", "batch_stats"), ("status", "data"), ("key", "data")],
+)
+def test_figures_by_a_column_are_those_of_its_rows(
+    job: tuple[Path, Tree], tmp_path: Path, column: str, source: str
+) -> None:
+    out, _ = job
+    found = ask_by(tmp_path, out, column)
+    assert found["source"] == source
+    rows = read_rows(out)
+    workers = {row["batch_id"]: row["worker"] for row in read_stats_table(Storage(str(out))).to_pylist()}
+    values = [workers[row["batch_id"]] if column == "worker" else row[column] for row in rows]
+    assert {group["value"] for group in found["groups"]} == set(values)
+    for group in found["groups"]:
+        mine = [row for row, value in zip(rows, values, strict=True) if value == group["value"]]
+        assert group["num_rows_ok"] + group["num_rows_error"] == len(mine)
+        assert (group["completion_tokens"] or 0) == sum(row["completion_tokens"] or 0 for row in mine)
+        times = [row["latency_s"] for row in mine if row["latency_s"] is not None]
+        exact = float(np.quantile(times, 0.99, method="lower")) if times else None
+        assert group["latency"]["latency_p99_s"] == pytest.approx(exact, rel=0.0101)
+
+
+def test_a_column_that_nobody_has_is_refused_in_one_sentence(job: tuple[Path, Tree], tmp_path: Path) -> None:
+    ended = run_cli(tmp_path, "report", str(job[0]), "--by", "nobodys")
+    assert ended.code == 2
+    assert "--by nobodys: neither batch_stats nor data/ has such a column; name one of source_file" in ended.err
 
 
 # ---- in a browser ----------------------------------------------------------------------------------------------------

@@ -86,6 +86,14 @@ def _read_spec(storage: Storage, said: RunRecord, frozen: RunRecord) -> JobSpec:
         ) from error
 
 
+def read_batches(storage: Storage) -> pa.Table:
+    """All that are known, of a run that goes on too. Raises OutputError where no run has worked on the folder."""
+    facts = manifest.read_json(storage, manifest.SPEC)
+    if facts is None:
+        raise OutputError(f"{storage.root}: holds no job of batchgen; give the output.path of one")
+    return read_all_batches(storage, manifest.load_committed(storage, facts["fingerprint"]))
+
+
 def read_all_batches(storage: Storage, committed: dict[int, manifest.CommittedShard]) -> pa.Table:
     """Those of batch_stats, and of the shards committed since it was written."""
     table = read_stats_table(storage)
