@@ -141,14 +141,15 @@ LAYERS = [
     ["report.records"],
     ["report.distributions", "report.waste", "report.lanes", "report.charts", "report.samples", "report.text"],
     ["report.value", "report.page"],
-    ["report.reading", "driver.run_record"],
+    ["report.by"],
+    ["driver.run_record"],
     # an NVFP4 checkpoint
     ["quantize.spec", "quantize.calibrate", "quantize.check"],
     ["quantize.spec_load", "quantize.job"],
     ["driver.inventory"],
     ["driver.control"],
-    ["driver.finish", "verify.files", "verify.folder"],
-    ["driver.run", "verify.verify"],
+    ["driver.finish", "driver.live_page", "verify.files", "verify.folder"],
+    ["driver.run", "verify.verify", "report.reading"],
     ["chaos.chaos", "chaos.child"],
     ["demo", "bench.decode", "bench.queue", "bench.placement", "bench.memory"],
     # benchmarks as jobs
