@@ -77,13 +77,18 @@ def make_row_counts(spec: JobSpec, committed: Sequence[CommittedShard], num_inpu
 
 
 def make_totals(batches: Sequence[BatchStats]) -> dict[str, Any]:
-    """Sums and latencies over batches; a lost batch counts with the rows that its journal saved."""
+    """Sums and latencies over batches; a lost batch counts with the rows that its journal saved. Tokens are those that were
+    generated: what was taken over is told beside them."""
+    made = [batch for batch in batches if batch.outcome != "reused"]
+    reused = [batch for batch in batches if batch.outcome == "reused"]
     return {
         "batches": dict(Counter(batch.outcome for batch in batches)),
         "workers": len({(batch.epoch, batch.worker) for batch in batches if batch.worker}),
-        "prompt_tokens": _add(batch.prompt_tokens for batch in batches),
-        "completion_tokens": _add(batch.completion_tokens for batch in batches),
-        "cached_tokens": _add(batch.cached_tokens for batch in batches),
+        "prompt_tokens": _add(batch.prompt_tokens for batch in made),
+        "completion_tokens": _add(batch.completion_tokens for batch in made),
+        "cached_tokens": _add(batch.cached_tokens for batch in made),
+        "rows_reused": sum(batch.num_rows_ok or 0 for batch in reused),
+        "completion_tokens_reused": _add(batch.completion_tokens for batch in reused),
         "num_retries": _add(batch.num_retries for batch in batches),
         "window_share": _share_window(batches),
         "finish_reasons": _add_counts(batch.finish_reasons for batch in batches),
@@ -124,7 +129,7 @@ def _share_window(batches: Sequence[BatchStats]) -> float | None:
 
 
 def _rate(batches: Sequence[BatchStats], elapsed_s: float) -> float | None:
-    tokens = _add(batch.completion_tokens for batch in batches)
+    tokens = _add(batch.completion_tokens for batch in batches if batch.outcome != "reused")
     return tokens / elapsed_s if tokens is not None and elapsed_s > 0 else None
 
 
@@ -140,6 +145,10 @@ def make_text_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("tokens", f"prompt {_show(job['prompt_tokens'])}, completion {_show(job['completion_tokens'])}"),
         ("this run", f"{_show(run['elapsed_s'], 's')}, {_show(run['tokens_per_s'])} completion tokens/s"),
     ]
+    if job.get("rows_reused"):  # a report of an earlier version has none
+        lines.append(
+            ("reused", f"{job['rows_reused']:,} rows, {_show(job['completion_tokens_reused'])} completion tokens")
+        )
     if run["window_share"] is not None:
         lines.append(("window", f"{run['window_share']:.1%} full, mean over this run's batches"))
     if run["gpu_hours"] is not None:

@@ -51,15 +51,27 @@ class InputSpec(Section):
     )
     length_prior: Url | None = Field(
         default=None,
-        description="output.path of an earlier run over prompts like these: what it measured is expected where no hint is.",
+        description="output.path of an earlier run over prompts like these: what it measured is expected where no hint is. "
+        "Absent: the first of reuse_from that has measured any.",
+    )
+    reuse_from: tuple[Url, ...] = Field(
+        default=(),
+        description="output.path of earlier runs: a row whose request is the same (model, rendered prompt, sampling) takes "
+        "its generation from the first that has it. A single string is taken as a list of one.",
+    )
+    duplicates: Literal["auto", "copy", "generate"] = Field(
+        default="auto",
+        description="Rows that ask exactly the same: generated once a worker and copied (copy), each by itself "
+        "(generate); auto: copied where sampling is greedy.",
     )
 
     @model_validator(mode="before")
     @classmethod
     def _one_path(cls, value: Any) -> Any:
-        if isinstance(value, dict) and isinstance(value.get("paths"), str):
-            return {**value, "paths": [value["paths"]]}
-        return value
+        if not isinstance(value, dict):
+            return value
+        single = [name for name in ("paths", "reuse_from") if isinstance(value.get(name), str)]
+        return {**value, **{name: [value[name]] for name in single}}
 
 
 class PromptSpec(Section):
@@ -157,6 +169,11 @@ class OutputSpec(Section):
 
     path: Url = Field(description="Folder to write to: local path, s3:// or any fsspec URL.")
     token_ids: bool = Field(default=False, description="Add the column token_ids (generated ids).")
+    row_fingerprints: bool = Field(
+        default=True,
+        description="Add the columns row_fingerprint (16 bytes) and reused_from, by which later runs reuse generations and "
+        "exact duplicates are made once. Decided when a job begins.",
+    )
     rows_per_shard: int | None = Field(
         default=None, ge=1, description="Rows a shard (rows). Absent: from expected size and duration."
     )
@@ -253,17 +270,28 @@ class JobSpec(Section):
     cluster: ClusterSpec = ClusterSpec()
     retry: RetrySpec = RetrySpec()
 
+    @model_validator(mode="after")
+    def _has_fingerprints(self) -> "JobSpec":
+        asking = "input.reuse_from" if self.input.reuse_from else "input.duplicates: copy"
+        if not self.output.row_fingerprints and (self.input.reuse_from or self.input.duplicates == "copy"):
+            raise ValueError(f"{asking} goes by row fingerprints, and output.row_fingerprints is false; leave that out")
+        return self
+
     def fingerprint_fields(self) -> dict[str, Any]:
         """What makes the data, section by section, as plain JSON values."""
         return {
             "version": FINGERPRINT_VERSION,
-            "input": self.input.model_dump(mode="json", include={"paths", "custom_id", "passthrough"}),
+            "input": self.input.model_dump(mode="json", include=self._list_input_fields()),
             "prompt": _dump(self.prompt),
             "model": self.model.model_dump(mode="json", exclude={"stage_dir"}),
             "engine": self.engine.fingerprint_fields(),
             "sampling": _dump(self.sampling),
             "output": self.output.model_dump(mode="json", include={"token_ids"}),
         }
+
+    def _list_input_fields(self) -> set[str]:
+        """Where duplicates are copied though each would be drawn by itself, the data is another."""
+        return {"paths", "custom_id", "passthrough", *({"duplicates"} if self.input.duplicates == "copy" else ())}
 
     def fingerprint(self) -> str:
         """32 hexadecimal digits; equal for two specs that make the same dataset."""

@@ -36,6 +36,7 @@ class Parts:
 
     output: pa.Table
     generated: pa.Table
+    carried: pa.Table
     recovered: pa.Table
 
 
@@ -100,11 +101,15 @@ class OpenShard:
         self._check_ended()
 
     def _take(self, rows: pa.Table) -> int:
-        keys = zip(rows["source_row"].to_pylist(), rows["sample_index"].to_pylist(), strict=True)
-        rows = rows.filter(pa.array([self._mark(row, sample) for row, sample in keys], pa.bool_()))
+        rows = self._pick_new(rows)
         self._recovered.append(rows)
         self.num_error += pc.sum(pc.equal(rows["status"], "error")).as_py() or 0
         return int(rows.num_rows)
+
+    def _pick_new(self, rows: pa.Table) -> pa.Table:
+        """Those that were not finished before; now they are."""
+        keys = zip(rows["source_row"].to_pylist(), rows["sample_index"].to_pylist(), strict=True)
+        return rows.filter(pa.array([self._mark(row, sample) for row, sample in keys], pa.bool_()))
 
     def add_inputs(self, inputs: pa.Table) -> None:
         """The next rows' custom_id and passthrough columns (`prepare.make_inputs`), kept until the commit joins them to the
@@ -126,6 +131,14 @@ class OpenShard:
         if len(self._buffer) >= BATCH_ROWS or self._num_values >= BATCH_VALUES:
             self._pack()
         self._check_ended()
+
+    def carry(self, rows: pa.Table) -> None:
+        """Results that are taken over instead of being generated (`Lease.reused_id`); new to the journal."""
+        rows = self._pick_new(rows)
+        if rows.num_rows:
+            self._parts = (*self._parts, Finished(rows))
+            self.num_unflushed_bytes += rows.nbytes
+            self._check_ended()
 
     def quarantine(self, rows: RowRanges) -> None:
         """These rows end as errors, where they did not end before."""
@@ -237,12 +250,15 @@ class OpenShard:
         """The finished shard; may run in another thread. `read_back`: rows that are journaled only. Raises ValueError when
         a row is missing or twice, and what `read_back` raises."""
         self._pack()
-        made = (load_rows(part, self.lease.batch_id, read_back) for part in self._parts)
-        generated = pa.concat_tables([self._schema.empty_table(), *made])
+        made = pa.concat_tables(
+            [self._schema.empty_table(), *(load_rows(part, self.lease, read_back) for part in self._parts)]
+        )
+        is_carried = pc.equal(made["batch_id"], self.lease.reused_id)
+        generated, carried = made.filter(pc.invert(is_carried)), made.filter(is_carried)
         recovered = pa.concat_tables([self._schema.empty_table(), *self._recovered])
         inputs = pa.concat_tables(self._inputs)
-        output = make_output_table(pa.concat_tables([generated, recovered]), inputs, self.lease, self._n, output_schema)
-        return Parts(output, generated, recovered)
+        output = make_output_table(pa.concat_tables([made, recovered]), inputs, self.lease, self._n, output_schema)
+        return Parts(output, generated, carried, recovered)
 
     def _slot(self, source_row: int, sample_index: int) -> int:
         shard = self.lease.shard
