@@ -8,7 +8,7 @@ is a *batch*. Units end a name: `_s` seconds, `_at` seconds since the Unix epoch
 from dataclasses import dataclass
 from typing import Any
 
-from batchgen.names import make_batch_id, make_data_path, make_reused_id
+from batchgen.names import make_batch_id, make_data_path
 from batchgen.row_ranges import RowRanges
 
 # A Python int and its place in a tuple.
@@ -107,8 +107,7 @@ class Request:
     engine with a tokenizer on our side; `prompt`, the row's own, for one that renders and tokenises itself. `has_tools`:
     the answer may call tools. `expected_tokens`: of the completion, where anything is known of it (`lengths`).
     `partial`: what was generated for it before, with `token_ids` only; the engine gives what comes after that, at most
-    `sampling.max_tokens` more. `rank`: the attention-DP rank that must take it, None for any. `fingerprint`: what it asks
-    (`reuse.fingerprint`), where that is kept."""
+    `sampling.max_tokens` more. `rank`: the attention-DP rank that must take it, None for any. `fingerprint`: `reuse`'s."""
 
     row_id: RowId
     token_ids: tuple[int, ...] | None
@@ -182,8 +181,8 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The end of one request: exactly one of generation, failure is set. `text` and `reasoning` are the cut answer.
-    `reused_from`: the batch that generated it, where this request was never sent."""
+    """The end of one request: exactly one of generation, failure is set. `text` and `reasoning` are the cut answer,
+    `reused_from` the batch that generated it, where this request was never sent."""
 
     row_id: RowId
     num_attempts: int
@@ -264,11 +263,6 @@ class Lease:
     @property
     def batch_id(self) -> str:
         return make_batch_id(self.shard.number, self.epoch, self.attempt)
-
-    @property
-    def reused_id(self) -> str:
-        """The batch of the rows that it took over."""
-        return make_reused_id(self.batch_id)
 
 
 @dataclass(frozen=True, slots=True)

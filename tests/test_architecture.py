@@ -20,7 +20,7 @@ MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 300
 
 LAYERS = [
-    ["specs", "queue", "worker", "driver", "verify", "staging", "preflight", "chaos"],
+    ["specs", "queue", "worker", "driver", "verify", "staging", "preflight", "chaos", "reuse"],
     ["__init__", "names", "row_ranges", "batches", "errors", "urls", "paths"],
     ["records", "queue.suspects"],
     ["specs.sections", "queue.orders", "worker.spilled"],
@@ -38,7 +38,8 @@ LAYERS = [
         "verify.damage",
         "worker.seal",
     ],
-    ["preflight.tokenizer_files"],
+    ["preflight.tokenizer_files", "specs.saved"],
+    ["reuse.fingerprint"],
     # pure decisions
     ["prompt", "plan", "queue.backlog", "queue.scaling", "queue.governor", "lengths", "worker.answer", "verify.rows"],
     ["stats", "queue.work_queue", "queue.progress", "queue.roster"],
@@ -61,6 +62,7 @@ LAYERS = [
     ["simulate.engine"],
     ["simulate.calibration", "simulate.workload"],
     ["simulate.policies", "simulate.oracle"],
+    ["reuse.index"],
     # the store seam
     ["stores", "stores.base"],
     ["stores.local", "stores.remote"],
@@ -108,7 +110,8 @@ LAYERS = [
     # one worker
     ["worker.result_batch", "worker.read_ahead", "worker.hint_check"],
     ["manifest", "worker.open_shard", "worker.prepare"],
-    ["length_files"],
+    ["length_files", "reuse.outputs", "reuse.duplicates"],
+    ["reuse.carrier"],
     ["engines.contract_subject"],
     ["engines.contract_answers"],
     ["engines.contract"],
@@ -183,6 +186,7 @@ PURE = {
     "specs.tensorrt_llm",
 }
 PURE |= {"spec", "prompt", "plan", "specs.sampling", "batches", "engines.deepseek_turns", "engines.deepseek_v32"}
+PURE |= {"reuse.fingerprint", "specs.saved"}
 PURE |= {"row_ranges", "queue.suspects", "queue.trial_queue", "specs.retry"}
 PURE |= {
     "queue.work_queue",
@@ -250,7 +254,7 @@ VENDORS = {
     "pynvml": {"engines.trtllm.gpu()", "preflight.facts()"},
     "yaml": {"specs.load"},
     "jsonschema": {"specs.sampling()"},
-    "numpy": {"evaluate.statistics", "evaluate.speed"},
+    "numpy": {"evaluate.statistics", "evaluate.speed", "reuse.index"},
     "scipy": {"evaluate.statistics", "evaluate.targets()"},
     "h5py": {"evaluate.targets()"},
     "math_verify": {"evaluate.math_grader()"},

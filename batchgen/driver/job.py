@@ -182,10 +182,10 @@ def keep_saved_columns(storage: Storage, spec: JobSpec) -> JobSpec:
         had = bool(facts["spec"]["output"].get("row_fingerprints", False)) if facts else spec.output.row_fingerprints
     if had == spec.output.row_fingerprints:
         return spec
-    if spec.input.reuse_from or spec.input.duplicates == "copy":
+    if spec.input.reuse_from:
         raise SpecError(
-            f"input.reuse_from, input.duplicates: the job in {storage.root} began without row fingerprints; leave them "
-            "out, or start a new output.path"
+            f"input.reuse_from: the job in {storage.root} began without row fingerprints; leave it out, or start a new "
+            "output.path"
         )
     return spec.model_copy(update={"output": spec.output.model_copy(update={"row_fingerprints": had})})
 

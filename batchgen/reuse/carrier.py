@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import pyarrow as pa
 
+from batchgen.names import make_reused_id
 from batchgen.records import Lease, Request, Result
 from batchgen.reuse.outputs import EarlierOutputs
 from batchgen.spec import JobSpec
@@ -43,7 +44,7 @@ def _settle(rows: pa.Table, lease: Lease, slots: Sequence[tuple[int, int]]) -> p
     own = {
         "source_row": [row for row, _ in slots],
         "sample_index": [sample for _, sample in slots],
-        "batch_id": [lease.reused_id] * len(slots),
+        "batch_id": [make_reused_id(lease.batch_id)] * len(slots),
     }
     for name, values in own.items():
         place = rows.schema.get_field_index(name)

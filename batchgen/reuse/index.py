@@ -34,17 +34,21 @@ class ReuseIndex:
 
     def __init__(self, pairs: Pairs) -> None:
         self._pairs = pairs
-        self._keys = pairs["key"]
+        self.keys = pairs["key"]
         # Of a key that is there several times the next place is given at each time it is asked for, round and round.
         self._turns: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self._pairs)
 
+    @property
+    def num_bytes(self) -> int:
+        return int(self._pairs.nbytes)
+
     def find(self, fingerprints: Sequence[bytes]) -> list[Place | None]:
         """A place that may hold each of them; None where there is none."""
         keys = np.frombuffer(b"".join(fingerprints), "<u8")[:: NUM_BYTES // 8]
-        starts, ends = np.searchsorted(self._keys, keys, "left"), np.searchsorted(self._keys, keys, "right")
+        starts, ends = np.searchsorted(self.keys, keys, "left"), np.searchsorted(self.keys, keys, "right")
         return [
             self._choose(int(key), int(start), int(end)) for key, start, end in zip(keys, starts, ends, strict=True)
         ]

@@ -24,6 +24,7 @@ from batchgen.prompt import list_columns, list_row_columns
 from batchgen.read import BATCH_BYTES, Rows, Unreadable, iter_shard, pick_rows
 from batchgen.records import Result, Shard, Slot
 from batchgen.reuse.carrier import Carrier
+from batchgen.reuse.duplicates import make_duplicates
 from batchgen.spec import JobSpec
 from batchgen.worker.answer import make_given_up
 from batchgen.worker.hint_check import HintCheck
@@ -95,6 +96,7 @@ class Feeder:
     ) -> None:
         self._spec, self._passthrough, self._preparer, self._sender = spec, passthrough, preparer, sender
         self._n, self._carrier = spec.sampling.n, carrier
+        self.duplicates = make_duplicates(spec, lambda shard, request: sender.push(shard, [request]))
         self._ahead: ReadAhead[Page] = ReadAhead()
         self._hints = hints
         self._readers = asyncio.Semaphore(MAX_READERS)
@@ -223,6 +225,6 @@ class Feeder:
                 shard.add(item)
             elif shard.lease.is_last_resort:
                 shard.add(make_given_up(item, shard.lease))
-            else:
+            elif self.duplicates is None or self.duplicates.admit(shard, item):
                 requests.append(item)
         await self._sender.push(shard, requests)

@@ -8,18 +8,18 @@ loop) but for `make_parts`.
 
 import asyncio
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import islice
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchgen.errors import BatchgenError
+from batchgen.names import make_reused_id
 from batchgen.records import JournalRef, Lease, Result, RowId, ShardProgress, Slot
 from batchgen.row_ranges import RowRanges, iter_rows
 from batchgen.worker.answer import make_quarantined, make_unstorable
 from batchgen.worker.result_batch import count_values, make_result_batch
-from batchgen.worker.spilled import Finished, ReadBack, load_rows
+from batchgen.worker.spilled import Finished, Parts, ReadBack, load_rows
 from batchgen.write import make_output_table
 
 # Results become Arrow this many rows, or token ids and logprobs, at a time: Python objects of more never pile up, and the
@@ -28,16 +28,6 @@ BATCH_ROWS = 256
 BATCH_VALUES = 2**16
 # A value of another type than its column's, or beyond its range. (pa.ArrowInvalid is a ValueError, and so on.)
 REFUSED_BY_ARROW = (TypeError, ValueError, OverflowError)
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """A finished shard's rows by where they came from."""
-
-    output: pa.Table
-    generated: pa.Table
-    carried: pa.Table
-    recovered: pa.Table
 
 
 class OpenShard:
@@ -133,7 +123,7 @@ class OpenShard:
         self._check_ended()
 
     def carry(self, rows: pa.Table) -> None:
-        """Results that are taken over instead of being generated (`Lease.reused_id`); new to the journal."""
+        """Results that are taken over instead of being generated (`make_reused_id`); new to the journal."""
         rows = self._pick_new(rows)
         if rows.num_rows:
             self._parts = (*self._parts, Finished(rows))
@@ -253,7 +243,7 @@ class OpenShard:
         made = pa.concat_tables(
             [self._schema.empty_table(), *(load_rows(part, self.lease, read_back) for part in self._parts)]
         )
-        is_carried = pc.equal(made["batch_id"], self.lease.reused_id)
+        is_carried = pc.equal(made["batch_id"], make_reused_id(self.lease.batch_id))
         generated, carried = made.filter(pc.invert(is_carried)), made.filter(is_carried)
         recovered = pa.concat_tables([self._schema.empty_table(), *self._recovered])
         inputs = pa.concat_tables(self._inputs)

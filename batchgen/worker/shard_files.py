@@ -17,7 +17,7 @@ from batchgen import journal
 from batchgen.batches import BatchStats, FileFooter
 from batchgen.errors import AlreadyExists, Conflict, Damaged
 from batchgen.manifest import CommittedShard
-from batchgen.names import is_reused_id, parse_batch_id
+from batchgen.names import is_reused_id, make_reused_id, parse_batch_id
 from batchgen.queue.events import ShardCommitted
 from batchgen.records import JournalRef, Lease, Share, Slot, WorkerInfo
 from batchgen.spec import JobSpec
@@ -170,7 +170,11 @@ class ShardFiles:
 
 def list_carried(lease: Lease, info: WorkerInfo, rows: pa.Table) -> list[BatchStats]:
     """What is said of the rows that this attempt took over: a batch beside its own, where there are any."""
-    return [make_lost_stats(lease.reused_id, info=info, rows=rows, outcome="reused")] if rows.num_rows else []
+    return (
+        [make_lost_stats(make_reused_id(lease.batch_id), info=info, rows=rows, outcome="reused")]
+        if rows.num_rows
+        else []
+    )
 
 
 def make_event(worker_id: str, stats: BatchStats, standing: CommittedShard) -> ShardCommitted:

@@ -87,6 +87,9 @@ class Worker:
         )
         self._committing = asyncio.Semaphore(MAX_COMMITS)
         self._other_tasks.spawn(self._feeder.run())
+        if (duplicates := self._feeder.duplicates) is not None:
+            self._sender.on_answer = duplicates.note_answer
+            self._other_tasks.spawn(duplicates.run())
         self._other_tasks.spawn(self._spill.flush_often(spec.output.journal_interval_s))
         self.info = WorkerInfo(
             worker_id=self._setup.worker_id,
