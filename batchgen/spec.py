@@ -8,70 +8,20 @@ no YAML: see `spec_load`.
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, AwareDatetime, Field, model_validator
+from pydantic import AwareDatetime, Field, model_validator
 
 from batchgen.specs.engine import EngineSpec
+from batchgen.specs.input import InputSpec as InputSpec
 from batchgen.specs.retry import RetrySpec as RetrySpec  # a section like the others
 from batchgen.specs.sampling import SamplingSpec
 from batchgen.specs.sections import PromptForm, Section
-from batchgen.urls import check_url
+from batchgen.specs.sections import Url as Url
 
 FINGERPRINT_VERSION = 1
 # Fields younger than the version. One that asks for nothing is left out, so that older jobs keep their fingerprint.
 YOUNGER = {"tools", "guided"}
-
-Url = Annotated[str, AfterValidator(check_url)]
-
-
-class InputSpec(Section):
-    """Which rows."""
-
-    paths: Annotated[tuple[Url, ...], Field(min_length=1)] = Field(
-        description="Parquet files, folders (searched recursively) or globs: local paths, s3:// or any fsspec URL. "
-        "A single string is taken as a list of one."
-    )
-    custom_id: str | None = Field(
-        default=None, description="Column with the user's key, text or integer. Made from file and row when absent."
-    )
-    passthrough: tuple[str, ...] = Field(default=(), description="Input columns copied to the output, types kept.")
-    check_unique: Literal["auto", "always", "never"] = Field(
-        default="auto",
-        description="Refuse duplicate custom_id before the start. auto: scan up to 10 million rows; beyond that the "
-        "report says 'not checked'.",
-    )
-    limit: int | None = Field(
-        default=None, ge=1, description="Only the first N rows (rows). May be raised later: finished rows are kept."
-    )
-    length_hint: str | None = Field(
-        default=None,
-        description="Column with a row's expected completion (tokens): long rows start first. Wrong or null costs nothing "
-        "but time at the end.",
-    )
-    length_prior: Url | None = Field(
-        default=None,
-        description="output.path of an earlier run over prompts like these: what it measured is expected where no hint is. "
-        "Absent: the first of reuse_from that has measured any.",
-    )
-    reuse_from: tuple[Url, ...] = Field(
-        default=(),
-        description="output.path of earlier runs: a row whose request is the same (model, rendered prompt, sampling) takes "
-        "its generation from the first that has it. A single string is taken as a list of one.",
-    )
-    duplicates: Literal["auto", "copy", "generate"] = Field(
-        default="auto",
-        description="Rows that ask exactly the same: generated once a worker and copied (copy), each by itself "
-        "(generate); auto: copied where sampling is greedy.",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_path(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        single = [name for name in ("paths", "reuse_from") if isinstance(value.get(name), str)]
-        return {**value, **{name: [value[name]] for name in single}}
 
 
 class PromptSpec(Section):
@@ -181,6 +131,9 @@ class OutputSpec(Section):
     journal_interval_s: float = Field(
         default=10.0, gt=0, description="Finished rows are made safe this often (s): what a crash can cost."
     )
+    report_rows: int = Field(
+        default=0, ge=0, le=100, description="Generations shown in report.html (rows). 0: no generated text is in it."
+    )
     lock_url: Url | None = Field(
         default=None,
         description="Folder on a store with conditional writes, for the driver's lease, when the output's store has none.",
@@ -244,6 +197,12 @@ class ClusterSpec(Section):
     )
     max_gpu_hours: float | None = Field(
         default=None, gt=0, description="Stop before one run has used more, its workers' start-up included (GPU-hours)."
+    )
+
+    gpu_hour_cost: float | None = Field(
+        default=None,
+        ge=0,
+        description="What one GPU costs an hour, in your currency: then cost is told beside GPU-hours.",
     )
 
     @model_validator(mode="after")

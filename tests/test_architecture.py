@@ -24,7 +24,7 @@ LAYERS = [
     ["__init__", "names", "row_ranges", "batches", "errors", "urls", "paths"],
     ["records", "queue.suspects"],
     ["specs.sections", "queue.orders", "worker.spilled"],
-    ["specs.tensorrt_llm", "specs.sampling", "specs.retry"],
+    ["specs.tensorrt_llm", "specs.sampling", "specs.retry", "specs.input"],
     ["specs.engine"],
     ["queue.lazy_heap", "queue.leases", "queue.tail"],
     [
@@ -42,7 +42,7 @@ LAYERS = [
     ["reuse.fingerprint"],
     # pure decisions
     ["prompt", "plan", "queue.backlog", "queue.scaling", "queue.governor", "lengths", "worker.answer", "verify.rows"],
-    ["stats", "queue.work_queue", "queue.progress", "queue.roster"],
+    ["stats", "queue.work_queue", "queue.progress", "queue.roster", "queue.timeline"],
     ["worker.budget", "worker.placement", "worker.stops", "queue.trial_queue"],
     ["worker.seam"],
     ["preflight.checkpoint", "staging.plan", "engines.trtllm.env"],
@@ -137,7 +137,13 @@ LAYERS = [
     ["driver.inline_pool", "ray_pool", "driver.dispatch"],
     ["driver.pools"],
     # one run
-    ["driver.hold", "driver.view", "report"],
+    ["driver.hold", "driver.view"],
+    # what a job did
+    ["report", "report.figures", "report.svg"],
+    ["report.records"],
+    ["report.distributions", "report.waste", "report.lanes", "report.charts", "report.samples", "report.text"],
+    ["report.value", "report.page"],
+    ["report.reading", "driver.run_record"],
     # an NVFP4 checkpoint
     ["quantize.spec", "quantize.calibrate", "quantize.check"],
     ["quantize.spec_load", "quantize.job"],
@@ -169,7 +175,7 @@ LAYERS = [
     ["bench.measure", "bench.summary"],
     ["bench.benchmark", "bench.saturation"],
     ["cli.base"],
-    ["cli.jobs", "cli.outputs", "cli.nodes", "cli.models", "cli.simulate", "cli.chaos"],
+    ["cli.jobs", "cli.outputs", "cli.reports", "cli.nodes", "cli.models", "cli.simulate", "cli.chaos"],
     ["cli.evaluate"],
     ["cli"],
     ["cli.__main__"],
@@ -186,7 +192,7 @@ PURE = {
     "specs.tensorrt_llm",
 }
 PURE |= {"spec", "prompt", "plan", "specs.sampling", "batches", "engines.deepseek_turns", "engines.deepseek_v32"}
-PURE |= {"reuse.fingerprint", "specs.saved"}
+PURE |= {"reuse.fingerprint", "specs.saved", "specs.input"}
 PURE |= {"row_ranges", "queue.suspects", "queue.trial_queue", "specs.retry"}
 PURE |= {
     "queue.work_queue",
@@ -203,7 +209,16 @@ PURE |= {
     "worker.answer",
     "verify.rows",
 }
-PURE |= {"worker.read_ahead", "worker.hint_check", "worker.pace"}
+PURE |= {
+    "queue.timeline",
+    "report.waste",
+    "report.lanes",
+    "report.distributions",
+    "report.svg",
+    "report.charts",
+    "report.figures",
+}
+PURE |= {"report.value", "report.text", "worker.read_ahead", "worker.hint_check", "worker.pace"}
 PURE |= {"worker.budget", "worker.placement", "worker.stops", "worker.seam", "engines.base"}
 PURE |= {"preflight.checkpoint", "staging.plan", "preflight.preflight", "preflight.model"}
 PURE |= {"quantize.recipe", "quantize.architecture", "quantize.weigh"}
@@ -244,7 +259,7 @@ VENDORS = {
     | {"engines.nvfp4_model()", "quantize.job()", "bench.worker()"},
     "modelopt": {"quantize.calibrate()"},
     "safetensors": {"engines.hf_model()", "quantize.folder()"},
-    "jinja2": {"engines.hf_tokenizer"},
+    "jinja2": {"engines.hf_tokenizer", "report.page()"},
     "tensorrt_llm": {"engines.trtllm.vendor()"},
     "huggingface_hub": {"staging.hub()"},
     "fsspec": {"stores.remote", "stores.s3"},
@@ -262,13 +277,14 @@ VENDORS = {
         "cli.base",
         "cli.jobs",
         "cli.outputs",
+        "cli.reports",
         "cli.nodes",
         "cli.models",
         "cli.simulate",
         "cli.chaos",
         "cli.evaluate",
     },
-    "rich": {"driver.view", "cli.jobs()", "cli.outputs()", "cli.nodes()", "cli.models()", "preflight.doctor()"},
+    "rich": {"driver.view", "cli.jobs()", "cli.reports()", "cli.nodes()", "cli.models()", "preflight.doctor()"},
 }
 # Modules that import a heavy vendor at their top: whoever imports one of them does so lazily, or is one itself.
 HEAVY = {

@@ -127,7 +127,7 @@ def watch_run(spec: Any, limit: int | None) -> dict[str, Any]:
     from rich.console import Console
 
     from batchgen.driver.view import LineView, RichView, print_rows
-    from batchgen.report import make_text_rows
+    from batchgen.report.text import make_text_rows
     from batchgen.run import run_job
 
     console = Console(stderr=True)

@@ -20,7 +20,7 @@ from batchgen.driver.lease import Holder, is_dead_here, read_holder
 from batchgen.errors import BatchgenError, Damaged, NotFound, OutputError
 from batchgen.manifest import PLAN_FOLDER, SPEC, SUCCESS
 from batchgen.records import InputFile, Shard
-from batchgen.report import REPORT_JSON
+from batchgen.report.records import REPORT_JSON
 from batchgen.spec import JobSpec
 from batchgen.specs.saved import read_saved_spec
 from batchgen.storage import Storage
