@@ -44,7 +44,7 @@ LAYERS = [
     ["prompt", "plan", "queue.backlog", "queue.scaling", "queue.governor", "lengths", "worker.answer", "verify.rows"],
     ["stats", "queue.work_queue", "queue.progress", "queue.roster", "queue.timeline"],
     ["worker.budget", "worker.placement", "worker.stops", "queue.trial_queue"],
-    ["worker.seam"],
+    ["worker.seam", "worker.partials"],
     ["preflight.checkpoint", "staging.plan", "engines.trtllm.env"],
     ["preflight.preflight"],
     ["preflight.model"],
@@ -109,6 +109,7 @@ LAYERS = [
     ["training.train"],
     # one worker
     ["worker.result_batch", "worker.read_ahead", "worker.hint_check"],
+    ["worker.partial_rows"],
     ["manifest", "worker.open_shard", "worker.prepare"],
     ["length_files", "reuse.outputs", "reuse.duplicates"],
     ["reuse.carrier"],
@@ -150,7 +151,7 @@ LAYERS = [
     ["driver.inventory"],
     ["driver.control"],
     ["driver.finish", "verify.files", "verify.folder"],
-    ["run", "verify.verify"],
+    ["driver.run", "verify.verify"],
     ["chaos.chaos", "chaos.child"],
     ["demo", "bench.decode", "bench.queue", "bench.placement", "bench.memory"],
     # benchmarks as jobs
@@ -220,6 +221,8 @@ PURE |= {
 }
 PURE |= {"report.value", "report.text", "worker.read_ahead", "worker.hint_check", "worker.pace"}
 PURE |= {"worker.budget", "worker.placement", "worker.stops", "worker.seam", "engines.base"}
+PURE |= {"worker.read_ahead", "worker.hint_check", "worker.pace"}
+PURE |= {"worker.budget", "worker.placement", "worker.stops", "worker.seam", "worker.partials", "engines.base"}
 PURE |= {"preflight.checkpoint", "staging.plan", "preflight.preflight", "preflight.model"}
 PURE |= {"quantize.recipe", "quantize.architecture", "quantize.weigh"}
 PURE |= {"evaluate.extract", "evaluate.templates", "evaluate.statistics", "evaluate.speed"}
@@ -425,7 +428,7 @@ SHOW = "print(*sorted(m for m in {names} if m in sys.modules))"
         ("import batchgen", HEAVY | {"pyarrow", "pydantic", "yaml", "typer", "rich"}),
         ("import batchgen.cli", HEAVY | {"pyarrow", "pydantic", "yaml"}),
         # All that a driver and a simulated worker on a local disk need.
-        ("import batchgen.run, batchgen.driver.inline_pool, batchgen.engines.simulated", HEAVY),
+        ("import batchgen.driver.run, batchgen.driver.inline_pool, batchgen.engines.simulated", HEAVY),
     ],
 )
 def test_importing_loads_no_vendor_before_it_is_used(code: str, absent: set[str]) -> None:

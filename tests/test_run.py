@@ -43,10 +43,10 @@ from makers import make_job_spec, make_lease, make_ok, make_rows, make_shard
 from batchgen import manifest
 from batchgen.driver.control import request_cancel
 from batchgen.driver.job import open_job, reopen
+from batchgen.driver.run import run_job
 from batchgen.engines.simulated import read_calls
 from batchgen.errors import InputError
 from batchgen.journal import make_segment_path, write_segment
-from batchgen.run import run_job
 from batchgen.specs.load import make_spec
 from batchgen.storage import Storage
 from batchgen.verify.verify import verify
