@@ -20,11 +20,11 @@ MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 300
 
 LAYERS = [
-    ["specs", "queue", "worker", "driver", "verify", "staging", "preflight", "chaos"],
+    ["specs", "queue", "worker", "driver", "verify", "staging", "preflight", "chaos", "reuse"],
     ["__init__", "names", "row_ranges", "batches", "errors", "urls", "paths"],
     ["records", "queue.suspects"],
     ["specs.sections", "queue.orders", "worker.spilled"],
-    ["specs.tensorrt_llm", "specs.sampling", "specs.retry"],
+    ["specs.tensorrt_llm", "specs.sampling", "specs.retry", "specs.input"],
     ["specs.engine"],
     ["queue.lazy_heap", "queue.leases", "queue.tail"],
     [
@@ -38,7 +38,8 @@ LAYERS = [
         "verify.damage",
         "worker.seal",
     ],
-    ["preflight.tokenizer_files"],
+    ["preflight.tokenizer_files", "specs.saved"],
+    ["reuse.fingerprint"],
     # pure decisions
     ["prompt", "plan", "queue.backlog", "queue.scaling", "queue.governor", "lengths", "worker.answer", "verify.rows"],
     ["stats", "queue.work_queue", "queue.progress", "queue.roster", "queue.timeline"],
@@ -61,6 +62,7 @@ LAYERS = [
     ["simulate.engine"],
     ["simulate.calibration", "simulate.workload"],
     ["simulate.policies", "simulate.oracle"],
+    ["reuse.index"],
     # the store seam
     ["stores", "stores.base"],
     ["stores.local", "stores.remote"],
@@ -109,7 +111,8 @@ LAYERS = [
     ["worker.result_batch", "worker.read_ahead", "worker.hint_check"],
     ["worker.partial_rows"],
     ["manifest", "worker.open_shard", "worker.prepare"],
-    ["length_files"],
+    ["length_files", "reuse.outputs", "reuse.duplicates"],
+    ["reuse.carrier"],
     ["engines.contract_subject"],
     ["engines.contract_answers"],
     ["engines.contract"],
@@ -191,6 +194,7 @@ PURE = {
     "specs.tensorrt_llm",
 }
 PURE |= {"spec", "prompt", "plan", "specs.sampling", "batches", "engines.deepseek_turns", "engines.deepseek_v32"}
+PURE |= {"reuse.fingerprint", "specs.saved", "specs.input"}
 PURE |= {"row_ranges", "queue.suspects", "queue.trial_queue", "specs.retry"}
 PURE |= {
     "queue.work_queue",
@@ -269,7 +273,7 @@ VENDORS = {
     "pynvml": {"engines.trtllm.gpu()", "preflight.facts()"},
     "yaml": {"specs.load"},
     "jsonschema": {"specs.sampling()"},
-    "numpy": {"evaluate.statistics", "evaluate.speed"},
+    "numpy": {"evaluate.statistics", "evaluate.speed", "reuse.index"},
     "scipy": {"evaluate.statistics", "evaluate.targets()"},
     "h5py": {"evaluate.targets()"},
     "math_verify": {"evaluate.math_grader()"},
