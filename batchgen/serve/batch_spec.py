@@ -7,7 +7,7 @@ from batchgen.specs.sections import PromptForm
 CUSTOM_ID, SAMPLING, TOOLS = "custom_id", "sampling", "tools"
 PROMPT_COLUMNS: dict[PromptForm, str] = {"messages": "messages", "text": "prompt", "token_ids": "prompt_token_ids"}
 # What of an input row its answer's line is made of, beside the answer.
-PASSTHROUGH = ("line", "choice", "refusal")
+PASSTHROUGH = ("line", "choice", "samples", "refusal")
 
 
 def make_batch_spec(

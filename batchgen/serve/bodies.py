@@ -24,7 +24,7 @@ from batchgen.specs.sections import GuidedForm, PromptForm
 MAX_STOPS = 16
 # No bearing on what is generated.
 INERT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "stream_options"}
-INERT |= {"prompt_cache_retention", "verbosity"} - {"verbosity"}
+INERT |= {"prompt_cache_retention"}
 SAMPLED = ("temperature", "top_p", "top_k", "min_p", "seed", "stop_token_ids")
 SAMPLED += ("presence_penalty", "frequency_penalty", "repetition_penalty")
 COMMON = {"model", "n", "stop", "max_tokens", "logprobs", "stream", "logit_bias", *SAMPLED}
@@ -48,13 +48,15 @@ class Abilities:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a body asks. Each of `rows` has its form's prompt column, `sampling` and `tools` (JSON text or None)."""
+    """What a body asks. Each of `rows` has its form's prompt column, `sampling` and `tools` (JSON text or None); there
+    are `num_samples` for each prompt, side by side."""
 
     form: PromptForm
     rows: tuple[dict[str, Any], ...]
     has_tools: bool
     is_stream: bool
     includes_usage: bool
+    num_samples: int = 1
 
 
 def read_body(endpoint: str, body: Json, can: Abilities) -> Asked:
@@ -74,7 +76,7 @@ def read_body(endpoint: str, body: Json, can: Abilities) -> Asked:
     rows = tuple({PROMPT_COLUMNS[form]: prompt, **shared} for prompt in prompts for _ in range(num))
     options = given.get("stream_options")
     includes_usage = isinstance(options, Mapping) and options.get("include_usage") is True
-    return Asked(form, rows, tools is not None, given.get("stream") is True, includes_usage)
+    return Asked(form, rows, tools is not None, given.get("stream") is True, includes_usage, num)
 
 
 PROMPT_PARAMS: dict[PromptForm, str] = {"messages": "messages", "text": "prompt", "token_ids": "prompt"}
@@ -123,11 +125,9 @@ def _read_sampling(given: Json, is_chat: bool, can: Abilities) -> Json:
         raise bad_request(f"{PARAMS.get(name, name)} can't be honoured by this model", PARAMS.get(name, name), UNSUPPORTED)
     if not fields:
         return fields
-    if not set(map(type, fields.values())).isdisjoint({bool}) and any(
-        isinstance(value, bool) and name != "thinking" for name, value in fields.items()
-    ):
-        name = next(name for name, value in fields.items() if isinstance(value, bool) and name != "thinking")
-        raise bad_request(f"{name} must be a number", name, "invalid_type")
+    for name, value in fields.items():  # JSON's own kinds: pydantic would take true for 1 and "0.5" for a half
+        if name in NUMBERS and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise bad_request(f"{name} must be a number", name, "invalid_type")
     try:
         SamplingSpec.model_validate(fields)
     except ValidationError as error:
@@ -138,6 +138,7 @@ def _read_sampling(given: Json, is_chat: bool, can: Abilities) -> Json:
     return fields
 
 
+NUMBERS = frozenset({*SAMPLED, "max_tokens"}) - {"stop_token_ids"}
 UNSUPPORTED = "unsupported_parameter"
 PARAMS = {"guided": "response_format", "thinking": "chat_template_kwargs"}
 

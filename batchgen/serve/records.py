@@ -37,7 +37,7 @@ class Record(BaseModel):
 
 
 class FileRecord(Record):
-    """A file's facts; its content lies in parts of these sizes (bytes), or is made of a job's dataset at `dataset`."""
+    """A file's facts; its content lies in parts of these sizes (bytes), or is made of the dataset of this batch's job."""
 
     id: str
     tenant: str
@@ -46,13 +46,13 @@ class FileRecord(Record):
     created_at: int
     expires_at: int | None
     part_bytes: tuple[int, ...] = ()
-    dataset: str | None = None
+    dataset_of: str | None = None
     dataset_bytes: int = 0
-    dataset_kind: Literal["ok", "error"] = "ok"
+    dataset_status: Literal["ok", "error"] = "ok"
 
     @property
     def num_bytes(self) -> int:
-        return sum(self.part_bytes) if self.dataset is None else self.dataset_bytes
+        return sum(self.part_bytes) if self.dataset_of is None else self.dataset_bytes
 
     def is_expired(self, now_s: float) -> bool:
         return self.expires_at is not None and now_s >= self.expires_at

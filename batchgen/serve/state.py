@@ -5,6 +5,7 @@
     t/TENANT/batches/ID.json    a batch's facts
     t/TENANT/inputs/ID/TRY/     its rows as Parquet
     t/TENANT/jobs/ID/           its job's output folder
+    uploads/TENANT/ID           parts of it come, and its record is not there yet
     open/TENANT/ID              a batch that has not ended; made before it and deleted after its end
     once/TENANT/DIGEST.json     which batch a create that may be repeated made
 
@@ -52,8 +53,24 @@ class State:
 
     def read_file(self, tenant: str, file_id: str) -> FileRecord | None:
         """None where there is none, and where it has expired."""
-        record = self._read(make_file_path(tenant, file_id), FileRecord)
+        record = self.read_file_record(tenant, file_id)
         return None if record is None or record.is_expired(self.now()) else record
+
+    def read_file_record(self, tenant: str, file_id: str) -> FileRecord | None:
+        """Expired or not."""
+        return self._read(make_file_path(tenant, file_id), FileRecord)
+
+    def begin_upload(self, tenant: str, file_id: str) -> None:
+        """Parts without a record come: whoever sweeps finds them by this."""
+        self.storage.put(f"uploads/{tenant}/{file_id}", b"")
+
+    def end_upload(self, tenant: str, file_id: str) -> None:
+        self.storage.delete(f"uploads/{tenant}/{file_id}")
+
+    def list_uploads(self) -> list[tuple[str, str]]:
+        """(tenant, file id) of all that began and did not end."""
+        parts = [info.path.split("/") for info in self.storage.list_files("uploads")]
+        return [(part[1], part[2]) for part in parts if len(part) == 3]
 
     def list_file_ids(self, tenant: str) -> list[str]:
         return self._list_ids(f"t/{tenant}/files")
