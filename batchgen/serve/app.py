@@ -126,7 +126,9 @@ async def _answer_store(_: Request, error: Exception) -> JSONResponse:
     """The store is away: what was asked was not done, or will be found done when it is asked again."""
     del error
     told = "The store does not answer; try again later."
-    return make_response(ApiError(503, told, kind="server_error", code="store_unavailable", retry_after_s=STORE_RETRY_S))
+    return make_response(
+        ApiError(503, told, kind="server_error", code="store_unavailable", retry_after_s=STORE_RETRY_S)
+    )
 
 
 async def _answer_gone(_: Request, error: Exception) -> JSONResponse:

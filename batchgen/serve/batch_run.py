@@ -31,7 +31,12 @@ class BatchRun:
     """`is_stopping`: the conductor wants to end. Both `View` and stop check of `run_job`."""
 
     def __init__(
-        self, state: State, record: BatchRecord, hold: Hold, is_stopping: Callable[[], bool], warn: Callable[[str], None]
+        self,
+        state: State,
+        record: BatchRecord,
+        hold: Hold,
+        is_stopping: Callable[[], bool],
+        warn: Callable[[str], None],
     ) -> None:
         self._state, self._record, self._hold = state, record, hold
         self._is_stopping, self._warn = is_stopping, warn

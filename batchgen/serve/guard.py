@@ -1,4 +1,4 @@
-"""The door of the app, before any handler: request id, keys, rates, body size, the audit line. Pure ASGI, streams nothing up.
+"""The door of the app, before any handler: request id, keys, rates, body size, audit line. Pure ASGI: holds up no stream.
 
 Every answer has `x-request-id`. All paths but `OPEN` need a key; what has none is 401, before its body is read. The
 audit line names who called what and what came of it, never a query, a body or a key.

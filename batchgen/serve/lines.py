@@ -67,9 +67,7 @@ class LineCheck:
         self.num_lines += 1
         value = parse_object(raw)
         if value is None:
-            return BatchError(
-                code="invalid_json_line", message="This line is not a JSON object in UTF-8.", line=number
-            )
+            return BatchError(code="invalid_json_line", message="This line is not a JSON object in UTF-8.", line=number)
         fault = self._find_fault(value, number)
         if fault is not None:
             param, code, message = fault
@@ -103,7 +101,11 @@ class LineCheck:
         if self.model is not None and model != self.model:
             return "body.model", "mismatched_model", "All lines of a batch must have the same model."
         if model not in self._models:
-            return "body.model", "model_not_found", "This model is not served here; GET /v1/models lists those that are."
+            return (
+                "body.model",
+                "model_not_found",
+                "This model is not served here; GET /v1/models lists those that are.",
+            )
         return None
 
 

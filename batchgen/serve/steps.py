@@ -8,7 +8,7 @@ from batchgen.errors import LeaseHeld, Refusal
 from batchgen.serve import records
 from batchgen.serve.abilities import find_abilities
 from batchgen.serve.batch_run import BatchRun, is_cancelled_elsewhere, make_job_spec
-from batchgen.serve.bodies import Abilities
+from batchgen.serve.body_sampling import Abilities
 from batchgen.serve.claims import Claims
 from batchgen.serve.convert import convert
 from batchgen.serve.dataset import find_dataset, is_dataset, write_dataset_results
@@ -104,7 +104,7 @@ class Steps:
             run.close(self._spec)
         if record.input.is_own:
             tokenizer = create_tokenizer(make_job_spec(self._spec, self._state, record))
-            made = write_results(self._state, record, tokenizer and (lambda ids: tokenizer.decode(ids)))
+            made = write_results(self._state, record, None if tokenizer is None else tokenizer.decode)
         else:
             made = write_dataset_results(self._state, record)
         self._end(record, made)
