@@ -164,6 +164,9 @@ class OutputSpec(Section):
     journal_interval_s: float = Field(
         default=10.0, gt=0, description="Finished rows are made safe this often (s): what a crash can cost."
     )
+    report_rows: int = Field(
+        default=0, ge=0, le=100, description="Generations shown in report.html (rows). 0: no generated text is in it."
+    )
     lock_url: Url | None = Field(
         default=None,
         description="Folder on a store with conditional writes, for the driver's lease, when the output's store has none.",
@@ -227,6 +230,12 @@ class ClusterSpec(Section):
     )
     max_gpu_hours: float | None = Field(
         default=None, gt=0, description="Stop before one run has used more, its workers' start-up included (GPU-hours)."
+    )
+
+    gpu_hour_cost: float | None = Field(
+        default=None,
+        ge=0,
+        description="What one GPU costs an hour, in your currency: then cost is told beside GPU-hours.",
     )
 
     @model_validator(mode="after")

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import s3fs
 
 from batchgen.driver.dispatch import Progress
-from batchgen.run import run_job
+from batchgen.driver.run import run_job
 from batchgen.spec import JobSpec
 from batchgen.specs.load import make_spec
 

@@ -41,9 +41,9 @@ LAYERS = [
     ["preflight.tokenizer_files"],
     # pure decisions
     ["prompt", "plan", "queue.backlog", "queue.scaling", "queue.governor", "lengths", "worker.answer", "verify.rows"],
-    ["stats", "queue.work_queue", "queue.progress", "queue.roster"],
+    ["stats", "queue.work_queue", "queue.progress", "queue.roster", "queue.timeline"],
     ["worker.budget", "worker.placement", "worker.stops", "queue.trial_queue"],
-    ["worker.seam"],
+    ["worker.seam", "worker.partials"],
     ["preflight.checkpoint", "staging.plan", "engines.trtllm.env"],
     ["preflight.preflight"],
     ["preflight.model"],
@@ -107,6 +107,7 @@ LAYERS = [
     ["training.train"],
     # one worker
     ["worker.result_batch", "worker.read_ahead", "worker.hint_check"],
+    ["worker.partial_rows"],
     ["manifest", "worker.open_shard", "worker.prepare"],
     ["length_files"],
     ["engines.contract_subject"],
@@ -134,14 +135,20 @@ LAYERS = [
     ["driver.inline_pool", "ray_pool", "driver.dispatch"],
     ["driver.pools"],
     # one run
-    ["driver.hold", "driver.view", "report"],
+    ["driver.hold", "driver.view"],
+    # what a job did
+    ["report", "report.figures", "report.svg"],
+    ["report.records"],
+    ["report.distributions", "report.waste", "report.lanes", "report.charts", "report.samples", "report.text"],
+    ["report.value", "report.page"],
+    ["report.reading", "driver.run_record"],
     # an NVFP4 checkpoint
     ["quantize.spec", "quantize.calibrate", "quantize.check"],
     ["quantize.spec_load", "quantize.job"],
     ["driver.inventory"],
     ["driver.control"],
     ["driver.finish", "verify.files", "verify.folder"],
-    ["run", "verify.verify"],
+    ["driver.run", "verify.verify"],
     ["chaos.chaos", "chaos.child"],
     ["demo", "bench.decode", "bench.queue", "bench.placement", "bench.memory"],
     # benchmarks as jobs
@@ -187,7 +194,7 @@ LAYERS = [
     ["serve.app"],
     ["serve.plain"],
     ["cli.base"],
-    ["cli.jobs", "cli.outputs", "cli.nodes", "cli.models", "cli.simulate", "cli.chaos"],
+    ["cli.jobs", "cli.outputs", "cli.reports", "cli.nodes", "cli.models", "cli.simulate", "cli.chaos"],
     ["cli.evaluate"],
     ["cli"],
     ["cli.__main__"],
@@ -220,8 +227,19 @@ PURE |= {
     "worker.answer",
     "verify.rows",
 }
-PURE |= {"worker.read_ahead", "worker.hint_check", "worker.pace"}
+PURE |= {
+    "queue.timeline",
+    "report.waste",
+    "report.lanes",
+    "report.distributions",
+    "report.svg",
+    "report.charts",
+    "report.figures",
+}
+PURE |= {"report.value", "report.text", "worker.read_ahead", "worker.hint_check", "worker.pace"}
 PURE |= {"worker.budget", "worker.placement", "worker.stops", "worker.seam", "engines.base"}
+PURE |= {"worker.read_ahead", "worker.hint_check", "worker.pace"}
+PURE |= {"worker.budget", "worker.placement", "worker.stops", "worker.seam", "worker.partials", "engines.base"}
 PURE |= {"preflight.checkpoint", "staging.plan", "preflight.preflight", "preflight.model"}
 PURE |= {"quantize.recipe", "quantize.architecture", "quantize.weigh"}
 PURE |= {"evaluate.extract", "evaluate.templates", "evaluate.statistics", "evaluate.speed"}
@@ -263,7 +281,7 @@ VENDORS = {
     | {"engines.nvfp4_model()", "quantize.job()", "bench.worker()"},
     "modelopt": {"quantize.calibrate()"},
     "safetensors": {"engines.hf_model()", "quantize.folder()"},
-    "jinja2": {"engines.hf_tokenizer"},
+    "jinja2": {"engines.hf_tokenizer", "report.page()"},
     "tensorrt_llm": {"engines.trtllm.vendor()"},
     "huggingface_hub": {"staging.hub()"},
     "fsspec": {"stores.remote", "stores.s3"},
@@ -285,13 +303,14 @@ VENDORS = {
         "cli.base",
         "cli.jobs",
         "cli.outputs",
+        "cli.reports",
         "cli.nodes",
         "cli.models",
         "cli.simulate",
         "cli.chaos",
         "cli.evaluate",
     },
-    "rich": {"driver.view", "cli.jobs()", "cli.outputs()", "cli.nodes()", "cli.models()", "preflight.doctor()"},
+    "rich": {"driver.view", "cli.jobs()", "cli.reports()", "cli.nodes()", "cli.models()", "preflight.doctor()"},
 }
 # Modules that import a heavy vendor at their top: whoever imports one of them does so lazily, or is one itself.
 HEAVY = {
@@ -432,7 +451,7 @@ SHOW = "print(*sorted(m for m in {names} if m in sys.modules))"
         ("import batchgen", HEAVY | {"pyarrow", "pydantic", "yaml", "typer", "rich"}),
         ("import batchgen.cli", HEAVY | {"pyarrow", "pydantic", "yaml"}),
         # All that a driver and a simulated worker on a local disk need.
-        ("import batchgen.run, batchgen.driver.inline_pool, batchgen.engines.simulated", HEAVY),
+        ("import batchgen.driver.run, batchgen.driver.inline_pool, batchgen.engines.simulated", HEAVY),
     ],
 )
 def test_importing_loads_no_vendor_before_it_is_used(code: str, absent: set[str]) -> None:

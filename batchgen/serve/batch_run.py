@@ -11,9 +11,9 @@ from typing import Any
 
 from batchgen.driver.hold import Hold
 from batchgen.driver.lease import make_cancel_path
+from batchgen.driver.run import run_job
 from batchgen.errors import Cancelled, StorageError
 from batchgen.queue.progress import Progress
-from batchgen.run import run_job
 from batchgen.serve.batch_spec import make_batch_spec
 from batchgen.serve.closing import ClosingPool, make_closing_spec
 from batchgen.serve.door import BulkJob, CreateBulkPool

@@ -20,11 +20,12 @@ from batchgen.driver.lease import Holder, is_dead_here, read_holder
 from batchgen.errors import BatchgenError, Damaged, NotFound, OutputError
 from batchgen.manifest import PLAN_FOLDER, SPEC, SUCCESS
 from batchgen.records import InputFile, Shard
-from batchgen.report import REPORT_JSON
+from batchgen.report.records import REPORT_JSON
 from batchgen.spec import JobSpec
 from batchgen.storage import Storage
 from batchgen.verify.damage import OF_DAMAGE
 from batchgen.verify.rows import RESTORE, Finding, check_plan
+from batchgen.worker.partial_rows import SCHEMA as PARTIALS_SCHEMA
 from batchgen.worker.seal import digest, is_json_whole
 from batchgen.write import make_result_schema
 
@@ -246,7 +247,8 @@ def check_journal(folder: Folder) -> tuple[list[Finding], list[str]]:
     def read(path: str) -> str | None:
         try:
             refs = journal.read_index(storage, path, fingerprint)
-            journal.read_rows(storage, list(refs.values()), schema)
+            for ref in refs.values():
+                journal.read_ref(storage, ref, PARTIALS_SCHEMA if journal.is_partials(path) else schema)
         except NotFound:
             return None  # its shards were committed meanwhile
         except Damaged as error:

@@ -185,6 +185,12 @@ class OpenShard:
     def is_finished(self, source_row: int, sample_index: int) -> bool:
         return bool(self._finished[self._slot(source_row, sample_index)])
 
+    def is_missing(self, row_id: RowId) -> bool:
+        """Is it a request of this batch that is not finished?"""
+        shard, (row, sample) = self.lease.shard, row_id.slot
+        is_of_it = row_id.source_file == shard.file.path and shard.row_start <= row < shard.row_end
+        return is_of_it and not self.is_finished(row, sample)
+
     @property
     def _num_made(self) -> int:
         return self._num_finished - self._num_left_out

@@ -34,7 +34,7 @@ from batchgen.queue.suspects import ShardRows
 from batchgen.records import Lease, WorkerInfo
 from batchgen.row_ranges import iter_rows
 from batchgen.stats import make_lost_stats
-from batchgen.worker.continuation import make_serving
+from batchgen.worker.continuation import Continuation, make_serving
 from batchgen.worker.feeder import Feeder
 from batchgen.worker.hint_check import HintCheck
 from batchgen.worker.open_shard import OpenShard
@@ -76,13 +76,13 @@ class Worker:
         spec, engine, prior = self._spec, self._engine, self._setup.prior
         preparer = Preparer(spec, engine.tokenizer, engine.max_model_len, list_refused(spec.engine), prior)
         serving, hints, size = make_serving(engine, spec, prior), HintCheck(), spec.engine.max_inflight
+        self._partials = serving.partials if isinstance(serving, Continuation) else None
         self._sender = Sender(serving, size, spec.retry, self._die, self._note_restart, hints.note)
         self._feeder = Feeder(spec, self._setup.passthrough, preparer, self._sender, hints)
         self._window = self._sender.window
         self._wake, self._pace = asyncio.Event(), Pace(spec.engine.max_inflight, time.monotonic())
-        self._spill = Spill(
-            self._files, self._setup.epoch, self._setup.worker_id, lambda: [*self._shards.values()], self._emit
-        )
+        epoch, worker_id = self._setup.epoch, self._setup.worker_id
+        self._spill = Spill(self._files, epoch, worker_id, lambda: [*self._shards.values()], self._emit, self._partials)
         self._committing = asyncio.Semaphore(MAX_COMMITS)
         self._other_tasks.spawn(self._feeder.run())
         self._other_tasks.spawn(self._spill.flush_often(spec.output.journal_interval_s))
@@ -206,6 +206,10 @@ class Worker:
         if lease.journal:
             saved, left_out = await asyncio.to_thread(self._files.read_journal, lease, shard.replaced_epoch)
             shard.recover(saved, are_copied=False)
+            if self._partials is not None:
+                begun, more = await asyncio.to_thread(self._files.read_partials, lease.shard, lease.journal)
+                self._partials.load((row_id, partial) for row_id, partial in begun if shard.is_missing(row_id))
+                left_out = [*left_out, *more]
             for message in left_out:
                 self._emit(WorkerWarned(self._setup.worker_id, message))
         shard.quarantine(lease.quarantined)

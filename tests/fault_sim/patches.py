@@ -91,7 +91,7 @@ for _name in ("read", "read_row_group", "iter_batches"):
     _without_threads(_name)
 pq.read_table = _read_table
 
-from batchgen import run  # noqa: E402
+from batchgen.driver import run  # noqa: E402, I001
 from batchgen.driver import hold  # noqa: E402
 from batchgen.driver import lease as driver_lease  # noqa: E402
 from batchgen.stores.probe import StoreAbilities  # noqa: E402
