@@ -118,6 +118,8 @@ async def _answer_invalid(_: Request, error: Exception) -> JSONResponse:
 async def _answer_http(_: Request, error: Exception) -> JSONResponse:
     """No such path, or no such method on it."""
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, ApiError):  # FastAPI's word for what went wrong while it read the body
+        return make_response(error.__cause__)
     told = {404: "No such path.", 405: "This method is not known here."}.get(error.status_code, "Bad request.")
     response = make_response(ApiError(error.status_code, told))
     response.headers.update(error.headers or {})

@@ -67,6 +67,7 @@ class BatchRun:
                 record = self._state.read_batch(self._record.tenant, self._record.id)
                 if record is None or record.batch.status != "in_progress":
                     raise Cancelled("the batch was cancelled")
+                self._record = record
 
     # ---- what the run says
 

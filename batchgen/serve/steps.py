@@ -13,11 +13,10 @@ from batchgen.serve.claims import Claims
 from batchgen.serve.convert import convert
 from batchgen.serve.dataset import find_dataset, is_dataset, write_dataset_results
 from batchgen.serve.door import CreateBulkPool
-from batchgen.serve.errors import ApiError
 from batchgen.serve.parts import read_content
 from batchgen.serve.records import BatchRecord
 from batchgen.serve.results import Results, write_results
-from batchgen.serve.spec import EndpointSpec
+from batchgen.serve.spec import EndpointSpec, TenantSpec
 from batchgen.serve.state import State
 from batchgen.serve.wire import BatchError, BatchUsage, RequestCounts
 
@@ -56,9 +55,10 @@ class Steps:
         )
 
     def _validate_dataset(self, record: BatchRecord) -> None:
+        tenant = self._spec.tenants.get(record.tenant, TenantSpec())
         try:
-            job_input = find_dataset(record)
-        except (Refusal, ApiError) as error:
+            job_input = find_dataset(record, tenant.inputs)
+        except Refusal as error:
             told = BatchError(code="invalid_dataset", message=str(error), param="input_file_id")
             self._fail(record, [told])
             return
