@@ -176,6 +176,27 @@ LAYERS = [
     ["bench.runs"],
     ["bench.measure", "bench.summary"],
     ["bench.benchmark", "bench.saturation"],
+    # the endpoint, as far as it needs no Ray
+    ["serve"],
+    [
+        "serve.errors",
+        "serve.ids",
+        "serve.rates",
+        "serve.paging",
+        "serve.ranges",
+        "serve.wire",
+        "serve.spec",
+        "serve.door",
+    ],
+    ["serve.records", "serve.batch_spec", "serve.lines", "serve.answers", "serve.keys", "serve.body_sampling"],
+    ["serve.load", "serve.bodies", "serve.state", "serve.closing"],
+    ["serve.abilities", "serve.parts", "serve.once", "serve.endpoint", "serve.claims", "serve.jobs"],
+    ["serve.convert", "serve.results", "serve.sweep", "serve.upload", "serve.guard", "serve.batch_run"],
+    ["serve.dataset"],
+    ["serve.steps", "serve.create", "serve.routes_files"],
+    ["serve.conductor", "serve.routes_batches", "serve.page", "serve.routes_page"],
+    ["serve.app"],
+    ["serve.plain"],
     ["cli.base"],
     ["cli.jobs", "cli.outputs", "cli.reports", "cli.nodes", "cli.models", "cli.simulate", "cli.chaos"],
     ["cli.evaluate"],
@@ -237,6 +258,8 @@ PURE |= {
     "simulate.engine",
     "simulate.calibration",
 }
+PURE |= {"serve.errors", "serve.ids", "serve.rates", "serve.paging", "serve.ranges", "serve.wire", "serve.records"}
+PURE |= {"serve.spec", "serve.batch_spec", "serve.bodies", "serve.body_sampling", "serve.lines", "serve.answers"}
 # What only does I/O: pure modules may not even import it from the standard library.
 EFFECTS = {
     "os",
@@ -274,6 +297,10 @@ VENDORS = {
     "yaml": {"specs.load"},
     "jsonschema": {"specs.sampling()"},
     "numpy": {"evaluate.statistics", "evaluate.speed", "reuse.index"},
+    "fastapi": {"serve.app", "serve.routes_files", "serve.routes_batches", "serve.routes_page"},
+    "starlette": {"serve.app", "serve.routes_files", "serve.routes_page", "serve.guard"},
+    "uvicorn": {"serve.plain()"},
+    "python_multipart": {"serve.upload"},
     "scipy": {"evaluate.statistics", "evaluate.targets()"},
     "h5py": {"evaluate.targets()"},
     "math_verify": {"evaluate.math_grader()"},
