@@ -13,8 +13,6 @@ from batchgen.row_ranges import RowRanges
 
 # A Python int and its place in a tuple.
 TOKEN_BYTES = 36
-
-
 # (source_row, sample_index): a request of a shard whose file is known.
 Slot = tuple[int, int]
 
@@ -107,7 +105,7 @@ class Request:
     engine with a tokenizer on our side; `prompt`, the row's own, for one that renders and tokenises itself. `has_tools`:
     the answer may call tools. `expected_tokens`: of the completion, where anything is known of it (`lengths`).
     `partial`: what was generated for it before, with `token_ids` only; the engine gives what comes after that, at most
-    `sampling.max_tokens` more. `rank`: the attention-DP rank that must take it, None for any."""
+    `sampling.max_tokens` more. `rank`: the attention-DP rank that must take it, None for any. `fingerprint`: `reuse`'s."""
 
     row_id: RowId
     token_ids: tuple[int, ...] | None
@@ -118,6 +116,7 @@ class Request:
     expected_tokens: float | None = None
     partial: Partial | None = None
     rank: int | None = None
+    fingerprint: bytes | None = None
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -180,7 +179,8 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The end of one request: exactly one of generation, failure is set. `text` and `reasoning` are the cut answer."""
+    """The end of one request: exactly one of generation, failure is set. `text` and `reasoning` are the cut answer,
+    `reused_from` the batch that generated it, where this request was never sent."""
 
     row_id: RowId
     num_attempts: int
@@ -190,6 +190,8 @@ class Result:
     text: str | None = None
     reasoning: str | None = None
     prompt_tokens: int | None = None
+    fingerprint: bytes | None = None
+    reused_from: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,9 +279,8 @@ class WorkerInfo:
 
 @dataclass(frozen=True, slots=True)
 class ShardProgress:
-    """How far an open lease is, in input rows whose n samples are all finished; in failed samples, of any row; and in
-    requests that are neither finished, nor given to another worker, nor sent to the engine yet. `error_types`: the failed
-    samples by type."""
+    """An open lease: input rows with all n samples finished; failed samples, and those by type; requests neither finished,
+    given to another worker, nor sent."""
 
     batch_id: str
     num_rows_done: int

@@ -133,7 +133,7 @@ def watch_run(spec: Any, limit: int | None, log_format: LogFormat = "text") -> d
     from batchgen.driver.run import run_job
     from batchgen.driver.view import LineView, LogView, RichView, print_rows
     from batchgen.logs import writing_json
-    from batchgen.report import make_text_rows
+    from batchgen.report.text import make_text_rows
 
     console, interval_s = Console(stderr=True), spec.cluster.log_interval_s
     is_screen = console.is_terminal and not console.is_jupyter

@@ -13,7 +13,9 @@ from batchgen.driver.dispatch import Dispatcher
 from batchgen.driver.finish import finish, withdraw_success
 from batchgen.driver.hold import Hold, hold_folder
 from batchgen.driver.job import Job, check_renders, freeze, limit_rows, load_journal, open_job, reopen
+from batchgen.driver.live_page import LivePage
 from batchgen.driver.pools import create_pool
+from batchgen.driver.run_record import RunRecorder
 from batchgen.driver.signals import stop_on_signal
 from batchgen.driver.view import View
 from batchgen.driver.watch import Watch
@@ -21,15 +23,24 @@ from batchgen.errors import LeaseLost, RunStopped, StorageError
 from batchgen.logs import Note, in_run, log_event
 from batchgen.queue.events import WorkerPool
 from batchgen.queue.inquiry import Inquiry
+from batchgen.queue.progress import Progress
 from batchgen.queue.trial_queue import TrialQueue
 from batchgen.spec import JobSpec
 from batchgen.storage import Storage
 from batchgen.worker.worker import WorkerSetup
 
 
-def run_job(spec: JobSpec, view: View, *, limit: int | None = None) -> dict[str, Any]:
+def run_job(
+    spec: JobSpec,
+    view: View,
+    *,
+    limit: int | None = None,
+    create_pool: Callable[[WorkerSetup], WorkerPool] = create_pool,
+    check: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
     """Run the job until it is done or stopped; the report. `limit`: only the first rows, as a trial that the full run
-    keeps. Raises Refusal before anything was started, LeaseLost when another driver took the folder over."""
+    keeps. `create_pool`: in place of the spec's own; `check` is called at every turn and may raise RunStopped. Raises
+    Refusal before anything was started, LeaseLost when another driver took the folder over."""
     job = open_job(limit_rows(spec, limit), Storage(spec.output.path))
     if job.is_new:
         check_renders(job)
@@ -45,21 +56,36 @@ def run_job(spec: JobSpec, view: View, *, limit: int | None = None) -> dict[str,
         freeze(job)
         setup = WorkerSetup("", job.spec, hold.epoch, storage, job.passthrough, job.prior)
         with closing(create_pool(setup)) as pool, stop_on_signal() as check_signal:
-            dispatcher = make_dispatcher(job, hold, pool, view, check_signal)
+
+            def check_all() -> None:
+                check_signal()
+                check()
+
+            recorder = RunRecorder(storage, job.spec, hold.epoch)
+            dispatcher = make_dispatcher(job, hold, pool, view, check_all, recorder)
             message = dispatch(dispatcher, view)
+            recorder.close(dispatcher, message)
         report = finish(job, dispatcher, hold, message=message, is_trial=limit is not None)
         log_event("run_ended", **{name: report[name] for name in ("state", "exit_code", "rows", "run", "output")})
         return report
 
 
-def make_dispatcher(job: Job, hold: Hold, pool: WorkerPool, view: View, check_signal: Callable[[], None]) -> Dispatcher:
+def make_dispatcher(
+    job: Job, hold: Hold, pool: WorkerPool, view: View, check_signal: Callable[[], None], recorder: RunRecorder
+) -> Dispatcher:
     """The loop and everything it works with."""
     spec, todo = job.spec, job.todo
     watch = Watch(view, StatusWriter(job.storage, hold.epoch, spec.cluster.log_interval_s))
+    page = LivePage(job, hold, recorder)
 
     def check() -> None:
         hold.check()
         check_signal()
+
+    def show(progress: Progress) -> None:
+        watch.show(dispatcher, progress)
+        recorder.update(dispatcher, progress)
+        page.update(dispatcher)
 
     queue = TrialQueue(todo, epoch=hold.epoch, retry=spec.retry, cluster=spec.cluster, n=spec.sampling.n)
     index = load_journal(job, view.warn)
@@ -76,7 +102,7 @@ def make_dispatcher(job: Job, hold: Hold, pool: WorkerPool, view: View, check_si
         num_rows=job.num_wanted_rows,
         num_rows_done_before=job.num_wanted_rows - sum(queued.shard.num_rows for queued in todo),
         check=check,
-        on_progress=lambda progress: watch.show(dispatcher, progress),
+        on_progress=show,
         on_warning=view.warn,
     )
     return dispatcher
