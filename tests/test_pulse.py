@@ -118,7 +118,7 @@ def test_workers_are_told_by_what_is_wrong_with_them_and_never_too_many() -> Non
     world = World(num_workers=MAX_LINES + 20)
     for worker_id in list(world.roster.workers)[1:]:
         world.hear(worker_id, 0, 60.0)
-    world.queue.retire("worker-0005")
+    next(w for w in world.queue.look_at_workers() if w.info.worker_id == "worker-0005").is_leaving = True
     world.roster.make_worker_id(60.0)
     seen = world.look(60.0, rows=1)
     assert [line.state for line in seen.workers[:3]] == ["silent", "leaving", "idle"]
