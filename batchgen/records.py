@@ -263,7 +263,8 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """What a worker says of itself when it is up. `build` must equal the driver's or it is turned away."""
+    """What a worker says of itself when it is up. `build` must equal the driver's or it is turned away. `can_move`: rows
+    that its engine has begun can be stopped there and gone on with elsewhere."""
 
     worker_id: str
     build: str
@@ -273,17 +274,19 @@ class WorkerInfo:
     num_gpus: float
     window: int
     startup_s: float
+    can_move: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ShardProgress:
     """How far an open lease is, in input rows whose n samples are all finished; in failed samples, of any row; and in
-    requests that are neither finished, nor given to another worker, nor sent to the engine yet."""
+    requests that are neither finished, nor given to another worker, nor sent to the engine yet; and in those it has."""
 
     batch_id: str
     num_rows_done: int
     num_rows_error: int
     num_unsent: int = 0
+    num_inflight: int = 0
 
 
 @dataclass(frozen=True, slots=True)

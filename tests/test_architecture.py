@@ -27,6 +27,7 @@ LAYERS = [
     ["specs.tensorrt_llm", "specs.sampling", "specs.retry"],
     ["specs.engine"],
     ["queue.lazy_heap", "queue.leases", "queue.tail"],
+    ["queue.begun"],
     [
         "spec",
         "queue.events",
@@ -113,7 +114,7 @@ LAYERS = [
     ["engines.contract_subject"],
     ["engines.contract_answers"],
     ["engines.contract"],
-    ["worker.continuation"],
+    ["worker.continuation", "worker.ready"],
     ["worker.shard_files", "worker.sender", "specs.validate"],
     ["specs.inputs"],
     ["worker.feeder"],
@@ -200,6 +201,7 @@ PURE |= {
     "worker.answer",
     "verify.rows",
 }
+PURE |= {"queue.begun"}
 PURE |= {"worker.read_ahead", "worker.hint_check", "worker.pace"}
 PURE |= {"worker.budget", "worker.placement", "worker.stops", "worker.seam", "worker.partials", "engines.base"}
 PURE |= {"preflight.checkpoint", "staging.plan", "preflight.preflight", "preflight.model"}

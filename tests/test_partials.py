@@ -211,7 +211,7 @@ def test_many_segments_of_a_shard_become_one(
     monkeypatch.setattr(spill.Spill, "_write_partials", look)
     report, view = run(merge(tree, {"engine": {"sigma": 0.4}, "output": {"journal_interval_s": 0.02}}))
     assert report["exit_code"] == 0, view.warned
-    assert len(most) > 6
+    assert len(most) > 4
     assert max(most) <= 5, "the driver deletes merged ones at its next turn"
     check_output(tmp_path / "out", files)
     del asked

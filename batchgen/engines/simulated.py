@@ -24,7 +24,7 @@ from typing import Any
 from batchgen import __version__
 from batchgen.engines.base import Tokenizer
 from batchgen.errors import BatchgenError, EngineDied, EngineRestarted, RequestFailed, RequestRejected
-from batchgen.records import Generation, Request, Usage
+from batchgen.records import Generation, Request, RowId, Usage
 from batchgen.specs.engine import SimulatedEngineSpec
 from batchgen.worker.answer import Parsed, split_reasoning
 
@@ -77,6 +77,7 @@ class SimulatedEngine:
         self.total_tokens = 0
         self._log_fds: dict[str, int] = {}
         self._death: asyncio.Future[Generation] | None = None
+        self._decoding: dict[RowId, tuple[Request, float]] = {}
 
     async def open(self) -> None:
         await asyncio.sleep(self._spec.startup_s)
@@ -119,6 +120,19 @@ class SimulatedEngine:
             work.cancel()  # of no effect on one that has ended
         return death.result() if death.done() else work.result()
 
+    def peek(self, row_id: RowId) -> Generation | None:
+        """What a slot's rate has made of it by now."""
+        if (found := self._decoding.get(row_id)) is None:
+            return None
+        request, first_at = found
+        num_made = int((time.monotonic() - first_at) * self._spec.decode_tokens_per_s)
+        num_tokens = min(num_made, self._choose_length(request)[0] - 1)
+        written = self._write(request, num_tokens)
+        if num_tokens < 1 or any(mark in written.decode() for mark in request.sampling.stop):
+            return None
+        usage = Usage(len(request.ids), num_tokens, 0)
+        return Generation(written.decode(), tuple(written), "length", usage, ttft_s=0.0, queued_s=0.0)
+
     async def close(self) -> None:
         self.kill("the engine was closed")
         for log_fd in self._log_fds.values():
@@ -142,7 +156,11 @@ class SimulatedEngine:
             first_at = self._prefilled_at
             await sleep_until(first_at)
             await self._fault(request)
-            await self._decode(self._choose_length(request)[0], first_at)
+            self._decoding[request.row_id] = request, first_at
+            try:
+                await self._decode(self._choose_length(request)[0], first_at)
+            finally:
+                del self._decoding[request.row_id]
             answer = self._answer(request, queued_s=began - started, ttft_s=first_at - started)
         self._log(request, "answers", round(time.time() - (time.monotonic() - began), 4), round(time.time(), 4))
         return answer

@@ -8,7 +8,6 @@ loop) but for `make_parts`.
 
 import asyncio
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import islice
 
 import pyarrow as pa
@@ -19,7 +18,7 @@ from batchgen.records import JournalRef, Lease, Result, RowId, ShardProgress, Sl
 from batchgen.row_ranges import RowRanges, iter_rows
 from batchgen.worker.answer import make_quarantined, make_unstorable
 from batchgen.worker.result_batch import count_values, make_result_batch
-from batchgen.worker.spilled import Finished, ReadBack, load_rows
+from batchgen.worker.spilled import Finished, Parts, ReadBack, load_rows
 from batchgen.write import make_output_table
 
 # Results become Arrow this many rows, or token ids and logprobs, at a time: Python objects of more never pile up, and the
@@ -28,15 +27,6 @@ BATCH_ROWS = 256
 BATCH_VALUES = 2**16
 # A value of another type than its column's, or beyond its range. (pa.ArrowInvalid is a ValueError, and so on.)
 REFUSED_BY_ARROW = (TypeError, ValueError, OverflowError)
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """A finished shard's rows by where they came from."""
-
-    output: pa.Table
-    generated: pa.Table
-    recovered: pa.Table
 
 
 class OpenShard:
@@ -155,7 +145,10 @@ class OpenShard:
         return list(islice(free, max_requests))
 
     def give(self, slots: Iterable[Slot], share_id: str) -> None:
-        self._away.update(dict.fromkeys(slots, share_id))
+        """They are another worker's, whether they were sent before or not."""
+        for slot in slots:
+            self._away[slot] = share_id
+            self._sent[self._slot(*slot)] = 0
 
     def take_back(self, share_ids: Iterable[str]) -> list[Slot]:
         """Requests of these shares that nobody finished: ours again."""
@@ -198,8 +191,9 @@ class OpenShard:
     @property
     def progress(self) -> ShardProgress:
         """Input rows done, counted in whole rows of n samples."""
-        num_unsent = len(self._finished) - self._num_finished - len(self._away) - self.num_inflight
-        return ShardProgress(self.lease.batch_id, self._num_made // self._n, self.num_error, max(0, num_unsent))
+        num_unsent = max(0, len(self._finished) - self._num_finished - len(self._away) - self.num_inflight)
+        num_rows = self._num_made // self._n
+        return ShardProgress(self.lease.batch_id, num_rows, self.num_error, num_unsent, self.num_inflight)
 
     def is_row_finished(self, source_row: int) -> bool:
         """All its samples."""

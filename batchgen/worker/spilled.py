@@ -23,6 +23,15 @@ class Finished:
         return 0 if self.rows is None else int(self.rows.nbytes)
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A finished shard's rows by where they came from."""
+
+    output: pa.Table
+    generated: pa.Table
+    recovered: pa.Table
+
+
 def load_rows(part: Finished, batch_id: str, read_back: ReadBack | None) -> pa.Table:
     """The rows, wherever they are. A segment may hold another batch's of the same shard, too: a share of it."""
     if part.rows is not None:

@@ -40,7 +40,8 @@ from batchgen.worker.hint_check import HintCheck
 from batchgen.worker.open_shard import OpenShard
 from batchgen.worker.pace import Pace
 from batchgen.worker.prepare import Preparer
-from batchgen.worker.sender import Ready, Sender, list_rows
+from batchgen.worker.ready import Ready, list_rows
+from batchgen.worker.sender import Sender
 from batchgen.worker.setup import WorkerSetup as WorkerSetup  # known here to all who make workers
 from batchgen.worker.shard_files import ShardFiles, Spent, make_event
 from batchgen.worker.shares import Hooks, WorkerShares
@@ -76,7 +77,8 @@ class Worker:
         spec, engine, prior = self._spec, self._engine, self._setup.prior
         preparer = Preparer(spec, engine.tokenizer, engine.max_model_len, list_refused(spec.engine), prior)
         serving, hints, size = make_serving(engine, spec, prior), HintCheck(), spec.engine.max_inflight
-        self._partials = serving.partials if isinstance(serving, Continuation) else None
+        continued = serving if isinstance(serving, Continuation) and serving.is_resumable else None
+        self._partials = continued.partials if continued is not None else None
         self._sender = Sender(serving, size, spec.retry, self._die, self._note_restart, hints.note)
         self._feeder = Feeder(spec, self._setup.passthrough, preparer, self._sender, hints)
         self._window = self._sender.window
@@ -95,9 +97,13 @@ class Worker:
             num_gpus=spec.cluster.gpus_per_worker,
             window=spec.engine.max_inflight,
             startup_s=time.monotonic() - started,
+            can_move=continued is not None and spec.cluster.moves != "none",
         )
         hooks = Hooks(self._feeder.feed, self._flush, self._emit)
-        self._shares = WorkerShares(self.info, self._files, self._sender, self._shards, hooks)
+        self._shares = WorkerShares(
+            *(self.info, self._files, self._sender, self._shards, hooks, continued),
+            moves_seeded=spec.cluster.moves == "all",
+        )
         return self.info
 
     def assign(self, lease: Lease) -> None:
