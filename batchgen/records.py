@@ -107,7 +107,8 @@ class Request:
     engine with a tokenizer on our side; `prompt`, the row's own, for one that renders and tokenises itself. `has_tools`:
     the answer may call tools. `expected_tokens`: of the completion, where anything is known of it (`lengths`).
     `partial`: what was generated for it before, with `token_ids` only; the engine gives what comes after that, at most
-    `sampling.max_tokens` more. `rank`: the attention-DP rank that must take it, None for any."""
+    `sampling.max_tokens` more. `rank`: the attention-DP rank that must take it, None for any. `is_urgent`: somebody waits
+    for this one; it goes before the others, where the engine can choose."""
 
     row_id: RowId
     token_ids: tuple[int, ...] | None
@@ -118,6 +119,7 @@ class Request:
     expected_tokens: float | None = None
     partial: Partial | None = None
     rank: int | None = None
+    is_urgent: bool = False
 
     @property
     def ids(self) -> tuple[int, ...]:
