@@ -20,11 +20,11 @@ MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 300
 
 LAYERS = [
-    ["specs", "queue", "worker", "driver", "verify", "staging", "preflight", "chaos"],
+    ["specs", "queue", "worker", "driver", "verify", "staging", "preflight", "chaos", "reuse"],
     ["__init__", "names", "row_ranges", "batches", "errors", "urls", "paths"],
     ["records", "queue.suspects"],
     ["specs.sections", "queue.orders", "worker.spilled"],
-    ["specs.tensorrt_llm", "specs.sampling", "specs.retry"],
+    ["specs.tensorrt_llm", "specs.sampling", "specs.retry", "specs.input"],
     ["specs.engine"],
     ["queue.lazy_heap", "queue.leases", "queue.tail"],
     ["queue.begun"],
@@ -39,10 +39,11 @@ LAYERS = [
         "verify.damage",
         "worker.seal",
     ],
-    ["preflight.tokenizer_files"],
+    ["preflight.tokenizer_files", "specs.saved"],
+    ["reuse.fingerprint"],
     # pure decisions
     ["prompt", "plan", "queue.backlog", "queue.scaling", "queue.governor", "lengths", "worker.answer", "verify.rows"],
-    ["stats", "queue.work_queue", "queue.progress", "queue.roster"],
+    ["stats", "queue.work_queue", "queue.progress", "queue.roster", "queue.timeline"],
     ["worker.budget", "worker.placement", "worker.stops", "queue.trial_queue"],
     ["worker.seam", "worker.partials"],
     ["preflight.checkpoint", "staging.plan", "engines.trtllm.env"],
@@ -62,6 +63,7 @@ LAYERS = [
     ["simulate.engine"],
     ["simulate.calibration", "simulate.workload"],
     ["simulate.policies", "simulate.oracle"],
+    ["reuse.index"],
     # the store seam
     ["stores", "stores.base"],
     ["stores.local", "stores.remote"],
@@ -77,6 +79,7 @@ LAYERS = [
     ["staging.staging", "preflight.checkpoint_facts", "preflight.facts"],
     ["preflight.check"],
     # the engine seam
+    ["engines.byte_tokenizer"],
     ["engines.base", "engines.sampling", "engines.hf_tokenizer", "engines.breaker", "engines.openai_wire"],
     ["engines.deepseek_turns"],
     ["engines.deepseek_v32"],
@@ -100,6 +103,7 @@ LAYERS = [
     ["engines.nvfp4_model"],
     ["engines.hf_model"],
     ["engines.decode", "engines.simulated"],
+    ["engines.lanes"],
     ["engines.transformers", "engines.openai", "engines.tensorrt_llm"],
     ["engines"],
     ["chaos.faults"],
@@ -110,7 +114,8 @@ LAYERS = [
     ["worker.result_batch", "worker.read_ahead", "worker.hint_check"],
     ["worker.partial_rows"],
     ["manifest", "worker.open_shard", "worker.prepare"],
-    ["length_files"],
+    ["length_files", "reuse.outputs", "reuse.duplicates"],
+    ["reuse.carrier"],
     ["engines.contract_subject"],
     ["engines.contract_answers"],
     ["engines.contract"],
@@ -136,14 +141,21 @@ LAYERS = [
     ["driver.inline_pool", "ray_pool", "driver.dispatch"],
     ["driver.pools"],
     # one run
-    ["driver.hold", "driver.view", "report"],
+    ["driver.hold", "driver.view"],
+    # what a job did
+    ["report", "report.figures", "report.svg"],
+    ["report.records"],
+    ["report.distributions", "report.waste", "report.lanes", "report.charts", "report.samples", "report.text"],
+    ["report.value", "report.page"],
+    ["report.by"],
+    ["driver.run_record"],
     # an NVFP4 checkpoint
     ["quantize.spec", "quantize.calibrate", "quantize.check"],
     ["quantize.spec_load", "quantize.job"],
     ["driver.inventory"],
     ["driver.control"],
-    ["driver.finish", "verify.files", "verify.folder"],
-    ["run", "verify.verify"],
+    ["driver.finish", "driver.live_page", "verify.files", "verify.folder"],
+    ["driver.run", "verify.verify", "report.reading"],
     ["chaos.chaos", "chaos.child"],
     ["demo", "bench.decode", "bench.queue", "bench.placement", "bench.memory"],
     # benchmarks as jobs
@@ -167,8 +179,29 @@ LAYERS = [
     ["bench.runs"],
     ["bench.measure", "bench.summary"],
     ["bench.benchmark", "bench.saturation"],
+    # the endpoint, as far as it needs no Ray
+    ["serve"],
+    [
+        "serve.errors",
+        "serve.ids",
+        "serve.rates",
+        "serve.paging",
+        "serve.ranges",
+        "serve.wire",
+        "serve.spec",
+        "serve.door",
+    ],
+    ["serve.records", "serve.batch_spec", "serve.lines", "serve.answers", "serve.keys", "serve.body_sampling"],
+    ["serve.load", "serve.bodies", "serve.state", "serve.closing"],
+    ["serve.abilities", "serve.parts", "serve.once", "serve.endpoint", "serve.claims", "serve.jobs"],
+    ["serve.convert", "serve.results", "serve.sweep", "serve.upload", "serve.guard", "serve.batch_run"],
+    ["serve.dataset"],
+    ["serve.steps", "serve.create", "serve.routes_files"],
+    ["serve.conductor", "serve.routes_batches", "serve.page", "serve.routes_page"],
+    ["serve.app"],
+    ["serve.plain"],
     ["cli.base"],
-    ["cli.jobs", "cli.outputs", "cli.nodes", "cli.models", "cli.simulate", "cli.chaos"],
+    ["cli.jobs", "cli.outputs", "cli.reports", "cli.nodes", "cli.models", "cli.simulate", "cli.chaos"],
     ["cli.evaluate"],
     ["cli"],
     ["cli.__main__"],
@@ -185,6 +218,7 @@ PURE = {
     "specs.tensorrt_llm",
 }
 PURE |= {"spec", "prompt", "plan", "specs.sampling", "batches", "engines.deepseek_turns", "engines.deepseek_v32"}
+PURE |= {"reuse.fingerprint", "specs.saved", "specs.input"}
 PURE |= {"row_ranges", "queue.suspects", "queue.trial_queue", "specs.retry"}
 PURE |= {
     "queue.work_queue",
@@ -202,6 +236,16 @@ PURE |= {
     "verify.rows",
 }
 PURE |= {"queue.begun"}
+PURE |= {
+    "queue.timeline",
+    "report.waste",
+    "report.lanes",
+    "report.distributions",
+    "report.svg",
+    "report.charts",
+    "report.figures",
+}
+PURE |= {"report.value", "report.text", "worker.read_ahead", "worker.hint_check", "worker.pace"}
 PURE |= {"worker.read_ahead", "worker.hint_check", "worker.pace"}
 PURE |= {"worker.budget", "worker.placement", "worker.stops", "worker.seam", "worker.partials", "engines.base"}
 PURE |= {"preflight.checkpoint", "staging.plan", "preflight.preflight", "preflight.model"}
@@ -217,6 +261,8 @@ PURE |= {
     "simulate.engine",
     "simulate.calibration",
 }
+PURE |= {"serve.errors", "serve.ids", "serve.rates", "serve.paging", "serve.ranges", "serve.wire", "serve.records"}
+PURE |= {"serve.spec", "serve.batch_spec", "serve.bodies", "serve.body_sampling", "serve.lines", "serve.answers"}
 # What only does I/O: pure modules may not even import it from the standard library.
 EFFECTS = {
     "os",
@@ -243,7 +289,7 @@ VENDORS = {
     | {"engines.nvfp4_model()", "quantize.job()", "bench.worker()"},
     "modelopt": {"quantize.calibrate()"},
     "safetensors": {"engines.hf_model()", "quantize.folder()"},
-    "jinja2": {"engines.hf_tokenizer"},
+    "jinja2": {"engines.hf_tokenizer", "report.page()"},
     "tensorrt_llm": {"engines.trtllm.vendor()"},
     "huggingface_hub": {"staging.hub()"},
     "fsspec": {"stores.remote", "stores.s3"},
@@ -253,7 +299,11 @@ VENDORS = {
     "pynvml": {"engines.trtllm.gpu()", "preflight.facts()"},
     "yaml": {"specs.load"},
     "jsonschema": {"specs.sampling()"},
-    "numpy": {"evaluate.statistics", "evaluate.speed"},
+    "numpy": {"evaluate.statistics", "evaluate.speed", "reuse.index"},
+    "fastapi": {"serve.app", "serve.routes_files", "serve.routes_batches", "serve.routes_page"},
+    "starlette": {"serve.app", "serve.routes_files", "serve.routes_page", "serve.guard"},
+    "uvicorn": {"serve.plain()"},
+    "python_multipart": {"serve.upload"},
     "scipy": {"evaluate.statistics", "evaluate.targets()"},
     "h5py": {"evaluate.targets()"},
     "math_verify": {"evaluate.math_grader()"},
@@ -261,13 +311,14 @@ VENDORS = {
         "cli.base",
         "cli.jobs",
         "cli.outputs",
+        "cli.reports",
         "cli.nodes",
         "cli.models",
         "cli.simulate",
         "cli.chaos",
         "cli.evaluate",
     },
-    "rich": {"driver.view", "cli.jobs()", "cli.outputs()", "cli.nodes()", "cli.models()", "preflight.doctor()"},
+    "rich": {"driver.view", "cli.jobs()", "cli.reports()", "cli.nodes()", "cli.models()", "preflight.doctor()"},
 }
 # Modules that import a heavy vendor at their top: whoever imports one of them does so lazily, or is one itself.
 HEAVY = {
@@ -408,7 +459,7 @@ SHOW = "print(*sorted(m for m in {names} if m in sys.modules))"
         ("import batchgen", HEAVY | {"pyarrow", "pydantic", "yaml", "typer", "rich"}),
         ("import batchgen.cli", HEAVY | {"pyarrow", "pydantic", "yaml"}),
         # All that a driver and a simulated worker on a local disk need.
-        ("import batchgen.run, batchgen.driver.inline_pool, batchgen.engines.simulated", HEAVY),
+        ("import batchgen.driver.run, batchgen.driver.inline_pool, batchgen.engines.simulated", HEAVY),
     ],
 )
 def test_importing_loads_no_vendor_before_it_is_used(code: str, absent: set[str]) -> None:

@@ -1,7 +1,7 @@
 """When rows that an engine has begun go on at another one: where that ends the run sooner, and nowhere else."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchgen.queue.begun import PaceCurve, choose_moves
@@ -89,6 +89,7 @@ def test_until_the_pace_is_known_a_small_share_shows_it_to_an_idle_engine_only()
     assert move(load("a", 1), load("b", 0), curve=curve) == []
 
 
+@settings(deadline=None)
 @given(st.floats(0.001, 1.0), st.floats(0.0, 1e-3))
 def test_a_line_is_found_again(step_s: float, row_s: float) -> None:
     curve = make_curve(step_s, row_s)
@@ -106,6 +107,7 @@ def test_an_engine_that_gets_faster_with_more_rows_is_taken_for_one_of_the_same_
 LOADS = st.lists(st.tuples(st.integers(0, 1024), st.integers(0, 1024)), max_size=6)
 
 
+@settings(deadline=None)
 @given(LOADS, st.floats(1, 20_000))
 def test_no_more_is_taken_than_is_there_and_nobody_gives_and_gets(loads: list[tuple[int, int]], mean: float) -> None:
     workers = [

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jobs_util import (
     Tree,
@@ -21,7 +21,7 @@ from jobs_util import (
     write_prompts,
 )
 
-import batchgen.run
+import batchgen.driver.run
 from batchgen import journal
 from batchgen.driver.inline_pool import InlinePool
 from batchgen.engines.simulated import SimulatedEngine
@@ -96,6 +96,7 @@ PARTIALS = st.builds(
 SLOTS = st.tuples(st.integers(0, 99), st.integers(0, 3))
 
 
+@settings(deadline=None)
 @given(st.dictionaries(SLOTS, PARTIALS, max_size=5))
 def test_what_is_written_is_read_back(found: dict[tuple[int, int], Partial]) -> None:
     rows = make_partial_rows(list(found.items()))
@@ -182,7 +183,7 @@ def test_a_lost_worker_costs_a_row_one_part_at_most(
         pools[-1].is_time = is_time  # type: ignore[method-assign]
         return pools[-1]
 
-    monkeypatch.setattr(batchgen.run, "create_pool", create_pool)
+    monkeypatch.setattr(batchgen.driver.run, "create_pool", create_pool)
     report, view = run(tree)
     assert report["exit_code"] == 0, view.warned
     assert pools[0].num_killed == 1

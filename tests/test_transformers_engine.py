@@ -2,13 +2,22 @@
 
 import asyncio
 import random
+import shutil
 import threading
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
 from typing import Any, TypeVar
 
+import pyarrow as pa
 import pytest
 import torch
+from jobs_util import check_output, run, write_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
+from batchgen.engines.decode import DecodeBatch
 from batchgen.engines.transformers import TransformersEngine
 from batchgen.errors import EngineDied, RequestFailed, RequestRejected, SpecError
 from batchgen.records import Generation, Request, RowId, SamplingParams
@@ -195,11 +204,43 @@ def test_a_cancelled_request_leaves_the_batch_and_the_others_go_on() -> None:
         doomed.cancel()
         with pytest.raises(asyncio.CancelledError):
             await doomed
-        await run_until(lambda: not engine._batch.rows)
+        await run_until(lambda: engine._lanes.is_idle)
         assert engine.total_tokens < 900
         engine._eos_ids = frozenset({1})
         assert (await engine.generate(ask(engine, "2 + 2 = ?"))).text == "4"
         assert not engine._jobs
+
+    use(work)
+
+
+def test_tokens_are_shown_as_they_come() -> None:
+    async def work(engine: TransformersEngine) -> None:
+        shown: list[tuple[int, ...]] = []
+        request = ask(engine, "12 + 30 = ?")
+        whole = await engine.generate_streaming(request, lambda new: shown.append(tuple(new)))
+        await asyncio.sleep(0)
+        assert len(shown) > 1
+        assert tuple(token for new in shown for token in new) == whole.token_ids
+
+    use(work)
+
+
+def test_an_urgent_request_overtakes_those_that_wait_and_changes_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(engine: TransformersEngine) -> None:
+        alone, ends = await engine.generate(ask(engine, "12 + 30 = ?")), engine._eos_ids
+        steps: list[int] = []
+        step = DecodeBatch.step
+        monkeypatch.setattr(DecodeBatch, "step", lambda batch: steps.append(len(batch.rows)) or step(batch))
+        bulk = [asyncio.create_task(engine.generate(endless(engine, max_tokens=200))) for _ in range(12)]
+        await run_until(lambda: bool(steps))
+        engine._eos_ids = ends
+        urgent = await engine.generate(replace(ask(engine, "12 + 30 = ?"), is_urgent=True))
+        assert urgent.token_ids == alone.token_ids
+        assert not any(task.done() for task in bulk)
+        # It was decoded on its own, and from its first step to its last every turn was its.
+        first = steps.index(1)
+        assert set(steps[first : first + len(urgent.token_ids or ()) - 1]) == {1}
+        assert {len((await task).token_ids or ()) for task in bulk} == {200}
 
     use(work)
 
@@ -226,7 +267,7 @@ def test_when_the_thread_dies_everybody_hears(monkeypatch: pytest.MonkeyPatch, e
         def fail() -> None:
             raise error
 
-        monkeypatch.setattr(type(engine._batch), "step", lambda _: fail())
+        monkeypatch.setattr(DecodeBatch, "step", lambda _: fail())
         for outcome in await asyncio.gather(*tasks, return_exceptions=True):
             assert isinstance(outcome, EngineDied)
             assert type(error).__name__ in str(outcome)
@@ -239,7 +280,7 @@ def test_when_the_thread_dies_everybody_hears(monkeypatch: pytest.MonkeyPatch, e
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_bug_in_the_thread_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     async def work(engine: TransformersEngine) -> None:
-        monkeypatch.setattr(engine._batch, "pick", None)
+        monkeypatch.setattr(engine._lanes._bulk.batch, "pick", None)
         with pytest.raises(EngineDied, match="a bug of batchgen"):
             await engine.generate(ask(engine, "1 + 1 = ?"))
 
@@ -269,6 +310,34 @@ def test_bad_logits_fail_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
         assert outcomes[1].text == "4"
 
     use(work)
+
+
+def test_a_token_whose_weights_are_broken_fails_its_row_alone(tmp_path: Path) -> None:
+    """A real checkpoint with NaN in one token's embedding, a whole job: through experts, indexer and cache."""
+    folder = tmp_path / "model"
+    shutil.copytree(files("batchgen") / "embedded", folder)  # type: ignore[arg-type]
+    weights = load_file(folder / "model.safetensors")
+    bad = AutoTokenizer.from_pretrained(folder).encode("1 = ?")[-1]
+    weights["model.embed_tokens.weight"][bad] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    prompts = [f"{row} + 1 =" + " ?" * (row % 8 == 5) for row in range(40)]
+    write_file(tmp_path / "in.parquet", pa.table({"prompt": prompts}))
+    tree = {
+        "input": {"paths": [str(tmp_path / "in.parquet")]},
+        "prompt": {"column": "prompt"},
+        "model": {"path": str(folder)},
+        "engine": {"kind": "transformers", "max_batch_size": 8},
+        "sampling": {"max_tokens": 8, "temperature": 1.0, "seed": 3},
+        "output": {"path": str(tmp_path / "out")},
+        "cluster": {"pool": "inline"},
+        "retry": {"backoff_s": 0.01, "max_error_rate": 1.0},
+    }
+    report, _ = run(tree)
+    rows = check_output(tmp_path / "out", [(str(tmp_path / "in.parquet"), 40)])
+    assert report["rows"]["ok"] == 35
+    assert {row["source_row"]: row["error_type"] for row in rows if row["status"] == "error"} == dict.fromkeys(
+        (5, 13, 21, 29, 37), "bad_logits"
+    )
 
 
 def test_close_ends_what_is_in_flight_and_may_be_called_again() -> None:
@@ -317,7 +386,7 @@ def test_closing_while_it_loads_leaves_no_weights() -> None:
         opening.cancel()
         await asyncio.wait({opening})
         await engine.close()
-        assert engine._batch is None
+        assert engine._lanes is None
         with pytest.raises(EngineDied):
             await engine.generate(Request(RowId("file", 0, 0), (1,), SamplingParams()))
 

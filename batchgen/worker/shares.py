@@ -66,7 +66,6 @@ class WorkerShares:
         shards: MutableMapping[str, OpenShard],
         hooks: Hooks,
         serving: Continuation | None = None,
-        *,
         moves_seeded: bool = False,
     ) -> None:
         self._serving, self._moves_seeded = serving, moves_seeded
@@ -129,12 +128,14 @@ class WorkerShares:
             return self._moves_seeded
         return serving.can_save(ready.request)
 
-    async def _load_begun(self, shard: OpenShard, refs: Sequence[JournalRef]) -> None:
-        """What others had of this batch's rows. Raises StorageError."""
+    async def load_begun(self, shard: OpenShard, refs: Sequence[JournalRef]) -> list[str]:
+        """Take over what others had of this batch's rows; what is to be said of segments that are damaged. Raises
+        StorageError."""
         if self._serving is None or not refs:
-            return
-        begun, _ = await asyncio.to_thread(self._files.read_partials, shard.lease.shard, refs)
+            return []
+        begun, left_out = await asyncio.to_thread(self._files.read_partials, shard.lease.shard, refs)
         self._serving.partials.load((row_id, partial) for row_id, partial in begun if shard.is_missing(row_id))
+        return left_out
 
     async def _take_in(self, order: TakeIn) -> None:
         shard = self._shards.get(order.batch_id)
@@ -143,7 +144,7 @@ class WorkerShares:
         try:
             lease = replace(shard.lease, journal=order.refs)
             rows, _ = await asyncio.to_thread(self._files.read_journal, lease, shard.replaced_epoch)
-            await self._load_begun(shard, order.refs)
+            await self.load_begun(shard, order.refs)
         except (StorageError, Refusal) as error:
             shard.close(error)
             return
@@ -167,7 +168,7 @@ class WorkerShares:
         try:
             slots = await asyncio.to_thread(self._files.read_handoff, share)
             shard = self._files.open_share(share, slots)
-            await self._load_begun(shard, share.lease.journal)
+            await self.load_begun(shard, share.lease.journal)
         except (StorageError, Refusal) as error:
             self._emit(ShareEnded(self._info.worker_id, share, None, str(error)))
             return
