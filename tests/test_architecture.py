@@ -136,7 +136,7 @@ LAYERS = [
     ["simulate.profile", "simulate.from_spec", "simulate.sources"],
     ["simulate.fluid"],
     ["simulate.estimate"],
-    ["simulate.report", "simulate.figures_ranks"],
+    ["simulate.report", "simulate.figures_ranks", "simulate.figures_moves"],
     ["simulate.figures"],
     ["driver.inline_pool", "ray_pool", "driver.dispatch"],
     ["driver.pools"],
