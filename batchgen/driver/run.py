@@ -13,6 +13,7 @@ from batchgen.driver.dispatch import Dispatcher
 from batchgen.driver.finish import finish, withdraw_success
 from batchgen.driver.hold import Hold, hold_folder
 from batchgen.driver.job import Job, check_renders, freeze, limit_rows, load_journal, open_job, reopen
+from batchgen.driver.live_page import LivePage
 from batchgen.driver.pools import create_pool
 from batchgen.driver.run_record import RunRecorder
 from batchgen.driver.signals import stop_on_signal
@@ -27,9 +28,17 @@ from batchgen.storage import Storage
 from batchgen.worker.worker import WorkerSetup
 
 
-def run_job(spec: JobSpec, view: View, *, limit: int | None = None) -> dict[str, Any]:
+def run_job(
+    spec: JobSpec,
+    view: View,
+    *,
+    limit: int | None = None,
+    create_pool: Callable[[WorkerSetup], WorkerPool] = create_pool,
+    check: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
     """Run the job until it is done or stopped; the report. `limit`: only the first rows, as a trial that the full run
-    keeps. Raises Refusal before anything was started, LeaseLost when another driver took the folder over."""
+    keeps. `create_pool`: in place of the spec's own; `check` is called at every turn and may raise RunStopped. Raises
+    Refusal before anything was started, LeaseLost when another driver took the folder over."""
     job = open_job(limit_rows(spec, limit), Storage(spec.output.path))
     if job.is_new:
         check_renders(job)
@@ -44,8 +53,13 @@ def run_job(spec: JobSpec, view: View, *, limit: int | None = None) -> dict[str,
         freeze(job)
         setup = WorkerSetup("", job.spec, hold.epoch, storage, job.passthrough, job.prior)
         with closing(create_pool(setup)) as pool, stop_on_signal() as check_signal:
+
+            def check_all() -> None:
+                check_signal()
+                check()
+
             recorder = RunRecorder(storage, job.spec, hold.epoch)
-            dispatcher = make_dispatcher(job, hold, pool, view, check_signal, recorder)
+            dispatcher = make_dispatcher(job, hold, pool, view, check_all, recorder)
             message = dispatch(dispatcher, view)
             recorder.close(dispatcher, message)
         return finish(job, dispatcher, hold, message=message, is_trial=limit is not None)
@@ -57,6 +71,7 @@ def make_dispatcher(
     """The loop and everything it works with."""
     spec, todo = job.spec, job.todo
     status = StatusWriter(job.storage, hold.epoch, spec.cluster.log_interval_s)
+    page = LivePage(job, hold, recorder)
 
     def check() -> None:
         hold.check()
@@ -66,6 +81,7 @@ def make_dispatcher(
         view.show(progress)
         status.update(dispatcher)
         recorder.update(dispatcher, progress)
+        page.update(dispatcher)
 
     queue = TrialQueue(todo, epoch=hold.epoch, retry=spec.retry, cluster=spec.cluster, n=spec.sampling.n)
     index = load_journal(job, view.warn)
