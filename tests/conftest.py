@@ -9,10 +9,15 @@ from typing import Any
 
 import pytest
 import s3fs
+from hypothesis import settings
 from openai_server import OpenAIServer, run_openai_server
 from s3_server import S3Proxy, S3Server, run_s3_server
 
 from batchgen.storage import Storage
+
+# An example that takes long on a machine that does other things as well is no finding.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 class _AwsEnvironment:

@@ -173,7 +173,7 @@ class World:
         kernel = self.kernel
         kernel.tell("starts")
         try:
-            report = patches.run.run_job(self.spec, SimView(kernel))
+            report = patches.run.run_job(self.spec, SimView(kernel), create_pool=self.create_pool)
             kernel.tell(f"ends: {report['state']}, exit code {report['exit_code']}, {report['rows']}")
             self.is_done = report["exit_code"] == 0 and self.checker.list_errors() == self.bad | self.find_quarantined()
         except BatchgenError as error:
@@ -369,7 +369,6 @@ class World:
         """This world's pool, engine, signals and dead processes under the production code."""
         run, lease, worker = patches.run, patches.driver_lease, patches.worker
         fakes: list[tuple[Any, str, Any]] = [
-            (run, "create_pool", self.create_pool),
             (run, "stop_on_signal", self._stop_on_signal),
             (lease, "is_dead_here", self.is_dead_here),
             (lease, "get_machine", lambda: self._me().machine),
