@@ -120,6 +120,9 @@ LAYERS = [
     ["worker.setup", "worker.shares"],
     ["worker.spill"],
     ["worker.worker", "driver.job"],
+    # the same rows in larger files
+    ["compact", "compact.digest", "compact.plan"],
+    ["compact.compact"],
     # many workers
     ["queue.inquiry", "queue.sharing", "queue.ledger", "queue.staffing"],
     # many virtual workers
@@ -148,7 +151,7 @@ LAYERS = [
     ["quantize.spec_load", "quantize.job"],
     ["driver.inventory"],
     ["driver.control"],
-    ["driver.finish", "driver.live_page", "verify.files", "verify.folder"],
+    ["driver.finish", "driver.foresee", "driver.live_page", "verify.files", "verify.folder"],
     ["driver.run", "verify.verify", "report.reading"],
     ["chaos.chaos", "chaos.child"],
     ["demo", "bench.decode", "bench.queue", "bench.placement", "bench.memory"],
@@ -233,6 +236,7 @@ PURE |= {
     "simulate.engine",
     "simulate.calibration",
 }
+PURE |= {"compact.digest", "compact.plan"}
 # What only does I/O: pure modules may not even import it from the standard library.
 EFFECTS = {
     "os",
