@@ -66,6 +66,10 @@ class Storage:
         below = [FileInfo(info.path[cut:], info.num_bytes, info.version) for info in found]
         return sorted(below, key=lambda info: info.path)
 
+    def list_folders(self, folder: str = "") -> list[str]:
+        """Names of the folders right below, sorted; [] where there is no such folder."""
+        return sorted(path.rstrip("/").rpartition("/")[2] for path in self._client.list_folder(self.url(folder))[1])
+
     def info(self, path: str) -> FileInfo | None:
         found = self._client.info(self.url(path))
         return found and replace(found, path=path)

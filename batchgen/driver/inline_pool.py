@@ -5,7 +5,7 @@ import contextlib
 import queue
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from batchgen.errors import EngineDied
@@ -18,17 +18,19 @@ POLL_S = 0.2
 # A thread that doesn't end (an engine that hangs in its close) is left behind after this: it can't be killed.
 JOIN_S = 60.0
 
+Open = Callable[[WorkerSetup, str], Awaitable[Worker]]
+
 
 class InlinePool:
-    """A `WorkerPool`. `setup.worker_id` is replaced for each worker."""
+    """A `WorkerPool`. `setup.worker_id` is replaced for each worker; `open_` makes one that is up."""
 
-    def __init__(self, setup: WorkerSetup) -> None:
-        self._setup = setup
+    def __init__(self, setup: WorkerSetup, open_: Open = open_worker) -> None:
+        self._setup, self._open = setup, open_
         self._events: queue.SimpleQueue[PoolEvent] = queue.SimpleQueue()
         self._threads: dict[str, _WorkerThread] = {}
 
     def start_worker(self, worker_id: str) -> None:
-        self._threads[worker_id] = _WorkerThread(replace(self._setup, worker_id=worker_id), self._events)
+        self._threads[worker_id] = _WorkerThread(replace(self._setup, worker_id=worker_id), self._events, self._open)
 
     def assign(self, lease: Lease) -> None:
         self._threads[lease.worker_id].assign(lease)
@@ -70,8 +72,8 @@ class InlinePool:
 class _WorkerThread:
     """One worker's thread. Every call is safe at any time, also before the engine is up and after it ended."""
 
-    def __init__(self, setup: WorkerSetup, events: "queue.SimpleQueue[PoolEvent]") -> None:
-        self._setup, self._events = setup, events
+    def __init__(self, setup: WorkerSetup, events: "queue.SimpleQueue[PoolEvent]", open_: Open) -> None:
+        self._setup, self._events, self._open = setup, events, open_
         self._orders: queue.SimpleQueue[Lease | Order] = queue.SimpleQueue()
         self._is_stopping = threading.Event()
         self._drain_s: float | None = None
@@ -103,7 +105,7 @@ class _WorkerThread:
 
     async def _main(self) -> None:
         try:
-            worker = await open_worker(self._setup, socket.gethostname())
+            worker = await self._open(self._setup, socket.gethostname())
         except EngineDied as error:
             self._events.put(WorkerStartFailed(self._setup.worker_id, str(error)))
             return

@@ -29,9 +29,17 @@ from batchgen.storage import Storage
 from batchgen.worker.worker import WorkerSetup
 
 
-def run_job(spec: JobSpec, view: View, *, limit: int | None = None) -> dict[str, Any]:
+def run_job(
+    spec: JobSpec,
+    view: View,
+    *,
+    limit: int | None = None,
+    create_pool: Callable[[WorkerSetup], WorkerPool] = create_pool,
+    check: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
     """Run the job until it is done or stopped; the report. `limit`: only the first rows, as a trial that the full run
-    keeps. Raises Refusal before anything was started, LeaseLost when another driver took the folder over."""
+    keeps. `create_pool`: in place of the spec's own; `check` is called at every turn and may raise RunStopped. Raises
+    Refusal before anything was started, LeaseLost when another driver took the folder over."""
     job = open_job(limit_rows(spec, limit), Storage(spec.output.path))
     if job.is_new:
         check_renders(job)
@@ -47,8 +55,13 @@ def run_job(spec: JobSpec, view: View, *, limit: int | None = None) -> dict[str,
         view.say(foresee(job).describe())
         setup = WorkerSetup("", job.spec, hold.epoch, storage, job.passthrough, job.prior)
         with closing(create_pool(setup)) as pool, stop_on_signal() as check_signal:
+
+            def check_all() -> None:
+                check_signal()
+                check()
+
             recorder = RunRecorder(storage, job.spec, hold.epoch)
-            dispatcher = make_dispatcher(job, hold, pool, view, check_signal, recorder)
+            dispatcher = make_dispatcher(job, hold, pool, view, check_all, recorder)
             message = dispatch(dispatcher, view)
             recorder.close(dispatcher, message)
         return finish(job, dispatcher, hold, message=message, is_trial=limit is not None)

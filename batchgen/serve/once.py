@@ -1,0 +1,70 @@
+"""A create that is sent again makes no second batch. Blocking.
+
+The SDK sends a create again when it timed out, with `x-stainless-retry-count` and no key. So each create notes, before
+anything else, which batch it is about to make; a repeated one takes that batch over, and makes it where the first try did
+not come so far. With an `Idempotency-Key` every create of that key is such a repetition.
+"""
+
+import json
+from dataclasses import dataclass
+
+from batchgen.errors import AlreadyExists, Conflict, NotFound
+from batchgen.serve.errors import bad_request
+from batchgen.serve.ids import make_digest
+from batchgen.serve.state import State, make_once_path
+
+# Ten minutes is the SDK's own time-out; it tries twice more.
+REPEAT_S = 45 * 60.0
+KEY_S = 24 * 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """`by_repeat`: the first try was not seen yet, and may still come."""
+
+    batch_id: str
+    made_at: float
+    body: str
+    by_repeat: bool
+
+
+def choose_batch_id(state: State, tenant: str, body: str, new_id: str, *, key: str | None, is_repeat: bool) -> str:
+    """The id of the batch that this create is to make, or has made. Raises ApiError for a key with another body."""
+    digest = make_digest("key", key) if key is not None else make_digest("body", body)
+    path, now = make_once_path(tenant, digest), state.now()
+    note = Note(new_id, now, make_digest(body), is_repeat)
+    while True:
+        try:
+            data, version = state.storage.read_versioned(path)
+        except NotFound:
+            try:
+                state.storage.create(path, _dump(note))
+            except AlreadyExists:
+                continue
+            return new_id
+        known = Note(**json.loads(data))
+        is_fresh = now - known.made_at < (REPEAT_S if key is None else KEY_S)
+        if key is not None and is_fresh and known.body != note.body:
+            raise bad_request("this Idempotency-Key was used with another body", None, "idempotency_key_reused")
+        if is_fresh and (key is not None or is_repeat or known.by_repeat):
+            return known.batch_id
+        try:
+            state.storage.replace(path, _dump(note), version)
+        except Conflict:
+            continue
+        return new_id
+
+
+def delete_old_notes(state: State) -> None:
+    for info in state.storage.list_files("once", suffix=".json"):
+        try:
+            note = Note(**json.loads(state.storage.read_bytes(info.path)))
+        except NotFound:
+            continue
+        if state.now() - note.made_at > KEY_S + REPEAT_S:
+            state.storage.delete(info.path)
+
+
+def _dump(note: Note) -> bytes:
+    fields = {name: getattr(note, name) for name in ("batch_id", "made_at", "body", "by_repeat")}
+    return json.dumps(fields).encode()

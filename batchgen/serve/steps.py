@@ -1,0 +1,128 @@
+"""The steps of a batch's life, each from one state to the next. Blocking; each may be repeated after a crash."""
+
+from collections.abc import Callable
+from functools import cached_property
+
+from batchgen.engines import create_tokenizer
+from batchgen.errors import LeaseHeld, Refusal
+from batchgen.serve import records
+from batchgen.serve.abilities import find_abilities
+from batchgen.serve.batch_run import BatchRun, is_cancelled_elsewhere, make_job_spec
+from batchgen.serve.body_sampling import Abilities
+from batchgen.serve.claims import Claims
+from batchgen.serve.convert import convert
+from batchgen.serve.dataset import find_dataset, is_dataset, write_dataset_results
+from batchgen.serve.door import CreateBulkPool
+from batchgen.serve.parts import read_content
+from batchgen.serve.records import BatchRecord
+from batchgen.serve.results import Results, write_results
+from batchgen.serve.spec import EndpointSpec, TenantSpec
+from batchgen.serve.state import State
+from batchgen.serve.wire import BatchError, BatchUsage, RequestCounts
+
+# A sign without a batch for so long is of a create that never came to its record.
+FORGET_S = 3600.0
+
+
+class Steps:
+    """See the module."""
+
+    def __init__(self, spec: EndpointSpec, state: State, say: Callable[[str], None]) -> None:
+        self._spec, self._state, self._say = spec, state, say
+
+    @cached_property
+    def abilities(self) -> dict[str, Abilities]:
+        """Of each model, found when the first batch is validated: tokenizers load for seconds."""
+        most = self._spec.limits.max_choices
+        return {name: find_abilities(served, most) for name, served in self._spec.models.items()}
+
+    def validate(self, record: BatchRecord) -> None:
+        """validating -> in_progress or failed."""
+        if is_dataset(record.batch.input_file_id):
+            self._validate_dataset(record)
+            return
+        file = self._state.read_file(record.tenant, record.batch.input_file_id)
+        if file is None:
+            told = "The input file was deleted, or has expired, before the batch began."
+            self._fail(record, [BatchError(code="file_not_found", message=told, param="input_file_id")])
+            return
+        made = convert(self._state, record, read_content(self._state, file), self.abilities, self._spec.limits)
+        if (job_input := made.input) is None:
+            self._fail(record, made.errors)
+            return
+        self._change(
+            record, lambda known: records.begin(known, job_input, made.model, made.num_requests, self._state.now())
+        )
+
+    def _validate_dataset(self, record: BatchRecord) -> None:
+        tenant = self._spec.tenants.get(record.tenant, TenantSpec())
+        try:
+            job_input = find_dataset(record, tenant.inputs)
+        except Refusal as error:
+            told = BatchError(code="invalid_dataset", message=str(error), param="input_file_id")
+            self._fail(record, [told])
+            return
+        model, num_rows = record.model or "", job_input.num_rows
+        self._change(record, lambda known: records.begin(known, job_input, model, num_rows, self._state.now()))
+
+    def run(self, record: BatchRecord, run: BatchRun, create_pool: CreateBulkPool) -> str | None:
+        """in_progress -> finalizing; or why it is to be tried again later."""
+        if record.model not in self._spec.models:
+            return f"the model {record.model} is not served any more"
+        try:
+            report = run.run(self._spec, create_pool)
+        except LeaseHeld:
+            raise
+        except Refusal as error:
+            self._say(f"{record.id}: refused: {error}")
+            message = "The batch can't be run as it is." if record.input and record.input.is_own else str(error)
+            self._fail(record, [BatchError(code="job_refused", message=message)])
+            return None
+        if report["state"] == "finished":
+            self._change(record, lambda known: records.finalize(known, self._state.now()))
+            return None
+        if is_cancelled_elsewhere(self._state, record, report):
+            self._change(record, lambda known: records.cancel(known, self._state.now()))
+            return None
+        is_ours = self._state.now() >= record.expires_at or self._is_cancelled(record)
+        return None if is_ours else str(report["message"])
+
+    def _is_cancelled(self, record: BatchRecord) -> bool:
+        known = self._state.read_batch(record.tenant, record.id)
+        return known is None or known.batch.status != "in_progress"
+
+    def expire(self, record: BatchRecord) -> None:
+        """in_progress -> finalizing, on its way to expired."""
+        self._change(record, lambda known: records.expire(known, self._state.now()))
+
+    def finish(self, record: BatchRecord, run: BatchRun) -> None:
+        """finalizing or cancelling -> its end, with the results of all that was finished."""
+        if record.input is None:
+            self._end(record, Results(RequestCounts(), BatchUsage(), None, None))
+            return
+        if record.end != "completed":
+            run.close(self._spec)
+        if record.input.is_own:
+            tokenizer = create_tokenizer(make_job_spec(self._spec, self._state, record))
+            made = write_results(self._state, record, None if tokenizer is None else tokenizer.decode)
+        else:
+            made = write_dataset_results(self._state, record)
+        self._end(record, made)
+
+    def _end(self, record: BatchRecord, made: Results) -> None:
+        fields = (made.counts, made.usage, made.output_file_id, made.error_file_id)
+        self._change(record, lambda known: records.finish(known, *fields, self._state.now()))
+
+    def forget(self, tenant: str, batch_id: str, record: BatchRecord | None, claims: Claims) -> None:
+        """The batch is over, or never came to be."""
+        made_at = int(batch_id.removeprefix("batch_")[:12] or "0", 16) / 1000
+        if record is not None or self._state.now() - made_at > FORGET_S:
+            self._state.close_batch(tenant, batch_id)
+            claims.forget(batch_id)
+
+    def _fail(self, record: BatchRecord, errors: list[BatchError]) -> None:
+        self._change(record, lambda known: records.fail(known, errors, self._state.now()))
+
+    def _change(self, record: BatchRecord, change: Callable[[BatchRecord], BatchRecord | None]) -> None:
+        """What another has changed meanwhile (a cancel) stands, and is looked at in the next step."""
+        self._state.change_batch(record.tenant, record.id, change)

@@ -1,0 +1,29 @@
+"""What is no longer wanted is deleted: expired files, parts that a killed upload left, notes of creates long past."""
+
+from batchgen.serve.once import delete_old_notes
+from batchgen.serve.state import State
+
+# An upload may take hours.
+ABANDONED_S = 24 * 3600.0
+
+
+def sweep(state: State) -> None:
+    """One pass. Whatever is deleted is gone for everybody already."""
+    now = state.now()
+    for tenant, file_id in state.list_uploads():
+        if now - read_made_at(file_id) > ABANDONED_S:
+            if state.read_file_record(tenant, file_id) is None:
+                infos = state.storage.list_files(f"t/{tenant}/content/{file_id}")
+                state.storage.delete_many(info.path for info in infos)
+            state.end_upload(tenant, file_id)
+    for tenant in state.storage.list_folders("t"):
+        for file_id in state.list_file_ids(tenant):
+            record = state.read_file_record(tenant, file_id)
+            if record is not None and record.is_expired(now):
+                state.delete_file(record)
+    delete_old_notes(state)
+
+
+def read_made_at(file_id: str) -> float:
+    """Seconds since the epoch, as the id says."""
+    return int(file_id.removeprefix("file-")[:12], 16) / 1000

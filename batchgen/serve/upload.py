@@ -1,0 +1,172 @@
+"""A multipart body becomes a file in the store, part by part as it arrives: never more than one part of it in memory.
+
+The record comes last: what breaks off before that leaves parts that nobody sees, and they are deleted here, or by the
+sweep where this process is killed.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from batchgen.serve.errors import ApiError, bad_request
+from batchgen.serve.ids import make_file_id
+from batchgen.serve.parts import PartWriter
+from batchgen.serve.records import FileRecord
+from batchgen.serve.spec import Limits
+from batchgen.serve.state import State
+from batchgen.serve.wire import Purpose
+
+MAX_FIELD_BYTES = 1024
+MAX_PARTS = 16
+PURPOSES: tuple[Purpose, ...] = ("batch", "user_data")
+
+
+@dataclass(slots=True)
+class Form:
+    """What the parser has seen. Its callbacks only note; the writer is flushed between two pieces of the body."""
+
+    writer: PartWriter
+    max_file_bytes: int
+    fields: dict[str, bytes] = field(default_factory=dict)
+    filename: str | None = None
+    is_whole: bool = False
+    _headers: dict[bytes, bytes] = field(default_factory=dict)
+    _name: str = ""
+    _is_file: bool = False
+    _header: tuple[bytearray, bytearray] = field(default_factory=lambda: (bytearray(), bytearray()))
+    _num_parts: int = 0
+
+    def make_parser(self, content_type: str) -> MultipartParser:
+        """Raises ApiError for another kind of body."""
+        kind, options = parse_options_header(content_type)
+        boundary = options.get(b"boundary")
+        if kind != b"multipart/form-data" or not boundary:
+            raise bad_request("send multipart/form-data with the fields file and purpose", "file", "invalid_body")
+        try:
+            return MultipartParser(
+                boundary,
+                {
+                    "on_part_begin": self._begin_part,
+                    "on_header_field": lambda data, start, end: self._header[0].extend(data[start:end]),
+                    "on_header_value": lambda data, start, end: self._header[1].extend(data[start:end]),
+                    "on_header_end": self._end_header,
+                    "on_headers_finished": self._begin_data,
+                    "on_part_data": self._add_data,
+                    "on_end": self._end,
+                },
+            )
+        except FormParserError:
+            raise bad_request("the multipart boundary is malformed", "file", "invalid_body") from None
+
+    def _begin_part(self) -> None:
+        self._headers = {}
+        self._num_parts += 1
+        if self._num_parts > MAX_PARTS:
+            raise bad_request(f"the body has more than {MAX_PARTS} fields", None, "invalid_body")
+
+    def _end_header(self) -> None:
+        name, value = self._header
+        self._headers[bytes(name).lower()] = bytes(value)
+        self._header = (bytearray(), bytearray())
+
+    def _begin_data(self) -> None:
+        _, options = parse_options_header(self._headers.get(b"content-disposition", b""))
+        self._name = options.get(b"name", b"").decode(errors="replace")
+        self._is_file = self._name == "file"
+        if not self._is_file:
+            if self._name not in ("purpose", "expires_after[anchor]", "expires_after[seconds]"):
+                raise bad_request("a field is none of file, purpose and expires_after", None, "unknown_parameter")
+            self.fields[self._name] = b""
+            return
+        if self.filename is not None:
+            raise bad_request("send one file at a time", "file", "invalid_body")
+        self.filename = clean_name(options.get(b"filename", b"").decode(errors="replace"))
+
+    def _add_data(self, data: bytes, start: int, end: int) -> None:
+        if not self._is_file:
+            self.fields[self._name] += data[start:end]
+            if len(self.fields[self._name]) > MAX_FIELD_BYTES:
+                raise bad_request(f"the field {self._name} is too long", self._name, "invalid_value")
+            return
+        self.writer.add(data[start:end])
+        if self.writer.num_bytes > self.max_file_bytes:
+            told = f"The file is larger than the {self.max_file_bytes} bytes that are taken here."
+            raise ApiError(413, told, param="file", code="file_too_large")
+
+    def _end(self) -> None:
+        self.is_whole = True
+
+
+def clean_name(name: str) -> str:
+    """As it will be shown: the last part of a path, without control characters. It never names anything in the store."""
+    bare = name.replace("\\", "/").rpartition("/")[2]
+    return "".join(char for char in bare if char.isprintable())[:255] or "file"
+
+
+async def receive_file(
+    state: State, tenant: str, content_type: str, body: AsyncIterator[bytes], limits: Limits
+) -> FileRecord:
+    """The file, which is in the store then. Raises ApiError; whatever else is raised leaves no file either."""
+    file_id = make_file_id(state.now())
+    writer = PartWriter(state, tenant, file_id)
+    form = Form(writer, limits.max_file_bytes)
+    parser = form.make_parser(content_type)
+    await asyncio.to_thread(state.begin_upload, tenant, file_id)
+    is_done = False
+    try:
+        async for piece in body:
+            try:
+                parser.write(piece)
+            except FormParserError:
+                raise bad_request("the multipart body is malformed", "file", "invalid_body") from None
+            if writer.is_full:
+                await asyncio.to_thread(writer.flush)
+        record = make_record(state, tenant, file_id, form, limits)
+        sizes = await asyncio.to_thread(writer.close)
+        record = record.model_copy(update={"part_bytes": sizes})
+        await asyncio.to_thread(state.create_file, record)
+        is_done = True
+    finally:
+        if not is_done:
+            await asyncio.to_thread(writer.abandon)
+        await asyncio.to_thread(state.end_upload, tenant, file_id)
+    return record
+
+
+def make_record(state: State, tenant: str, file_id: str, form: Form, limits: Limits) -> FileRecord:
+    """Raises ApiError for a form that is not whole, or holds what it may not."""
+    if not form.is_whole:
+        raise bad_request("the multipart body breaks off", "file", "invalid_body")
+    if form.filename is None:
+        raise bad_request("file is required", "file", "missing_required_parameter")
+    purpose = form.fields.get("purpose", b"").decode(errors="replace")
+    if purpose not in PURPOSES:
+        raise bad_request(f"purpose must be one of {', '.join(PURPOSES)}", "purpose", "invalid_value")
+    created_at = int(state.now())
+    kept_s = read_expiry(form.fields)
+    if kept_s is None and purpose == "batch":
+        kept_s = int(limits.file_expires_s)
+    return FileRecord(
+        id=file_id,
+        tenant=tenant,
+        filename=form.filename,
+        purpose=purpose,
+        created_at=created_at,
+        expires_at=None if kept_s is None else created_at + kept_s,
+    )
+
+
+def read_expiry(fields: dict[str, bytes]) -> int | None:
+    """Seconds, where the form says so. Raises ApiError."""
+    anchor, seconds = fields.get("expires_after[anchor]"), fields.get("expires_after[seconds]")
+    if anchor is None and seconds is None:
+        return None
+    if anchor != b"created_at":
+        raise bad_request("expires_after.anchor must be created_at", "expires_after", "invalid_value")
+    text = (seconds or b"").decode(errors="replace")
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and 3600 <= int(text) <= 2_592_000):
+        raise bad_request("expires_after.seconds must be 3600 to 2592000", "expires_after", "invalid_value")
+    return int(text)
