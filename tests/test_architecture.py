@@ -124,6 +124,9 @@ LAYERS = [
     ["worker.setup", "worker.shares"],
     ["worker.spill"],
     ["worker.worker", "driver.job"],
+    # the same rows in larger files
+    ["compact", "compact.digest", "compact.plan"],
+    ["compact.compact"],
     # many workers
     ["queue.inquiry", "queue.sharing", "queue.ledger", "queue.staffing"],
     # many virtual workers
@@ -152,7 +155,7 @@ LAYERS = [
     ["quantize.spec_load", "quantize.job"],
     ["driver.inventory"],
     ["driver.control"],
-    ["driver.finish", "driver.live_page", "verify.files", "verify.folder"],
+    ["driver.finish", "driver.foresee", "driver.live_page", "verify.files", "verify.folder"],
     ["driver.run", "verify.verify", "report.reading"],
     ["chaos.chaos", "chaos.child"],
     ["demo", "bench.decode", "bench.queue", "bench.placement", "bench.memory"],
@@ -259,6 +262,7 @@ PURE |= {
     "simulate.engine",
     "simulate.calibration",
 }
+PURE |= {"compact.digest", "compact.plan"}
 PURE |= {"serve.errors", "serve.ids", "serve.rates", "serve.paging", "serve.ranges", "serve.wire", "serve.records"}
 PURE |= {"serve.spec", "serve.batch_spec", "serve.bodies", "serve.body_sampling", "serve.lines", "serve.answers"}
 # What only does I/O: pure modules may not even import it from the standard library.

@@ -11,6 +11,7 @@ from typing import Any
 from batchgen.driver.control import StatusWriter
 from batchgen.driver.dispatch import Dispatcher
 from batchgen.driver.finish import finish, withdraw_success
+from batchgen.driver.foresee import foresee
 from batchgen.driver.hold import Hold, hold_folder
 from batchgen.driver.job import Job, check_renders, freeze, limit_rows, load_journal, open_job, reopen
 from batchgen.driver.live_page import LivePage
@@ -51,6 +52,7 @@ def run_job(
             return finish(job, None, hold, is_trial=limit is not None)
         withdraw_success(storage)
         freeze(job)
+        view.say(foresee(job).describe())
         setup = WorkerSetup("", job.spec, hold.epoch, storage, job.passthrough, job.prior)
         with closing(create_pool(setup)) as pool, stop_on_signal() as check_signal:
 
