@@ -150,7 +150,7 @@ LAYERS = [
     ["driver.finish", "verify.files", "verify.folder"],
     ["driver.run", "verify.verify"],
     ["chaos.chaos", "chaos.child"],
-    ["demo", "bench.decode", "bench.queue", "bench.placement", "bench.memory"],
+    ["demo", "bench.decode", "bench.queue", "bench.placement", "bench.memory", "bench.endpoint"],
     # benchmarks as jobs
     [
         "evaluate.spec",
