@@ -44,7 +44,7 @@ ROW_FIELDS = (
     "num_retries",
 )
 # Who knows better what became of a batch.
-OUTCOMES = ("committed", "shared", "superseded", "lost")
+OUTCOMES = ("committed", "reused", "shared", "superseded", "lost")
 LATENCY_FIELDS = tuple(f"{name}_{quantile}_s" for name in LATENCIES for quantile in QUANTILES)
 
 
@@ -228,7 +228,7 @@ def make_lost_stats(
     outcome: str = "lost",
 ) -> BatchStats:
     """Stats of a batch that did not commit, as far as known. `rows` are those of its rows that a journal saved. `outcome`:
-    'shared' for one that helped another batch."""
+    'shared' for one that helped another batch, 'reused' for rows that were taken over and not generated."""
     number, epoch, attempt = parse_batch_id(batch_id)
     made = describe_rows(rows) if rows is not None else dict.fromkeys(ROW_FIELDS)
     return BatchStats(

@@ -26,6 +26,7 @@ s3fs.S3FileSystem.aws_environment = _AwsEnvironment()
 s3fs.S3FileSystem._extra_tokenize_attributes = (*s3fs.S3FileSystem._extra_tokenize_attributes, "aws_environment")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests that take hours run only where `-m` names them, whatever else it says.
 

@@ -20,11 +20,11 @@ MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 300
 
 LAYERS = [
-    ["specs", "queue", "worker", "driver", "verify", "staging", "preflight", "chaos"],
+    ["specs", "queue", "worker", "driver", "verify", "staging", "preflight", "chaos", "reuse"],
     ["__init__", "names", "row_ranges", "batches", "errors", "urls", "paths"],
     ["records", "queue.suspects"],
     ["specs.sections", "queue.orders", "worker.spilled"],
-    ["specs.tensorrt_llm", "specs.sampling", "specs.retry"],
+    ["specs.tensorrt_llm", "specs.sampling", "specs.retry", "specs.input"],
     ["specs.engine"],
     ["queue.lazy_heap", "queue.leases", "queue.tail"],
     [
@@ -38,7 +38,8 @@ LAYERS = [
         "verify.damage",
         "worker.seal",
     ],
-    ["preflight.tokenizer_files"],
+    ["preflight.tokenizer_files", "specs.saved"],
+    ["reuse.fingerprint"],
     # pure decisions
     ["prompt", "plan", "queue.backlog", "queue.scaling", "queue.governor", "lengths", "worker.answer", "verify.rows"],
     ["stats", "queue.work_queue", "queue.progress", "queue.roster", "queue.timeline"],
@@ -61,6 +62,7 @@ LAYERS = [
     ["simulate.engine"],
     ["simulate.calibration", "simulate.workload"],
     ["simulate.policies", "simulate.oracle"],
+    ["reuse.index"],
     # the store seam
     ["stores", "stores.base"],
     ["stores.local", "stores.remote"],
@@ -109,7 +111,8 @@ LAYERS = [
     ["worker.result_batch", "worker.read_ahead", "worker.hint_check"],
     ["worker.partial_rows"],
     ["manifest", "worker.open_shard", "worker.prepare"],
-    ["length_files"],
+    ["length_files", "reuse.outputs", "reuse.duplicates"],
+    ["reuse.carrier"],
     ["engines.contract_subject"],
     ["engines.contract_answers"],
     ["engines.contract"],
@@ -141,14 +144,15 @@ LAYERS = [
     ["report.records"],
     ["report.distributions", "report.waste", "report.lanes", "report.charts", "report.samples", "report.text"],
     ["report.value", "report.page"],
-    ["report.reading", "driver.run_record"],
+    ["report.by"],
+    ["driver.run_record"],
     # an NVFP4 checkpoint
     ["quantize.spec", "quantize.calibrate", "quantize.check"],
     ["quantize.spec_load", "quantize.job"],
     ["driver.inventory"],
     ["driver.control"],
-    ["driver.finish", "verify.files", "verify.folder"],
-    ["driver.run", "verify.verify"],
+    ["driver.finish", "driver.live_page", "verify.files", "verify.folder"],
+    ["driver.run", "verify.verify", "report.reading"],
     ["chaos.chaos", "chaos.child"],
     ["demo", "bench.decode", "bench.queue", "bench.placement", "bench.memory", "bench.endpoint"],
     # benchmarks as jobs
@@ -190,7 +194,7 @@ LAYERS = [
     ["serve.convert", "serve.results", "serve.sweep", "serve.upload", "serve.guard", "serve.batch_run"],
     ["serve.dataset"],
     ["serve.steps", "serve.create", "serve.routes_files"],
-    ["serve.conductor", "serve.routes_batches"],
+    ["serve.conductor", "serve.routes_batches", "serve.page", "serve.routes_page"],
     ["serve.app"],
     ["serve.plain"],
     ["cli.base"],
@@ -211,6 +215,7 @@ PURE = {
     "specs.tensorrt_llm",
 }
 PURE |= {"spec", "prompt", "plan", "specs.sampling", "batches", "engines.deepseek_turns", "engines.deepseek_v32"}
+PURE |= {"reuse.fingerprint", "specs.saved", "specs.input"}
 PURE |= {"row_ranges", "queue.suspects", "queue.trial_queue", "specs.retry"}
 PURE |= {
     "queue.work_queue",
@@ -291,11 +296,11 @@ VENDORS = {
     "pynvml": {"engines.trtllm.gpu()", "preflight.facts()"},
     "yaml": {"specs.load"},
     "jsonschema": {"specs.sampling()"},
-    "fastapi": {"serve.app", "serve.routes_files", "serve.routes_batches"},
-    "starlette": {"serve.app", "serve.routes_files", "serve.guard"},
+    "numpy": {"evaluate.statistics", "evaluate.speed", "reuse.index"},
+    "fastapi": {"serve.app", "serve.routes_files", "serve.routes_batches", "serve.routes_page"},
+    "starlette": {"serve.app", "serve.routes_files", "serve.routes_page", "serve.guard"},
     "uvicorn": {"serve.plain()"},
     "python_multipart": {"serve.upload"},
-    "numpy": {"evaluate.statistics", "evaluate.speed"},
     "scipy": {"evaluate.statistics", "evaluate.targets()"},
     "h5py": {"evaluate.targets()"},
     "math_verify": {"evaluate.math_grader()"},

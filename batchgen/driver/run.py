@@ -13,6 +13,7 @@ from batchgen.driver.dispatch import Dispatcher
 from batchgen.driver.finish import finish, withdraw_success
 from batchgen.driver.hold import Hold, hold_folder
 from batchgen.driver.job import Job, check_renders, freeze, limit_rows, load_journal, open_job, reopen
+from batchgen.driver.live_page import LivePage
 from batchgen.driver.pools import create_pool
 from batchgen.driver.run_record import RunRecorder
 from batchgen.driver.signals import stop_on_signal
@@ -70,6 +71,7 @@ def make_dispatcher(
     """The loop and everything it works with."""
     spec, todo = job.spec, job.todo
     status = StatusWriter(job.storage, hold.epoch, spec.cluster.log_interval_s)
+    page = LivePage(job, hold, recorder)
 
     def check() -> None:
         hold.check()
@@ -79,6 +81,7 @@ def make_dispatcher(
         view.show(progress)
         status.update(dispatcher)
         recorder.update(dispatcher, progress)
+        page.update(dispatcher)
 
     queue = TrialQueue(todo, epoch=hold.epoch, retry=spec.retry, cluster=spec.cluster, n=spec.sampling.n)
     index = load_journal(job, view.warn)

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import platform
 import time
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -47,7 +48,11 @@ class RunRecorder:
         if now >= self._next_busy:
             self._next_busy = now + BUSY_INTERVAL_S
             self._num_busy = sum(worker.is_busy for worker in dispatcher.queue.look_at_workers())
-        self._timeline.turn(make_moment(dispatcher, progress, self._num_busy), now)
+        moment = make_moment(dispatcher, progress, self._num_busy)
+        if not self._record:  # what the first turn did counts, too
+            before = replace(moment, num_rows=progress.num_rows_done_before, num_errors=0, num_tokens=0)
+            self._timeline.turn(before, self._timeline.began)
+        self._timeline.turn(moment, now)
         if now < self._next:
             return False
         self._next = now + INTERVAL_S
@@ -83,6 +88,7 @@ class RunRecorder:
             "began_at": self._began_at,
             "elapsed_s": now - timeline.began,
             **self._facts,
+            "num_input_rows": dispatcher.num_rows,
             "num_tokens": timeline.total.tokens,
             "worker_s": roster.count_worker_s(now),
             "startup_s": roster.count_startup_s(now),
@@ -129,6 +135,7 @@ def make_run_facts(spec: JobSpec) -> dict[str, Any]:
         "engine": spec.engine.kind,
         "window": spec.engine.max_inflight,
         "gpu_hour_cost": cluster.gpu_hour_cost,
+        "spec": spec.model_dump(mode="json"),
     }
 
 

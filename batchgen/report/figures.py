@@ -7,6 +7,7 @@ from typing import Any
 UNKNOWN = "unknown"
 # What a run left of itself (`driver.run_record`).
 RunRecord = Mapping[str, Any]
+MAX_TILE = 10_000_000
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k"))
 
 
@@ -26,6 +27,11 @@ def show_short(value: float | None) -> str:
         if abs(value) >= size:
             return f"{value / (1e3 if prefix == 'k' else size):.3g}{prefix}"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def show_tile(value: int | None) -> str:
+    """Whole where it is short enough to stand large."""
+    return show(value) if value is None or value < MAX_TILE else show_short(value)
 
 
 def show_share(value: float | None) -> str:

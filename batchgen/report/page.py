@@ -19,7 +19,7 @@ from batchgen.report.charts import (
     make_unknown,
     show_tokens,
 )
-from batchgen.report.figures import UNKNOWN, divide, show, show_counts, show_moment, show_share, show_time
+from batchgen.report.figures import UNKNOWN, divide, show, show_counts, show_moment, show_share, show_tile, show_time
 from batchgen.report.svg import escape, make_table
 from batchgen.stats import LATENCIES, QUANTILES
 
@@ -95,8 +95,8 @@ def make_tiles(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     rows, run, job, bill = report["rows"], report["run"], report["job"], report["bill"]
     wanted = rows["input"] * rows["n"]
     tiles = [
-        ("Rows", f"{rows['output']:,}", f"of {wanted:,}; {rows['error']:,} errors"),
-        ("Completion tokens", show(job["completion_tokens"]), f"{show(job['prompt_tokens'])} prompt tokens"),
+        ("Rows", show_tile(rows["output"]), f"of {wanted:,}; {rows['error']:,} errors"),
+        ("Completion tokens", show_tile(job["completion_tokens"]), f"{show_tile(job['prompt_tokens'])} prompt tokens"),
         ("This run", show_time(run["elapsed_s"]), f"{show(run['tokens_per_s'])} tokens/s"),
         (
             "Answer p50, p99",

@@ -17,6 +17,9 @@ def make_text_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     if run["window_share"] is not None:
         lines.append(("window", f"{run['window_share']:.1%} full, mean over this run's batches"))
+    if job.get("rows_reused"):  # reports of earlier versions don't say
+        told = f"{job['rows_reused']:,} rows, {show(job['completion_tokens_reused'])} completion tokens, not generated"
+        lines.append(("reused", told))
     lines += _make_bill_rows(report)
     for name in LATENCIES:
         values = [show(job["latency"][f"{name}_{key}_s"], "s") for key in QUANTILES]

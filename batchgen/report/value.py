@@ -94,14 +94,19 @@ def make_row_counts(spec: JobSpec, footers: Sequence[FileFooter], num_input_rows
 
 
 def make_totals(table: pa.Table) -> dict[str, Any]:
-    """Sums and latencies over batches; a lost batch counts with the rows that its journal saved."""
+    """Sums and latencies over batches; a lost batch counts with the rows that its journal saved. Tokens are those that were
+    generated; what was taken over is told beside them."""
+    is_reused = pc.equal(table["outcome"], "reused")
+    made, reused = table.filter(pc.invert(is_reused)), table.filter(is_reused)
     workers = table.select(["epoch", "worker"]).drop_null().group_by(["epoch", "worker"]).aggregate([])
     return {
         "batches": count_values(table["outcome"]),
         "workers": workers.num_rows,
-        "prompt_tokens": add(table["prompt_tokens"]),
-        "completion_tokens": add(table["completion_tokens"]),
-        "cached_tokens": add(table["cached_tokens"]),
+        "prompt_tokens": add(made["prompt_tokens"]),
+        "completion_tokens": add(made["completion_tokens"]),
+        "cached_tokens": add(made["cached_tokens"]),
+        "rows_reused": add(reused["num_rows_ok"]) or 0,
+        "completion_tokens_reused": add(reused["completion_tokens"]),
         "num_retries": add(table["num_retries"]),
         "window_share": share_window(table),
         "finish_reasons": add_counts(table["finish_reasons"]),
@@ -163,9 +168,8 @@ def make_what(table: pa.Table, record: RunRecord | None) -> dict[str, Any]:
 
 def make_run(record: RunRecord, table: pa.Table, *, is_settled: bool) -> dict[str, Any]:
     """One run's line: its time, what it did and what it cost. Hours are None where workers reserve no GPU."""
-    kept = table.filter(
-        pc.and_(pc.equal(table["epoch"], record["epoch"]), pc.not_equal(table["outcome"], "superseded"))
-    )
+    is_kept = pc.invert(pc.is_in(table["outcome"], pa.array(["superseded", "reused"])))
+    kept = table.filter(pc.and_(pc.equal(table["epoch"], record["epoch"]), is_kept))
     gpus = record.get("cluster", {}).get("gpus_per_worker") or None
     waste = make_waste(record, add(kept["completion_tokens"]), is_settled=is_settled)
     gpu_hours = record["worker_s"] * gpus / 3600 if gpus else None

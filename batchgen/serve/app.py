@@ -21,6 +21,7 @@ from batchgen.serve.errors import ApiError, bad_request, not_found
 from batchgen.serve.guard import Guard, make_response
 from batchgen.serve.routes_batches import create_batches_router
 from batchgen.serve.routes_files import create_files_router
+from batchgen.serve.routes_page import create_page_router
 from batchgen.serve.wire import ErrorBody, Model, ModelList
 
 STORE_RETRY_S = 5
@@ -34,7 +35,8 @@ def create_app(endpoint: Endpoint, routers: Sequence[APIRouter] = ()) -> FastAPI
     app = FastAPI(
         title="batchgen", version=__version__, docs_url=None, redoc_url=None, responses=ERRORS, redirect_slashes=False
     )
-    own = (create_files_router(endpoint), create_batches_router(endpoint), create_facts_router(endpoint))
+    files, batches = create_files_router(endpoint), create_batches_router(endpoint)
+    own = (files, batches, create_facts_router(endpoint), create_page_router(endpoint))
     for router in (*own, *routers):
         app.include_router(router)
     app.add_exception_handler(ApiError, _answer)

@@ -21,7 +21,7 @@ from batchgen.serve.keys import LOCAL_TENANT
 from batchgen.serve.rates import Rates
 
 audit = logging.getLogger("batchgen.audit")
-OPEN = frozenset({"/health", "/ready", "/openapi.json"})
+OPEN = frozenset({"/health", "/ready", "/openapi.json", "/", "/page.css", "/page.js"})
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 # Boundaries and headers of a multipart body.
 MULTIPART_BYTES = 2**16

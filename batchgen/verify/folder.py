@@ -22,6 +22,7 @@ from batchgen.manifest import PLAN_FOLDER, SPEC, SUCCESS
 from batchgen.records import InputFile, Shard
 from batchgen.report.records import REPORT_JSON
 from batchgen.spec import JobSpec
+from batchgen.specs.saved import read_saved_spec
 from batchgen.storage import Storage
 from batchgen.verify.damage import OF_DAMAGE
 from batchgen.verify.rows import RESTORE, Finding, check_plan
@@ -140,8 +141,8 @@ def _check_spec(folder: Folder) -> None:
         return
     try:
         made = hashlib.sha256(json.dumps(facts["fingerprint_fields"], sort_keys=True).encode()).hexdigest()[:32]
-        folder.spec = JobSpec.model_validate(facts["spec"])
-    except (KeyError, ValidationError):
+        folder.spec = read_saved_spec(facts)
+    except (KeyError, TypeError, ValidationError):
         folder.find(SPEC, "is no spec that this version of batchgen reads", RESTORE)
         return
     # What an earlier version left unsealed is compared field by field; of a sealed one a newer version may know more.

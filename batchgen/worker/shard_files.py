@@ -17,7 +17,7 @@ from batchgen import journal
 from batchgen.batches import BatchStats, FileFooter
 from batchgen.errors import AlreadyExists, Conflict, Damaged
 from batchgen.manifest import CommittedShard
-from batchgen.names import parse_batch_id
+from batchgen.names import is_reused_id, make_reused_id, parse_batch_id
 from batchgen.queue.events import ShardCommitted
 from batchgen.records import JournalRef, Lease, Partial, RowId, Shard, Share, Slot, WorkerInfo
 from batchgen.spec import JobSpec
@@ -144,7 +144,7 @@ class ShardFiles:
             epoch=lease.epoch,
             batch_id=lease.batch_id,
             **count_rows(parts.output),
-            batches=(stats, *self._list_earlier(shard, parts.recovered)),
+            batches=(stats, *list_carried(lease, info, parts.carried), *self._list_earlier(shard, parts.recovered)),
         )
         data = make_shard_file(parts.output, footer, compression_level=self._spec.output.compression_level)
         standing = self._publish(lease, data, footer)
@@ -176,9 +176,18 @@ class ShardFiles:
         batches = []
         for batch_id in pc.unique(recovered["batch_id"]).to_pylist():
             rows = recovered.filter(pc.equal(recovered["batch_id"], batch_id))
-            outcome = "shared" if batch_id in shard.shared_ids else "lost"
+            outcome = "reused" if is_reused_id(batch_id) else "shared" if batch_id in shard.shared_ids else "lost"
             batches.append(known.get(batch_id) or make_lost_stats(batch_id, rows=rows, outcome=outcome))
         return batches
+
+
+def list_carried(lease: Lease, info: WorkerInfo, rows: pa.Table) -> list[BatchStats]:
+    """What is said of the rows that this attempt took over: a batch beside its own, where there are any."""
+    return (
+        [make_lost_stats(make_reused_id(lease.batch_id), info=info, rows=rows, outcome="reused")]
+        if rows.num_rows
+        else []
+    )
 
 
 def make_event(worker_id: str, stats: BatchStats, standing: CommittedShard) -> ShardCommitted:

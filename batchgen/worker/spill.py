@@ -96,8 +96,8 @@ class Spill:
         for shard in shards:
             number = shard.lease.shard.number
             old = [part for part in shard.flushed if part.ref is not None and part.ref.path not in self._mixed]
-            read_back, batch_id = self._files.read_back, shard.lease.batch_id
-            tables = [await asyncio.to_thread(load_rows, part, batch_id, read_back) for part in old]
+            read_back = self._files.read_back
+            tables = [await asyncio.to_thread(load_rows, part, shard.lease, read_back) for part in old]
             merged = pa.concat_tables(tables)
             if shard.has_ended:
                 continue

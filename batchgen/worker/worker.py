@@ -32,6 +32,7 @@ from batchgen.queue.events import (
 from batchgen.queue.orders import Order
 from batchgen.queue.suspects import ShardRows
 from batchgen.records import Lease, WorkerInfo
+from batchgen.reuse.carrier import Carrier
 from batchgen.row_ranges import iter_rows
 from batchgen.stats import make_lost_stats
 from batchgen.worker.continuation import Continuation, make_serving
@@ -72,19 +73,23 @@ class Worker:
     async def open(self) -> WorkerInfo:
         """Load the engine. Raises EngineDied or SpecError with the reason."""
         started = time.monotonic()
-        await self._engine.open()
+        carrier = Carrier(self._spec) if self._spec.input.reuse_from else None
+        await asyncio.gather(self._engine.open(), *([asyncio.to_thread(carrier.open)] if carrier else ()))
         spec, engine, prior = self._spec, self._engine, self._setup.prior
         preparer = Preparer(spec, engine.tokenizer, engine.max_model_len, list_refused(spec.engine), prior)
         serving, hints, size = make_serving(engine, spec, prior), HintCheck(), spec.engine.max_inflight
         self._partials = serving.partials if isinstance(serving, Continuation) else None
         self._sender = Sender(serving, size, spec.retry, self._die, self._note_restart, hints.note)
-        self._feeder = Feeder(spec, self._setup.passthrough, preparer, self._sender, hints)
+        self._feeder = Feeder(spec, self._setup.passthrough, preparer, self._sender, hints, carrier)
         self._window = self._sender.window
         self._wake, self._pace = asyncio.Event(), Pace(spec.engine.max_inflight, time.monotonic())
         epoch, worker_id = self._setup.epoch, self._setup.worker_id
         self._spill = Spill(self._files, epoch, worker_id, lambda: [*self._shards.values()], self._emit, self._partials)
         self._committing = asyncio.Semaphore(MAX_COMMITS)
         self._other_tasks.spawn(self._feeder.run())
+        if (duplicates := self._feeder.duplicates) is not None:
+            self._sender.on_answer = duplicates.note_answer
+            self._other_tasks.spawn(duplicates.run())
         self._other_tasks.spawn(self._spill.flush_often(spec.output.journal_interval_s))
         self.info = WorkerInfo(
             worker_id=self._setup.worker_id,
