@@ -19,8 +19,12 @@ from pathlib import Path
 from typing import Any
 
 ENGINE = {
-    **{"kind": "simulated", "slots": 256, "max_inflight": 512},
-    **{"mean_tokens": 100, "decode_tokens_per_s": 200, "prefill_tokens_per_s": 1_000_000},
+    "kind": "simulated",
+    "slots": 256,
+    "max_inflight": 512,
+    "mean_tokens": 100,
+    "decode_tokens_per_s": 200,
+    "prefill_tokens_per_s": 1_000_000,
 }
 CLUSTER = {"pool": "inline"}
 BOUNDARY = "batchgen-bench"
