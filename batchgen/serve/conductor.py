@@ -31,6 +31,7 @@ POLL_S = 1.0
 CLAIM_TTL_S = 30.0
 SWEEP_S = 600.0
 MAX_BACKOFF_S = 60.0
+MAX_DOUBLINGS = 10
 NUM_SHORT = 2
 
 
@@ -93,6 +94,9 @@ class Conductor:
                 self._say(f"the store failed, which is tried again: {error}")
             except BatchgenError as error:  # something in the store is damaged: said, and looked at again
                 self._say(str(error))
+            # Nobody would notice that this thread is gone, and every batch would wait for ever.
+            except Exception:
+                log.exception("a look at the open batches failed, and is tried again")
             self._news.wait(POLL_S)
             self._news.clear()
 
@@ -106,7 +110,7 @@ class Conductor:
                 self._begin(record)
         if time.monotonic() >= self._next_sweep:
             self._next_sweep = time.monotonic() + SWEEP_S
-            sweep(self._state)
+            self._short.submit(self._sweep)
 
     def _look(self, place: tuple[str, str]) -> BatchRecord | None:
         """The batch, where there is something to do for it now."""
@@ -133,6 +137,13 @@ class Conductor:
         self._busy[record.id] = lane.submit(self._work, record.tenant, record.id)
         if is_long:
             self._running.add(record.id)
+
+    def _sweep(self) -> None:
+        """Beside the steps: of ten thousand files it takes minutes."""
+        try:
+            sweep(self._state)
+        except BatchgenError as error:
+            self._say(f"the sweep is tried again later: {error}")
 
     # ---- one step of one batch
 
@@ -170,7 +181,7 @@ class Conductor:
     def _back_off(self, batch_id: str, reason: str) -> None:
         trouble = self._trouble.setdefault(batch_id, _Trouble())
         wait_s = min(MAX_BACKOFF_S, 2.0**trouble.num_failures)
-        trouble.num_failures += 1
+        trouble.num_failures = min(trouble.num_failures + 1, MAX_DOUBLINGS)
         trouble.not_before = time.monotonic() + wait_s
         if not self._is_stopping.is_set():
             self._say(f"{batch_id}: stopped, and goes on in {wait_s:g} s: {reason}")
