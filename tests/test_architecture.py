@@ -101,6 +101,7 @@ LAYERS = [
     ["engines.nvfp4_model"],
     ["engines.hf_model"],
     ["engines.decode", "engines.simulated"],
+    ["engines.lanes"],
     ["engines.transformers", "engines.openai", "engines.tensorrt_llm"],
     ["engines"],
     ["chaos.faults"],

@@ -10,6 +10,7 @@ own jobs with it.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import math
@@ -17,7 +18,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,11 @@ class SimulatedEngine:
             self._death.exception()  # marks it retrieved: nobody may be waiting just now
 
     async def generate(self, request: Request) -> Generation:
+        return await self.generate_streaming(request, None)
+
+    async def generate_streaming(
+        self, request: Request, on_tokens: Callable[[Sequence[int]], None] | None
+    ) -> Generation:
         death = self._death
         if death is None:
             raise EngineDied("the simulated engine is not open")
@@ -111,7 +117,7 @@ class SimulatedEngine:
         if not self._spec.has_latency:
             await self._fault(request)
             return death.result() if death.done() else self._answer(request, queued_s=0.0, ttft_s=0.0)
-        work = asyncio.ensure_future(self._work(request))
+        work = asyncio.ensure_future(self._work(request, on_tokens or ignore))
         try:
             waited: list[asyncio.Future[Any]] = [work, death]
             await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
@@ -125,36 +131,49 @@ class SimulatedEngine:
             os.close(log_fd)
         self._log_fds = {}
 
-    async def _work(self, request: Request) -> Generation:
+    async def _work(self, request: Request, on_tokens: Callable[[Sequence[int]], None]) -> Generation:
         ranks = range(self._spec.ranks)
         rank = min(ranks, key=self._num_rows.__getitem__) if request.rank is None else request.rank
         self._num_rows[rank] += 1
         try:
-            return await self._work_on(rank, request)
+            return await self._work_on(rank, request, on_tokens)
         finally:
             self._num_rows[rank] -= 1
 
-    async def _work_on(self, rank: int, request: Request) -> Generation:
+    async def _work_on(self, rank: int, request: Request, on_tokens: Callable[[Sequence[int]], None]) -> Generation:
         started = time.monotonic()
-        async with self._slots[rank]:
+        async with self._hold_slot(rank, is_urgent=request.is_urgent):
             began = time.monotonic()
             self._prefilled_at = max(began, self._prefilled_at) + len(request.ids) / self._spec.prefill_tokens_per_s
             first_at = self._prefilled_at
             await sleep_until(first_at)
             await self._fault(request)
-            await self._decode(self._choose_length(request)[0], first_at)
             answer = self._answer(request, queued_s=began - started, ttft_s=first_at - started)
+            await self._decode(self._choose_length(request)[0], first_at, answer.token_ids or (), on_tokens)
         self._log(request, "answers", round(time.time() - (time.monotonic() - began), 4), round(time.time(), 4))
         return answer
 
-    async def _decode(self, num_tokens: int, started: float) -> None:
+    @contextlib.asynccontextmanager
+    async def _hold_slot(self, rank: int, *, is_urgent: bool) -> AsyncIterator[None]:
+        """An urgent request waits for no slot: as in a real engine, where somebody else would make room."""
+        if is_urgent:
+            yield
+            return
+        async with self._slots[rank]:
+            yield
+
+    async def _decode(
+        self, num_tokens: int, started: float, shown: Sequence[int], on_tokens: Callable[[Sequence[int]], None]
+    ) -> None:
         """Until all are made. Each step ends when it is due since the start: what a busy loop adds to one, the next is
         shorter by."""
         duration_s = num_tokens / self._spec.decode_tokens_per_s
         num_steps = max(1, min(MAX_STEPS, int(duration_s / MIN_STEP_S)))
         for step in range(1, num_steps + 1):
             await sleep_until(started + duration_s * step / num_steps)
-            self.total_tokens += num_tokens * step // num_steps - num_tokens * (step - 1) // num_steps
+            before, now = num_tokens * (step - 1) // num_steps, num_tokens * step // num_steps
+            self.total_tokens += now - before
+            on_tokens(shown[before:now])
 
     async def _fault(self, request: Request) -> None:
         """Hang or die where the request says so."""
@@ -231,6 +250,10 @@ class SimulatedEngine:
         row = request.row_id
         fields = [row.source_file, row.source_row, row.sample_index, request.attempt, *times]
         os.write(self._log_fds[kind], (json.dumps(fields) + "\n").encode())
+
+
+def ignore(_: Sequence[int]) -> None:
+    """Nobody watches."""
 
 
 async def sleep_until(at: float) -> None:
