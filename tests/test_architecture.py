@@ -158,7 +158,7 @@ LAYERS = [
     ["driver.finish", "driver.foresee", "driver.live_page", "verify.files", "verify.folder"],
     ["driver.run", "verify.verify", "report.reading"],
     ["chaos.chaos", "chaos.child"],
-    ["demo", "bench.decode", "bench.queue", "bench.placement", "bench.memory"],
+    ["demo", "bench.decode", "bench.queue", "bench.placement", "bench.memory", "bench.endpoint"],
     # benchmarks as jobs
     [
         "evaluate.spec",
