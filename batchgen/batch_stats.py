@@ -2,12 +2,14 @@
 
 A run that ends adds one file with the batches that no earlier one has. The number is what makes drivers that overlap agree:
 of two that would add the same batches only one creates the file of that number.
+
+Sketches are columns of (bucket, count) pairs that SQL can add up. What a file of an earlier version lacks is null.
 """
 
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
-from itertools import count
+from itertools import count, islice
 from typing import Any
 
 import pyarrow as pa
@@ -15,7 +17,7 @@ import pyarrow.parquet as pq
 
 from batchgen.batches import BatchStats
 from batchgen.errors import AlreadyExists
-from batchgen.stats import LATENCY_FIELDS
+from batchgen.stats import LATENCY_FIELDS, SKETCH_FIELDS, parse_sketches
 from batchgen.storage import Storage
 from batchgen.verify.damage import RESTORE, refusing_damage
 from batchgen.write import FORMAT_VERSION, make_parquet
@@ -25,6 +27,9 @@ STATS_FOLDER = "batch_stats"
 NUM_RECENT = 8
 _STATS_NAME = re.compile(rf"{STATS_FOLDER}/run-(\d{{6}})\.parquet")
 DAMAGED = f"is damaged; {RESTORE}"
+
+# So many batches become Arrow at a time: the sketches of 200,000 are some gigabytes as Python objects.
+PART_BATCHES = 4096
 
 _FLOATS = ("num_gpus", "started_at", "wall_s", "tokens_per_s", "tokens_per_s_per_gpu", "mean_inflight")
 _TEXTS = ("batch_id", "shard", "outcome", "worker", "node", "engine_kind", "engine_version")
@@ -38,25 +43,44 @@ def _stats_type(name: str) -> pa.DataType:
 
 # Not an Arrow map: the library datasets can't read one.
 _COUNTS = pa.list_(pa.struct([("value", pa.string()), ("count", pa.int64())]))
+_EXAMPLES = pa.list_(pa.struct([("value", pa.string()), ("message", pa.string())]))
+_SKETCH = pa.list_(pa.struct([("bucket", pa.int32()), ("count", pa.int64())]))
+_LISTS = {"finish_reasons": _COUNTS, "error_types": _COUNTS, "error_examples": _EXAMPLES}
 _PLAIN = [
     field.name for field in dataclasses.fields(BatchStats) if field.name not in ("latency", "sketches", "lengths")
 ]
 STATS_SCHEMA = pa.schema(
     [("format_version", pa.int32())]
-    + [(name, _COUNTS if name in ("finish_reasons", "error_types") else _stats_type(name)) for name in _PLAIN]
+    + [(name, _LISTS.get(name) or _stats_type(name)) for name in _PLAIN]
     + [(name, pa.float64()) for name in LATENCY_FIELDS]
+    + [("lengths", pa.string())]
+    + [(name, _SKETCH) for name in SKETCH_FIELDS.values()]
 )
 
 
-def make_stats_row(stats: BatchStats) -> dict[str, Any]:
+def _make_stats_row(stats: BatchStats) -> dict[str, Any]:
     row = {name: getattr(stats, name) for name in _PLAIN}
-    for name in ("finish_reasons", "error_types"):
-        row[name] = None if row[name] is None else [{"value": v, "count": c} for v, c in row[name].items()]
-    return row | {"format_version": FORMAT_VERSION} | dict.fromkeys(LATENCY_FIELDS) | (stats.latency or {})
+    for name, kind in _LISTS.items():
+        key, value = (field.name for field in kind.value_type)
+        row[name] = None if row[name] is None else [{key: k, value: v} for k, v in row[name].items()]
+    row |= {"format_version": FORMAT_VERSION, "lengths": stats.lengths or None}
+    return row | dict.fromkeys(LATENCY_FIELDS) | (stats.latency or {})
+
+
+def _make_part(batches: list[BatchStats]) -> pa.Table:
+    plain = pa.schema([field for field in STATS_SCHEMA if field.name not in SKETCH_FIELDS.values()])
+    table = pa.Table.from_pylist([_make_stats_row(stats) for stats in batches], schema=plain)
+    for name, column in SKETCH_FIELDS.items():
+        table = table.append_column(column, parse_sketches([(stats.sketches or {}).get(name) for stats in batches]))
+    return table.cast(STATS_SCHEMA)
 
 
 def make_stats_table(batches: Iterable[BatchStats]) -> pa.Table:
-    return pa.Table.from_pylist([make_stats_row(stats) for stats in batches], schema=STATS_SCHEMA)
+    """One row a batch."""
+    rest, parts = iter(batches), [STATS_SCHEMA.empty_table()]
+    while part := list(islice(rest, PART_BATCHES)):
+        parts.append(_make_part(part))
+    return pa.concat_tables(parts)
 
 
 def _make_stats_path(number: int) -> str:
@@ -85,18 +109,28 @@ def read_stats_table(storage: Storage) -> pa.Table:
 
 def _read_stats_file(storage: Storage, path: str) -> pa.Table:
     with refusing_damage(storage.url(path), DAMAGED), storage.open_read(path) as source:
-        table = pq.read_table(source).cast(STATS_SCHEMA)
+        table = pq.read_table(source)
         table.validate(full=True)  # text that is none shows here, not when somebody reads the value
-        return table
+        return _fill(table).cast(STATS_SCHEMA)
+
+
+def _fill(table: pa.Table) -> pa.Table:
+    """With a null column for each that is younger than the file."""
+    younger = {*SKETCH_FIELDS.values(), "lengths", "error_examples"}
+    missing = [field for field in STATS_SCHEMA if field.name in younger and field.name not in table.column_names]
+    for field in missing:
+        table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+    return table.select(STATS_SCHEMA.names)
 
 
 def read_batch_stats(storage: Storage) -> list[BatchStats]:
-    """The batches of batch_stats, without what it doesn't hold: their sketches."""
+    """The batches of batch_stats, without their sketches and lengths: whoever wants to add these up has the table."""
     batches = []
-    for row in read_stats_table(storage).to_pylist():
+    kept = [name for name in STATS_SCHEMA.names if name not in SKETCH_FIELDS.values()]
+    for row in read_stats_table(storage).select(kept).to_pylist():
         fields = {name: row[name] for name in _PLAIN}
-        for name in ("finish_reasons", "error_types"):
-            fields[name] = None if row[name] is None else {c["value"]: c["count"] for c in row[name]}
+        for name in _LISTS:
+            fields[name] = None if row[name] is None else dict(pair.values() for pair in row[name])
         batches.append(BatchStats(**fields, latency={name: row[name] for name in LATENCY_FIELDS}))
     return batches
 

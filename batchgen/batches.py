@@ -7,8 +7,8 @@ from dataclasses import dataclass
 class BatchStats:
     """One row of `batch_stats`. Latencies are seconds: `latency` holds exact quantiles over the rows that the batch
     itself generated, `sketches` the same latencies as mergeable histograms, `lengths` its rows by prompt and completion
-    tokens (`lengths.merge_lengths`). `wall_s` runs from the lease's arrival to
-    its end. Rates are those of a shared engine: a worker serves several shards at once."""
+    tokens (`lengths.merge_lengths`), `error_examples` a message of ours for each error type. `wall_s` runs from the
+    lease's arrival to its end. Rates are those of a shared engine: a worker serves several shards at once."""
 
     batch_id: str
     shard: str
@@ -39,6 +39,7 @@ class BatchStats:
     lengths: str | None = None
     finish_reasons: dict[str, int] | None = None
     error_types: dict[str, int] | None = None
+    error_examples: dict[str, str] | None = None
     num_retries: int | None = None
     read_s: float | None = None
     write_s: float | None = None

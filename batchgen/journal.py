@@ -1,11 +1,13 @@
 """Finished rows of uncommitted shards, spilled so that a lost worker costs an interval and not a shard.
 
-A segment is one object for one flush of one worker, created if absent, never changed: a Parquet file with one row group
-for each shard it holds rows of, and an index of them in its footer. Rows may be in several segments (a row may be
-generated twice); the first one that counts wins, so what an attempt commits depends on the order of segment names only.
-`JournalIndex` knows which segments still matter; a segment goes when every shard in it is committed, or when its rows
-stand in a later one. Pages bear checksums, for a segment's rows end up in shard files: a damaged one is left out, by name,
-and its rows are made again. A file that is no segment of this job is refused: somebody put it there.
+A segment is one object for one flush of one worker, created if absent, never changed: a Parquet file with one row group for
+each shard it holds rows of, and an index of them in its footer. Rows may be in several segments (a row may be generated
+twice); the first one that counts wins, so what an attempt commits depends on the order of segment names only. Segments of
+another kind, by their name, hold answers so far of rows that an engine is asked for in parts (`is_partials`): they live and
+go as the others do, and no row of a shard is ever read from one. `JournalIndex` knows which segments still matter; a
+segment goes when every shard in it is committed, or when its rows stand in a later one. Pages bear checksums, for a
+segment's rows end up in shard files: a damaged one is left out, by name, and its rows are made again. A file that is no
+segment of this job is refused: somebody put it there.
 """
 
 import json
@@ -26,10 +28,20 @@ FOLDER = "_batchgen/journal"
 INDEX_KEY = b"batchgen.journal"
 _SEGMENT_NAME = re.compile(rf"{FOLDER}/e(\d+)-.+\.parquet")
 NUM_INDEX_THREADS = 32
+PARTIALS_SUFFIX = "-partials.parquet"
 
 
 def make_segment_path(epoch: int, worker_id: str, sequence: int) -> str:
     return f"{FOLDER}/e{epoch:06d}-{worker_id}-{sequence:06d}.parquet"
+
+
+def make_partials_path(epoch: int, worker_id: str, sequence: int) -> str:
+    return f"{FOLDER}/e{epoch:06d}-{worker_id}-{sequence:06d}{PARTIALS_SUFFIX}"
+
+
+def is_partials(path: str) -> bool:
+    """Does the segment hold answers so far, and no results?"""
+    return path.endswith(PARTIALS_SUFFIX)
 
 
 def make_worker_prefix(epoch: int, worker_id: str) -> str:
@@ -113,12 +125,16 @@ def describe_left_out(error: Damaged) -> str:
 
 
 def read_rows(storage: Storage, refs: Sequence[JournalRef], schema: pa.Schema) -> pa.Table:
-    """Rows of one shard from its segments, in order of `refs`: a (source_row, sample_index) may be there many times, and
+    """Results of one shard from its segments, in order of `refs`: a (source_row, sample_index) may be there many times, and
     `drop_repeated` keeps its first. Choose before that, or a row that doesn't count hides one that does.
 
     A segment that is gone means its shard was committed meanwhile: the commit finds that out, so it is skipped here.
     Raises Damaged for one that is not what was written.
     """
+    return _read_present(storage, [ref for ref in refs if not is_partials(ref.path)], schema)
+
+
+def _read_present(storage: Storage, refs: Iterable[JournalRef], schema: pa.Schema) -> pa.Table:
     tables = []
     for ref in refs:
         try:
@@ -130,10 +146,19 @@ def read_rows(storage: Storage, refs: Sequence[JournalRef], schema: pa.Schema) -
 
 def read_sound_rows(storage: Storage, refs: Sequence[JournalRef], schema: pa.Schema) -> tuple[pa.Table, list[str]]:
     """(rows as `read_rows` of all segments that are whole, what is to be said of the others)."""
+    return _read_sound(storage, [ref for ref in refs if not is_partials(ref.path)], schema)
+
+
+def read_sound_partials(storage: Storage, refs: Sequence[JournalRef], schema: pa.Schema) -> tuple[pa.Table, list[str]]:
+    """The same of the segments that hold answers so far."""
+    return _read_sound(storage, [ref for ref in refs if is_partials(ref.path)], schema)
+
+
+def _read_sound(storage: Storage, refs: Iterable[JournalRef], schema: pa.Schema) -> tuple[pa.Table, list[str]]:
     tables, left_out = [schema.empty_table()], []
     for ref in refs:
         try:
-            tables.append(read_rows(storage, [ref], schema))
+            tables.append(_read_present(storage, [ref], schema))
         except Damaged as error:
             left_out.append(describe_left_out(error))
     return pa.concat_tables(tables), left_out

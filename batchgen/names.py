@@ -11,7 +11,16 @@ def make_batch_id(shard_number: int, epoch: int, attempt: int) -> str:
     return f"shard-{shard_number:09d}-e{epoch}-a{attempt}"
 
 
+def make_reused_id(batch_id: str) -> str:
+    """The batch that holds what this one took over instead of generating it."""
+    return f"{batch_id}r"
+
+
+def is_reused_id(batch_id: str) -> bool:
+    return batch_id.endswith("r")
+
+
 def parse_batch_id(batch_id: str) -> tuple[int, int, int]:
     """(shard number, epoch, attempt)."""
-    _, number, epoch, attempt = batch_id.split("-")
+    _, number, epoch, attempt = batch_id.removesuffix("r").split("-")
     return int(number), int(epoch[1:]), int(attempt[1:])

@@ -107,8 +107,8 @@ class Request:
     engine with a tokenizer on our side; `prompt`, the row's own, for one that renders and tokenises itself. `has_tools`:
     the answer may call tools. `expected_tokens`: of the completion, where anything is known of it (`lengths`).
     `partial`: what was generated for it before, with `token_ids` only; the engine gives what comes after that, at most
-    `sampling.max_tokens` more. `rank`: the attention-DP rank that must take it, None for any. `is_urgent`: somebody waits
-    for this one; it goes before the others, where the engine can choose."""
+    `sampling.max_tokens` more. `rank`: the attention-DP rank that must take it, None for any. `fingerprint`: `reuse`'s.
+    `is_urgent`: somebody waits for it; it goes before the others, where the engine can choose."""
 
     row_id: RowId
     token_ids: tuple[int, ...] | None
@@ -119,6 +119,7 @@ class Request:
     expected_tokens: float | None = None
     partial: Partial | None = None
     rank: int | None = None
+    fingerprint: bytes | None = None
     is_urgent: bool = False
 
     @property
@@ -182,7 +183,8 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The end of one request: exactly one of generation, failure is set. `text` and `reasoning` are the cut answer."""
+    """The end of one request: exactly one of generation, failure is set. `text` and `reasoning` are the cut answer,
+    `reused_from` the batch that generated it, where this request was never sent."""
 
     row_id: RowId
     num_attempts: int
@@ -192,6 +194,8 @@ class Result:
     text: str | None = None
     reasoning: str | None = None
     prompt_tokens: int | None = None
+    fingerprint: bytes | None = None
+    reused_from: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,58 +8,20 @@ no YAML: see `spec_load`.
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, AwareDatetime, Field, model_validator
+from pydantic import AwareDatetime, Field, model_validator
 
 from batchgen.specs.engine import EngineSpec
+from batchgen.specs.input import InputSpec as InputSpec
 from batchgen.specs.retry import RetrySpec as RetrySpec  # a section like the others
 from batchgen.specs.sampling import SamplingSpec
 from batchgen.specs.sections import PromptForm, Section
-from batchgen.urls import check_url
+from batchgen.specs.sections import Url as Url
 
 FINGERPRINT_VERSION = 1
 # Fields younger than the version. One that asks for nothing is left out, so that older jobs keep their fingerprint.
 YOUNGER = {"tools", "guided"}
-
-Url = Annotated[str, AfterValidator(check_url)]
-
-
-class InputSpec(Section):
-    """Which rows."""
-
-    paths: Annotated[tuple[Url, ...], Field(min_length=1)] = Field(
-        description="Parquet files, folders (searched recursively) or globs: local paths, s3:// or any fsspec URL. "
-        "A single string is taken as a list of one."
-    )
-    custom_id: str | None = Field(
-        default=None, description="Column with the user's key, text or integer. Made from file and row when absent."
-    )
-    passthrough: tuple[str, ...] = Field(default=(), description="Input columns copied to the output, types kept.")
-    check_unique: Literal["auto", "always", "never"] = Field(
-        default="auto",
-        description="Refuse duplicate custom_id before the start. auto: scan up to 10 million rows; beyond that the "
-        "report says 'not checked'.",
-    )
-    limit: int | None = Field(
-        default=None, ge=1, description="Only the first N rows (rows). May be raised later: finished rows are kept."
-    )
-    length_hint: str | None = Field(
-        default=None,
-        description="Column with a row's expected completion (tokens): long rows start first. Wrong or null costs nothing "
-        "but time at the end.",
-    )
-    length_prior: Url | None = Field(
-        default=None,
-        description="output.path of an earlier run over prompts like these: what it measured is expected where no hint is.",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_path(cls, value: Any) -> Any:
-        if isinstance(value, dict) and isinstance(value.get("paths"), str):
-            return {**value, "paths": [value["paths"]]}
-        return value
 
 
 class PromptSpec(Section):
@@ -157,12 +119,20 @@ class OutputSpec(Section):
 
     path: Url = Field(description="Folder to write to: local path, s3:// or any fsspec URL.")
     token_ids: bool = Field(default=False, description="Add the column token_ids (generated ids).")
+    row_fingerprints: bool = Field(
+        default=True,
+        description="Add the columns row_fingerprint (16 bytes) and reused_from, by which later runs reuse generations and "
+        "exact duplicates are made once. Decided when a job begins.",
+    )
     rows_per_shard: int | None = Field(
         default=None, ge=1, description="Rows a shard (rows). Absent: from expected size and duration."
     )
     compression_level: int = Field(default=3, ge=1, le=19, description="zstd level.")
     journal_interval_s: float = Field(
         default=10.0, gt=0, description="Finished rows are made safe this often (s): what a crash can cost."
+    )
+    report_rows: int = Field(
+        default=0, ge=0, le=100, description="Generations shown in report.html (rows). 0: no generated text is in it."
     )
     lock_url: Url | None = Field(
         default=None,
@@ -229,6 +199,12 @@ class ClusterSpec(Section):
         default=None, gt=0, description="Stop before one run has used more, its workers' start-up included (GPU-hours)."
     )
 
+    gpu_hour_cost: float | None = Field(
+        default=None,
+        ge=0,
+        description="What one GPU costs an hour, in your currency: then cost is told beside GPU-hours.",
+    )
+
     @model_validator(mode="after")
     def _has_gpus(self) -> "ClusterSpec":
         if self.max_gpu_hours is not None and self.gpus_per_worker == 0:
@@ -253,17 +229,28 @@ class JobSpec(Section):
     cluster: ClusterSpec = ClusterSpec()
     retry: RetrySpec = RetrySpec()
 
+    @model_validator(mode="after")
+    def _has_fingerprints(self) -> "JobSpec":
+        asking = "input.reuse_from" if self.input.reuse_from else "input.duplicates: copy"
+        if not self.output.row_fingerprints and (self.input.reuse_from or self.input.duplicates == "copy"):
+            raise ValueError(f"{asking} goes by row fingerprints, and output.row_fingerprints is false; leave that out")
+        return self
+
     def fingerprint_fields(self) -> dict[str, Any]:
         """What makes the data, section by section, as plain JSON values."""
         return {
             "version": FINGERPRINT_VERSION,
-            "input": self.input.model_dump(mode="json", include={"paths", "custom_id", "passthrough"}),
+            "input": self.input.model_dump(mode="json", include=self._list_input_fields()),
             "prompt": _dump(self.prompt),
             "model": self.model.model_dump(mode="json", exclude={"stage_dir"}),
             "engine": self.engine.fingerprint_fields(),
             "sampling": _dump(self.sampling),
             "output": self.output.model_dump(mode="json", include={"token_ids"}),
         }
+
+    def _list_input_fields(self) -> set[str]:
+        """Where duplicates are copied though each would be drawn by itself, the data is another."""
+        return {"paths", "custom_id", "passthrough", *({"duplicates"} if self.input.duplicates == "copy" else ())}
 
     def fingerprint(self) -> str:
         """32 hexadecimal digits; equal for two specs that make the same dataset."""

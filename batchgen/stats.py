@@ -7,7 +7,7 @@ batch that generated them. Unknown is None, never 0.
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -20,10 +20,14 @@ from batchgen.records import Lease, WorkerInfo
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 LATENCIES = ("queued", "ttft", "per_token", "latency")
+# Their sketches' columns in batch_stats.
+SKETCH_FIELDS = {name: f"{name}_sketch" for name in LATENCIES}
 # Relative error of a sketch's quantiles, and the smallest latency it tells apart.
 SKETCH_ERROR = 0.01
 GAMMA = (1 + SKETCH_ERROR) / (1 - SKETCH_ERROR)
 MIN_LATENCY_S = 1e-6
+# A footer holds one message a type; a server's may be long.
+MAX_EXAMPLE_CHARS = 200
 ROW_FIELDS = (
     "num_rows_ok",
     "num_rows_error",
@@ -36,10 +40,11 @@ ROW_FIELDS = (
     "lengths",
     "finish_reasons",
     "error_types",
+    "error_examples",
     "num_retries",
 )
 # Who knows better what became of a batch.
-OUTCOMES = ("committed", "shared", "superseded", "lost")
+OUTCOMES = ("committed", "reused", "shared", "superseded", "lost")
 LATENCY_FIELDS = tuple(f"{name}_{quantile}_s" for name in LATENCIES for quantile in QUANTILES)
 
 
@@ -83,14 +88,32 @@ def make_sketches(rows: pa.Table) -> dict[str, str]:
     return {name: make_sketch(values) for name, values in list_latencies(rows).items()}
 
 
+def parse_sketches(texts: Sequence[str | None]) -> pa.ListArray:
+    """Sketches as lists of (bucket, count); null where nothing was counted. In Arrow: there may be 200,000 of them."""
+    column = pa.array([text or None for text in texts], pa.string())
+    lists = pc.split_pattern(column, " ")
+    pairs = pc.split_pattern(pc.list_flatten(lists), ":")
+    parts = [pc.cast(pc.list_element(pairs, place), kind) for place, kind in ((0, pa.int32()), (1, pa.int64()))]
+    values = pa.StructArray.from_arrays(parts, ["bucket", "count"])
+    return pa.ListArray.from_arrays(lists.offsets, values, mask=pc.is_null(column))
+
+
+def merge_sketch_lists(lists: pa.ChunkedArray | pa.Array) -> Counter[int]:
+    """Counts by bucket over a column of sketches."""
+    pairs = pc.list_flatten(lists)
+    columns = {"bucket": pc.struct_field(pairs, "bucket"), "count": pc.struct_field(pairs, "count")}
+    sums = pa.table(columns).group_by("bucket").aggregate([("count", "sum")])
+    return Counter(dict(zip(sums["bucket"].to_pylist(), sums["count_sum"].to_pylist(), strict=True)))
+
+
 def merge_sketches(sketches: Iterable[str]) -> Counter[int]:
     """Counts by bucket over all of them."""
-    merged: Counter[int] = Counter()
-    for sketch in sketches:
-        for pair in sketch.split():
-            bucket, _, count = pair.partition(":")
-            merged[int(bucket)] += int(count)
-    return merged
+    return merge_sketch_lists(parse_sketches(list(sketches)))
+
+
+def bucket_bounds_s(bucket: int) -> tuple[float, float]:
+    """Where a bucket begins and ends, in seconds."""
+    return float(GAMMA ** (bucket - 1)), float(GAMMA**bucket)
 
 
 def read_quantile(counts: Mapping[int, int], q: float) -> float | None:
@@ -107,6 +130,17 @@ def count_values(column: pa.ChunkedArray) -> dict[str, int]:
     """{value: rows}, nulls left out, most frequent first."""
     counts = [(entry["values"], entry["counts"]) for entry in column.drop_null().value_counts().to_pylist()]
     return dict(sorted(counts, key=lambda pair: (-pair[1], pair[0])))
+
+
+def list_error_examples(rows: pa.Table) -> dict[str, str]:
+    """{error type: the message of its first row, cut}. Messages are ours and hold no text of a row (`Failure`)."""
+    errors = rows.select(["error_type", "error_message"]).filter(pc.is_valid(rows["error_type"]))
+    firsts = errors.group_by("error_type", use_threads=False).aggregate([("error_message", "first")])
+    return {
+        row["error_type"]: row["error_message_first"][:MAX_EXAMPLE_CHARS]
+        for row in firsts.to_pylist()
+        if row["error_message_first"]
+    }
 
 
 def total(column: pa.ChunkedArray) -> int | None:
@@ -137,6 +171,7 @@ def describe_rows(rows: pa.Table) -> dict[str, Any]:
         "lengths": make_lengths(rows),
         "finish_reasons": count_values(rows["finish_reason"]),
         "error_types": count_values(rows["error_type"]),
+        "error_examples": list_error_examples(rows),
         "num_retries": total(pc.max_element_wise(pc.subtract(rows["num_attempts"], 1), 0)) or 0,
     }
 
@@ -193,7 +228,7 @@ def make_lost_stats(
     outcome: str = "lost",
 ) -> BatchStats:
     """Stats of a batch that did not commit, as far as known. `rows` are those of its rows that a journal saved. `outcome`:
-    'shared' for one that helped another batch."""
+    'shared' for one that helped another batch, 'reused' for rows that were taken over and not generated."""
     number, epoch, attempt = parse_batch_id(batch_id)
     made = describe_rows(rows) if rows is not None else dict.fromkeys(ROW_FIELDS)
     return BatchStats(

@@ -26,12 +26,21 @@ s3fs.S3FileSystem.aws_environment = _AwsEnvironment()
 s3fs.S3FileSystem._extra_tokenize_attributes = (*s3fs.S3FileSystem._extra_tokenize_attributes, "aws_environment")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that take hours run only where `-m` names them, whatever else it says."""
+    """Tests that take hours run only where `-m` names them, whatever else it says.
+
+    Where several processes test at once (`make test`), all that starts Ray is one's, from the beginning, so that two
+    clusters never share two cores; a file's tests stay together, with what they started for each other."""
     if "soak" not in config.option.markexpr:
         soaks = [item for item in items if item.get_closest_marker("soak")]
         config.hook.pytest_deselected(items=soaks)
         items[:] = [item for item in items if item not in soaks]
+    if hasattr(config, "workerinput"):  # one of several processes
+        items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+        for item in items:
+            name = "ray" if item.get_closest_marker("ray") else item.path.name
+            item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.fixture(scope="session")

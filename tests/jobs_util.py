@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import s3fs
 
 from batchgen.driver.dispatch import Progress
-from batchgen.run import run_job
+from batchgen.driver.run import run_job
 from batchgen.spec import JobSpec
 from batchgen.specs.load import make_spec
 
@@ -324,7 +324,7 @@ def check_output(
 
 def check_row(row: Mapping[str, Any]) -> None:
     """A generation or an error, and nothing of the other."""
-    answer = ("text", "finish_reason", "completion_tokens", "latency_s")
+    answer = ("text", "finish_reason", "completion_tokens", *(() if row.get("reused_from") else ("latency_s",)))
     error = ("error_type", "error_message", "is_retryable")
     assert row["status"] in {"ok", "error"}
     there, absent = (answer, error) if row["status"] == "ok" else (error, answer[:3])

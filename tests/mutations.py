@@ -17,7 +17,7 @@ Folder = dict[str, bytes]
 Mutation = Callable[[random.Random, Folder, Folder], str]
 
 # Rewritten while a run works, or not written by batchgen's runs at all: nothing vouches for them, and no row is in them.
-UNSEALED = ("_batchgen/lease/", "_batchgen/tmp/", "_batchgen/status.json", "_batchgen/probe/")
+UNSEALED = ("_batchgen/lease/", "_batchgen/tmp/", "_batchgen/status.json", "_batchgen/probe/", "_batchgen/runs/")
 
 
 def list_sealed(folder: Folder) -> list[str]:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -39,12 +40,14 @@ class RayCluster:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         return done.stdout
 
-    def submit(self, *args: str, env: Mapping[str, str] | None = None) -> str:
-        """`ray job submit` of jobs/generate.py without waiting; the submission id. `env`: for its actors too."""
+    def submit(self, *args: str, env: Mapping[str, str] | None = None, on: str | None = None) -> str:
+        """`ray job submit` of jobs/generate.py without waiting; the submission id. `env`: for its actors too; `on`: the
+        resource of the node that the driver is to run on, else the head."""
+        place = ("--entrypoint-resources", json.dumps({on: 0.001})) if on else ()
         out = self.call(
             *("job", "submit", "--no-wait", "--address", self.dashboard, "--working-dir", "."),
             *("--runtime-env-json", json.dumps({"env_vars": dict(env or {})})),
-            *("--", sys.executable, "jobs/generate.py", *args),
+            *(*place, "--", sys.executable, "jobs/generate.py", *args),
         )
         return re.findall(r"raysubmit_\w+", out)[0]
 
@@ -76,6 +79,41 @@ class RayCluster:
 
     def list_raylets(self) -> list[int]:
         return list_marked(self.env[MARK], "raylet/raylet")
+
+    def restart_gcs(self, down_s: float) -> None:
+        """SIGKILL the head's control store, and start it again as it was started, as an operator or a supervisor does."""
+        (old,) = list_marked(self.env[MARK], "gcs/gcs_server")
+        command = Path(f"/proc/{old}/cmdline").read_bytes().decode().rstrip("\0").split("\0")
+        environ = dict(
+            item.split("=", 1) for item in Path(f"/proc/{old}/environ").read_bytes().decode().split("\0") if item
+        )
+        os.kill(old, signal.SIGKILL)
+        time.sleep(down_s)
+        subprocess.Popen(
+            command, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+    def kill_gcs(self) -> None:
+        stop_processes(list_marked(self.env[MARK], "gcs/gcs_server"))
+
+    def kill_node(self, raylet: int) -> None:
+        """The raylet and all that it started, drivers too: a machine that is gone."""
+        stop_processes(list_descendants(raylet))
+
+
+def list_descendants(pid: int) -> list[int]:
+    """This process first, then what it started and what those started."""
+    parents: dict[int, list[int]] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue  # it ended meanwhile
+        parents.setdefault(parent, []).append(int(folder.name))
+    found = [pid]
+    for each in found:  # grows while it is walked
+        found += parents.get(each, [])
+    return found
 
 
 def list_marked(mark: str, command: str = "") -> list[int]:

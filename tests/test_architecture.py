@@ -20,11 +20,11 @@ MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 300
 
 LAYERS = [
-    ["specs", "queue", "worker", "driver", "verify", "staging", "preflight", "chaos"],
+    ["specs", "queue", "worker", "driver", "verify", "staging", "preflight", "chaos", "reuse"],
     ["__init__", "names", "row_ranges", "batches", "errors", "urls", "paths"],
     ["records", "queue.suspects"],
     ["specs.sections", "queue.orders", "worker.spilled"],
-    ["specs.tensorrt_llm", "specs.sampling", "specs.retry"],
+    ["specs.tensorrt_llm", "specs.sampling", "specs.retry", "specs.input"],
     ["specs.engine"],
     ["queue.lazy_heap", "queue.leases", "queue.tail"],
     [
@@ -38,12 +38,13 @@ LAYERS = [
         "verify.damage",
         "worker.seal",
     ],
-    ["preflight.tokenizer_files"],
+    ["preflight.tokenizer_files", "specs.saved"],
+    ["reuse.fingerprint"],
     # pure decisions
     ["prompt", "plan", "queue.backlog", "queue.scaling", "queue.governor", "lengths", "worker.answer", "verify.rows"],
-    ["stats", "queue.work_queue", "queue.progress", "queue.roster"],
+    ["stats", "queue.work_queue", "queue.progress", "queue.roster", "queue.timeline"],
     ["worker.budget", "worker.placement", "worker.stops", "queue.trial_queue"],
-    ["worker.seam"],
+    ["worker.seam", "worker.partials"],
     ["preflight.checkpoint", "staging.plan", "engines.trtllm.env"],
     ["preflight.preflight"],
     ["preflight.model"],
@@ -61,6 +62,7 @@ LAYERS = [
     ["simulate.engine"],
     ["simulate.calibration", "simulate.workload"],
     ["simulate.policies", "simulate.oracle"],
+    ["reuse.index"],
     # the store seam
     ["stores", "stores.base"],
     ["stores.local", "stores.remote"],
@@ -108,8 +110,10 @@ LAYERS = [
     ["training.train"],
     # one worker
     ["worker.result_batch", "worker.read_ahead", "worker.hint_check"],
+    ["worker.partial_rows"],
     ["manifest", "worker.open_shard", "worker.prepare"],
-    ["length_files"],
+    ["length_files", "reuse.outputs", "reuse.duplicates"],
+    ["reuse.carrier"],
     ["engines.contract_subject"],
     ["engines.contract_answers"],
     ["engines.contract"],
@@ -135,16 +139,23 @@ LAYERS = [
     ["driver.inline_pool", "ray_pool", "driver.dispatch"],
     ["driver.pools"],
     # one run
-    ["driver.hold", "driver.view", "report"],
+    ["driver.hold", "driver.view"],
+    # what a job did
+    ["report", "report.figures", "report.svg"],
+    ["report.records"],
+    ["report.distributions", "report.waste", "report.lanes", "report.charts", "report.samples", "report.text"],
+    ["report.value", "report.page"],
+    ["report.by"],
+    ["driver.run_record"],
     # an NVFP4 checkpoint
     ["quantize.spec", "quantize.calibrate", "quantize.check"],
     ["quantize.spec_load", "quantize.job"],
     ["driver.inventory"],
     ["driver.control"],
-    ["driver.finish", "verify.files", "verify.folder"],
-    ["run", "verify.verify"],
+    ["driver.finish", "driver.live_page", "verify.files", "verify.folder"],
+    ["driver.run", "verify.verify", "report.reading"],
     ["chaos.chaos", "chaos.child"],
-    ["demo", "bench.decode", "bench.queue", "bench.placement", "bench.memory"],
+    ["demo", "bench.decode", "bench.queue", "bench.placement", "bench.memory", "bench.endpoint"],
     # benchmarks as jobs
     [
         "evaluate.spec",
@@ -166,8 +177,29 @@ LAYERS = [
     ["bench.runs"],
     ["bench.measure", "bench.summary"],
     ["bench.benchmark", "bench.saturation"],
+    # the endpoint, as far as it needs no Ray
+    ["serve"],
+    [
+        "serve.errors",
+        "serve.ids",
+        "serve.rates",
+        "serve.paging",
+        "serve.ranges",
+        "serve.wire",
+        "serve.spec",
+        "serve.door",
+    ],
+    ["serve.records", "serve.batch_spec", "serve.lines", "serve.answers", "serve.keys", "serve.body_sampling"],
+    ["serve.load", "serve.bodies", "serve.state", "serve.closing"],
+    ["serve.abilities", "serve.parts", "serve.once", "serve.endpoint", "serve.claims", "serve.jobs"],
+    ["serve.convert", "serve.results", "serve.sweep", "serve.upload", "serve.guard", "serve.batch_run"],
+    ["serve.dataset"],
+    ["serve.steps", "serve.create", "serve.routes_files"],
+    ["serve.conductor", "serve.routes_batches", "serve.page", "serve.routes_page"],
+    ["serve.app"],
+    ["serve.plain"],
     ["cli.base"],
-    ["cli.jobs", "cli.outputs", "cli.nodes", "cli.models", "cli.simulate", "cli.chaos"],
+    ["cli.jobs", "cli.outputs", "cli.reports", "cli.nodes", "cli.models", "cli.simulate", "cli.chaos"],
     ["cli.evaluate"],
     ["cli"],
     ["cli.__main__"],
@@ -184,6 +216,7 @@ PURE = {
     "specs.tensorrt_llm",
 }
 PURE |= {"spec", "prompt", "plan", "specs.sampling", "batches", "engines.deepseek_turns", "engines.deepseek_v32"}
+PURE |= {"reuse.fingerprint", "specs.saved", "specs.input"}
 PURE |= {"row_ranges", "queue.suspects", "queue.trial_queue", "specs.retry"}
 PURE |= {
     "queue.work_queue",
@@ -200,8 +233,19 @@ PURE |= {
     "worker.answer",
     "verify.rows",
 }
-PURE |= {"worker.read_ahead", "worker.hint_check", "worker.pace"}
+PURE |= {
+    "queue.timeline",
+    "report.waste",
+    "report.lanes",
+    "report.distributions",
+    "report.svg",
+    "report.charts",
+    "report.figures",
+}
+PURE |= {"report.value", "report.text", "worker.read_ahead", "worker.hint_check", "worker.pace"}
 PURE |= {"worker.budget", "worker.placement", "worker.stops", "worker.seam", "engines.base"}
+PURE |= {"worker.read_ahead", "worker.hint_check", "worker.pace"}
+PURE |= {"worker.budget", "worker.placement", "worker.stops", "worker.seam", "worker.partials", "engines.base"}
 PURE |= {"preflight.checkpoint", "staging.plan", "preflight.preflight", "preflight.model"}
 PURE |= {"quantize.recipe", "quantize.architecture", "quantize.weigh"}
 PURE |= {"evaluate.extract", "evaluate.templates", "evaluate.statistics", "evaluate.speed"}
@@ -215,6 +259,8 @@ PURE |= {
     "simulate.engine",
     "simulate.calibration",
 }
+PURE |= {"serve.errors", "serve.ids", "serve.rates", "serve.paging", "serve.ranges", "serve.wire", "serve.records"}
+PURE |= {"serve.spec", "serve.batch_spec", "serve.bodies", "serve.body_sampling", "serve.lines", "serve.answers"}
 # What only does I/O: pure modules may not even import it from the standard library.
 EFFECTS = {
     "os",
@@ -241,7 +287,7 @@ VENDORS = {
     | {"engines.nvfp4_model()", "quantize.job()", "bench.worker()"},
     "modelopt": {"quantize.calibrate()"},
     "safetensors": {"engines.hf_model()", "quantize.folder()"},
-    "jinja2": {"engines.hf_tokenizer"},
+    "jinja2": {"engines.hf_tokenizer", "report.page()"},
     "tensorrt_llm": {"engines.trtllm.vendor()"},
     "huggingface_hub": {"staging.hub()"},
     "fsspec": {"stores.remote", "stores.s3"},
@@ -251,7 +297,11 @@ VENDORS = {
     "pynvml": {"engines.trtllm.gpu()", "preflight.facts()"},
     "yaml": {"specs.load"},
     "jsonschema": {"specs.sampling()"},
-    "numpy": {"evaluate.statistics", "evaluate.speed"},
+    "numpy": {"evaluate.statistics", "evaluate.speed", "reuse.index"},
+    "fastapi": {"serve.app", "serve.routes_files", "serve.routes_batches", "serve.routes_page"},
+    "starlette": {"serve.app", "serve.routes_files", "serve.routes_page", "serve.guard"},
+    "uvicorn": {"serve.plain()"},
+    "python_multipart": {"serve.upload"},
     "scipy": {"evaluate.statistics", "evaluate.targets()"},
     "h5py": {"evaluate.targets()"},
     "math_verify": {"evaluate.math_grader()"},
@@ -259,13 +309,14 @@ VENDORS = {
         "cli.base",
         "cli.jobs",
         "cli.outputs",
+        "cli.reports",
         "cli.nodes",
         "cli.models",
         "cli.simulate",
         "cli.chaos",
         "cli.evaluate",
     },
-    "rich": {"driver.view", "cli.jobs()", "cli.outputs()", "cli.nodes()", "cli.models()", "preflight.doctor()"},
+    "rich": {"driver.view", "cli.jobs()", "cli.reports()", "cli.nodes()", "cli.models()", "preflight.doctor()"},
 }
 # Modules that import a heavy vendor at their top: whoever imports one of them does so lazily, or is one itself.
 HEAVY = {
@@ -406,7 +457,7 @@ SHOW = "print(*sorted(m for m in {names} if m in sys.modules))"
         ("import batchgen", HEAVY | {"pyarrow", "pydantic", "yaml", "typer", "rich"}),
         ("import batchgen.cli", HEAVY | {"pyarrow", "pydantic", "yaml"}),
         # All that a driver and a simulated worker on a local disk need.
-        ("import batchgen.run, batchgen.driver.inline_pool, batchgen.engines.simulated", HEAVY),
+        ("import batchgen.driver.run, batchgen.driver.inline_pool, batchgen.engines.simulated", HEAVY),
     ],
 )
 def test_importing_loads_no_vendor_before_it_is_used(code: str, absent: set[str]) -> None:

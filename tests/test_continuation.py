@@ -26,6 +26,7 @@ from batchgen.spec import ModelSpec
 from batchgen.specs.engine import OpenAIEngineSpec, SimulatedEngineSpec, TransformersEngineSpec
 from batchgen.worker.budget import SAME, EngineCost, Ladder, estimate, make_ladder
 from batchgen.worker.continuation import REUSE_SHARE, Continuation, make_job_ladder, make_serving
+from batchgen.worker.partials import Partials
 from batchgen.worker.placement import Placer
 
 T = TypeVar("T")
@@ -207,7 +208,7 @@ def test_a_retry_goes_on_from_the_parts_that_were_finished(error: RequestFailed)
         assert engine.asked == [(3, 0), (3, 16), (3, 16), (3, 32)]
         assert (answer.text, answer.token_ids, answer.usage) == (whole.text, whole.token_ids, whole.usage)
         assert engine.total_tokens == 40, "no token was made twice"
-        assert not serving._kept
+        assert not list(serving.partials.iter_all())
 
     asyncio.run(main())
 
@@ -222,12 +223,14 @@ def test_what_is_kept_for_retries_is_bounded() -> None:
     async def main() -> None:
         engine = make_simulated(FailsInTheSecondPart)
         await engine.open()
-        serving = in_parts(engine, 16, max_kept_tokens=16 * 5)
+        serving = in_parts(engine, 16, partials=Partials(16 * 5))
         for row in range(20):
             with pytest.raises(RequestFailed):
                 await serving.generate(make_request(row, max_tokens=100))
-        assert [row_id.source_row for row_id in serving._kept] == [15, 16, 17, 18, 19]
-        assert serving._num_kept_tokens == 80
+        kept = list(serving.partials.iter_all())
+        assert [(row_id.source_row, len(partial.token_ids)) for row_id, partial in kept] == [
+            (row, 16) for row in range(15, 20)
+        ]
         # A row that was forgotten begins anew, and no answer differs for it.
         answers = [await serving.generate(make_request(row, max_tokens=100)) for row in (3, 17)]
         assert [answer.usage.completion_tokens for answer in answers] == [40, 40]
@@ -407,3 +410,33 @@ def test_a_whole_job_in_parts_makes_the_same_rows(engine: dict[str, Any], tmp_pa
     assert len(made[0]) == sum(rows for _, rows in files)
     assert made[0] == made[1]
     assert make_ladder(5, 1024).rungs[:3] == (5, 10, 20)
+
+
+@pytest.mark.parametrize(
+    ("facts", "sampling", "asked"),
+    [
+        (RESUMABLE, {}, (3, 20)),
+        (replace(RESUMABLE, max_prompt_tokens=22), {}, (3, 0)),
+        (RESUMABLE, {"presence_penalty": 0.5}, (3, 0)),
+        (RESUMABLE, {"max_tokens": 20}, (3, 0)),
+    ],
+    ids=["fits", "the prompt is too long for this engine", "the engine can't go on with such a row", "nothing is left"],
+)
+def test_what_another_worker_had_is_gone_on_with_where_this_engine_can(
+    facts: EngineFacts, sampling: dict[str, Any], asked: tuple[int, int]
+) -> None:
+    async def main() -> None:
+        engine = make_simulated(FailsInTheSecondPart)
+        await engine.open()
+        request = make_request(**{"max_tokens": 100, **sampling})
+        engine.failed.add(request.row_id)  # it fails at nothing
+        whole = await make_opened(make_simulated()).generate(make_request(max_tokens=100))
+        partials = Partials()
+        partials.load([(request.row_id, Partial((whole.token_ids or ())[:20]))])
+        serving = Continuation(engine, facts, Ladder((16, 32)), partials=partials)
+        answer = await serving.generate(request)
+        assert engine.asked[0] == asked
+        assert answer.token_ids == (whole.token_ids or ())[: request.sampling.max_tokens]
+        assert partials.get(request.row_id) is None
+
+    asyncio.run(main())

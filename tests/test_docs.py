@@ -68,7 +68,7 @@ def test_the_docs_give_the_types_of_batch_stats_lists() -> None:
 def test_every_error_type_of_the_readme_occurs_in_the_code() -> None:
     listed = re.findall(r"`(\w+)`", README[README.index("Error types of rows:") : README.index("A later\nrun")])
     assert listed
-    assert [name for name in listed if name not in list_error_types()] == []
+    assert set(listed) - list_error_types() == set()
 
 
 def list_error_types() -> set[str]:

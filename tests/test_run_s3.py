@@ -36,7 +36,7 @@ from jobs_util import (
 )
 from s3_server import S3Proxy
 
-from batchgen.run import run_job
+from batchgen.driver.run import run_job
 from batchgen.specs.load import make_spec
 
 pytestmark = pytest.mark.s3

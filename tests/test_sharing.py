@@ -29,7 +29,7 @@ from jobs_util import (
     write_prompts,
 )
 
-import batchgen.run
+import batchgen.driver.run
 from batchgen.driver.dispatch import Dispatcher
 from batchgen.driver.inline_pool import InlinePool
 from batchgen.queue.events import JournalFlushed, PoolEvent, RowsGiven, ShardCommitted, ShareEnded, WorkerLost
@@ -125,7 +125,7 @@ class CrashingPool(InlinePool):
 @contextlib.contextmanager
 def splitting(monkeypatch: pytest.MonkeyPatch, crash: Crash | None = None) -> Iterator[list[CrashingPool]]:
     pools: list[CrashingPool] = []
-    make_dispatcher = batchgen.run.make_dispatcher
+    make_dispatcher = batchgen.driver.run.make_dispatcher
 
     def create_pool(setup: WorkerSetup) -> CrashingPool:
         pools.append(CrashingPool(setup))
@@ -138,8 +138,8 @@ def splitting(monkeypatch: pytest.MonkeyPatch, crash: Crash | None = None) -> It
         return dispatcher
 
     with monkeypatch.context() as patch:
-        patch.setattr(batchgen.run, "create_pool", create_pool)
-        patch.setattr(batchgen.run, "make_dispatcher", make_eager)
+        patch.setattr(batchgen.driver.run, "create_pool", create_pool)
+        patch.setattr(batchgen.driver.run, "make_dispatcher", make_eager)
         yield pools
 
 
@@ -296,7 +296,7 @@ def test_a_run_that_is_stopped_while_it_splits_goes_on(
                 raise Cancelled("stopped by the test")
 
     with splitting(monkeypatch) as pools:
-        report = batchgen.run.run_job(make_spec(tree), StopView())
+        report = batchgen.driver.run.run_job(make_spec(tree), StopView())
     assert report["exit_code"] == 3
     num_calls = count_calls(tmp_path / "calls")
     with splitting(monkeypatch):
@@ -314,7 +314,7 @@ def test_an_idle_worker_above_the_least_number_is_released(
     slow["output"]["rows_per_shard"] = ROWS  # one worker has all the work
     dispatchers: list[Dispatcher] = []
     with splitting(monkeypatch):
-        make_eager = batchgen.run.make_dispatcher
+        make_eager = batchgen.driver.run.make_dispatcher
 
         def keep(*args: Any) -> Dispatcher:
             dispatchers.append(make_eager(*args))
@@ -322,7 +322,7 @@ def test_an_idle_worker_above_the_least_number_is_released(
                 args[2].start_worker(dispatchers[-1].roster.make_worker_id(dispatchers[-1].clock()))
             return dispatchers[-1]
 
-        monkeypatch.setattr(batchgen.run, "make_dispatcher", keep)
+        monkeypatch.setattr(batchgen.driver.run, "make_dispatcher", keep)
         report, view = run(slow)
     assert report["exit_code"] == 0, view.warned
     assert dispatchers[0].roster.num_released == 1

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from ddsketch import DDSketch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from makers import make_error, make_job_spec, make_lease, make_ok, make_rows, make_worker_info
@@ -101,6 +102,21 @@ def test_a_sketch_is_within_one_percent_over_any_distribution(draw: Any) -> None
         exact = float(np.quantile(values, q, method="lower"))
         assert read_quantile(sketch, q) == pytest.approx(exact, rel=SKETCH_ERROR * 1.0001)
     assert len(sketch) < 1500, "a batch's sketch must stay small"
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_a_sketch_is_the_one_that_the_ddsketch_library_makes(draw: Any) -> None:
+    """The same buckets and the same quantiles: whoever has the library can add our columns to sketches of their own."""
+    values = np.maximum(draw(np.random.default_rng(2), 3000), 1e-3)
+    theirs = DDSketch(SKETCH_ERROR)
+    for value in values.tolist():
+        theirs.add(value)
+    ours = merge_sketches([make_sketch(column(values))])
+    store = theirs._store
+    found = {store.offset + place: int(count) for place, count in enumerate(store.bins) if count}
+    assert found == ours
+    for q in (0.0, 0.5, 0.99, 1.0):
+        assert read_quantile(ours, q) == pytest.approx(theirs.get_quantile_value(q))
 
 
 @settings(max_examples=60, deadline=None)

@@ -42,6 +42,8 @@ from batchgen.worker.continuation import make_serving
 # Answers that go on for a second: as long as max_tokens lets them.
 SLOW = {"token_s": 0.005, "max_natural_tokens": 1_000_000}
 HASTY: dict[str, Any] = {"no_progress_s": 0.8, "canary_interval_s": 30}
+# Five seconds at least: as long as a prompt lets it in a model of 1,024 tokens.
+ENDLESS = SamplingParams(max_tokens=1000, seed=3)
 LONG = SamplingParams(max_tokens=200, seed=3)
 # Checks of the contract that need an answer to take its time.
 CUT_SHORT = {
@@ -192,10 +194,12 @@ def test_closed_while_it_starts(stand_in: StandIn) -> None:
 # ---- it dies or hangs
 
 
-async def start_rows(stand_in: StandIn, engine: TensorRTLLMEngine, num_rows: int = 4) -> list["asyncio.Task[Any]"]:
+async def start_rows(
+    stand_in: StandIn, engine: TensorRTLLMEngine, num_rows: int = 4, sampling: SamplingParams = LONG
+) -> list["asyncio.Task[Any]"]:
     """Rows that the engine has taken."""
     wanted = stand_in.count_requests() + num_rows
-    rows = [replace(make_request(row), sampling=replace(LONG, seed=row)) for row in range(num_rows)]
+    rows = [replace(make_request(row), sampling=replace(sampling, seed=row)) for row in range(num_rows)]
     tasks = [asyncio.ensure_future(catch(engine, row)) for row in rows]
     await until(lambda: stand_in.count_requests() >= wanted, "they are taken")
     return tasks
@@ -341,7 +345,7 @@ def test_restarts_that_help_nobody_end_the_worker(stand_in: StandIn) -> None:
         engine = make_engine(stand_in, max_restarts=2)
         await engine.open()
         try:
-            tasks = await start_rows(stand_in, engine)
+            tasks = await start_rows(stand_in, engine, sampling=ENDLESS)
             stand_in.control(start_fault="exit")
             stand_in.kill(CHILD)
             assert {type(end) for end in await asyncio.gather(*tasks)} == {EngineRestarted}
@@ -368,6 +372,19 @@ def test_empty_answers_are_failures_and_have_it_started_anew(stand_in: StandIn) 
             stand_in.control()
             answer = await persist(engine, make_request(3))
             assert answer.usage.completion_tokens
+
+    run(main())
+
+
+def test_logits_that_are_no_numbers_fail_their_row_where_logprobs_show_them(stand_in: StandIn) -> None:
+    async def main() -> None:
+        async with opened(stand_in) as engine:
+            stand_in.control(nan_token=5)
+            told = SamplingParams(max_tokens=4, logprobs=0)
+            bad, good = (Request(RowId("f", row, 0), (3, token), told) for row, token in enumerate((5, 6)))
+            ends = await asyncio.gather(catch(engine, bad), catch(engine, good))
+            assert (type(ends[0]), ends[0].error_type) == (RequestFailed, "bad_logits")
+            assert isinstance(ends[1], Generation)
 
     run(main())
 

@@ -2,13 +2,20 @@
 
 import asyncio
 import random
+import shutil
 import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
 from typing import Any, TypeVar
 
+import pyarrow as pa
 import pytest
 import torch
+from jobs_util import check_output, run, write_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from batchgen.engines.decode import DecodeBatch
 from batchgen.engines.transformers import TransformersEngine
@@ -303,6 +310,34 @@ def test_bad_logits_fail_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
         assert outcomes[1].text == "4"
 
     use(work)
+
+
+def test_a_token_whose_weights_are_broken_fails_its_row_alone(tmp_path: Path) -> None:
+    """A real checkpoint with NaN in one token's embedding, a whole job: through experts, indexer and cache."""
+    folder = tmp_path / "model"
+    shutil.copytree(files("batchgen") / "embedded", folder)  # type: ignore[arg-type]
+    weights = load_file(folder / "model.safetensors")
+    bad = AutoTokenizer.from_pretrained(folder).encode("1 = ?")[-1]
+    weights["model.embed_tokens.weight"][bad] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    prompts = [f"{row} + 1 =" + " ?" * (row % 8 == 5) for row in range(40)]
+    write_file(tmp_path / "in.parquet", pa.table({"prompt": prompts}))
+    tree = {
+        "input": {"paths": [str(tmp_path / "in.parquet")]},
+        "prompt": {"column": "prompt"},
+        "model": {"path": str(folder)},
+        "engine": {"kind": "transformers", "max_batch_size": 8},
+        "sampling": {"max_tokens": 8, "temperature": 1.0, "seed": 3},
+        "output": {"path": str(tmp_path / "out")},
+        "cluster": {"pool": "inline"},
+        "retry": {"backoff_s": 0.01, "max_error_rate": 1.0},
+    }
+    report, _ = run(tree)
+    rows = check_output(tmp_path / "out", [(str(tmp_path / "in.parquet"), 40)])
+    assert report["rows"]["ok"] == 35
+    assert {row["source_row"]: row["error_type"] for row in rows if row["status"] == "error"} == dict.fromkeys(
+        (5, 13, 21, 29, 37), "bad_logits"
+    )
 
 
 def test_close_ends_what_is_in_flight_and_may_be_called_again() -> None:

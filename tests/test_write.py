@@ -66,7 +66,7 @@ def test_a_generation_is_written_field_by_field() -> None:
         "source_row": 4, "sample_index": 0, "text": "answer", "reasoning": "because", "finish_reason": "stop",
         "prompt_tokens": 3, "completion_tokens": 2, "cached_tokens": 0, "status": "ok", "error_type": None,
         "error_message": None, "is_retryable": None, "num_attempts": 2, "queued_s": 0.1, "ttft_s": 0.2,
-        "latency_s": 0.4, "batch_id": "shard-000000000-e1-a1",
+        "latency_s": 0.4, "batch_id": "shard-000000000-e1-a1", "row_fingerprint": None, "reused_from": None,
     }  # fmt: skip
 
 
@@ -112,7 +112,7 @@ def test_optional_columns_are_there_when_asked_for(sections: dict[str, Any], col
     ):
         assert set(schema.names) & {"logprobs", "token_ids"} == columns
         assert len(set(schema.names)) == len(schema.names)
-        assert schema.names[-1] == "batch_id"
+        assert schema.names[-3:] == ["batch_id", "row_fingerprint", "reused_from"]
 
 
 def test_logprobs_and_token_ids_are_written_as_they_were() -> None:

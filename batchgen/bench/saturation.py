@@ -19,11 +19,11 @@ import pyarrow.parquet as pq
 
 from batchgen.bench.oracle import find_fifo_s, find_longest_first_s, find_saturation
 from batchgen.bench.workload import Workload
+from batchgen.driver.run import run_job
 from batchgen.engines import create_engine
 from batchgen.engines.simulated import read_spans
 from batchgen.prompt import make_sampling_params
 from batchgen.records import Request, RowId
-from batchgen.run import run_job
 from batchgen.spec import JobSpec
 from batchgen.specs.load import make_spec
 from batchgen.storage import Storage

@@ -20,10 +20,10 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from batchgen.bench.decode import VOCAB, Workload, make_model
+from batchgen.driver.run import run_job
 from batchgen.driver.view import LineView
 from batchgen.engines import create_engine
 from batchgen.records import Request, RowId, SamplingParams
-from batchgen.run import run_job
 from batchgen.spec import JobSpec
 from batchgen.specs.load import make_spec
 

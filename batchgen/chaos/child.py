@@ -6,9 +6,9 @@
 import sys
 
 from batchgen.chaos.faults import parse_fault, striking
+from batchgen.driver.run import run_job
 from batchgen.driver.view import LineView
 from batchgen.errors import BatchgenError, Refusal
-from batchgen.run import run_job
 from batchgen.specs.load import load_spec
 from batchgen.storage import Storage
 

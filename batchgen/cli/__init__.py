@@ -10,6 +10,7 @@ import sys
 # Each of these adds its commands to the app, in the order of the help.
 import batchgen.cli.jobs  # isort: skip
 import batchgen.cli.outputs  # isort: skip
+import batchgen.cli.reports  # isort: skip
 import batchgen.cli.nodes  # isort: skip
 import batchgen.cli.models  # isort: skip
 import batchgen.cli.evaluate  # isort: skip

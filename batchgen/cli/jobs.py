@@ -126,9 +126,9 @@ def watch_run(spec: Any, limit: int | None) -> dict[str, Any]:
     """Run with the view that suits where standard error goes, then print the summary there."""
     from rich.console import Console
 
+    from batchgen.driver.run import run_job
     from batchgen.driver.view import LineView, RichView, print_rows
-    from batchgen.report import make_text_rows
-    from batchgen.run import run_job
+    from batchgen.report.text import make_text_rows
 
     console = Console(stderr=True)
     if console.is_terminal:

@@ -26,26 +26,6 @@ def status(out: OutArgument, as_json: JsonOption = False, debug: DebugOption = F
 
 
 @app.command()
-def report(out: OutArgument, as_json: JsonOption = False, debug: DebugOption = False) -> None:
-    """The summary of the last run that ended on OUT."""
-    from rich.console import Console
-
-    from batchgen.driver.view import print_rows
-    from batchgen.errors import OutputError
-    from batchgen.manifest import read_json
-    from batchgen.report import REPORT_JSON, make_text_rows
-    from batchgen.storage import Storage
-
-    with refusals(debug, as_json=as_json):
-        storage = Storage(out)
-        found = read_json(storage, REPORT_JSON)
-        if found is None:
-            raise OutputError(f"{storage.root}: has no report; no run has ended here yet")
-    print_rows(Console(stderr=True), storage.root, make_text_rows(found))
-    print_json(found, as_json)
-
-
-@app.command()
 def verify(
     out: OutArgument,
     with_input: Annotated[

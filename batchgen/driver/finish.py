@@ -4,12 +4,13 @@ Called for a finished and for a stopped run, by the holder of the lease only. `_
 the output and that no more than `retry.max_error_rate` of the rows are errors.
 """
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from batchgen import manifest
-from batchgen.batch_stats import read_batch_stats, write_batch_stats
+from batchgen.batch_stats import make_stats_table, read_batch_stats, write_batch_stats
 from batchgen.batches import BatchStats
 from batchgen.driver.control import read_lost_batches, write_status
 from batchgen.driver.dispatch import Dispatcher
@@ -19,7 +20,10 @@ from batchgen.driver.inventory import MANIFEST, REWRITTEN, write_manifest
 from batchgen.driver.job import Job
 from batchgen.length_files import write_lengths
 from batchgen.manifest import CommittedShard
-from batchgen.report import make_report, write_report
+from batchgen.report.page import make_html
+from batchgen.report.records import REPORT_HTML, REPORT_JSON, read_records
+from batchgen.report.samples import read_samples
+from batchgen.report.value import make_report, make_row_counts
 from batchgen.storage import Storage
 from batchgen.worker.seal import seal_json
 
@@ -35,21 +39,24 @@ def finish(
     batches, unsettled = settle_batches(job, dispatcher, committed, hold.check_lease)
     manifest.write_committed(fence.put, committed.values())
     write_lengths(storage, committed.values())
+    wanted = [committed[shard.number] for shard in job.wanted if shard.number in committed]
+    num_samples = job.spec.output.report_rows
     report = make_report(
         job.spec,
-        [committed[shard.number] for shard in job.wanted if shard.number in committed],
-        batches.values(),
+        make_row_counts(job.spec, [shard.footer for shard in wanted], job.num_wanted_rows),
+        make_stats_table(batches.values()),
+        read_records(storage),
         epoch=hold.epoch,
         state="stopped" if message else "finished",
         message=message,
-        num_input_rows=job.num_wanted_rows,
-        elapsed_s=dispatcher.make_progress().elapsed_s if dispatcher else 0.0,
+        made_at=time.time(),
         is_unique_checked=job.is_unique_checked,
-        gpu_hours=dispatcher.count_gpu_hours() if dispatcher else None,
+        samples=read_samples(storage, wanted, job.spec.fingerprint(), num_samples) if num_samples else (),
     )
     report["exit_code"] = choose_exit_code(report, job.spec.retry.max_error_rate)
     report["output"] = storage.root
-    write_report(fence.put, report, job.spec)
+    fence.put(REPORT_JSON, json.dumps(report, indent=1, ensure_ascii=False).encode())
+    fence.put(REPORT_HTML, make_html(report).encode())
     write_manifest(storage, fence.put, job.spec, committed.values(), report, is_trial=is_trial)
     if dispatcher is not None:
         write_status(storage, hold.epoch, report["state"], dispatcher.make_progress(), unsettled, message)

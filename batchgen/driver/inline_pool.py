@@ -30,9 +30,7 @@ class InlinePool:
         self._threads: dict[str, _WorkerThread] = {}
 
     def start_worker(self, worker_id: str) -> None:
-        self._threads[worker_id] = _WorkerThread(
-            replace(self._setup, worker_id=worker_id), self._events, self._open
-        )
+        self._threads[worker_id] = _WorkerThread(replace(self._setup, worker_id=worker_id), self._events, self._open)
 
     def assign(self, lease: Lease) -> None:
         self._threads[lease.worker_id].assign(lease)

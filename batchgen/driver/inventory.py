@@ -13,7 +13,7 @@ from batchgen.batch_stats import list_stats_files
 from batchgen.driver.fence import Put
 from batchgen.errors import NotFound
 from batchgen.manifest import COMMITTED, PLAN_FOLDER, SPEC, CommittedShard, read_json
-from batchgen.report import REPORT_HTML, REPORT_JSON
+from batchgen.report.records import REPORT_HTML, REPORT_JSON
 from batchgen.spec import JobSpec
 from batchgen.storage import Storage
 from batchgen.worker.seal import digest, is_json_whole, seal_json

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from batchgen import manifest
 from batchgen.engines import create_tokenizer
-from batchgen.errors import Foreign, InputError, OutputError, Refusal, StorageError
+from batchgen.errors import Foreign, InputError, OutputError, Refusal, SpecError, StorageError
 from batchgen.journal import JournalIndex, list_segments, read_indexes
 from batchgen.length_files import measure_shards, read_prior
 from batchgen.lengths import LengthPrior, choose_cost, choose_work
@@ -23,6 +23,7 @@ from batchgen.plan import Plan, expected_tokens, make_plan
 from batchgen.preflight.tokenizer_files import digest_tokenizer
 from batchgen.queue.work_queue import QueuedShard
 from batchgen.records import Shard
+from batchgen.reuse.outputs import check_outputs
 from batchgen.spec import JobSpec
 from batchgen.specs.inputs import check_frozen, find_inputs, inspect_inputs
 from batchgen.specs.validate import check_spec, render_first
@@ -140,6 +141,8 @@ def open_job(spec: JobSpec, storage: Storage) -> Job:
     check_fingerprint(storage, spec)
     found = find_inputs(spec)
     saved = manifest.read_plan(storage)
+    spec = keep_saved_columns(storage, spec)
+    check_outputs(spec)
     if saved is None:
         files, passthrough, is_unique, group_bytes = inspect_inputs(spec, found)
         planned: list[Shard] = []
@@ -170,6 +173,21 @@ def open_job(spec: JobSpec, storage: Storage) -> Job:
         warnings=tuple(warnings),
         prior=read_prior(spec),
     )
+
+
+def keep_saved_columns(storage: Storage, spec: JobSpec) -> JobSpec:
+    """Raises OutputError where what the job began with can't be read, SpecError where this run needs other columns."""
+    with refusing_damage(storage.url(manifest.SPEC), manifest.DAMAGED):
+        facts = manifest.read_json(storage, manifest.SPEC)
+        had = bool(facts["spec"]["output"].get("row_fingerprints", False)) if facts else spec.output.row_fingerprints
+    if had == spec.output.row_fingerprints:
+        return spec
+    if spec.input.reuse_from:
+        raise SpecError(
+            f"input.reuse_from: the job in {storage.root} began without row fingerprints; leave it out, or start a new "
+            "output.path"
+        )
+    return spec.model_copy(update={"output": spec.output.model_copy(update={"row_fingerprints": had})})
 
 
 def find_planned_hint(storage: Storage, facts: Mapping[str, Any]) -> str | None:

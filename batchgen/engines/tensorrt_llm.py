@@ -21,7 +21,7 @@ from typing import Any
 
 from batchgen.engines.base import Tokenizer
 from batchgen.engines.trtllm.args import is_safe_version, make_facts, make_llm_kwargs, needs_safe_version
-from batchgen.engines.trtllm.client import Client, End, Ticket, count_tokens, is_answer_empty
+from batchgen.engines.trtllm.client import Client, End, Ticket, count_tokens, is_answer_empty, is_answer_finite
 from batchgen.engines.trtllm.gpu import find_gpu_memory, list_held
 from batchgen.engines.trtllm.health import Health, History
 from batchgen.engines.trtllm.orphans import sweep_orphans
@@ -149,6 +149,8 @@ class TensorRTLLMEngine:
             raise RequestFailed(finished.finish_reason, "the engine ended the request before it was done")
         if is_answer_empty(finished):
             raise RequestFailed("empty_answer", "the engine answered without a single token")
+        if not is_answer_finite(finished):
+            raise RequestFailed("bad_logits", "the model's output was not finite")
         self._history.note_finished()
 
     async def _make_generation(self, request: Request, finished: Finished) -> Generation:

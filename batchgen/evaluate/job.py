@@ -6,6 +6,7 @@ from typing import Any
 
 from batchgen.batch_stats import read_batch_stats
 from batchgen.batches import BatchStats
+from batchgen.driver.run import run_job
 from batchgen.driver.view import View
 from batchgen.errors import InputError, NotFound, OutputError, SpecError
 from batchgen.evaluate.benchmarks import Question, make_arithmetic
@@ -30,7 +31,6 @@ from batchgen.evaluate.score import check_complete, score_answers, summarize
 from batchgen.evaluate.spec import EvaluateSpec
 from batchgen.evaluate.speed import make_speed
 from batchgen.evaluate.targets import read_targets
-from batchgen.run import run_job
 from batchgen.spec import JobSpec
 from batchgen.storage import Storage, read_text
 

@@ -8,7 +8,6 @@ from typing import Any
 from batchgen.evaluate.benchmarks import CARD
 from batchgen.evaluate.compare import Line, line_to_json
 from batchgen.evaluate.statistics import Comparison
-from batchgen.report import STYLE
 
 SCORE_HEAD = (
     "benchmark", "against", "questions x samples", "base", "other", "difference", "interval", "McNemar p",
@@ -18,6 +17,14 @@ SPEED_HEAD = (
     "benchmark", "run", "truncated", "errors", "no answer", "tokens a sample", "tokens/s", "tokens/s/GPU",
     "latency p50 / p99",
 )  # fmt: skip
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 48rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; padding: .35rem .75rem .35rem 0; border-bottom: 1px solid #8884; vertical-align: top; }
+th { white-space: nowrap; font-weight: 500; }
+pre { overflow-x: auto; font-size: .85rem; }
+"""
 
 
 def describe_verdict(comparison: Comparison) -> str:

@@ -105,7 +105,7 @@ def _count_paid(facts: RunFacts, cluster: ClusterSpec) -> int:
         return cluster.workers.max
     work_s = cluster.gpus_per_worker * facts.num_rows_left / facts.rows_per_s
     extra = max(0.0, left - work_s) / (cluster.gpus_per_worker * facts.startup_s)
-    return max(1, min(cluster.workers.max, num_up + int(extra)))
+    return max(1, min(cluster.workers.max, num_up + int(min(extra, cluster.workers.max))))
 
 
 def _find_warning(facts: RunFacts, cluster: ClusterSpec, paid: int) -> str | None:

@@ -79,6 +79,7 @@ def _share_names(stats: BatchStats) -> BatchStats:
         sketches=_share_keys(stats.sketches),
         finish_reasons=_share_keys(stats.finish_reasons),
         error_types=_share_keys(stats.error_types),
+        error_examples=_share_keys(stats.error_examples),
     )
 
 

@@ -13,6 +13,18 @@ from batchgen.records import WorkerInfo
 
 
 @dataclass(slots=True)
+class WorkerLife:
+    """One worker from the time that its GPUs are counted from. `end`: released, lost, start_failed; None while it lives."""
+
+    worker_id: str
+    began: float
+    ready: float | None = None
+    ended: float | None = None
+    end: str | None = None
+    info: WorkerInfo | None = None
+
+
+@dataclass(slots=True)
 class Roster:
     """`starting` and `since`: when each worker was asked for, and when the GPUs of one that is up began to be used."""
 
@@ -29,6 +41,7 @@ class Roster:
     first_start_failure: str = ""
     window: int = 0
     ready_worker_s: float = 0.0
+    lives: dict[str, WorkerLife] = field(default_factory=dict)
     _startups: list[float] = field(default_factory=list)
     _proven: set[str] = field(default_factory=set)
     _ended_s: float = 0.0
@@ -44,6 +57,7 @@ class Roster:
         self.num_made += 1
         worker_id = f"worker-{self.num_made:04d}"
         self.starting[worker_id] = now
+        self.lives[worker_id] = WorkerLife(worker_id, now)
         return worker_id
 
     def greet(self, info: WorkerInfo, now: float) -> bool:
@@ -54,6 +68,7 @@ class Roster:
         self._startups.append(now - asked_at)
         self.workers[info.worker_id] = info
         self.since[info.worker_id] = max(asked_at, now - info.startup_s)
+        self.lives[info.worker_id] = WorkerLife(info.worker_id, self.since[info.worker_id], now, info=info)
         self.window += info.window
         return True
 
@@ -61,6 +76,7 @@ class Roster:
         """Of one that never came up, or that came up and made no token."""
         if (asked_at := self.starting.pop(worker_id, None)) is not None:
             self._ended_s += now - asked_at
+            self._end_life(worker_id, now, "start_failed")
         self.num_start_failures += 1
         self.first_start_failure = self.first_start_failure or reason
 
@@ -82,11 +98,17 @@ class Roster:
             self._ended_s += now - self.since.pop(worker_id)
             self.window -= info.window
             self.idle_since.pop(worker_id, None)
+            self._end_life(worker_id, now, "lost")
         return info
+
+    def _end_life(self, worker_id: str, now: float, end: str) -> None:
+        life = self.lives[worker_id]
+        life.ended, life.end = now, end
 
     def release(self, worker_id: str, now: float) -> None:
         """It was let go."""
         self.remove(worker_id, now)
+        self._end_life(worker_id, now, "released")
         self.num_released += 1
 
     def note_idle(self, busy: Collection[str], now: float) -> None:
@@ -104,5 +126,14 @@ class Roster:
 
     def count_gpu_s(self, now: float) -> float:
         """GPU-seconds of all workers so far, start-up included."""
+        return self.gpus_per_worker * self.count_worker_s(now)
+
+    def count_worker_s(self, now: float) -> float:
+        """Worker-seconds so far, start-up included."""
         open_s = sum(now - since for since in (*self.since.values(), *self.starting.values()))
-        return self.gpus_per_worker * (self._ended_s + open_s)
+        return self._ended_s + open_s
+
+    def count_startup_s(self, now: float) -> float:
+        """Of these, those before a worker was up."""
+        ends = ((life, now if life.ended is None else life.ended) for life in self.lives.values())
+        return sum((end if life.ready is None else life.ready) - life.began for life, end in ends)

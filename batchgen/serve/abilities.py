@@ -2,7 +2,7 @@
 
 from batchgen.engines import create_tokenizer, list_refused
 from batchgen.serve.batch_spec import PROMPT_COLUMNS, make_batch_spec
-from batchgen.serve.bodies import Abilities
+from batchgen.serve.body_sampling import Abilities
 from batchgen.serve.spec import ServedModel
 
 

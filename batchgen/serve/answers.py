@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from batchgen.records import Result
@@ -42,26 +42,15 @@ class ChoiceResult:
     logprobs: tuple[TokenFact, ...] | None = None
 
 
-@dataclass(slots=True)
-class UsageSum:
-    """Token counts of many requests. None once any part of a figure was unknown."""
-
-    prompt: int = 0
-    completion: int = 0
-    cached: int | None = 0
-    has_reasoning: bool = field(default=False)
-
-
 def from_result(result: Result, decode: Decode | None) -> ChoiceResult:
     """Of a generation as the worker has it."""
     answer = result.generation
     assert answer is not None, "a failure has no choice: make_row_error"
     logprobs = None
     if answer.logprobs is not None and decode is not None:
-        rows = [{"token_id": t.token_id, "logprob": t.logprob, "top": t.top} for t in answer.logprobs]
         logprobs = tuple(
-            TokenFact(_name(row["token_id"], decode), row["logprob"], tuple((_name(i, decode), p) for i, p in row["top"]))
-            for row in rows
+            TokenFact(_name(t.token_id, decode), t.logprob, tuple((_name(id_, decode), p) for id_, p in t.top))
+            for t in answer.logprobs
         )
     usage = answer.usage
     return ChoiceResult(

@@ -21,6 +21,7 @@ from batchgen.serve.errors import ApiError, bad_request, not_found
 from batchgen.serve.guard import Guard, make_response
 from batchgen.serve.routes_batches import create_batches_router
 from batchgen.serve.routes_files import create_files_router
+from batchgen.serve.routes_page import create_page_router
 from batchgen.serve.wire import ErrorBody, Model, ModelList
 
 STORE_RETRY_S = 5
@@ -34,7 +35,8 @@ def create_app(endpoint: Endpoint, routers: Sequence[APIRouter] = ()) -> FastAPI
     app = FastAPI(
         title="batchgen", version=__version__, docs_url=None, redoc_url=None, responses=ERRORS, redirect_slashes=False
     )
-    own = (create_files_router(endpoint), create_batches_router(endpoint), create_facts_router(endpoint))
+    files, batches = create_files_router(endpoint), create_batches_router(endpoint)
+    own = (files, batches, create_facts_router(endpoint), create_page_router(endpoint))
     for router in (*own, *routers):
         app.include_router(router)
     app.add_exception_handler(ApiError, _answer)
@@ -116,6 +118,8 @@ async def _answer_invalid(_: Request, error: Exception) -> JSONResponse:
 async def _answer_http(_: Request, error: Exception) -> JSONResponse:
     """No such path, or no such method on it."""
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, ApiError):  # FastAPI's word for what went wrong while it read the body
+        return make_response(error.__cause__)
     told = {404: "No such path.", 405: "This method is not known here."}.get(error.status_code, "Bad request.")
     response = make_response(ApiError(error.status_code, told))
     response.headers.update(error.headers or {})
@@ -126,7 +130,9 @@ async def _answer_store(_: Request, error: Exception) -> JSONResponse:
     """The store is away: what was asked was not done, or will be found done when it is asked again."""
     del error
     told = "The store does not answer; try again later."
-    return make_response(ApiError(503, told, kind="server_error", code="store_unavailable", retry_after_s=STORE_RETRY_S))
+    return make_response(
+        ApiError(503, told, kind="server_error", code="store_unavailable", retry_after_s=STORE_RETRY_S)
+    )
 
 
 async def _answer_gone(_: Request, error: Exception) -> JSONResponse:

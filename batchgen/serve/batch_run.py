@@ -11,9 +11,9 @@ from typing import Any
 
 from batchgen.driver.hold import Hold
 from batchgen.driver.lease import make_cancel_path
-from batchgen.errors import Cancelled, StorageError
+from batchgen.driver.run import run_job
+from batchgen.errors import Cancelled, OutputError, StorageError
 from batchgen.queue.progress import Progress
-from batchgen.run import run_job
 from batchgen.serve.batch_spec import make_batch_spec
 from batchgen.serve.closing import ClosingPool, make_closing_spec
 from batchgen.serve.door import BulkJob, CreateBulkPool
@@ -31,7 +31,12 @@ class BatchRun:
     """`is_stopping`: the conductor wants to end. Both `View` and stop check of `run_job`."""
 
     def __init__(
-        self, state: State, record: BatchRecord, hold: Hold, is_stopping: Callable[[], bool], warn: Callable[[str], None]
+        self,
+        state: State,
+        record: BatchRecord,
+        hold: Hold,
+        is_stopping: Callable[[], bool],
+        warn: Callable[[str], None],
     ) -> None:
         self._state, self._record, self._hold = state, record, hold
         self._is_stopping, self._warn = is_stopping, warn
@@ -62,6 +67,7 @@ class BatchRun:
                 record = self._state.read_batch(self._record.tenant, self._record.id)
                 if record is None or record.batch.status != "in_progress":
                     raise Cancelled("the batch was cancelled")
+                self._record = record
 
     # ---- what the run says
 
@@ -86,12 +92,16 @@ class BatchRun:
 
 
 def make_job_spec(spec: EndpointSpec, state: State, record: BatchRecord) -> JobSpec:
-    """The batch's job. Raises KeyError for a model that is no longer served."""
+    """The batch's job. Raises OutputError for a model that is no longer served."""
     assert record.input is not None
     rows = record.input
+    if record.model not in spec.models:
+        raise OutputError(
+            f"the model {record.model} is not served any more; serve it again, so that its batches can end"
+        )
     own = {} if rows.is_own else {"custom_id": "custom_id" if rows.has_keys else None, "passthrough": ()}
     return make_batch_spec(
-        spec.models[record.model or ""],
+        spec.models[record.model],
         rows.form,
         input_url=rows.url,
         out_url=state.job_url(record.tenant, record.id),

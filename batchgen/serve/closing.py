@@ -30,6 +30,7 @@ class NoEngine:
     async def close(self) -> None: ...
 
     async def generate(self, request: Request) -> Generation:
+        del request
         raise EngineUnavailable("closing", "the batch is being closed: nothing is generated any more")
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import pyarrow as pa
 
 from batchgen.serve.batch_spec import CUSTOM_ID, PROMPT_COLUMNS, SAMPLING, TOOLS
-from batchgen.serve.bodies import Abilities, Asked, make_refusal, read_body
+from batchgen.serve.bodies import Asked, make_refusal, read_body
+from batchgen.serve.body_sampling import Abilities
 from batchgen.serve.errors import ApiError, bad_request
 from batchgen.serve.lines import Line, LineCheck, LineTooLong, split_lines
 from batchgen.serve.records import BatchRecord, JobInput
@@ -22,7 +23,7 @@ from batchgen.serve.wire import CHAT, BatchError
 from batchgen.specs.sections import PromptForm
 from batchgen.write import make_parquet
 
-FILE_BYTES = 24 * 2**20
+FILE_BYTES = 8 * 2**20
 FILE_ROWS = 10_000
 
 

@@ -44,7 +44,9 @@ def check_asked(endpoint: Endpoint, tenant: Tenant, asked: CreateBatch) -> None:
         check_dataset(endpoint, tenant, asked)
         return
     if asked.model is not None:
-        raise bad_request("model goes with a Parquet dataset; each line of a file names its own", "model", "invalid_value")
+        raise bad_request(
+            "model goes with a Parquet dataset; each line of a file names its own", "model", "invalid_value"
+        )
     file = endpoint.state.read_file(tenant.name, asked.input_file_id) if is_file_id(asked.input_file_id) else None
     if file is None:
         raise not_found("File object", asked.input_file_id, "input_file_id")

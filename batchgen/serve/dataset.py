@@ -6,7 +6,8 @@ their content is made of it line by line when it is asked for, and never stored.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -19,7 +20,7 @@ from batchgen.serve.results import LineMaker, Results, Tally, dump_line, iter_ro
 from batchgen.serve.state import State
 from batchgen.serve.wire import CHAT, RequestCounts
 from batchgen.specs.sections import PromptForm
-from batchgen.storage import Storage, list_inputs
+from batchgen.storage import FileInfo, Storage, list_inputs
 
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://")
 
@@ -36,10 +37,12 @@ def is_allowed(url: str, prefixes: tuple[str, ...]) -> bool:
     return any(url.startswith(f"{prefix.rstrip('/')}/") for prefix in prefixes)
 
 
-def find_dataset(record: BatchRecord) -> JobInput:
+def find_dataset(record: BatchRecord, prefixes: tuple[str, ...]) -> JobInput:
     """What the job reads. Raises InputError in the words of the user's dataset."""
     url = record.batch.input_file_id
-    footers = read_footers(list_inputs(url))
+    infos = list_inputs(url)
+    check_links(infos, prefixes)
+    footers = read_footers(infos)
     names = set(footers[0].schema.names)
     forms: list[PromptForm] = ["messages"] if record.batch.endpoint == CHAT else ["text", "token_ids"]
     form = next((form for form in forms if PROMPT_COLUMNS[form] in names), None)
@@ -55,6 +58,14 @@ def find_dataset(record: BatchRecord) -> JobInput:
         is_own=False,
         num_rows=sum(footer.file.num_rows for footer in footers),
     )
+
+
+def check_links(infos: Sequence[FileInfo], prefixes: tuple[str, ...]) -> None:
+    """On a local disk a link may lead out of the prefix that it lies below. Raises InputError."""
+    roots = [Path(prefix.removeprefix("file://")).resolve() for prefix in prefixes]
+    for info in infos:
+        if "://" not in info.path and not any(Path(info.path).resolve().is_relative_to(root) for root in roots):
+            raise InputError(f"{info.path}: leads to a file that is not below your prefixes")
 
 
 def write_dataset_results(state: State, record: BatchRecord) -> Results:

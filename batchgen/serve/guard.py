@@ -1,4 +1,4 @@
-"""The door of the app, before any handler: request id, keys, rates, body size, the audit line. Pure ASGI, streams nothing up.
+"""The door of the app, before any handler: request id, keys, rates, body size, audit line. Pure ASGI: holds up no stream.
 
 Every answer has `x-request-id`. All paths but `OPEN` need a key; what has none is 401, before its body is read. The
 audit line names who called what and what came of it, never a query, a body or a key.
@@ -21,10 +21,11 @@ from batchgen.serve.keys import LOCAL_TENANT
 from batchgen.serve.rates import Rates
 
 audit = logging.getLogger("batchgen.audit")
-OPEN = frozenset({"/health", "/ready", "/openapi.json"})
+OPEN = frozenset({"/health", "/ready", "/openapi.json", "/", "/page.css", "/page.js"})
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 # Boundaries and headers of a multipart body.
 MULTIPART_BYTES = 2**16
+MAX_DIGITS = 18
 
 
 class Guard:
@@ -99,7 +100,7 @@ class Guard:
         is_upload = scope["path"] == "/v1/files"
         most = limits.max_file_bytes + MULTIPART_BYTES if is_upload else limits.max_body_bytes
         length = Headers(scope=scope).get("content-length", "0")
-        if not length.isdecimal() or int(length) > most:
+        if not length.isdecimal() or len(length) > MAX_DIGITS or int(length) > most:
             raise make_too_large(most)
         left = most
 

@@ -51,7 +51,9 @@ def parse_keys(text: str, source: str) -> KeyRing:
             continue
         found = _LINE.fullmatch(bare)
         if found is None or not TENANT.fullmatch(found[1]):
-            raise SpecError(f"{source} line {number}: write TENANT sha256:HEX, as python -m batchgen.serve.keys makes it")
+            raise SpecError(
+                f"{source} line {number}: write TENANT sha256:HEX, as python -m batchgen.serve.keys makes it"
+            )
         tenants[found[2]] = found[1]
     if not tenants:
         raise SpecError(f"{source}: has no key; make one with python -m batchgen.serve.keys TENANT")

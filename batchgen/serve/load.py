@@ -32,6 +32,7 @@ def _absolute_model(served: ServedModel) -> ServedModel:
 def check_models(spec: EndpointSpec) -> None:
     """Raises SpecError for a model whose engine can't do what its own sections ask."""
     from batchgen.engines import check_supported
+
     for name, served in spec.models.items():
         form = next(form for form in PROMPT_COLUMNS if form in served.engine.prompt_forms)
         try:

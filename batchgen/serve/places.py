@@ -119,9 +119,7 @@ class Places:
 class SharedWindow(Window):
     """One worker's window on shared places."""
 
-    def __init__(
-        self, places: Places, order: tuple[float, int], max_rows: int, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, places: Places, order: tuple[float, int], max_rows: int, clock: Callable[[], float]) -> None:
         super().__init__(max_rows, MAX_INFLIGHT_BYTES, clock)
         self._places, self.order = places, order
         self.is_hungry = False

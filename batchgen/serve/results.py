@@ -12,8 +12,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from batchgen.serve.batch_spec import PASSTHROUGH
 from batchgen.serve.answers import Decode, from_row, make_body, make_row_error
+from batchgen.serve.batch_spec import PASSTHROUGH
 from batchgen.serve.ids import make_digest
 from batchgen.serve.parts import PartWriter
 from batchgen.serve.records import BatchRecord, FileRecord, make_result_file_id
@@ -49,8 +49,10 @@ class Tally:
         self.prompt_tokens += usage["prompt_tokens"]
         self.completion_tokens += usage["completion_tokens"]
         details = usage.get("prompt_tokens_details")
-        known = self.cached_tokens is not None and details is not None
-        self.cached_tokens = (self.cached_tokens or 0) + details["cached_tokens"] if known else None
+        if details is None or self.cached_tokens is None:
+            self.cached_tokens = None
+        else:
+            self.cached_tokens += details["cached_tokens"]
 
     def make_counts(self) -> RequestCounts:
         return RequestCounts(total=self.completed + self.failed, completed=self.completed, failed=self.failed)

@@ -8,16 +8,15 @@ from batchgen.errors import LeaseHeld, Refusal
 from batchgen.serve import records
 from batchgen.serve.abilities import find_abilities
 from batchgen.serve.batch_run import BatchRun, is_cancelled_elsewhere, make_job_spec
-from batchgen.serve.bodies import Abilities
+from batchgen.serve.body_sampling import Abilities
 from batchgen.serve.claims import Claims
 from batchgen.serve.convert import convert
 from batchgen.serve.dataset import find_dataset, is_dataset, write_dataset_results
 from batchgen.serve.door import CreateBulkPool
-from batchgen.serve.errors import ApiError
 from batchgen.serve.parts import read_content
 from batchgen.serve.records import BatchRecord
 from batchgen.serve.results import Results, write_results
-from batchgen.serve.spec import EndpointSpec
+from batchgen.serve.spec import EndpointSpec, TenantSpec
 from batchgen.serve.state import State
 from batchgen.serve.wire import BatchError, BatchUsage, RequestCounts
 
@@ -56,9 +55,10 @@ class Steps:
         )
 
     def _validate_dataset(self, record: BatchRecord) -> None:
+        tenant = self._spec.tenants.get(record.tenant, TenantSpec())
         try:
-            job_input = find_dataset(record)
-        except (Refusal, ApiError) as error:
+            job_input = find_dataset(record, tenant.inputs)
+        except Refusal as error:
             told = BatchError(code="invalid_dataset", message=str(error), param="input_file_id")
             self._fail(record, [told])
             return
@@ -67,8 +67,7 @@ class Steps:
 
     def run(self, record: BatchRecord, run: BatchRun, create_pool: CreateBulkPool) -> str | None:
         """in_progress -> finalizing; or why it is to be tried again later."""
-        if record.model not in self._spec.models:
-            return f"the model {record.model} is not served any more"
+        make_job_spec(self._spec, self._state, record)  # a model that is gone may come back: no reason to fail
         try:
             report = run.run(self._spec, create_pool)
         except LeaseHeld:
@@ -104,7 +103,7 @@ class Steps:
             run.close(self._spec)
         if record.input.is_own:
             tokenizer = create_tokenizer(make_job_spec(self._spec, self._state, record))
-            made = write_results(self._state, record, tokenizer and (lambda ids: tokenizer.decode(ids)))
+            made = write_results(self._state, record, None if tokenizer is None else tokenizer.decode)
         else:
             made = write_dataset_results(self._state, record)
         self._end(record, made)

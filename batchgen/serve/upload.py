@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-from python_multipart.exceptions import MultipartParseError
+from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from batchgen.serve.errors import ApiError, bad_request
@@ -58,7 +58,7 @@ class Form:
                     "on_end": self._end,
                 },
             )
-        except MultipartParseError:
+        except FormParserError:
             raise bad_request("the multipart boundary is malformed", "file", "invalid_body") from None
 
     def _begin_part(self) -> None:
@@ -120,7 +120,7 @@ async def receive_file(
         async for piece in body:
             try:
                 parser.write(piece)
-            except MultipartParseError:
+            except FormParserError:
                 raise bad_request("the multipart body is malformed", "file", "invalid_body") from None
             if writer.is_full:
                 await asyncio.to_thread(writer.flush)

@@ -134,8 +134,8 @@ MetadataValue = Annotated[str, Field(max_length=512)]
 
 
 class CreateBatch(Body):
-    """`completion_window`: OpenAI knows 24h only; here a number of s, m, h or d. `input_file_id`: a file's id, or the URL of
-    a Parquet dataset below a prefix that the tenant may read."""
+    """`completion_window`: OpenAI knows 24h only; here a number of s, m, h or d. `input_file_id`: a file's id, or the
+    URL of a Parquet dataset below a prefix that the tenant may read."""
 
     input_file_id: str = Field(min_length=1, max_length=2048)
     endpoint: str = Field(min_length=1, max_length=64)

@@ -2,8 +2,11 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from batchgen.urls import check_url
+
+Url = Annotated[str, AfterValidator(check_url)]
 PromptForm = Literal["text", "messages", "token_ids"]
 GuidedForm = Literal["json_schema", "regex", "grammar"]
 TokenBudget = Literal["auto", "off"] | Annotated[int, Field(ge=1)]

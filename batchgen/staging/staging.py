@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 from batchgen.errors import InputError, NotFound, SpecError
@@ -100,7 +101,7 @@ def stage(
     """As `stage_model`, blocking. A local folder without `stage_dir` is where it is."""
     stop, on_progress = stop or threading.Event(), on_progress or make_log_progress(_say)
     if model.path == "embedded":
-        return Path(__file__).parent / "embedded"
+        return Path(str(files("batchgen") / "embedded"))
     local = expand_home(model.path)
     if local.is_dir() and model.stage_dir is None:
         return local
@@ -126,7 +127,7 @@ def find_copy(model: ModelSpec) -> Path | None:
     cache. StorageError where the source of a copy can't be listed, SpecError where it holds no model."""
     local = expand_home(model.path)
     if model.path == "embedded" or (local.is_dir() and model.stage_dir is None):
-        return Path(__file__).parent / "embedded" if model.path == "embedded" else local
+        return Path(str(files("batchgen") / "embedded")) if model.path == "embedded" else local
     parent = expand_home(model.stage_dir or DEFAULT_FOLDER)
     if model.is_url or local.is_dir():
         plan = make_plan(model.path)

@@ -20,11 +20,13 @@ from batchgen.driver.lease import Holder, is_dead_here, read_holder
 from batchgen.errors import BatchgenError, Damaged, NotFound, OutputError
 from batchgen.manifest import PLAN_FOLDER, SPEC, SUCCESS
 from batchgen.records import InputFile, Shard
-from batchgen.report import REPORT_JSON
+from batchgen.report.records import REPORT_JSON
 from batchgen.spec import JobSpec
+from batchgen.specs.saved import read_saved_spec
 from batchgen.storage import Storage
 from batchgen.verify.damage import OF_DAMAGE
 from batchgen.verify.rows import RESTORE, Finding, check_plan
+from batchgen.worker.partial_rows import SCHEMA as PARTIALS_SCHEMA
 from batchgen.worker.seal import digest, is_json_whole
 from batchgen.write import make_result_schema
 
@@ -139,8 +141,8 @@ def _check_spec(folder: Folder) -> None:
         return
     try:
         made = hashlib.sha256(json.dumps(facts["fingerprint_fields"], sort_keys=True).encode()).hexdigest()[:32]
-        folder.spec = JobSpec.model_validate(facts["spec"])
-    except (KeyError, ValidationError):
+        folder.spec = read_saved_spec(facts)
+    except (KeyError, TypeError, ValidationError):
         folder.find(SPEC, "is no spec that this version of batchgen reads", RESTORE)
         return
     # What an earlier version left unsealed is compared field by field; of a sealed one a newer version may know more.
@@ -246,7 +248,8 @@ def check_journal(folder: Folder) -> tuple[list[Finding], list[str]]:
     def read(path: str) -> str | None:
         try:
             refs = journal.read_index(storage, path, fingerprint)
-            journal.read_rows(storage, list(refs.values()), schema)
+            for ref in refs.values():
+                journal.read_ref(storage, ref, PARTIALS_SCHEMA if journal.is_partials(path) else schema)
         except NotFound:
             return None  # its shards were committed meanwhile
         except Damaged as error:

@@ -62,6 +62,7 @@ def make_result(
         generation=generation,
         text=text,
         reasoning=reasoning,
+        fingerprint=request.fingerprint,
     )
 
 
@@ -87,6 +88,7 @@ def make_failed(request: Request, error: RowError, *, waited_s: float, latency_s
         timing=Timing(queued_s=waited_s, latency_s=latency_s),
         failure=Failure(error.error_type, make_encodable(error.message), error.is_retryable),
         prompt_tokens=count_prompt(request),
+        fingerprint=request.fingerprint,
     )
 
 

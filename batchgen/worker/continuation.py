@@ -2,8 +2,8 @@
 
 `Continuation` answers as an engine does; `budget` decides how much to ask for, `placement` where, `seam` makes one answer
 of the parts. Whoever sends the requests sees one request and one answer: a part that fails is the request's failure, and
-its retry goes on from the parts that were finished, so that it costs at most one part. They are kept for a while, for a row
-that comes back: a row whose retry never comes is forgotten when others need the room.
+its retry goes on from the parts that were finished, so that it costs at most one part. They are kept in `partials`, which
+is journaled: so does a row that another worker had before.
 
 Invariants: an answer has no more than the request's max_tokens; while one request is pinned to a rank all are, those of
 rows that can't be continued included.
@@ -12,16 +12,15 @@ rows that can't be continued included.
 import asyncio
 import itertools
 import logging
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from batchgen.engines import get_engine_kind, make_facts
 from batchgen.engines.base import Answering, Engine, EngineFacts, Tokenizer
 from batchgen.errors import RequestFailed
 from batchgen.lengths import LengthPrior, list_quantiles
-from batchgen.records import Generation, Partial, Request, RowId
+from batchgen.records import Generation, Partial, Request
 from batchgen.spec import JobSpec
 from batchgen.worker.budget import (
     MAX_LENGTHS,
@@ -32,25 +31,16 @@ from batchgen.worker.budget import (
     list_unresumable,
     make_ladder,
 )
+from batchgen.worker.partials import Partials
 from batchgen.worker.placement import Placer
 from batchgen.worker.seam import can_hide_stop, count_undecided, extend, find_seam_stop, join
 
 log = logging.getLogger(__name__)
 
-# Tokens kept for rows that wait for a retry, all together: about 150 MB.
-MAX_KEPT_TOKENS = 2**22
 # A prompt, where nothing is known of the job's.
 USUAL_PROMPT_TOKENS = 1000
 # Of a continued prompt; the last block is never found, and some are gone by then.
 REUSE_SHARE = 0.9
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """A row between two tries: its answer so far, and the rank whose cache may have it."""
-
-    partial: Partial
-    rank: int | None
 
 
 class Continuation:
@@ -66,13 +56,12 @@ class Continuation:
         resumable: frozenset[str] = frozenset(),
         has_hints: bool = False,
         placer: Placer | None = None,
-        max_kept_tokens: int = MAX_KEPT_TOKENS,
+        partials: Partials | None = None,
     ) -> None:
         self._engine, self._facts, self._ladder = engine, facts, ladder
         self._resumable, self._has_hints, self._placer = resumable, has_hints, placer
         self._is_resumable = facts.is_resumable and bool(ladder.rungs)
-        self._kept: OrderedDict[RowId, Kept] = OrderedDict()
-        self._num_kept_tokens, self._max_kept_tokens = 0, max_kept_tokens
+        self.partials = Partials() if partials is None else partials
         self._numbers = itertools.count()
 
     @property
@@ -81,7 +70,11 @@ class Continuation:
 
     async def generate(self, request: Request) -> Generation:
         """The whole answer. Raises what the engine does."""
-        request = self._recall(request)
+        answer = await self._generate(self._recall(request))
+        self.partials.forget(request.row_id)
+        return answer
+
+    async def _generate(self, request: Request) -> Generation:
         while True:
             ladder = self._ladder if self._can_continue(request) else Ladder()
             budget = self._choose_budget(request, ladder)
@@ -95,7 +88,8 @@ class Continuation:
             stop = request.sampling.stop
             num_kept = None if before is None else find_seam_stop(before, part, stop, self._decode)
             if num_kept is None and budget < left and is_cut_off(part, budget):
-                request = replace(request, partial=extend(before, part))
+                request = replace(request, partial=(partial := extend(before, part)))
+                self.partials.note(request.row_id, partial, request.rank)
             elif before is None:
                 return part
             else:
@@ -130,11 +124,7 @@ class Continuation:
         """(the next part, the request with the rank that had it)."""
         sampling = replace(request.sampling, max_tokens=budget)
         with self._placed(request) as placed:
-            try:
-                part = await self._engine.generate(replace(placed, sampling=sampling))
-            except RequestFailed:
-                self._keep(placed)
-                raise
+            part = await self._engine.generate(replace(placed, sampling=sampling))
         return part, placed
 
     @contextmanager
@@ -162,7 +152,6 @@ class Continuation:
     async def _join(self, request: Request, before: Partial, part: Generation, num_kept: int | None) -> Generation:
         """In a thread: a long answer takes milliseconds to decode."""
         if part.token_ids is None:
-            self._keep(request)
             raise RequestFailed("bad_response", "a part of the answer came without the token ids that the others had")
         keeps_stop = self._facts.keeps_stop
         return await asyncio.to_thread(
@@ -177,21 +166,22 @@ class Continuation:
 
     # ---- between two tries -------------------------------------------------------------------------------------------
 
-    def _keep(self, request: Request) -> None:
-        if request.partial is None:
-            return
-        self._kept[request.row_id] = Kept(request.partial, request.rank)
-        self._num_kept_tokens += len(request.partial.token_ids)
-        while self._num_kept_tokens > self._max_kept_tokens:
-            _, oldest = self._kept.popitem(last=False)
-            self._num_kept_tokens -= len(oldest.partial.token_ids)
-
     def _recall(self, request: Request) -> Request:
-        kept = self._kept.pop(request.row_id, None)
+        """The request with what was generated for it before, where this engine can go on with that."""
+        kept = self.partials.get(request.row_id)
         if kept is None:
             return request
-        self._num_kept_tokens -= len(kept.partial.token_ids)
-        return replace(request, partial=kept.partial, rank=kept.rank)
+        again = replace(request, partial=kept.partial, rank=kept.rank)
+        if kept.is_own or self._can_take_over(again):
+            return again
+        self.partials.forget(request.row_id)
+        return request
+
+    def _can_take_over(self, request: Request) -> bool:
+        """Between two runs an engine may be set up in another way."""
+        num_done, limit = count_done(request), self._facts.max_prompt_tokens
+        fits = limit is None or len(request.token_ids or ()) + num_done <= limit
+        return fits and num_done < request.sampling.max_tokens and self._can_continue(request)
 
 
 def is_cut_off(part: Generation, budget: int) -> bool:

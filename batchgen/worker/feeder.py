@@ -5,7 +5,8 @@ read as Arrow (`read_ahead` says how much, and which row goes next, whichever sh
 rows, makes requests of them in a thread, and pushes them as the sender has room. So prompts and token ids are Python
 objects only shortly before they are sent, and the window stays full across shard borders.
 
-Rows that are finished already (from the journal, or copied) are not prepared again. What makes a shard unfit as a whole
+Rows that are finished already (from the journal, or copied) are not prepared again; what an earlier output answers
+(`input.reuse_from`) is never sent. What makes a shard unfit as a whole
 (the model has no chat template) ends that shard and no other. Knows nothing of leases, commits or the journal.
 """
 
@@ -18,10 +19,12 @@ from itertools import islice
 
 import pyarrow as pa
 
-from batchgen.errors import Refusal
+from batchgen.errors import Refusal, StorageError
 from batchgen.prompt import list_columns, list_row_columns
 from batchgen.read import BATCH_BYTES, Rows, Unreadable, iter_shard, pick_rows
 from batchgen.records import Result, Shard, Slot
+from batchgen.reuse.carrier import Carrier
+from batchgen.reuse.duplicates import make_duplicates
 from batchgen.spec import JobSpec
 from batchgen.worker.answer import make_given_up
 from batchgen.worker.hint_check import HintCheck
@@ -36,6 +39,9 @@ from batchgen.worker.prepare import (
 )
 from batchgen.worker.read_ahead import ReadAhead, Stretch
 from batchgen.worker.sender import Sender
+
+# (shard, requests to be sent and failures, rows that are done already)
+Made = tuple[OpenShard, list[Prepared] | Refusal | StorageError, pa.Table | None]
 
 # Shards read at the same time: one opens its file while another decodes.
 MAX_READERS = 2
@@ -80,10 +86,17 @@ class Feeder:
     goes by them."""
 
     def __init__(
-        self, spec: JobSpec, passthrough: pa.Schema, preparer: Preparer, sender: Sender, hints: HintCheck
+        self,
+        spec: JobSpec,
+        passthrough: pa.Schema,
+        preparer: Preparer,
+        sender: Sender,
+        hints: HintCheck,
+        carrier: Carrier | None = None,
     ) -> None:
         self._spec, self._passthrough, self._preparer, self._sender = spec, passthrough, preparer, sender
-        self._n = spec.sampling.n
+        self._n, self._carrier = spec.sampling.n, carrier
+        self.duplicates = make_duplicates(spec, lambda shard, request: sender.push(shard, [request]))
         self._ahead: ReadAhead[Page] = ReadAhead()
         self._hints = hints
         self._readers = asyncio.Semaphore(MAX_READERS)
@@ -156,22 +169,34 @@ class Feeder:
                 self._has_rows.clear()
             self._has_room.set()
             open_runs = [(stretch.source, places) for stretch, places in runs if not stretch.source.shard.is_closed]
-            for shard, prepared in await asyncio.to_thread(self._prepare, open_runs):
-                if isinstance(prepared, Refusal):
+            for shard, prepared, carried in await asyncio.to_thread(self._prepare, open_runs):
+                if isinstance(prepared, Refusal | StorageError):
                     shard.close(prepared)
-                else:
-                    await self._admit(shard, prepared)
+                    continue
+                if carried is not None and not shard.is_closed:
+                    shard.carry(carried)
+                await self._admit(shard, prepared)
             for stretch, _ in runs:
                 stretch.source.shrink(stretch.left)
 
-    def _prepare(self, runs: Sequence[tuple[Page, list[int]]]) -> list[tuple[OpenShard, list[Prepared] | Refusal]]:
+    def _prepare(self, runs: Sequence[tuple[Page, list[int]]]) -> list[Made]:
         """What becomes of each run, in order. All rows of a page at once: Arrow takes 50 us however few they are. In a
         thread."""
         places: dict[Page, list[int]] = {}
         for page, run in runs:
             places.setdefault(page, []).extend(run)
         made = {page: self._prepare_page(page, some) for page, some in places.items()}
-        return [(page.shard, self._cut(page, made[page], len(run))) for page, run in runs]
+        return [self._carry(page.shard, self._cut(page, made[page], len(run))) for page, run in runs]
+
+    def _carry(self, shard: OpenShard, prepared: list[Prepared] | Refusal) -> Made:
+        """What an earlier output has of them needs no engine."""
+        if self._carrier is None or isinstance(prepared, Refusal):
+            return shard, prepared, None
+        try:
+            carried, left = self._carrier.take(shard.lease, prepared)
+        except (StorageError, Refusal) as error:
+            return shard, error, None
+        return shard, left, carried
 
     def _cut(self, page: Page, made: Iterator[Prepared] | Refusal, num_rows: int) -> list[Prepared] | Refusal:
         """What belongs to the page's next rows."""
@@ -200,6 +225,6 @@ class Feeder:
                 shard.add(item)
             elif shard.lease.is_last_resort:
                 shard.add(make_given_up(item, shard.lease))
-            else:
+            elif self.duplicates is None or self.duplicates.admit(shard, item):
                 requests.append(item)
         await self._sender.push(shard, requests)

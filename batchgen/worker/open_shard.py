@@ -8,18 +8,18 @@ loop) but for `make_parts`.
 
 import asyncio
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import islice
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchgen.errors import BatchgenError
+from batchgen.names import make_reused_id
 from batchgen.records import JournalRef, Lease, Result, RowId, ShardProgress, Slot
 from batchgen.row_ranges import RowRanges, iter_rows
 from batchgen.worker.answer import make_quarantined, make_unstorable
 from batchgen.worker.result_batch import count_values, make_result_batch
-from batchgen.worker.spilled import Finished, ReadBack, load_rows
+from batchgen.worker.spilled import Finished, Parts, ReadBack, load_rows
 from batchgen.write import make_output_table
 
 # Results become Arrow this many rows, or token ids and logprobs, at a time: Python objects of more never pile up, and the
@@ -28,15 +28,6 @@ BATCH_ROWS = 256
 BATCH_VALUES = 2**16
 # A value of another type than its column's, or beyond its range. (pa.ArrowInvalid is a ValueError, and so on.)
 REFUSED_BY_ARROW = (TypeError, ValueError, OverflowError)
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """A finished shard's rows by where they came from."""
-
-    output: pa.Table
-    generated: pa.Table
-    recovered: pa.Table
 
 
 class OpenShard:
@@ -100,11 +91,15 @@ class OpenShard:
         self._check_ended()
 
     def _take(self, rows: pa.Table) -> int:
-        keys = zip(rows["source_row"].to_pylist(), rows["sample_index"].to_pylist(), strict=True)
-        rows = rows.filter(pa.array([self._mark(row, sample) for row, sample in keys], pa.bool_()))
+        rows = self._pick_new(rows)
         self._recovered.append(rows)
         self.num_error += pc.sum(pc.equal(rows["status"], "error")).as_py() or 0
         return int(rows.num_rows)
+
+    def _pick_new(self, rows: pa.Table) -> pa.Table:
+        """Those that were not finished before; now they are."""
+        keys = zip(rows["source_row"].to_pylist(), rows["sample_index"].to_pylist(), strict=True)
+        return rows.filter(pa.array([self._mark(row, sample) for row, sample in keys], pa.bool_()))
 
     def add_inputs(self, inputs: pa.Table) -> None:
         """The next rows' custom_id and passthrough columns (`prepare.make_inputs`), kept until the commit joins them to the
@@ -126,6 +121,14 @@ class OpenShard:
         if len(self._buffer) >= BATCH_ROWS or self._num_values >= BATCH_VALUES:
             self._pack()
         self._check_ended()
+
+    def carry(self, rows: pa.Table) -> None:
+        """Results that are taken over instead of being generated (`make_reused_id`); new to the journal."""
+        rows = self._pick_new(rows)
+        if rows.num_rows:
+            self._parts = (*self._parts, Finished(rows))
+            self.num_unflushed_bytes += rows.nbytes
+            self._check_ended()
 
     def quarantine(self, rows: RowRanges) -> None:
         """These rows end as errors, where they did not end before."""
@@ -185,6 +188,12 @@ class OpenShard:
     def is_finished(self, source_row: int, sample_index: int) -> bool:
         return bool(self._finished[self._slot(source_row, sample_index)])
 
+    def is_missing(self, row_id: RowId) -> bool:
+        """Is it a request of this batch that is not finished?"""
+        shard, (row, sample) = self.lease.shard, row_id.slot
+        is_of_it = row_id.source_file == shard.file.path and shard.row_start <= row < shard.row_end
+        return is_of_it and not self.is_finished(row, sample)
+
     @property
     def _num_made(self) -> int:
         return self._num_finished - self._num_left_out
@@ -237,12 +246,15 @@ class OpenShard:
         """The finished shard; may run in another thread. `read_back`: rows that are journaled only. Raises ValueError when
         a row is missing or twice, and what `read_back` raises."""
         self._pack()
-        made = (load_rows(part, self.lease.batch_id, read_back) for part in self._parts)
-        generated = pa.concat_tables([self._schema.empty_table(), *made])
+        made = pa.concat_tables(
+            [self._schema.empty_table(), *(load_rows(part, self.lease, read_back) for part in self._parts)]
+        )
+        is_carried = pc.equal(made["batch_id"], make_reused_id(self.lease.batch_id))
+        generated, carried = made.filter(pc.invert(is_carried)), made.filter(is_carried)
         recovered = pa.concat_tables([self._schema.empty_table(), *self._recovered])
         inputs = pa.concat_tables(self._inputs)
-        output = make_output_table(pa.concat_tables([generated, recovered]), inputs, self.lease, self._n, output_schema)
-        return Parts(output, generated, recovered)
+        output = make_output_table(pa.concat_tables([made, recovered]), inputs, self.lease, self._n, output_schema)
+        return Parts(output, generated, carried, recovered)
 
     def _slot(self, source_row: int, sample_index: int) -> int:
         shard = self.lease.shard

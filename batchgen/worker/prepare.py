@@ -28,6 +28,7 @@ from batchgen.prompt import (
 )
 from batchgen.read import Unreadable, decode_rows, is_binary
 from batchgen.records import Failure, Prompt, Request, Result, RowId, SamplingParams, Timing
+from batchgen.reuse.fingerprint import Fingerprinter
 from batchgen.spec import JobSpec
 from batchgen.worker.answer import make_unreadable
 
@@ -69,6 +70,7 @@ class Preparer:
         self._prior = prior
         self._columns = list_row_columns(spec)
         self._sampling = make_sampling_params(spec.sampling)
+        self._fingerprinter = Fingerprinter(spec) if spec.output.row_fingerprints else None
 
     def expect(self, batch: pa.RecordBatch) -> list[float | None] | None:
         """Completion tokens expected of each row's requests, by its hint column or its prompt's rough size: known before a
@@ -107,7 +109,8 @@ class Preparer:
             room = self._max_model_len - len(token_ids)
             sampling = sampling if room >= sampling.max_tokens else replace(sampling, max_tokens=room)
         kept, has_tools = prompt if token_ids is None else None, prompt.tools is not None
-        expected = self._expect(row, token_ids, sampling.max_tokens)
+        expected, n = self._expect(row, token_ids, sampling.max_tokens), len(row_ids)
+        fingerprints = self._fingerprinter.make(token_ids, prompt, sampling, n) if self._fingerprinter else [None] * n
         return [
             Request(
                 row_id,
@@ -116,8 +119,9 @@ class Preparer:
                 prompt=kept,
                 has_tools=has_tools,
                 expected_tokens=expected,
+                fingerprint=fingerprint,
             )
-            for row_id in row_ids
+            for row_id, fingerprint in zip(row_ids, fingerprints, strict=True)
         ]
 
     def _make_sampling(self, row: Row) -> SamplingParams:

@@ -8,6 +8,7 @@ from itertools import accumulate, chain
 
 import pyarrow as pa
 
+from batchgen.names import make_reused_id
 from batchgen.records import Result, TokenLogprob, Usage
 from batchgen.write import LOGPROBS_TYPE
 
@@ -23,7 +24,7 @@ def make_result_batch(results: Sequence[Result], batch_id: str, schema: pa.Schem
         **make_status_columns(results),
         "source_row": [result.row_id.source_row for result in results],
         "sample_index": [result.row_id.sample_index for result in results],
-        "batch_id": [batch_id] * len(results),
+        "batch_id": make_batch_ids(results, batch_id),
     }
     arrays = [
         make_logprobs([result.generation.logprobs if result.generation else None for result in results])
@@ -32,6 +33,12 @@ def make_result_batch(results: Sequence[Result], batch_id: str, schema: pa.Schem
         for field in schema
     ]
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def make_batch_ids(results: Sequence[Result], batch_id: str) -> list[str]:
+    """What was copied is none of the batch's own work."""
+    reused_id = make_reused_id(batch_id)
+    return [batch_id if result.reused_from is None else reused_id for result in results]
 
 
 def make_answer_columns(results: Sequence[Result]) -> dict[str, Sequence[object]]:
@@ -64,6 +71,8 @@ def make_status_columns(results: Sequence[Result]) -> dict[str, Sequence[object]
         "queued_s": [timing.queued_s for timing in timings],
         "ttft_s": [timing.ttft_s for timing in timings],
         "latency_s": [timing.latency_s for timing in timings],
+        "row_fingerprint": [result.fingerprint for result in results],
+        "reused_from": [result.reused_from for result in results],
     }
 
 

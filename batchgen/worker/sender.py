@@ -21,7 +21,7 @@ from typing import cast
 from batchgen.engines.base import Answering
 from batchgen.errors import EngineDied, EngineRestarted, EngineUnavailable, RequestFailed, RowError
 from batchgen.queue.suspects import ShardRows
-from batchgen.records import Request
+from batchgen.records import Request, Result
 from batchgen.row_ranges import make_ranges
 from batchgen.spec import RetrySpec
 from batchgen.worker.answer import make_failed, make_result
@@ -96,6 +96,7 @@ class Sender:
     ) -> None:
         self._engine, self._retry, self._on_death, self._on_restart = engine, retry, on_death, on_restart
         self._on_length = on_length
+        self.on_answer: Callable[[OpenShard, Request, Result], None] | None = None
         self.num_sent = 0
         self.inflight: dict[Ready, tuple[float, asyncio.Task[None]]] = {}
         self.died_with: list[Ready] | None = None
@@ -216,6 +217,8 @@ class Sender:
             parse = self._engine.tokenizer.parse if self._engine.tokenizer else None
             result = make_result(ready.request, generation, parse=parse, waited_s=waited_s, latency_s=latency_s)
             ready.shard.add(result)
+            if self.on_answer is not None:
+                self.on_answer(ready.shard, ready.request, result)
             expected, tokens = ready.request.expected_tokens, generation.usage.completion_tokens
             if expected is not None and tokens is not None:
                 self._on_length(expected, tokens)

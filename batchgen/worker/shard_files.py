@@ -17,14 +17,16 @@ from batchgen import journal
 from batchgen.batches import BatchStats, FileFooter
 from batchgen.errors import AlreadyExists, Conflict, Damaged
 from batchgen.manifest import CommittedShard
-from batchgen.names import parse_batch_id
+from batchgen.names import is_reused_id, make_reused_id, parse_batch_id
 from batchgen.queue.events import ShardCommitted
-from batchgen.records import JournalRef, Lease, Share, Slot, WorkerInfo
+from batchgen.records import JournalRef, Lease, Partial, RowId, Shard, Share, Slot, WorkerInfo
 from batchgen.spec import JobSpec
 from batchgen.stats import count_rows, make_batch_stats, make_lost_stats
 from batchgen.storage import FileInfo, Storage
 from batchgen.worker import handoff
 from batchgen.worker.open_shard import OpenShard
+from batchgen.worker.partial_rows import SCHEMA as PARTIALS_SCHEMA
+from batchgen.worker.partial_rows import read_partial_rows
 from batchgen.worker.seal import digest_footer
 from batchgen.worker.shard_footer import read_footer, read_whole_file
 from batchgen.write import FORMAT_VERSION, make_output_schema, make_result_schema, make_shard_file
@@ -37,6 +39,10 @@ class Spent:
     started_at: float
     wall_s: float
     mean_inflight: float | None
+
+
+def is_in(shard: Shard, source_row: int, sample_index: int) -> bool:
+    return shard.row_start <= source_row < shard.row_end and sample_index >= 0
 
 
 def find_again(rows: pa.Table, errors: str) -> pa.ChunkedArray:
@@ -75,6 +81,13 @@ class ShardFiles:
         is_old = pa.array([epoch < lease.epoch for _, epoch, _ in batches], pa.bool_())
         is_again = pc.and_(is_old, find_again(rows, self._spec.retry.errors))
         return journal.drop_repeated(rows.filter(pc.and_not(is_late, is_again))), left_out
+
+    def read_partials(self, shard: Shard, refs: Sequence[JournalRef]) -> tuple[list[tuple[RowId, Partial]], list[str]]:
+        """(answers so far of the shard's rows that are journaled there; what is to be said of segments that are damaged).
+        Raises StorageError."""
+        rows, left_out = journal.read_sound_partials(self._storage, refs, PARTIALS_SCHEMA)
+        found = read_partial_rows(rows).items()
+        return [(RowId(shard.file.path, *slot), partial) for slot, partial in found if is_in(shard, *slot)], left_out
 
     def read_back(self, ref: JournalRef) -> pa.Table:
         """What this worker journaled there. Raises StorageError."""
@@ -131,7 +144,7 @@ class ShardFiles:
             epoch=lease.epoch,
             batch_id=lease.batch_id,
             **count_rows(parts.output),
-            batches=(stats, *self._list_earlier(shard, parts.recovered)),
+            batches=(stats, *list_carried(lease, info, parts.carried), *self._list_earlier(shard, parts.recovered)),
         )
         data = make_shard_file(parts.output, footer, compression_level=self._spec.output.compression_level)
         standing = self._publish(lease, data, footer)
@@ -163,9 +176,18 @@ class ShardFiles:
         batches = []
         for batch_id in pc.unique(recovered["batch_id"]).to_pylist():
             rows = recovered.filter(pc.equal(recovered["batch_id"], batch_id))
-            outcome = "shared" if batch_id in shard.shared_ids else "lost"
+            outcome = "reused" if is_reused_id(batch_id) else "shared" if batch_id in shard.shared_ids else "lost"
             batches.append(known.get(batch_id) or make_lost_stats(batch_id, rows=rows, outcome=outcome))
         return batches
+
+
+def list_carried(lease: Lease, info: WorkerInfo, rows: pa.Table) -> list[BatchStats]:
+    """What is said of the rows that this attempt took over: a batch beside its own, where there are any."""
+    return (
+        [make_lost_stats(make_reused_id(lease.batch_id), info=info, rows=rows, outcome="reused")]
+        if rows.num_rows
+        else []
+    )
 
 
 def make_event(worker_id: str, stats: BatchStats, standing: CommittedShard) -> ShardCommitted:

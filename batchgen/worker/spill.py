@@ -5,20 +5,25 @@ The interval is 10 s by default. A flush is one PUT for a worker, whatever it ho
 every generation that it has in flight, minutes of its work beside these seconds. When rows come so fast that an interval of
 them is large, they are flushed sooner.
 
+Answers so far of rows that an engine is asked for in parts are journaled as well, in segments of their own: a row's once a
+part, so that a lost worker costs a row one part and an interval.
+
 Invariants: one flush at a time; a store that fails keeps nothing waiting and loses nothing, the rows stay where they are.
 A shard that ended is the commit's: its segments are not merged any more.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import pyarrow as pa
 
 from batchgen.errors import StorageError
-from batchgen.journal import make_segment_path
+from batchgen.journal import make_partials_path, make_segment_path
 from batchgen.queue.events import JournalFlushed, PoolEvent, WorkerWarned
-from batchgen.records import JournalRef
+from batchgen.records import JournalRef, Partial, RowId, Slot
 from batchgen.worker.open_shard import OpenShard
+from batchgen.worker.partial_rows import make_partial_rows
+from batchgen.worker.partials import Partials
 from batchgen.worker.shard_files import ShardFiles
 from batchgen.worker.shares import join_rows
 from batchgen.worker.spilled import Finished, load_rows
@@ -33,7 +38,7 @@ MAX_SEGMENTS = 32
 
 
 class Spill:
-    """Belongs to one event loop. `list_shards`: those that are open now."""
+    """Belongs to one event loop. `list_shards`: those that are open now; `partials`: where rows are asked for in parts."""
 
     def __init__(
         self,
@@ -42,7 +47,9 @@ class Spill:
         worker_id: str,
         list_shards: Callable[[], Sequence[OpenShard]],
         emit: Callable[[PoolEvent], None],
+        partials: Partials | None = None,
     ) -> None:
+        self._partials, self._partials_of = partials, dict[int, list[str]]()
         self._files, self._epoch, self._worker_id = files, epoch, worker_id
         self._list_shards, self._emit = list_shards, emit
         self._num_segments = 0
@@ -66,6 +73,8 @@ class Spill:
             try:
                 await self._flush(shards)
                 await self._merge([shard for shard in shards if len(shard.flushed) > MAX_SEGMENTS])
+                if self._partials is not None:
+                    await self._flush_partials(self._partials, shards)
             except StorageError as error:
                 self._emit(WorkerWarned(self._worker_id, f"finished rows are not journaled yet: {error}"))
             self._drop()
@@ -87,8 +96,8 @@ class Spill:
         for shard in shards:
             number = shard.lease.shard.number
             old = [part for part in shard.flushed if part.ref is not None and part.ref.path not in self._mixed]
-            read_back, batch_id = self._files.read_back, shard.lease.batch_id
-            tables = [await asyncio.to_thread(load_rows, part, batch_id, read_back) for part in old]
+            read_back = self._files.read_back
+            tables = [await asyncio.to_thread(load_rows, part, shard.lease, read_back) for part in old]
             merged = pa.concat_tables(tables)
             if shard.has_ended:
                 continue
@@ -106,6 +115,32 @@ class Spill:
         path = make_segment_path(self._epoch, self._worker_id, self._num_segments)
         return await asyncio.to_thread(self._files.write_segment, path, rows)
 
+    async def _flush_partials(self, partials: Partials, shards: Sequence[OpenShard]) -> None:
+        """Those that grew; and of a shard with many segments all, so that the others may go."""
+        new, is_open = partials.list_new(), {shard.lease.shard.number for shard in self._list_shards()}
+        self._partials_of = {number: paths for number, paths in self._partials_of.items() if number in is_open}
+        rows = sort_by_shard(new, shards)
+        merged = [number for number in rows if len(self._partials_of.get(number, ())) >= MAX_SEGMENTS]
+        if merged:
+            whole = sort_by_shard(partials.iter_all(), shards)
+            rows |= {number: whole[number] for number in merged}
+        if rows:
+            await self._write_partials(rows, merged)
+        partials.note_journaled(new)
+
+    async def _write_partials(self, rows: Mapping[int, Sequence[tuple[Slot, Partial]]], merged: Sequence[int]) -> None:
+        self._num_segments += 1
+        path = make_partials_path(self._epoch, self._worker_id, self._num_segments)
+
+        def write() -> dict[int, JournalRef]:
+            return self._files.write_segment(path, {number: make_partial_rows(some) for number, some in rows.items()})
+
+        refs = await asyncio.to_thread(write)
+        replaced = tuple((number, tuple(self._partials_of.pop(number))) for number in merged)
+        for number in refs:
+            self._partials_of.setdefault(number, []).append(path)
+        self._emit(JournalFlushed(self._worker_id, tuple(refs.items()), replaced))
+
     def _drop(self) -> None:
         """The largest first, until the rest is small enough."""
         parts = [(part, shard) for shard in self._list_shards() if not shard.has_ended for part in shard.flushed]
@@ -115,3 +150,15 @@ class Spill:
                 return
             num_bytes -= part.num_bytes
             shard.replace_flushed([part], Finished(None, part.ref))
+
+
+def sort_by_shard(
+    found: Iterable[tuple[RowId, Partial]], shards: Sequence[OpenShard]
+) -> dict[int, list[tuple[Slot, Partial]]]:
+    """By shard number, without rows that ended meanwhile and those whose shard is not open any more."""
+    rows: dict[int, list[tuple[Slot, Partial]]] = {}
+    for row_id, partial in found:
+        shard = next((shard for shard in shards if shard.is_missing(row_id)), None)
+        if shard is not None:
+            rows.setdefault(shard.lease.shard.number, []).append((row_id.slot, partial))
+    return rows

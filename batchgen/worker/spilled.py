@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batchgen.records import JournalRef
+from batchgen.names import make_reused_id
+from batchgen.records import JournalRef, Lease
 
 ReadBack = Callable[[JournalRef], pa.Table]
 
@@ -23,11 +24,21 @@ class Finished:
         return 0 if self.rows is None else int(self.rows.nbytes)
 
 
-def load_rows(part: Finished, batch_id: str, read_back: ReadBack | None) -> pa.Table:
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A finished shard's rows by where they came from: `generated` and `carried` by this attempt."""
+
+    output: pa.Table
+    generated: pa.Table
+    carried: pa.Table
+    recovered: pa.Table
+
+
+def load_rows(part: Finished, lease: Lease, read_back: ReadBack | None) -> pa.Table:
     """The rows, wherever they are. A segment may hold another batch's of the same shard, too: a share of it."""
     if part.rows is not None:
         return part.rows
     if read_back is None or part.ref is None:
         raise ValueError("rows were dropped from memory, and there is no way to read them back")
     rows = read_back(part.ref)
-    return rows.filter(pc.equal(rows["batch_id"], batch_id))
+    return rows.filter(pc.is_in(rows["batch_id"], pa.array([lease.batch_id, make_reused_id(lease.batch_id)])))

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+
 class Window:
     """`read_integral` is rows x seconds in flight; a mean is a difference of it over a time. `on_room` is for those who
     share an engine: called when one of the others made room."""

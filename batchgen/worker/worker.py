@@ -32,9 +32,10 @@ from batchgen.queue.events import (
 from batchgen.queue.orders import Order
 from batchgen.queue.suspects import ShardRows
 from batchgen.records import Lease, WorkerInfo
+from batchgen.reuse.carrier import Carrier
 from batchgen.row_ranges import iter_rows
 from batchgen.stats import make_lost_stats
-from batchgen.worker.continuation import make_serving
+from batchgen.worker.continuation import Continuation, make_serving
 from batchgen.worker.feeder import Feeder
 from batchgen.worker.hint_check import HintCheck
 from batchgen.worker.open_shard import OpenShard
@@ -73,20 +74,23 @@ class Worker:
     async def open(self) -> WorkerInfo:
         """Load the engine. Raises EngineDied or SpecError with the reason."""
         started = time.monotonic()
-        await self._engine.open()
+        carrier = Carrier(self._spec) if self._spec.input.reuse_from else None
+        await asyncio.gather(self._engine.open(), *([asyncio.to_thread(carrier.open)] if carrier else ()))
         spec, engine, prior = self._spec, self._engine, self._setup.prior
         preparer = Preparer(spec, engine.tokenizer, engine.max_model_len, list_refused(spec.engine), prior)
         serving, hints, size = make_serving(engine, spec, prior), HintCheck(), spec.engine.max_inflight
-        window = self._shared_window
+        self._partials, window = serving.partials if isinstance(serving, Continuation) else None, self._shared_window
         self._sender = Sender(serving, size, spec.retry, self._die, self._note_restart, hints.note, window)
-        self._feeder = Feeder(spec, self._setup.passthrough, preparer, self._sender, hints)
+        self._feeder = Feeder(spec, self._setup.passthrough, preparer, self._sender, hints, carrier)
         self._window = self._sender.window
         self._wake, self._pace = asyncio.Event(), Pace(spec.engine.max_inflight, time.monotonic())
-        self._spill = Spill(
-            self._files, self._setup.epoch, self._setup.worker_id, lambda: [*self._shards.values()], self._emit
-        )
+        epoch, worker_id = self._setup.epoch, self._setup.worker_id
+        self._spill = Spill(self._files, epoch, worker_id, lambda: [*self._shards.values()], self._emit, self._partials)
         self._committing = asyncio.Semaphore(MAX_COMMITS)
         self._other_tasks.spawn(self._feeder.run())
+        if (duplicates := self._feeder.duplicates) is not None:
+            self._sender.on_answer = duplicates.note_answer
+            self._other_tasks.spawn(duplicates.run())
         self._other_tasks.spawn(self._spill.flush_often(spec.output.journal_interval_s))
         self.info = WorkerInfo(
             worker_id=self._setup.worker_id,
@@ -214,6 +218,10 @@ class Worker:
         if lease.journal:
             saved, left_out = await asyncio.to_thread(self._files.read_journal, lease, shard.replaced_epoch)
             shard.recover(saved, are_copied=False)
+            if self._partials is not None:
+                begun, more = await asyncio.to_thread(self._files.read_partials, lease.shard, lease.journal)
+                self._partials.load((row_id, partial) for row_id, partial in begun if shard.is_missing(row_id))
+                left_out = [*left_out, *more]
             for message in left_out:
                 self._emit(WorkerWarned(self._setup.worker_id, message))
         shard.quarantine(lease.quarantined)

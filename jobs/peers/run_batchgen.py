@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from batchgen.bench.child import Child
+from batchgen.driver.run import run_job
 from batchgen.driver.view import LineView
-from batchgen.run import run_job
 from batchgen.specs.load import make_spec
 from batchgen.storage import Storage
 

@@ -97,7 +97,13 @@ class World:
         num_files = rng.choice([1, 2])
         for number in range(num_files):
             self._plant_file(f"{IN}/part-{number}.parquet", rng.randint(1, 9), n)
-        rates = {"slots": rng.randint(2, 5), "max_inflight": rng.randint(2, 8), "decode_tokens_per_s": 4.0}
+        rates: dict[str, Any] = {
+            "slots": rng.randint(2, 5),
+            "max_inflight": rng.randint(2, 8),
+            "decode_tokens_per_s": 4.0,
+        }
+        # Drawn apart, so that a seed meets what it met before there were budgets.
+        rates["token_budget"] = random.Random(f"{self.outcome.seed}:budget").choice(["auto", 3, 6])
         lease_ttl_s = rng.uniform(4, 12)
         return make_spec(
             {

@@ -8,6 +8,7 @@ caller's to end.
 import asyncio
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -257,6 +258,11 @@ class Client:
 def is_answer_empty(answer: Finished) -> bool:
     """Did the engine end it without a token and without a reason? A stop string at its very beginning is a reason."""
     return not answer.token_ids and answer.stop_reason is None and answer.finish_reason in ("stop", "length")
+
+
+def is_answer_finite(answer: Finished) -> bool:
+    """Are the log probabilities numbers, where they were asked for? Nothing else shows logits that were none."""
+    return not any(math.isnan(each.logprob) for each in answer.logprobs or ())
 
 
 def is_power_of_two(number: int) -> bool:

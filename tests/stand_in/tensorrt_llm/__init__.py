@@ -20,6 +20,7 @@ The control file is JSON, read again when it changes. Write it with `write_contr
 
     speed
       token_s: 0.0            seconds an iteration takes (one token for every active request)
+      nan_token: null         logits of prompts with this token are no numbers: seen in their logprobs alone
       max_natural_tokens: 64  an answer ends by itself after about half as many tokens
     start, read when the LLM is made
       start_s: 0.0            how long it takes

@@ -2,6 +2,7 @@
 standard library alone, so that it starts in a few hundredths of a second."""
 
 import json
+import math
 import os
 import random
 import select
@@ -140,7 +141,10 @@ class Rank:
             reason = active.step()
             num_tokens = len(active.tokens)
             if reason or num_tokens == 1 or num_tokens % self.options["stream_interval"] == 0:
-                self.tell(make_event(active, reason, self.options["alphabet"]))
+                event = make_event(active, reason, self.options["alphabet"])
+                if self.control.get("nan_token") in active.order["prompt"] and "logprobs" in event:
+                    event["logprobs"] = [[[other, math.nan] for other, _ in pairs] for pairs in event["logprobs"]]
+                self.tell(event)
                 active.num_told = num_tokens
             if reason:
                 del self.active[number]

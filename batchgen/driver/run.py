@@ -13,7 +13,9 @@ from batchgen.driver.dispatch import Dispatcher
 from batchgen.driver.finish import finish, withdraw_success
 from batchgen.driver.hold import Hold, hold_folder
 from batchgen.driver.job import Job, check_renders, freeze, limit_rows, load_journal, open_job, reopen
+from batchgen.driver.live_page import LivePage
 from batchgen.driver.pools import create_pool
+from batchgen.driver.run_record import RunRecorder
 from batchgen.driver.signals import stop_on_signal
 from batchgen.driver.view import View
 from batchgen.errors import LeaseLost, RunStopped, StorageError
@@ -56,15 +58,20 @@ def run_job(
                 check_signal()
                 check()
 
-            dispatcher = make_dispatcher(job, hold, pool, view, check_all)
+            recorder = RunRecorder(storage, job.spec, hold.epoch)
+            dispatcher = make_dispatcher(job, hold, pool, view, check_all, recorder)
             message = dispatch(dispatcher, view)
+            recorder.close(dispatcher, message)
         return finish(job, dispatcher, hold, message=message, is_trial=limit is not None)
 
 
-def make_dispatcher(job: Job, hold: Hold, pool: WorkerPool, view: View, check_signal: Callable[[], None]) -> Dispatcher:
+def make_dispatcher(
+    job: Job, hold: Hold, pool: WorkerPool, view: View, check_signal: Callable[[], None], recorder: RunRecorder
+) -> Dispatcher:
     """The loop and everything it works with."""
     spec, todo = job.spec, job.todo
     status = StatusWriter(job.storage, hold.epoch, spec.cluster.log_interval_s)
+    page = LivePage(job, hold, recorder)
 
     def check() -> None:
         hold.check()
@@ -73,6 +80,8 @@ def make_dispatcher(job: Job, hold: Hold, pool: WorkerPool, view: View, check_si
     def show(progress: Progress) -> None:
         view.show(progress)
         status.update(dispatcher)
+        recorder.update(dispatcher, progress)
+        page.update(dispatcher)
 
     queue = TrialQueue(todo, epoch=hold.epoch, retry=spec.retry, cluster=spec.cluster, n=spec.sampling.n)
     index = load_journal(job, view.warn)

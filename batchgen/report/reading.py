@@ -1,0 +1,112 @@
+"""A report of any output folder as it is now: of a job that finished, stopped, still runs, or was killed.
+
+Reads what is written about rows, never rows: the spec, batch_stats, records of runs and, of shards that no run has
+finished with yet, their footers. (Unless some generations are asked for: `samples`.) Writes nothing.
+"""
+
+import time
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import ValidationError
+
+from batchgen import manifest
+from batchgen.batch_stats import make_stats_table, read_stats_table
+from batchgen.driver.control import find_lock
+from batchgen.driver.lease import is_dead_here, read_holder
+from batchgen.errors import OutputError
+from batchgen.report.figures import RunRecord
+from batchgen.report.records import REPORT_JSON, read_records
+from batchgen.report.samples import read_samples
+from batchgen.report.value import make_report, make_row_counts
+from batchgen.spec import JobSpec
+from batchgen.storage import Storage
+from batchgen.verify.damage import RESTORE
+
+# What only the end of a run knows.
+KEPT = ("exit_code", "gates")
+
+
+def read_report(storage: Storage, *, num_samples: int = 0) -> dict[str, Any]:
+    """As of now. Raises OutputError where no run has worked on the folder."""
+    facts = manifest.read_json(storage, manifest.SPEC)
+    if facts is None:
+        raise OutputError(f"{storage.root}: holds no job of batchgen; give the output.path of one")
+    records = read_records(storage)
+    record = records[-1] if records else None
+    saved = manifest.read_json(storage, REPORT_JSON)
+    if saved is not None and record is not None and record["epoch"] > saved["epoch"]:
+        saved = None  # a later run has not ended yet
+    spec = _read_spec(storage, saved or record or facts, facts)
+    committed = {} if saved and not num_samples else manifest.load_committed(storage, spec.fingerprint())
+    found = make_report(
+        spec,
+        saved["rows"] if saved else _count_rows(storage, spec, committed, record),
+        read_stats_table(storage) if saved else read_all_batches(storage, committed),
+        records,
+        made_at=time.time(),
+        is_unique_checked=facts.get("is_unique_checked"),
+        samples=read_samples(storage, committed.values(), spec.fingerprint(), num_samples) if num_samples else (),
+        **_find_state(storage, saved, record),
+    )
+    kept = {name: saved[name] for name in KEPT if name in saved} if saved else {}
+    return found | kept | {"output": storage.root}
+
+
+def _find_state(storage: Storage, saved: RunRecord | None, record: RunRecord | None) -> dict[str, Any]:
+    """Of a run that did not end with a word it is asked whether somebody still holds the folder."""
+    if (said := saved or record) is None:
+        return {"epoch": 0, "state": "running", "message": None}
+    state, message = said["state"], said["message"]
+    holder = read_holder(find_lock(storage))
+    if state == "running" and (holder is None or holder.has_ended or is_dead_here(holder)):
+        state, message = "killed", "it ended without a word; start it again, and it goes on"
+    return {"epoch": said["epoch"], "state": state, "message": message}
+
+
+def _count_rows(
+    storage: Storage, spec: JobSpec, committed: dict[int, manifest.CommittedShard], record: RunRecord | None
+) -> dict[str, Any]:
+    """Against what the last run was asked for; all that is planned where it left no word of it."""
+    footers = [shard.footer for shard in committed.values()]
+    if record is not None and "num_input_rows" in record:
+        return make_row_counts(spec, footers, int(record["num_input_rows"]))
+    plan = manifest.read_plan(storage)
+    return make_row_counts(spec, footers, sum(shard.num_rows for shard in plan[2]) if plan is not None else 0)
+
+
+def _read_spec(storage: Storage, said: RunRecord, frozen: RunRecord) -> JobSpec:
+    """As the last run had it: what doesn't make the data may change from run to run."""
+    try:
+        return JobSpec.model_validate(said["spec"] if "spec" in said else frozen["spec"])
+    except (KeyError, ValidationError) as error:
+        raise OutputError(
+            f"{storage.url(manifest.SPEC)}: is no spec that this version of batchgen reads; {RESTORE}"
+        ) from error
+
+
+def read_batches(storage: Storage) -> pa.Table:
+    """All that are known, of a run that goes on too. Raises OutputError where no run has worked on the folder."""
+    facts = manifest.read_json(storage, manifest.SPEC)
+    if facts is None:
+        raise OutputError(f"{storage.root}: holds no job of batchgen; give the output.path of one")
+    return read_all_batches(storage, manifest.load_committed(storage, facts["fingerprint"]))
+
+
+def read_all_batches(storage: Storage, committed: dict[int, manifest.CommittedShard]) -> pa.Table:
+    """Those of batch_stats, and of the shards committed since it was written."""
+    table = read_stats_table(storage)
+    footers = (batch for shard in committed.values() for batch in shard.footer.batches)
+    newer = make_stats_table({batch.batch_id: batch for batch in footers}.values())
+    is_known = pc.is_in(newer["batch_id"], value_set=table["batch_id"].combine_chunks())
+    return pa.concat_tables([table, newer.filter(pc.invert(is_known))])
+
+
+def find_report(storage: Storage) -> dict[str, Any]:
+    """The report that the last run left; made anew where a later run has not ended yet, or left none."""
+    saved = manifest.read_json(storage, REPORT_JSON)
+    last = max((record["epoch"] for record in read_records(storage)), default=0)
+    if saved is not None and saved.get("epoch", 0) >= last:
+        return saved
+    return read_report(storage)

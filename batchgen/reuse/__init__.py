@@ -1,0 +1,1 @@
+"""What need not be generated again: fingerprints of requests, answers of earlier outputs, exact duplicates inside a run."""

@@ -1,0 +1,429 @@
+"""The report: figures that add up, what is unknown said so, and a page that a real browser opens without a word."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jobs_util import Tree, make_tree, read_rows, run, run_cli, write_prompts
+from makers import make_job_spec
+
+from batchgen.batch_stats import STATS_SCHEMA, make_stats_table, read_stats_table
+from batchgen.batches import BatchStats
+from batchgen.queue.timeline import MAX_BINS, SPAN_FIELDS, Moment, Timeline
+from batchgen.report.distributions import make_bars
+from batchgen.report.figures import show, show_share, show_short, show_time
+from batchgen.report.lanes import MAX_LANES, make_lanes, merge_intervals
+from batchgen.report.page import make_html
+from batchgen.report.reading import read_report
+from batchgen.report.records import make_record_path, read_records
+from batchgen.report.samples import choose_rows
+from batchgen.report.value import make_report
+from batchgen.report.waste import LOSSES, make_waste
+from batchgen.stats import make_sketch, parse_sketches
+from batchgen.storage import Storage
+from batchgen.worker.seal import seal_json
+
+SECTIONS = ["rows", "time", "workers", "bill", "latency", "lengths", "errors", "what", "spec"]
+CLUSTER = {"pool": "ray", "workers_min": 1, "workers_max": 2, "gpus_per_worker": 8.0, "driver_node": "head"}
+EVIL = "</pre><script>document.title='owned'</script><img src=x onerror=alert(1)>\0\ud800'\"&{{ 7*7 }}"
+
+
+def make_moment(done: int, *, waiting: bool = True, inflight: int = 80, ready: int = 2) -> Moment:
+    return Moment(done, 0, 10 * done, 1, ready, ready, inflight, 100, waiting)
+
+
+# ---- over time -------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.floats(0.01, 4000), st.integers(0, 50)), min_size=1, max_size=60))
+def test_bins_add_up_to_the_whole_whatever_the_run_took(turns: list[tuple[float, int]]) -> None:
+    timeline, now, done = Timeline(100.0), 100.0, 0
+    timeline.turn(make_moment(0), now)
+    for seconds, rows in turns:
+        now, done = now + seconds, done + rows
+        timeline.turn(make_moment(done), now)
+    assert len(timeline.bins) <= MAX_BINS
+    for name in SPAN_FIELDS:
+        assert sum(getattr(span, name) for span in timeline.bins) == pytest.approx(getattr(timeline.total, name))
+    assert timeline.total.rows == done
+    assert timeline.total.seconds == pytest.approx(now - 100)
+    assert timeline.total.ready_s == pytest.approx(2 * (now - 100))
+
+
+def test_the_tail_begins_anew_when_a_shard_comes_back() -> None:
+    timeline = Timeline(0.0)
+    for now, waiting in enumerate([True, True, False, False, True, False, False]):
+        timeline.turn(make_moment(now, waiting=waiting), float(now))
+    assert timeline.tail_began_s == 5.0
+    assert timeline.tail.seconds == 1.0
+    assert timeline.total.seconds == 6.0
+
+
+# ---- hours -----------------------------------------------------------------------------------------------------------
+
+
+def make_record(**over: Any) -> dict[str, Any]:
+    span = {"seconds": 100.0, "rows": 10, "ready_s": 180.0, "inflight_s": 8000.0, "window_s": 10_000.0}
+    tail = {"seconds": 20.0, "ready_s": 40.0, "inflight_s": 1000.0, "window_s": 2000.0, "began_s": 80.0}
+    return {
+        "epoch": 1, "state": "finished", "message": None, "began_at": 1e9, "elapsed_s": 100.0, "worker_s": 200.0,
+        "startup_s": 20.0, "num_tokens": 1000, "total": span, "tail": tail, "bin_s": 50.0, "workers": [],
+        "bins": {name: [1.0, 1.0] for name in SPAN_FIELDS}, "gpu_hour_cost": 3.0, "cluster": CLUSTER,
+        **over,
+    }  # fmt: skip
+
+
+def test_worker_time_is_useful_or_lost_to_one_of_four_reasons() -> None:
+    waste = make_waste(make_record(), 900, is_settled=True)
+    assert waste["startup"] == 20
+    assert waste["tail"] == pytest.approx(40 * 0.5)
+    assert waste["starvation"] == pytest.approx(140 * (1 - 7000 / 8000))
+    assert waste["retries"] == pytest.approx(0.1 * (200 - 20 - 20 - 17.5))
+    assert sum(waste[name] or 0 for name in ("useful", *LOSSES)) == pytest.approx(200)
+
+
+def test_retries_are_unknown_while_a_journal_may_hold_what_seems_lost() -> None:
+    assert make_waste(make_record(), 900, is_settled=False)["retries"] is None
+    assert make_waste(make_record(num_tokens=0), 0, is_settled=True)["retries"] is None
+    assert make_waste(make_record(), None, is_settled=True)["retries"] is None
+    assert (
+        make_waste(make_record(), 1005, is_settled=True)["retries"] == 0
+    )  # the last heartbeat was before the last row
+
+
+def make_value(**over: Any) -> dict[str, Any]:
+    rows = {"input": 10, "n": 1, "output": 10, "ok": 10, "error": 0, "retryable": 0, "error_rate": 0.0}
+    facts: dict[str, Any] = {
+        "epoch": 1,
+        "state": "finished",
+        "message": None,
+        "made_at": 1e9,
+        "is_unique_checked": True,
+    }
+    records = over.pop("records", [make_record()])
+    table = over.pop("table", STATS_SCHEMA.empty_table())
+    return make_report(make_job_spec(), {**rows, "is_complete": True}, table, records, **{**facts, **over})
+
+
+def test_the_bill_is_of_all_runs_and_unknown_where_one_has_no_price() -> None:
+    two = [make_record(), make_record(epoch=2, worker_s=400.0)]
+    bill = make_value(records=two, epoch=2)["bill"]
+    assert bill["gpu_hours"] == pytest.approx(600 * 8 / 3600)
+    assert bill["cost"] == pytest.approx(600 * 8 / 3600 * 3)
+    assert bill["wasted_share"] == pytest.approx(1 - bill["shares"]["useful"])
+    two[0]["gpu_hour_cost"] = None
+    assert make_value(records=two, epoch=2)["bill"]["cost"] is None
+
+
+def test_what_nobody_knows_is_unknown_and_not_zero() -> None:
+    report = make_value(records=[], epoch=7)
+    assert report["timeline"] is None
+    assert report["bill"]["gpu_hours"] is None
+    assert report["run"]["tokens_per_s"] is None
+    assert report["job"]["latency"]["latency_p99_s"] is None
+    page = make_html(report)
+    assert page.count("unknown") > 8
+    assert ">0 ms" not in page
+
+
+# ---- lanes and bars --------------------------------------------------------------------------------------------------
+
+
+def make_batch(number: int, worker: str, start: float, wall: float, **over: Any) -> BatchStats:
+    batch_id = f"shard-{number:09d}-e000001-a1"
+    times = {"worker": worker, "started_at": 1e9 + start, "wall_s": wall}
+    return BatchStats(batch_id, f"shard-{number:09d}", 1, 1, "committed", **{**times, **over})
+
+
+def make_life(worker: str, began: float, ready: float | None, ended: float | None, end: str | None) -> dict[str, Any]:
+    return {"worker": worker, "node": "n", "began_s": began, "ready_s": ready, "ended_s": ended, "end": end}
+
+
+def test_a_lane_is_start_up_busy_idle_and_dead() -> None:
+    lives = [
+        make_life("w1", 0, 10, None, None),
+        make_life("w2", 0, 20, 60, "lost"),
+        make_life("w3", 5, None, 50, "start_failed"),
+    ]
+    batches = [
+        make_batch(0, "w1", 10, 30),
+        make_batch(1, "w1", 20, 30),
+        make_batch(2, "w2", 30, 500),
+        make_batch(3, "w1", 90, 10),
+    ]
+    lanes = make_lanes(make_record(workers=lives), make_stats_table(batches))["lanes"]
+    by_name = {lane["worker"]: lane for lane in lanes}
+    assert by_name["w1"]["busy"] == [(10, 50), (90, 100)]
+    assert (by_name["w1"]["startup_s"], by_name["w1"]["idle_s"]) == (10, 40)
+    assert by_name["w2"]["busy"] == [(30, 60)]  # its batch outlived it in nobody's eyes
+    assert (by_name["w3"]["startup_s"], by_name["w3"]["busy_s"], by_name["w3"]["idle_s"]) == (45, 0, 0)
+
+
+def test_of_a_thousand_workers_those_are_shown_that_were_least_busy() -> None:
+    lives = [make_life(f"w{i:04d}", 0, 1, None, None) for i in range(1000)]
+    batches = [make_batch(i, f"w{i:04d}", 1, 99 if i % 50 else 9) for i in range(1000)]
+    lanes = make_lanes(make_record(workers=lives), make_stats_table(batches))
+    assert lanes["num_workers"] == 1000
+    assert len(lanes["lanes"]) == MAX_LANES
+    assert {f"w{i:04d}" for i in range(0, 1000, 50)} <= {lane["worker"] for lane in lanes["lanes"]}
+
+
+@given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100))))
+def test_merged_intervals_neither_overlap_nor_lose_time(pairs: list[tuple[float, float]]) -> None:
+    merged = merge_intervals([(min(pair), max(pair)) for pair in pairs], 0.0)
+    assert all(a[1] < b[0] for a, b in pairwise(merged))
+    assert all(any(a <= min(pair) and max(pair) <= b for a, b in merged) for pair in pairs if pair[0] != pair[1])
+
+
+@given(st.dictionaries(st.integers(-200, 900), st.integers(1, 10**9), max_size=80))
+def test_bars_hold_every_row(counts: dict[int, int]) -> None:
+    bars = make_bars(counts, lambda bucket: (1.02 ** (bucket - 1), 1.02**bucket))
+    assert sum(rows for *_, rows in bars) == sum(counts.values())
+    assert len(bars) <= 36
+
+
+def test_sketches_become_columns_and_nothing_is_null() -> None:
+    texts = [make_sketch(pa.chunked_array([pa.array(values, pa.float64())])) for values in ([0.1, 0.2, 0.2], [], [3.0])]
+    lists = parse_sketches([*texts, None]).to_pylist()
+    assert [lists[0] and sum(pair["count"] for pair in lists[0]), lists[1], len(lists[2]), lists[3]] == [
+        3,
+        None,
+        1,
+        None,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("shown", "text"),
+    [
+        (show(None), "unknown"), (show(1234567), "1,234,567"), (show(0.01234, "s"), "0.0123 s"), (show(0), "0"),
+        (show_share(None), "unknown"), (show_share(0.00001), "< 0.1 %"), (show_share(1.0), "100 %"),
+        (show_time(3e-4), "300 us"), (show_time(0.0), "0 s"), (show_time(125), "2 min 05 s"),
+        (show_time(7325), "2 h 02 min"),
+        (show_short(12_300), "12.3k"), (show_short(4.5e9), "4.5G"), (show_short(None), "unknown"),
+    ],
+)  # fmt: skip
+def test_figures_as_people_read_them(shown: str, text: str) -> None:
+    assert shown == text
+
+
+@given(st.lists(st.integers(0, 50), max_size=8), st.integers(0, 30))
+def test_chosen_rows_are_there_and_each_once(sizes: list[int], count: int) -> None:
+    chosen = choose_rows("fingerprint", sizes, count)
+    assert len(set(chosen)) == len(chosen) == min(count, sum(sizes))
+    assert all(0 <= row < sizes[file] for file, row in chosen)
+    assert chosen == choose_rows("fingerprint", sizes, count)
+
+
+# ---- real runs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tree]:
+    """Two runs, some errors; rows asked for."""
+    root = tmp_path_factory.mktemp("report")
+    write_prompts(root / "in")
+    tree = make_tree(root / "in", root / "out", root / "calls")
+    tree["output"]["report_rows"] = 3
+    tree["input"]["passthrough"] = ["key"]
+    tree["retry"] = {"max_error_rate": 0.5}
+    tree["engine"] = {**tree["engine"], "reject_text": "number 7"}
+    run(tree, limit=20)
+    run(tree)
+    return root / "out", tree
+
+
+def test_each_run_leaves_a_record_that_counts_all_its_rows(job: tuple[Path, Tree]) -> None:
+    out, _ = job
+    records = read_records(Storage(str(out)))
+    assert [record["epoch"] for record in records] == [1, 2]
+    assert [record["state"] for record in records] == ["finished", "finished"]
+    assert sum(record["total"]["rows"] for record in records) == len(read_rows(out))
+    for record in records:
+        assert sum(record["bins"]["rows"]) == record["total"]["rows"]
+        assert record["worker_s"] > 0
+        assert {life["worker"] for life in record["workers"]} == {"worker-0001", "worker-0002"}
+        assert all(life["ready_s"] is not None for life in record["workers"])
+    report = json.loads((out / "report.json").read_text())
+    assert sum(run["rows"] for run in report["runs"]) == report["rows"]["output"]
+    assert report["bill"]["worker_hours"] == pytest.approx(sum(record["worker_s"] for record in records) / 3600)
+    assert report["bill"]["gpu_hours"] is None
+
+
+def test_errors_have_a_message_of_ours_and_rows_are_shown_because_asked(job: tuple[Path, Tree]) -> None:
+    out, _ = job
+    report = json.loads((out / "report.json").read_text())
+    kinds = {row["error_type"] for row in read_rows(out)} - {None}
+    assert {error["error_type"] for error in report["errors"]} == kinds != set()
+    assert all(error["example"] for error in report["errors"])
+    by_key = {row["custom_id"]: row for row in read_rows(out)}
+    assert len(report["samples"]) == 3
+    assert all(by_key[row["custom_id"]]["text"] == row["text"] for row in report["samples"])
+
+
+def test_a_report_made_of_stats_alone_says_the_same(job: tuple[Path, Tree]) -> None:
+    out, _ = job
+    saved = json.loads((out / "report.json").read_text())
+    made = json.loads(json.dumps(read_report(Storage(str(out)), num_samples=3)))
+    differing = {name for name in saved if made[name] != saved[name]}
+    assert differing == {"made_at"}
+
+
+def unseal(value: dict[str, Any]) -> dict[str, Any]:
+    return {name: held for name, held in value.items() if name not in ("is_sealed", "sha256")}
+
+
+def test_the_page_of_a_run_that_was_killed(job: tuple[Path, Tree], tmp_path: Path) -> None:
+    """As a killed driver leaves its folder: the record says running, nothing was finished."""
+    out = tmp_path / "out"
+    shutil.copytree(job[0], out)
+    for name in ("report.json", "report.html", "manifest.json", "_SUCCESS"):
+        (out / name).unlink()
+    shutil.rmtree(out / "batch_stats")
+    sorted((out / "data").iterdir())[0].unlink()
+    record = {**read_records(Storage(str(out)))[-1], "state": "running"}
+    Storage(str(out)).put(make_record_path(2), seal_json(unseal(record)))
+    ended = run_cli(tmp_path, "report", str(out), "--html", str(tmp_path / "page.html"), "--json")
+    assert ended.code == 0
+    report = json.loads(ended.out.splitlines()[-1])
+    assert report["state"] == "killed"
+    assert report["rows"]["output"] == len(read_rows(out)) < report["rows"]["input"]
+    assert not report["rows"]["is_complete"]
+    assert report["job"]["completion_tokens"] == sum(row["completion_tokens"] or 0 for row in read_rows(out))
+    assert "not there yet" in (tmp_path / "page.html").read_text()
+    assert not (out / "report.html").exists()
+
+
+def test_p99_of_any_batches_in_sql(job: tuple[Path, Tree]) -> None:
+    """The query of docs/batch_stats.md, against the rows themselves."""
+    out, _ = job
+    docs = (Path(__file__).parent.parent / "docs" / "batch_stats.md").read_text()
+    query = (
+        docs.split("```sql\n")[1].split("```")[0].replace("OUT/", f"{out}/").replace("where worker = 'worker-0001'", "")
+    )
+    (found,) = duckdb.sql(query.rstrip().rstrip(";")).fetchall()
+    exact = np.quantile(
+        [row["latency_s"] for row in read_rows(out) if row["latency_s"] is not None], 0.99, method="lower"
+    )
+    assert found[0] == pytest.approx(float(exact), rel=0.0101)
+
+
+def test_files_of_earlier_builds_lack_columns_which_are_null(job: tuple[Path, Tree], tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    table = read_stats_table(Storage(str(job[0])))
+    younger = ["lengths", "error_examples", "latency_sketch"]
+    (tmp_path / "batch_stats").mkdir()
+    pq.write_table(table.drop_columns(younger), tmp_path / "batch_stats" / "run-000001.parquet")
+    found = read_stats_table(Storage(str(tmp_path)))
+    assert found.schema == STATS_SCHEMA
+    assert all(found[name].null_count == table.num_rows for name in younger)
+
+
+def ask_by(folder: Path, out: Path, column: str) -> dict[str, Any]:
+    ended = run_cli(folder, "report", str(out), "--by", column, "--json")
+    assert ended.code == 0, ended.err
+    return dict(ended.report["by"])
+
+
+@pytest.mark.parametrize(
+    ("column", "source"),
+    [("worker", "batch_stats"), ("source_file", "batch_stats"), ("status", "data"), ("key", "data")],
+)
+def test_figures_by_a_column_are_those_of_its_rows(
+    job: tuple[Path, Tree], tmp_path: Path, column: str, source: str
+) -> None:
+    out, _ = job
+    found = ask_by(tmp_path, out, column)
+    assert found["source"] == source
+    rows = read_rows(out)
+    workers = {row["batch_id"]: row["worker"] for row in read_stats_table(Storage(str(out))).to_pylist()}
+    values = [workers[row["batch_id"]] if column == "worker" else row[column] for row in rows]
+    assert {group["value"] for group in found["groups"]} == set(values)
+    for group in found["groups"]:
+        mine = [row for row, value in zip(rows, values, strict=True) if value == group["value"]]
+        assert group["num_rows_ok"] + group["num_rows_error"] == len(mine)
+        assert (group["completion_tokens"] or 0) == sum(row["completion_tokens"] or 0 for row in mine)
+        times = [row["latency_s"] for row in mine if row["latency_s"] is not None]
+        exact = float(np.quantile(times, 0.99, method="lower")) if times else None
+        assert group["latency"]["latency_p99_s"] == pytest.approx(exact, rel=0.0101)
+
+
+def test_a_column_that_nobody_has_is_refused_in_one_sentence(job: tuple[Path, Tree], tmp_path: Path) -> None:
+    ended = run_cli(tmp_path, "report", str(job[0]), "--by", "nobodys")
+    assert ended.code == 2
+    assert "--by nobodys: neither batch_stats nor data/ has such a column; name one of source_file" in ended.err
+
+
+# ---- in a browser ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    path = shutil.which("chromium")
+    if path is None:
+        assert "CI" not in os.environ, "CI must have Debian's chromium"
+        pytest.skip("no chromium on this machine")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (1200, "dark"), (390, "light")])
+def test_a_browser_opens_the_page_without_a_request_or_a_complaint(
+    job: tuple[Path, Tree], browser: Any, width: int, scheme: str
+) -> None:
+    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    page, said, asked = context.new_page(), [], []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    url = (job[0] / "report.html").as_uri()
+    page.goto(url)
+    assert (said, asked) == ([], [url])
+    assert page.evaluate("[...document.querySelectorAll('section')].map(s => s.id)") == [
+        *SECTIONS[:-1],
+        "samples",
+        "spec",
+    ]
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page must not scroll sideways"
+    assert page.locator("svg[aria-label]").count() == page.locator("svg").count() > 8
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (ground == "rgb(251, 250, 248)") == (scheme == "light")
+    page.locator("summary").first.click()
+    assert page.locator("details[open] table").first.is_visible()
+    context.close()
+
+
+def test_a_generation_is_never_more_than_text(browser: Any, tmp_path: Path) -> None:
+    row = {"custom_id": EVIL, "source_file": EVIL, "source_row": 0, "text": EVIL, "reasoning": EVIL}
+    row |= {"finish_reason": EVIL, "error_type": None, "completion_tokens": 3}
+    batch = make_batch(0, EVIL[:20], 10, 20, node=EVIL.replace("\ud800", ""), engine_version="<b>",
+                       error_types={"<i>": 1}, error_examples={"<i>": "<script>1</script>"})  # fmt: skip
+    record = make_record(workers=[make_life(EVIL, 0, 10, 100, "lost")])
+    report = make_value(samples=[row], message=EVIL, records=[record], table=make_stats_table([batch]))
+    path = tmp_path / "page.html"
+    path.write_text(make_html(report), encoding="utf-8")
+    page, said = browser.new_page(), []
+    page.on("console", lambda message: said.append(message.text))
+    page.goto(path.as_uri())
+    assert said == []
+    assert page.evaluate("document.title") != "owned"
+    assert page.locator("script, img, i:not(.legend i), b:not(figcaption b, .legend b)").count() == 0
+    shown = page.locator("article > pre").inner_text()
+    assert shown.startswith("</pre><script>document.title='owned'")
+    assert "{{ 7*7 }}" in shown

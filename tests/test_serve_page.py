@@ -1,0 +1,143 @@
+"""The web page in a real headless Chromium, over a real endpoint."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from serve_process import Server, create, make_endpoint_tree, make_jsonl, make_line, running, wait_for, wait_over
+
+sync_api = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None and "CI" not in os.environ, reason="no chromium on this machine; CI installs it"
+)
+WAIT_MS = 30_000
+MARKUP = "<img src=x onerror=\"document.title='broken'\">"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("page")
+    with running(Server(folder, make_endpoint_tree(str(folder / "store")))) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[sync_api.Browser]:
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def page(browser: sync_api.Browser, server: Server) -> Iterator[sync_api.Page]:
+    """Signed in; at its end nothing was asked of elsewhere and no script had failed."""
+    context = browser.new_context(viewport={"width": 1200, "height": 900}, color_scheme="light")
+    opened, asked, faults = context.new_page(), [], []
+    opened.set_default_timeout(WAIT_MS)
+    opened.on("request", lambda request: asked.append(request.url))
+    opened.on("pageerror", lambda error: faults.append(str(error)))
+    opened.goto(home(server))
+    opened.fill("#key", server.keys["acme"])
+    opened.click("#key-form button")
+    opened.wait_for_selector("#start-form:visible")
+    yield opened
+    context.close()
+    assert all(url.startswith((home(server), "data:", f"blob:{home(server)}")) for url in asked)
+    assert not faults
+
+
+def home(server: Server) -> str:
+    return server.url.removesuffix("/v1") + "/"
+
+
+def picture(page: sync_api.Page, name: str) -> None:
+    """For people to look at, where they ask for it."""
+    if folder := os.environ.get("BATCHGEN_PICTURES"):
+        page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
+
+
+def test_a_wrong_key_is_told_and_shows_nothing(browser: sync_api.Browser, server: Server) -> None:
+    page = browser.new_page()
+    page.goto(home(server))
+    page.fill("#key", "sk-wrong")
+    page.click("#key-form button")
+    page.get_by_role("alert").get_by_text("Incorrect API key").wait_for(timeout=WAIT_MS)
+    assert page.is_hidden("#start")
+    assert page.is_hidden("#list")
+    page.close()
+
+
+def test_upload_start_and_look_at_the_first_results(page: sync_api.Page) -> None:
+    lines = [make_line(f"row-{number}") for number in range(120)]
+    lines[0]["body"]["messages"][0]["content"] = MARKUP
+    lines[0]["custom_id"] = MARKUP
+    page.set_input_files("#file", {"name": "in.jsonl", "mimeType": "application/jsonl", "buffer": make_jsonl(lines)})
+    page.click("#go")
+    page.locator("#facts").get_by_text("completed", exact=True).wait_for()
+    page.locator("#latency-plot svg").wait_for()
+    page.click("#first")
+    page.locator(".result").nth(9).wait_for()
+    assert page.locator(".result").count() == 10
+    assert page.locator(".result .small").first.inner_text().startswith(MARKUP), (
+        "shown as text, not made part of the page"
+    )
+    assert page.title() == "batchgen"
+    with page.expect_download() as download:
+        page.click("#output")
+    assert len(Path(download.value.path()).read_bytes().splitlines()) == 120
+    picture(page, "finished")
+    page.emulate_media(color_scheme="dark")
+    picture(page, "finished-dark")
+
+
+def test_a_running_batch_shows_rates_and_is_cancelled(page: sync_api.Page, server: Server) -> None:
+    batch = create(server.client(), [make_line(f"slow-{number}", model="slow") for number in range(400)])
+    page.locator(f'#list button[title="{batch.id}"]').click()
+    page.locator("#rate-plot polyline").wait_for()
+    picture(page, "running")
+    page.set_viewport_size({"width": 390, "height": 844})
+    picture(page, "running-narrow")
+    page.click("#cancel")
+    wait_over(server.client(), batch.id)
+    page.locator("#facts").get_by_text("cancelled", exact=True).wait_for()
+
+
+def test_what_is_wrong_with_a_file_is_told(page: sync_api.Page) -> None:
+    page.set_input_files(
+        "#file", {"name": "bad.jsonl", "mimeType": "application/jsonl", "buffer": b'{"custom_id": 1}\n'}
+    )
+    page.click("#go")
+    page.locator("#error-table").get_by_text("line 1").first.wait_for()
+    picture(page, "refused")
+
+
+def test_another_tenants_batch_is_not_shown(page: sync_api.Page, server: Server) -> None:
+    batch = create(server.client("globex"), [make_line("theirs")])
+    wait_for(server.client("globex"), batch.id, {"completed"})
+    page.reload()
+    page.wait_for_selector("#start-form:visible")
+    assert page.locator(f'#list button[title="{batch.id}"]').count() == 0
+
+
+def test_the_page_is_open_and_its_policy_is_strict(server: Server) -> None:
+    for path, kind in (("", "text/html"), ("page.css", "text/css"), ("page.js", "text/javascript")):
+        answer = httpx.get(home(server) + path)
+        assert answer.status_code == 200
+        assert answer.headers["content-type"].startswith(kind)
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+
+
+def test_a_report_is_its_tenants_only(server: Server) -> None:
+    batch = create(server.client(), [make_line("mine")])
+    wait_over(server.client(), batch.id)
+    url = f"{server.url}/batches/{batch.id}/report"
+    found = httpx.get(url, headers={"authorization": f"Bearer {server.keys['acme']}"})
+    assert found.json()["rows"]["ok"] == 1
+    assert "spec" not in found.json()
+    assert httpx.get(url, headers={"authorization": f"Bearer {server.keys['globex']}"}).status_code == 404
+    assert httpx.get(url).status_code == 401

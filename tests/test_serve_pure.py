@@ -1,0 +1,341 @@
+"""The endpoint's decisions, which need no server: lines, states, ranges, rates, pages, keys, and a create made once."""
+
+import itertools
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from store_kinds import sure
+
+from batchgen.errors import OutputError, SpecError
+from batchgen.serve import records
+from batchgen.serve.bodies import read_body
+from batchgen.serve.body_sampling import Abilities
+from batchgen.serve.door import BulkJob
+from batchgen.serve.errors import ApiError
+from batchgen.serve.ids import is_batch_id, is_file_id, make_batch_id, make_file_id
+from batchgen.serve.keys import KeyRing, check_bind, hash_key, make_key, parse_keys
+from batchgen.serve.lines import LineTooLong, split_lines
+from batchgen.serve.load import make_endpoint
+from batchgen.serve.once import choose_batch_id
+from batchgen.serve.paging import list_after
+from batchgen.serve.parts import PartWriter, read_content
+from batchgen.serve.ranges import Unsatisfiable, parse_range
+from batchgen.serve.rates import Rates
+from batchgen.serve.records import BatchRecord, FileRecord, JobInput
+from batchgen.serve.state import State
+from batchgen.serve.sweep import sweep
+from batchgen.serve.wire import CHAT, COMPLETIONS, TERMINAL, Batch, BatchUsage, RequestCounts
+from batchgen.storage import Storage
+from batchgen.stores.local import LocalClient
+
+# ---- lines
+
+
+@given(st.lists(st.binary(max_size=12).filter(lambda line: b"\n" not in line), max_size=8), st.integers(1, 5))
+def test_lines_are_the_same_however_the_bytes_arrive(lines: list[bytes], size: int) -> None:
+    text = b"\n".join(lines)
+    pieces = [text[start : start + size] for start in range(0, len(text), size)]
+    stripped = [(number, line.strip(b" \t\r")) for number, line in enumerate(lines, 1)]
+    found = list(split_lines(pieces, 1000))
+    if not text.startswith(b"\xef\xbb\xbf"):
+        assert found == [(number, line) for number, line in stripped if line]
+
+
+def test_a_line_that_never_ends_is_not_held() -> None:
+    endless = (b"x" * 1000 for _ in itertools.count())
+    with pytest.raises(LineTooLong) as caught:
+        list(split_lines(endless, 5000))
+    assert caught.value.number == 1
+
+
+# ---- states
+
+
+def make_record(status: str = "validating", **fields: object) -> BatchRecord:
+    batch = Batch(
+        id=make_batch_id(0.0),
+        endpoint=CHAT,
+        input_file_id="file-x",
+        completion_window="24h",
+        status=status,  # type: ignore[arg-type]
+        created_at=100,
+        expires_at=1000,
+    )
+    return BatchRecord(batch=batch, tenant="acme", output_expires_s=3600, **fields)  # type: ignore[arg-type]
+
+
+INPUT = JobInput(url="/in", form="messages", has_tools=False, num_rows=9)
+CHANGES = {
+    "begin": lambda record, now: records.begin(record, INPUT, "m", 9, now),
+    "fail": lambda record, now: records.fail(record, [], now),
+    "count": lambda record, now: records.count(record, int(now) % 12, int(now) % 5),
+    "cancel": records.cancel,
+    "expire": records.expire,
+    "finalize": records.finalize,
+    "finish": lambda record, now: records.finish(
+        record, RequestCounts(total=9, completed=7, failed=2), BatchUsage(), "file-o", None, now
+    ),
+}
+LEGAL = {
+    ("validating", "in_progress"),
+    ("validating", "failed"),
+    ("validating", "cancelling"),
+    ("in_progress", "failed"),
+    ("in_progress", "finalizing"),
+    ("in_progress", "cancelling"),
+    ("finalizing", "completed"),
+    ("finalizing", "expired"),
+    ("cancelling", "cancelled"),
+}
+
+
+@given(st.lists(st.tuples(st.sampled_from(sorted(CHANGES)), st.integers(100, 2000)), max_size=12))
+def test_states_change_as_the_contract_says_only(steps: list[tuple[str, int]]) -> None:
+    record = make_record()
+    for (name, _), now in zip(steps, sorted(now for _, now in steps), strict=True):
+        known, record = record, CHANGES[name](record, float(now)) or record
+        before, after = known.batch, record.batch
+        assert before.status == after.status or (before.status, after.status) in LEGAL
+        if before.status in TERMINAL:
+            assert record is known
+        if before.status == after.status == "in_progress":
+            assert after.request_counts.completed >= before.request_counts.completed
+            assert after.request_counts.failed >= before.request_counts.failed
+            assert after.request_counts.completed + after.request_counts.failed <= after.request_counts.total
+        if after.status in TERMINAL:
+            assert getattr(after, f"{after.status}_at") is not None
+            counts = after.request_counts
+            assert counts.total == counts.completed + counts.failed
+        if after.status == "expired":
+            assert after.expired_at is not None
+            assert after.expired_at >= 1000
+        assert BatchRecord.model_validate_json(record.model_dump_json()) == record
+
+
+def test_result_files_have_ids_that_are_always_the_same() -> None:
+    record = make_record()
+    first, error = (records.make_result_file_id(record, kind) for kind in ("output", "error"))  # type: ignore[arg-type]
+    assert is_file_id(first)
+    assert is_file_id(error)
+    assert first != error
+    assert first == records.make_result_file_id(record, "output")
+    assert first != records.make_result_file_id(make_record(), "output")
+
+
+def test_ids_are_in_the_order_of_their_making_and_unlike_each_other() -> None:
+    ids = [make_file_id(1_700_000_000 + number / 1000) for number in range(100)]
+    assert ids == sorted(ids)
+    assert len({id_[17:] for id_ in ids}) == 100
+    assert is_batch_id(make_batch_id(1e9))
+    for text in ("file-" + "0" * 31, "file-" + "G" * 32, "file-" + "0" * 33, "file-" + "0" * 32 + "\n", "../x"):
+        assert not is_file_id(text)
+
+
+# ---- bodies
+
+EVERYTHING = Abilities(
+    forms=frozenset({"messages", "text", "token_ids"}),
+    refused=frozenset(),
+    guided_forms=frozenset({"json_schema"}),
+    has_logprobs=True,
+    can_use_tools=True,
+    can_think=True,
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+NAMES = sorted(
+    [
+        *("messages", "prompt", "n", "stop", "max_tokens", "logprobs", "top_logprobs", "tools", "tool_choice", "seed"),
+        *("response_format", "chat_template_kwargs", "temperature", "stop_token_ids", "logit_bias", "best_of", "user"),
+    ]
+)
+
+
+@given(
+    st.sampled_from([CHAT, COMPLETIONS]),
+    st.dictionaries(st.sampled_from(NAMES), JSON, max_size=5),
+    st.booleans(),
+)
+def test_any_body_is_rows_or_a_400(endpoint: str, body: dict[str, object], is_whole: bool) -> None:
+    if is_whole:
+        body |= {"messages": [{"role": "user", "content": "x"}]} if endpoint == CHAT else {"prompt": "x"}
+    refused: ApiError | None = None
+    try:
+        asked = read_body(endpoint, {"model": "m", **body}, EVERYTHING)
+    except ApiError as error:
+        refused = error
+    if refused is None:
+        assert 1 <= len(asked.rows) <= EVERYTHING.max_choices
+    else:
+        assert refused.status == 400
+        assert pickle.loads(pickle.dumps(refused)).make_body() == refused.make_body()
+
+
+def test_what_a_body_becomes() -> None:
+    body = {
+        "model": "m",
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}],
+        "max_completion_tokens": 7,
+        "stop": "END",
+        "logprobs": True,
+        "top_logprobs": 2,
+        "n": 2,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}},
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+        "chat_template_kwargs": {"thinking": True},
+        "user": "u",
+    }
+    asked = read_body(CHAT, body, EVERYTHING)
+    assert (asked.form, len(asked.rows), asked.num_samples, asked.has_tools) == ("messages", 2, 2, True)
+    assert asked.rows[0]["messages"] == '[{"role": "user", "content": "ab"}]'
+    for part in ('"max_tokens": 7', '"stop": ["END"]', '"logprobs": 2', '"thinking": true', '"json_schema"'):
+        assert part in asked.rows[0]["sampling"]
+
+
+# ---- ranges, rates, pages, keys
+
+
+@given(st.integers(0, 50), st.one_of(st.none(), st.integers(0, 60)), st.one_of(st.none(), st.integers(0, 60)))
+def test_a_range_lies_in_the_file(num_bytes: int, first: int | None, last: int | None) -> None:
+    header = f"bytes={'' if first is None else first}-{'' if last is None else last}"
+    try:
+        part = parse_range(header, num_bytes)
+    except Unsatisfiable:
+        assert num_bytes == 0 or (first is not None and first >= num_bytes) or (first is None and last == 0)
+    else:
+        assert part is None or 0 <= part[0] < part[1] <= num_bytes
+
+
+def test_a_tenants_rate_fills_again() -> None:
+    rates = Rates()
+    let_in = [rates.take("a", 60, 0.0) is None for _ in range(20)]
+    assert let_in == [True] * 10 + [False] * 10
+    wait_s = rates.take("a", 60, 0.0)
+    assert wait_s == 1
+    assert rates.take("b", 60, 0.0) is None
+    assert rates.take("a", 60, float(wait_s)) is None
+
+
+def test_pages() -> None:
+    ids = ["a", "b", "c", "d"]
+    assert list_after(ids, None, "desc") == ["d", "c", "b", "a"]
+    assert list_after(ids, "c", "desc") == ["b", "a"]
+    assert list_after(ids, "bb", "asc") == ["c", "d"]
+
+
+def test_keys_are_kept_as_digests() -> None:
+    key, line = make_key("acme")
+    ring = parse_keys(f"# ours\n\n{line}  # made today\n", "keys")
+    assert key not in line
+    assert ring.find_tenant(key) == "acme"
+    assert ring.find_tenant(key[:-1]) is None
+    assert ring == KeyRing({hash_key(key): "acme"})
+    for text in ("", "# none\n", f"acme {key}", f"../x sha256:{hash_key(key)}", "acme sha256:xyz"):
+        with pytest.raises(SpecError) as caught:
+            parse_keys(text, "keys")
+        assert key not in str(caught.value)
+    with pytest.raises(SpecError):
+        check_bind("0.0.0.0", None)
+    check_bind("127.0.0.1", None)
+    check_bind("0.0.0.0", ring)
+
+
+def test_an_endpoint_that_makes_no_sense_is_refused(tmp_path: Path) -> None:
+    good = {"store": str(tmp_path), "models": {"m": {"engine": {"kind": "simulated"}}}}
+    assert make_endpoint(good).models["m"].engine.kind == "simulated"
+    for change in (
+        {"models": {}},
+        {"models": {"a b": {"engine": {"kind": "simulated"}}}},
+        {"models": {"m": {"engine": {"kind": "simulated"}, "sampling": {"n": 2}}}},
+        {"tenants": {"../x": {}}},
+        {"store": "memory://x"},
+        {"surprise": 1},
+    ):
+        with pytest.raises(SpecError):
+            make_endpoint({**good, **change})
+
+
+def test_what_crosses_a_process_pickles() -> None:
+    bulk = BulkJob("batch_1", "acme", "m", 5.0)
+    assert pickle.loads(pickle.dumps(bulk)) == bulk
+
+
+# ---- what lies in the store
+
+
+@sure
+def test_creates_at_once_are_one_batch(root: str) -> None:
+    """Eight repetitions of one create race; so do eight of one key."""
+    state = State(root)
+    for key, is_repeat in ((None, True), ("k", False)):
+        start = threading.Barrier(8)
+
+        def ask(key: str | None, is_repeat: bool, start: threading.Barrier) -> str:
+            start.wait()
+            return choose_batch_id(state, "acme", "{}", make_batch_id(state.now()), key=key, is_repeat=is_repeat)
+
+        with ThreadPoolExecutor(8) as threads:
+            made = [threads.submit(ask, key, is_repeat, start) for _ in range(8)]
+        assert len({work.result() for work in made}) == 1
+
+
+def test_a_late_first_try_takes_its_repetitions_batch(tmp_path: Path) -> None:
+    state = State(str(tmp_path), now=lambda: 1000.0)
+    again = choose_batch_id(state, "acme", "{}", "second", key=None, is_repeat=True)
+    assert choose_batch_id(state, "acme", "{}", "first", key=None, is_repeat=False) == again == "second"
+    assert choose_batch_id(state, "acme", "{1}", "other", key=None, is_repeat=False) == "other"
+    assert choose_batch_id(state, "acme", "{1}", "meant", key=None, is_repeat=False) == "meant"
+
+
+@sure
+def test_two_changes_at_once_are_both_made_or_refused(root: str) -> None:
+    """Of a cancel and an end of the run, whichever comes first decides."""
+    state = State(root)
+    for _ in range(5):
+        record = make_record("in_progress", input=INPUT)
+        assert state.create_batch(record)
+        assert not state.create_batch(record)
+        changes = [lambda known: records.cancel(known, 500.0), lambda known: records.finalize(known, 500.0)]
+        with ThreadPoolExecutor(2) as threads:
+            made = [threads.submit(state.change_batch, "acme", record.id, change) for change in changes]
+        assert sorted(work.result()[1] for work in made) == [False, True]
+
+
+def test_the_sweep_deletes_what_nobody_wants(tmp_path: Path) -> None:
+    now = [1_000_000.0]
+    state = State(str(tmp_path), now=lambda: now[0])
+    old, kept, abandoned = make_file_id(now[0]), make_file_id(now[0]), make_file_id(now[0])
+    for file_id, expires_at in ((old, 1_003_600), (kept, None)):
+        writer = PartWriter(state, "acme", file_id)
+        writer.write(b"x" * 10)
+        fields = {"filename": "f", "purpose": "batch", "created_at": 1_000_000, "expires_at": expires_at}
+        state.create_file(FileRecord(id=file_id, tenant="acme", part_bytes=writer.close(), **fields))
+    state.begin_upload("acme", abandoned)
+    writer = PartWriter(state, "acme", abandoned)
+    writer.add(b"y")
+    writer.close()
+    sweep(state)
+    assert len(state.storage.list_files("t")) == 5
+    now[0] += 2 * 86400
+    assert state.read_file("acme", old) is None
+    sweep(state)
+    assert [info.path.split("/")[3].removesuffix(".json") for info in state.storage.list_files("t")] == [kept, kept]
+    assert state.list_uploads() == []
+    record = state.read_file("acme", kept)
+    assert record is not None
+    assert b"".join(read_content(state, record, 2, 5)) == b"xxx"
+
+
+def test_a_store_without_conditional_writes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LocalClient, "can_replace", False)
+    with pytest.raises(OutputError, match="conditional writes"):
+        State(str(tmp_path)).check_store()
+    assert Storage(str(tmp_path)).list_folders("none") == []
