@@ -63,8 +63,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a row asks, before the tokenizer: exactly one of text, messages, token_ids is set, and `tools` (OpenAI's
-    definitions) with messages only."""
+    """What a row asks, untokenised: exactly one of text, messages, token_ids is set, and `tools` with messages only."""
 
     text: str | None = None
     messages: tuple[dict[str, Any], ...] | None = None
@@ -81,8 +80,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """One generated token: its natural-log probability and the `top` most likely ones (token id, logprob). An id is None
-    where a server tells tokens by their text only."""
+    """One generated token: natural logs, `top` the likeliest (token id, logprob). No id where a server tells texts only."""
 
     token_id: int | None
     logprob: float
@@ -108,7 +106,7 @@ class Request:
     the answer may call tools. `expected_tokens`: of the completion, where anything is known of it (`lengths`).
     `partial`: what was generated for it before, with `token_ids` only; the engine gives what comes after that, at most
     `sampling.max_tokens` more. `rank`: the attention-DP rank that must take it, None for any. `fingerprint`: `reuse`'s.
-    `is_urgent`: somebody waits for it; it goes before the others, where the engine can choose."""
+    `is_urgent`: somebody waits for this one; it goes before the others, where the engine can choose."""
 
     row_id: RowId
     token_ids: tuple[int, ...] | None

@@ -114,7 +114,8 @@ class EngineHost:
         self._death = None
 
     async def attach(self, key: str, setup: WorkerSetup, deadline: float) -> WorkerInfo:
-        """A worker of one run, known here by its key: its id is the run's own. Raises EngineDied with the reason, whatever it is."""
+        """A worker of one run, known here by its key: its id is the run's own.
+        Raises EngineDied with the reason, whatever it is."""
         self._check_alive()
         window = self._places.join(deadline)
         worker = Worker(setup, self._engine, self._node, window)

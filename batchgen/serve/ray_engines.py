@@ -219,7 +219,7 @@ class SharedPool(RayPool):
     def kill(self, worker_id: str) -> None:
         """One that was at work is given up: its engine may hang."""
         on = self._actors.get(worker_id)
-        if self._end_worker(worker_id) == "busy":
+        if self._end_worker(worker_id) == "busy" and on is not None:
             self._engines.retire(on.engine)
 
     def _forget(self, worker_id: str) -> None:

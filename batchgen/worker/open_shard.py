@@ -43,11 +43,8 @@ class OpenShard:
         self.is_recovered = False
         self.shared_ids: set[str] = set()
         self._away: dict[Slot, str] = {}
-        self.num_copied = 0
-        self.num_recovered = 0
-        self.num_error = 0
-        self.read_s = 0.0
-        self.prepare_s = 0.0
+        self.num_copied = self.num_recovered = self.num_error = 0
+        self.read_s = self.prepare_s = 0.0
         self._finished = bytearray(lease.shard.num_rows * n)
         self._sent = bytearray(lease.shard.num_rows * n)
         self._num_finished = 0
