@@ -7,7 +7,7 @@ kill them all.
 
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -59,7 +59,7 @@ class Gateway:
             return answered
         raise make_away()
 
-    async def stream(self, model: str, ask: Ask) -> AsyncIterator[Delta | Result]:
+    async def stream(self, model: str, ask: Ask) -> AsyncGenerator[Delta | Result, None]:
         """Raises ApiError, also half way: then the answer breaks off."""
         for is_last in (False, True):
             name, has_begun = await self._choose(model), False
@@ -79,7 +79,7 @@ class Gateway:
             finally:
                 self._inflight[name] -= 1
 
-    async def _receive(self, name: str, ask: Ask) -> AsyncIterator[Delta | Result | ApiError]:
+    async def _receive(self, name: str, ask: Ask) -> AsyncGenerator[Delta | Result | ApiError, None]:
         refs = self._get(name).stream.options(num_returns="streaming").remote(ask)
         try:
             async for ref in refs:
