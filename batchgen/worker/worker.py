@@ -47,6 +47,7 @@ from batchgen.worker.shard_files import ShardFiles, Spent, make_event
 from batchgen.worker.shares import Hooks, WorkerShares
 from batchgen.worker.spill import Spill
 from batchgen.worker.tasks import TaskGroup
+from batchgen.worker.window import Window
 
 # Shards written at the same time: one uploads while the next is encoded; more would only take memory.
 MAX_COMMITS = 2
@@ -57,8 +58,8 @@ COMMIT_S = 4.0
 class Worker:
     """See the module. All methods but `__init__` belong to one event loop."""
 
-    def __init__(self, setup: WorkerSetup, engine: Engine, node: str) -> None:
-        self._setup, self._engine, self._node = setup, engine, node
+    def __init__(self, setup: WorkerSetup, engine: Engine, node: str, window: Window | None = None) -> None:
+        self._setup, self._engine, self._node, self._shared_window = setup, engine, node, window
         self._spec = setup.spec
         self._files = ShardFiles(setup.storage, setup.spec, setup.passthrough)
         self._shards: dict[str, OpenShard] = {}
@@ -78,8 +79,8 @@ class Worker:
         spec, engine, prior = self._spec, self._engine, self._setup.prior
         preparer = Preparer(spec, engine.tokenizer, engine.max_model_len, list_refused(spec.engine), prior)
         serving, hints, size = make_serving(engine, spec, prior), HintCheck(), spec.engine.max_inflight
-        self._partials = serving.partials if isinstance(serving, Continuation) else None
-        self._sender = Sender(serving, size, spec.retry, self._die, self._note_restart, hints.note)
+        self._partials, window = serving.partials if isinstance(serving, Continuation) else None, self._shared_window
+        self._sender = Sender(serving, size, spec.retry, self._die, self._note_restart, hints.note, window)
         self._feeder = Feeder(spec, self._setup.passthrough, preparer, self._sender, hints, carrier)
         self._window = self._sender.window
         self._wake, self._pace = asyncio.Event(), Pace(spec.engine.max_inflight, time.monotonic())
@@ -130,6 +131,11 @@ class Worker:
     def wake(self) -> None:
         """End a poll that waits."""
         self._wake.set()
+
+    @property
+    def is_idle(self) -> bool:
+        """Has it no shard?"""
+        return not self._shards
 
     async def drain(self, timeout_s: float) -> list[PoolEvent]:
         """Send nothing more, give rows in flight this long to finish, end commits under way, journal what is finished. The
@@ -187,10 +193,11 @@ class Worker:
     async def _try_apart(self, shard: OpenShard) -> None:
         """Suspected rows of a shard: with nothing beside them, into the journal, and back."""
         lease = shard.lease
-        await self._sender.wait_apart()
-        slots = frozenset((row, sample) for row in iter_rows(lease.only) for sample in range(self._spec.sampling.n))
-        await self._feeder.feed(shard, slots)
-        await shard.wait_ended()
+        with self._window.apart():
+            await self._sender.wait_apart()
+            slots = frozenset((row, sample) for row in iter_rows(lease.only) for sample in range(self._spec.sampling.n))
+            await self._feeder.feed(shard, slots)
+            await shard.wait_ended()
         if not shard.is_closed:
             await self._flush()
             self._emit(ShardReturned(self.info.worker_id, lease.batch_id, lease.shard.number))
