@@ -13,6 +13,7 @@ import batchgen.cli.outputs  # isort: skip
 import batchgen.cli.nodes  # isort: skip
 import batchgen.cli.models  # isort: skip
 import batchgen.cli.evaluate  # isort: skip
+import batchgen.cli.pipelines  # isort: skip
 import batchgen.cli.simulate  # isort: skip
 import batchgen.cli.chaos  # isort: skip  # noqa: F401
 from batchgen.cli.base import app
