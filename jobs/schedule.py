@@ -1,4 +1,4 @@
-"""`ray job submit -- python jobs/schedule.py PIPELINE.yaml...`: keeps pipelines going. Takes what `batchgen schedule` takes."""
+"""`ray job submit -- python jobs/schedule.py PIPELINE.yaml...`: keeps them going. Takes what `batchgen schedule` takes."""
 
 import sys
 

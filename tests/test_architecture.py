@@ -144,9 +144,9 @@ LAYERS = [
     ["run", "verify.verify"],
     # pipelines: decisions, then what carries them out
     ["pipelines", "pipelines.calendar", "pipelines.template", "pipelines.events", "pipelines.publish"],
-    ["pipelines.spec", "pipelines.log", "pipelines.cleanup"],
+    ["pipelines.spec", "pipelines.log"],
     ["pipelines.graph", "pipelines.decide"],
-    ["pipelines.filters", "pipelines.arrival", "pipelines.orders", "pipelines.overview"],
+    ["pipelines.cleanup", "pipelines.filters", "pipelines.arrival", "pipelines.orders", "pipelines.overview"],
     ["pipelines.load", "pipelines.hooks", "pipelines.submit"],
     ["pipelines.execute", "pipelines.ray_jobs", "pipelines.keeper"],
     ["pipelines.scheduler"],

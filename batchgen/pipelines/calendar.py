@@ -90,8 +90,8 @@ def parse_key(key: str) -> datetime:
 
 
 def parse_date(text: str, calendar: Calendar) -> tuple[datetime, datetime]:
-    """[from, to) of what a person calls a date: a day in the calendar's zone, a time with its offset, or a run's key. Raises
-    ValueError."""
+    """[from, to) of what a person calls a date: a day in the calendar's zone, a time with its offset, or a run's key.
+    Raises ValueError."""
     zone = ZoneInfo(calendar.timezone)
     try:
         instant = parse_key(text)

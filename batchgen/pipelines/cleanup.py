@@ -6,11 +6,12 @@ what a job needs to know of itself last. Only names that a job writes: what some
 
 from collections.abc import Sequence
 
+from batchgen.pipelines.graph import FILTERED
 from batchgen.pipelines.publish import make_date_path
 from batchgen.storage import Storage
 
 # What a job writes, in the order in which it goes.
-_ORDER = ("_SUCCESS", "manifest.json", "report.", "data/", "batch_stats/", "_batchgen/")
+_ORDER = ("_SUCCESS", "manifest.json", "report.", "data/", "batch_stats/", "_batchgen/", "shard-")
 
 
 def delete_some(outputs: Sequence[str], publish: str | None, key: str, max_files: int) -> bool:
@@ -18,7 +19,7 @@ def delete_some(outputs: Sequence[str], publish: str | None, key: str, max_files
     if publish is not None:
         Storage(publish).delete(make_date_path(key))
     left = max_files
-    for output in outputs:
+    for output in [*outputs, *(f"{output}{FILTERED}" for output in outputs)]:
         storage = Storage(output)
         paths = [info.path for info in storage.list_files()]
         own = [path for start in _ORDER for path in paths if path.startswith(start)]

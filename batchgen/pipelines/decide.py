@@ -4,7 +4,7 @@ Each function answers one question. All are safe to ask with an old history, bec
 hasn't grown since.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -55,7 +55,7 @@ def _find_due(spec: PipelineSpec, history: History, now: float) -> Began | None:
     cursor = parse_key(history.cursor)
     first = next(_iterate_due(spec, history, cursor, latest), None)
     if first is None or schedule.catchup:
-        return first and Began(make_key(first), "schedule", now)
+        return None if first is None else Began(make_key(first), "schedule", now)
     newest = schedule.calendar.find_latest(latest)
     if newest is None or newest <= first:
         return Began(make_key(first), "schedule", now)
@@ -64,7 +64,7 @@ def _find_due(spec: PipelineSpec, history: History, now: float) -> Began | None:
     return Began(make_key(newest), "schedule", now, skipped_from=make_key(first))
 
 
-def _iterate_due(spec: PipelineSpec, history: History, cursor: datetime, latest: datetime) -> Iterable[datetime]:
+def _iterate_due(spec: PipelineSpec, history: History, cursor: datetime, latest: datetime) -> Iterator[datetime]:
     for date in spec.schedule.calendar.iterate_after(cursor):
         if date > latest:
             return
@@ -74,7 +74,7 @@ def _iterate_due(spec: PipelineSpec, history: History, cursor: datetime, latest:
 
 def _find_asked(history: History, now: float) -> Began | None:
     key = next((key for key in history.asked if is_open(history, key)), None)
-    return key and Began(key, "asked", now) or None
+    return None if key is None else Began(key, "asked", now)
 
 
 def is_open(history: History, key: str) -> bool:

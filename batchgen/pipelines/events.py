@@ -170,9 +170,10 @@ class History:
     asked: tuple[str, ...] = ()
     runs: dict[str, Run] = field(default_factory=dict)
     old: dict[str, RunState] = field(default_factory=dict)
+    active: dict[str, bool] = field(default_factory=dict)  # the keys of those runs, in the order in which they began
 
     def list_active(self) -> list[Run]:
-        return [run for run in self.runs.values() if run.is_active]
+        return [self.runs[key] for key in self.active]
 
     def get_state(self, key: str) -> RunState | None:
         run = self.runs.get(key)
@@ -193,6 +194,8 @@ class History:
             case _:
                 if (run := self.runs.get(event.key)) is not None:
                     self.runs[event.key] = fold(run, event)
+                if isinstance(event, Ended):
+                    self.active.pop(event.key, None)
         if isinstance(event, Ended | Notified | Deleted):
             self._shorten()
 
@@ -201,6 +204,7 @@ class History:
         earlier = self.runs.pop(event.key, None)  # a failed one that was asked for goes on counting its attempts
         attempt = earlier.attempt if earlier else 0
         self.runs[event.key] = Run(event.key, event.cause, event.at, attempt=attempt)
+        self.active[event.key] = True
         self.asked = tuple(key for key in self.asked if key != event.key)
         if event.cause == "schedule":
             self.cursor = max(self.cursor, event.key)
@@ -217,8 +221,8 @@ def fold(run: Run, event: Submitted | AttemptFailed | Ended | Notified | Retired
     """The run after the event."""
     match event:
         case Submitted():
-            told = {"order": event.order, "submitter": event.submitter, "previous": event.previous}
-            new = replace(run, state="running", attempt=event.attempt, **told)
+            new = replace(run, state="running", attempt=event.attempt, order=event.order)
+            new = replace(new, submitter=event.submitter, previous=event.previous)
         case AttemptFailed():
             new = replace(
                 run,

@@ -43,7 +43,8 @@ def check_filter(expression: str, source: JobSpec) -> None:
     for kinds in product(_GUESSES, repeat=len(guessed)):
         fields = [pa.field(name, kind) for name, kind in zip(guessed, kinds, strict=True)]
         try:
-            return _filter(pa.schema([*known, *fields, *rest]).empty_table(), expression) and None
+            _filter(pa.schema([*known, *fields, *rest]).empty_table(), expression)
+            return
         except ValueError as failure:
             error = error or failure
     if error is not None:
@@ -66,9 +67,9 @@ def _filter(table: pa.Table, expression: str) -> pa.Table:
 
 
 def write_filtered(expression: str, source: str, output: str) -> int:
-    """The rows of a finished stage that go on, below the next one's output; how many there are. Raises InputError where none
-    is left, or the expression does not go with the real columns."""
-    read, written = Storage(source), Storage(output)
+    """The rows of a finished stage that go on, beside the next one's output; how many there are. Raises InputError where
+    none is left, or the expression does not go with the real columns."""
+    read, written = Storage(source), Storage(f"{output.rstrip('/')}{FILTERED}")
     num_rows = num_kept = 0
     for path, table in _read_tables(read):
         try:
@@ -77,7 +78,7 @@ def write_filtered(expression: str, source: str, output: str) -> int:
             raise InputError(f"{read.url(path)}: {error}") from error
         num_rows, num_kept = num_rows + table.num_rows, num_kept + kept.num_rows
         if kept.num_rows:
-            _create(written, f"{FILTERED}/{path.rpartition('/')[2]}", kept)
+            _create(written, path.rpartition("/")[2], kept)
     if not num_kept:
         raise InputError(f"{read.root}: the filter leaves none of its {num_rows:,} rows; nothing to go on with")
     return num_kept

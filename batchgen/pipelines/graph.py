@@ -7,7 +7,7 @@ so that `stages.NAME.output` is known when it is asked for.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 from batchgen.pipelines.calendar import make_key
@@ -15,8 +15,8 @@ from batchgen.pipelines.spec import PipelineSpec, StageSpec
 from batchgen.pipelines.template import Path, TemplateError, list_names, render
 
 Partition = Mapping[str, str]
-# Below a stage's output: the rows of an earlier stage that its filter let through.
-FILTERED = "_batchgen/input"
+# Beside a stage's output, its name with this at its end: the rows of an earlier stage that its filter let through.
+FILTERED = ".input"
 
 
 class GraphError(ValueError):
@@ -126,7 +126,7 @@ def _make_job(
         known = dict(values)
         if source is not None:
             is_filtered = stage.input is not None and stage.input.filter is not None
-            known["input"] = f"{output.rstrip('/')}/{FILTERED}" if is_filtered else f"{source.rstrip('/')}/data"
+            known["input"] = f"{output.rstrip('/')}{FILTERED}" if is_filtered else f"{source.rstrip('/')}/data"
         tree = {} if only_outputs else render(stage.job, known)
     except TemplateError as error:
         raise TemplateError((*root, *error.path), error.line, str(error)) from None
@@ -136,7 +136,7 @@ def _make_job(
 def find_overlap(outputs: Sequence[tuple[str, Any]]) -> tuple[Any, Any] | None:
     """Owners of two folders that are the same or lie in each other. `outputs`: (path, owner)."""
     by_path = sorted((f"{path.rstrip('/')}/", number) for number, (path, _) in enumerate(outputs))
-    for (path, number), (other, other_number) in zip(by_path, by_path[1:], strict=False):
+    for (path, number), (other, other_number) in pairwise(by_path):
         if other.startswith(path):
             first, second = sorted((number, other_number))
             return outputs[first][1], outputs[second][1]

@@ -66,6 +66,7 @@ class Keeper:
     _watch: Watch = field(init=False)
     _signs: LifeSigns = field(init=False)
     _own_ends: set[str] = field(default_factory=set)
+    _told: set[str] = field(default_factory=set)
     _seen_ends: dict[str, float] = field(default_factory=dict)
     _silent_since: dict[str, float] = field(default_factory=dict)
     _arrivals: dict[str, str] = field(default_factory=dict)
@@ -105,6 +106,7 @@ class Keeper:
     def _begin(self, now: float) -> None:
         while (event := self._decide_begin(now)) is not None:
             if self.log.append(event):
+                self._told.discard(event.key)
                 skipped = f"; dates from {event.skipped_from} on are skipped" if event.skipped_from else ""
                 self.say(f"{self.spec.name} {event.key}: begun ({event.cause}){skipped}")
 
@@ -225,12 +227,15 @@ class Keeper:
         return run is None or number in run.notified
 
     def _tell_ends(self) -> None:
-        for run in list(self.history.runs.values()):
-            if run.is_active or self.only not in (None, run.key):
+        for key in sorted(self.history.runs.keys() - self.history.active.keys() - self._told):
+            run = self.history.runs[key]
+            if self.only not in (None, key):
                 continue
             hooks = self.spec.list_hooks(run.state == "succeeded")
             left = [number for number in range(len(hooks)) if number not in run.notified]
-            if not left or not self._may_tell(run.key):
+            if not left:
+                self._told.add(key)
+            if not left or not self._may_tell(key):
                 continue
             values = make_date_values(self.spec, parse_key(run.key))
             payload = make_payload(self.spec, run, values, self.list_outputs(run))

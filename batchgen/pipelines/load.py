@@ -175,6 +175,8 @@ def _check_job(pipeline: Pipeline, job: StageJob) -> JobSpec:
         JobSpec.model_validate(tree)
     except ValidationError as error:
         location = tuple(error.errors(include_url=False, include_input=False)[0]["loc"])
+        if location[:1] == ("engine",):  # pydantic names the kind of engine after it
+            location = ("engine", *location[2:])
         raise SpecError(f"{pipeline.source.locate((*path, *location))}: {describe(error)}") from error
     try:
         spec = make_spec(tree, source=f"the job of stage '{job.stage.name}'")

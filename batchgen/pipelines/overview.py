@@ -1,4 +1,4 @@
-"""What people are told of pipelines: values for `batchgen pipelines list | show`, and what a date on the command line means."""
+"""What people are told of pipelines (`batchgen pipelines list | show`), and what a date on the command line means."""
 
 from collections.abc import Iterator
 from dataclasses import asdict

@@ -1,8 +1,8 @@
 """Keeps any number of pipelines going, for ever: `batchgen schedule`.
 
-Holds nothing that the store doesn't have. What doesn't answer (a store, a Ray head) is asked again with growing pauses, each
-pipeline by itself, and said once. A clock that jumps ahead is not believed at once: nothing is begun for a while, so that
-a wrong time that is put right again begins no run.
+Holds nothing that the store doesn't have. What doesn't answer (a store, a Ray head) is asked again with growing pauses,
+each pipeline by itself, and said once. A clock that jumps ahead is not believed at once: nothing is begun for a while, so
+that a wrong time that is put right again begins no run.
 """
 
 import time

@@ -52,7 +52,7 @@ class ScheduleSpec(Section):
     )
     start: AwareDatetime | None = Field(
         default=None,
-        description="No logical date before this (a time with its UTC offset). Absent: none before a scheduler first saw it.",
+        description="No logical date before this (a time with its UTC offset). Absent: since a scheduler first saw it.",
     )
     end: AwareDatetime | None = Field(default=None, description="No logical date after this.")
     catchup: bool = Field(
@@ -115,7 +115,7 @@ class StageInput(Section):
     stage: Name = Field(description="The stage whose output is read; of the same partition.")
     filter: str | None = Field(
         default=None,
-        description="One DuckDB SQL expression over the columns of that output; rows for which it is not true are left out.",
+        description="One DuckDB SQL expression over the columns of that output; rows for which it isn't true stay behind.",
     )
 
 

@@ -58,8 +58,10 @@ def _render_text(text: str, values: Values, path: Path) -> Any:
         line = text.count("\n", 0, match.start())
         value = _look_up(match.group(1), values, path, line)
         if value is None:
-            message = f"'{match.group(1).strip()}' has no value on the first run; let it stand alone, so that it can be left out"
-            raise TemplateError(path, line, message)
+            name = match.group(1).strip()
+            raise TemplateError(
+                path, line, f"'{name}' has no value on the first run; let it stand alone, to be left out"
+            )
         return value
 
     return _OPENING.sub(put, text)
