@@ -1,4 +1,4 @@
-"""Every logical date exactly once: schedulers killed at store operations, two at a time, heads that forget, clocks that jump."""
+"""Each logical date once: schedulers killed at store operations, two at a time, heads that forget, clocks that jump."""
 
 import time
 
