@@ -105,7 +105,7 @@ class Attempt:
         read = job.stage.input
         spec = make_spec(self._limit(job.tree), source=f"stage {job.name}")
         if read is not None and read.filter is not None and job.source is not None and not is_done(spec):
-            num_rows = write_filtered(read.filter, job.source, spec.output.path)
+            num_rows = write_filtered(read.filter, read.stage, job.source, spec.output.path)
             self._say(f"{job.name}: {num_rows:,} rows of {read.stage} go on")
         self._say(f"{job.name}: {spec.output.path}")
         report = self._run_job(spec)

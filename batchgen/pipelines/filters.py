@@ -58,7 +58,7 @@ def _filter(table: pa.Table, expression: str) -> pa.Table:
 
     try:
         relation = connection.from_arrow(table)
-        return relation.filter(duckdb.SQLExpression(f"({expression}\n)")).to_arrow_table()
+        return relation.filter(duckdb.SQLExpression(expression)).to_arrow_table()
     except duckdb.Error as error:
         reason = str(error).partition("\n")[0]  # below it, DuckDB quotes the statement
         raise ValueError(f"the filter is no DuckDB expression over the stage's output: {reason}") from error
@@ -66,8 +66,9 @@ def _filter(table: pa.Table, expression: str) -> pa.Table:
         connection.close()
 
 
-def write_filtered(expression: str, source: str, output: str) -> int:
-    """The rows of a finished stage that go on, beside the next one's output; how many there are. Raises InputError where
+def write_filtered(expression: str, stage: str, source: str, output: str) -> int:
+    """The rows of a finished stage that go on, beside the next one's output; how many there are. They have the
+    former's text a second time, as STAGE_text, to be passed through. Raises InputError where
     none is left, or the expression does not go with the real columns."""
     read, written = Storage(source), Storage(f"{output.rstrip('/')}{FILTERED}")
     num_rows = num_kept = 0
@@ -78,6 +79,8 @@ def write_filtered(expression: str, source: str, output: str) -> int:
             raise InputError(f"{read.url(path)}: {error}") from error
         num_rows, num_kept = num_rows + table.num_rows, num_kept + kept.num_rows
         if kept.num_rows:
+            # A job writes a column `text` of its own and passes none of that name through.
+            kept = kept.append_column(f"{stage}_text", kept["text"])
             _create(written, path.rpartition("/")[2], kept)
     if not num_kept:
         raise InputError(f"{read.root}: the filter leaves none of its {num_rows:,} rows; nothing to go on with")

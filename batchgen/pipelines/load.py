@@ -25,6 +25,8 @@ from batchgen.specs.load import YAML_ERRORS, describe, is_local, make_spec
 from batchgen.specs.validate import check_spec
 from batchgen.storage import Storage, read_text
 
+# Paths in a job's tree.
+_JOB_PATHS = {"input": ("paths", "length_prior", "reuse_from"), "output": ("path", "lock_url")}
 # How far ahead outputs are compared: a year, so that both changes of daylight saving are in it, or so many dates.
 AHEAD, MAX_AHEAD = timedelta(days=370), 9000
 
@@ -81,9 +83,33 @@ def load_pipeline(url: str, now: datetime) -> Pipeline:
 
 
 def with_absolute_paths(spec: PipelineSpec) -> PipelineSpec:
-    """Its own local paths are the caller's; those of its jobs, and of what is waited for, are made so when rendered."""
+    """Local paths are the caller's: runs are at work elsewhere. A path that a template variable begins is one already."""
     publish = spec.publish and Storage(spec.publish).root
-    return spec.model_copy(update={"state": Storage(spec.state).root, "publish": publish})
+    stages = tuple(stage.model_copy(update={"job": _with_absolute_job(stage.job)}) for stage in spec.stages)
+    waits = tuple(
+        wait.model_copy(update={"marker": _absolute(wait.marker), "stable": _absolute(wait.stable)})
+        for wait in spec.wait_for
+    )
+    own = {"state": Storage(spec.state).root, "publish": publish}
+    return spec.model_copy(update={**own, "stages": stages, "wait_for": waits})
+
+
+def _with_absolute_job(job: dict[str, Any]) -> dict[str, Any]:
+    """What can be made so of an unchecked tree."""
+    changed = dict(job)
+    for section, names in _JOB_PATHS.items():
+        if isinstance(job.get(section), dict):
+            found = {name: _absolute(job[section][name]) for name in names if name in job[section]}
+            changed[section] = {**job[section], **found}
+    return changed
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_absolute(item) for item in value]
+    if not isinstance(value, str) or not is_local(value) or value.lstrip().startswith(("/", "~", "{{")):
+        return value
+    return os.path.abspath(value)  # noqa: PTH100 - resolve() follows links
 
 
 # ---- text and lines --------------------------------------------------------------------------------------------------
