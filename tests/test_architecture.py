@@ -157,6 +157,14 @@ LAYERS = [
     ["driver.control"],
     ["driver.finish", "driver.foresee", "driver.live_page", "verify.files", "verify.folder"],
     ["driver.run", "verify.verify", "report.reading"],
+    # pipelines: decisions, then what carries them out
+    ["pipelines", "pipelines.calendar", "pipelines.template", "pipelines.events", "pipelines.publish"],
+    ["pipelines.spec", "pipelines.log"],
+    ["pipelines.graph", "pipelines.decide"],
+    ["pipelines.cleanup", "pipelines.filters", "pipelines.arrival", "pipelines.orders", "pipelines.overview"],
+    ["pipelines.load", "pipelines.hooks", "pipelines.submit"],
+    ["pipelines.execute", "pipelines.ray_jobs", "pipelines.keeper"],
+    ["pipelines.scheduler"],
     ["chaos.chaos", "chaos.child"],
     ["demo", "bench.decode", "bench.queue", "bench.placement", "bench.memory", "bench.endpoint"],
     # benchmarks as jobs
@@ -203,7 +211,7 @@ LAYERS = [
     ["serve.plain"],
     ["cli.base"],
     ["cli.jobs", "cli.outputs", "cli.reports", "cli.nodes", "cli.models", "cli.simulate", "cli.chaos"],
-    ["cli.evaluate"],
+    ["cli.evaluate", "cli.pipelines"],
     ["cli"],
     ["cli.__main__"],
 ]
@@ -253,6 +261,8 @@ PURE |= {"preflight.checkpoint", "staging.plan", "preflight.preflight", "preflig
 PURE |= {"quantize.recipe", "quantize.architecture", "quantize.weigh"}
 PURE |= {"evaluate.extract", "evaluate.templates", "evaluate.statistics", "evaluate.speed"}
 PURE |= {"bench.oracle", "bench.runs"}
+PURE |= {"pipelines", "pipelines.calendar", "pipelines.template", "pipelines.events", "pipelines.spec"}
+PURE |= {"pipelines.graph", "pipelines.decide"}
 PURE |= {"engines.trtllm.sampling", "engines.trtllm.env", "engines.trtllm.args", "engines.trtllm.health"}
 PURE |= {
     "simulate",
@@ -282,7 +292,10 @@ EFFECTS = {
 
 # vendor -> the only modules that may import it. '()' after a name: only inside functions, so that it loads when used.
 VENDORS = {
-    "ray": {"ray_pool"},
+    # ray_jobs: the job API is an HTTP client, no part of the cluster that workers join.
+    "ray": {"ray_pool", "pipelines.ray_jobs"},
+    "cronsim": {"pipelines.calendar"},
+    "duckdb": {"pipelines.filters()"},
     "torch": {"engines.sampling", "engines.decode", "engines.hf_model()", "engines.transformers()", "bench.decode()"}
     | {"training.muon()", "training.train()", "training.save()", "training.accuracy()", "bench.worker()"}
     | {"quantize.nvfp4", "quantize.weights", "quantize.calibrate", "quantize.check", "engines.nvfp4_model"}
@@ -299,7 +312,7 @@ VENDORS = {
     "aiohttp": {"stores.remote", "engines.openai", "engines.openai_http", "bench.server()"},
     "botocore": {"stores.remote"},
     "pynvml": {"engines.trtllm.gpu()", "preflight.facts()"},
-    "yaml": {"specs.load"},
+    "yaml": {"specs.load", "pipelines.load"},
     "jsonschema": {"specs.sampling()"},
     "numpy": {"evaluate.statistics", "evaluate.speed", "reuse.index"},
     "fastapi": {"serve.app", "serve.routes_files", "serve.routes_batches", "serve.routes_page"},
@@ -319,6 +332,7 @@ VENDORS = {
         "cli.simulate",
         "cli.chaos",
         "cli.evaluate",
+        "cli.pipelines",
     },
     "rich": {"driver.view", "cli.jobs()", "cli.reports()", "cli.nodes()", "cli.models()", "preflight.doctor()"},
 }
@@ -426,6 +440,7 @@ def test_whoever_loads_a_heavy_vendor_at_its_top_is_itself_loaded_lazily() -> No
     heavy = {module for module in SOURCES if {vendor for vendor, lazy in list_vendors(module) if not lazy} & HEAVY}
     assert heavy == {
         "ray_pool",
+        "pipelines.ray_jobs",
         "stores.remote",
         "stores.s3",
         "engines.sampling",
