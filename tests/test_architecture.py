@@ -21,7 +21,8 @@ MAX_FILE_LINES = 300
 
 LAYERS = [
     ["specs", "queue", "worker", "driver", "verify", "staging", "preflight", "chaos", "reuse"],
-    ["__init__", "names", "row_ranges", "batches", "errors", "urls", "paths"],
+    ["names", "row_ranges", "batches", "errors", "urls", "paths"],
+    ["logs"],
     ["records", "queue.suspects"],
     ["specs.sections", "queue.orders", "worker.spilled"],
     ["specs.tensorrt_llm", "specs.sampling", "specs.retry", "specs.input"],
@@ -43,7 +44,7 @@ LAYERS = [
     # pure decisions
     ["prompt", "plan", "queue.backlog", "queue.scaling", "queue.governor", "lengths", "worker.answer", "verify.rows"],
     ["stats", "queue.work_queue", "queue.progress", "queue.roster", "queue.timeline"],
-    ["worker.budget", "worker.placement", "worker.stops", "queue.trial_queue"],
+    ["worker.budget", "worker.placement", "worker.stops", "queue.trial_queue", "queue.pulse"],
     ["worker.seam", "worker.partials"],
     ["preflight.checkpoint", "staging.plan", "engines.trtllm.env"],
     ["preflight.preflight"],
@@ -142,6 +143,7 @@ LAYERS = [
     ["driver.inline_pool", "ray_pool", "driver.dispatch"],
     ["driver.pools"],
     # one run
+    ["driver.screen"],
     ["driver.hold", "driver.view"],
     # what a job did
     ["report", "report.figures", "report.svg"],
@@ -155,6 +157,7 @@ LAYERS = [
     ["quantize.spec_load", "quantize.job"],
     ["driver.inventory"],
     ["driver.control"],
+    ["driver.watch"],
     ["driver.finish", "driver.foresee", "driver.live_page", "verify.files", "verify.folder"],
     ["driver.run", "verify.verify", "report.reading"],
     # pipelines: decisions, then what carries them out
@@ -165,7 +168,7 @@ LAYERS = [
     ["pipelines.load", "pipelines.hooks", "pipelines.submit"],
     ["pipelines.execute", "pipelines.ray_jobs", "pipelines.keeper"],
     ["pipelines.scheduler"],
-    ["chaos.chaos", "chaos.child"],
+    ["chaos.chaos", "chaos.child", "library"],
     ["demo", "bench.decode", "bench.queue", "bench.placement", "bench.memory", "bench.endpoint"],
     # benchmarks as jobs
     [
@@ -214,6 +217,8 @@ LAYERS = [
     ["cli.evaluate", "cli.pipelines"],
     ["cli"],
     ["cli.__main__"],
+    # what `import batchgen` offers, each loaded when it is asked for
+    ["__init__"],
 ]
 PURE = {
     "names",
@@ -234,6 +239,7 @@ PURE |= {
     "queue.governor",
     "queue.tail",
     "queue.progress",
+    "queue.pulse",
     "queue.roster",
     "queue.backlog",
     "queue.lazy_heap",
@@ -334,7 +340,16 @@ VENDORS = {
         "cli.evaluate",
         "cli.pipelines",
     },
-    "rich": {"driver.view", "cli.jobs()", "cli.reports()", "cli.nodes()", "cli.models()", "preflight.doctor()"},
+    "rich": {
+        "driver.view",
+        "driver.screen",
+        "cli.outputs()",
+        "cli.jobs()",
+        "cli.reports()",
+        "cli.nodes()",
+        "cli.models()",
+    }
+    | {"preflight.doctor()"},
 }
 # Modules that import a heavy vendor at their top: whoever imports one of them does so lazily, or is one itself.
 HEAVY = {
