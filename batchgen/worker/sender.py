@@ -107,8 +107,7 @@ class Sender:
         self._max_ready = max(MIN_READY_ROWS, int(READY_WINDOWS * max_inflight))
         self._max_waiting = max(MIN_READY_ROWS, MAX_WAITING_WINDOWS * max_inflight)
         self._ready: deque[Ready] = deque()
-        self._num_bytes = 0
-        self._num_waiting = 0
+        self._num_bytes = self._num_waiting = 0
         self._room = asyncio.Event()
         self.is_stopped = False
         self._lanes = TaskGroup(on_death)

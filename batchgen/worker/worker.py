@@ -66,8 +66,7 @@ class Worker:
         self._events: list[PoolEvent] = []
         self._shard_tasks = TaskGroup(self._die)
         self._other_tasks = TaskGroup(self._die)
-        self._has_ended = False
-        self._last_sent = (-1, 0)
+        self._has_ended, self._last_sent = False, (-1, 0)
 
     # ---- what the pool calls -----------------------------------------------------------------------------------------
 
@@ -131,11 +130,6 @@ class Worker:
     def wake(self) -> None:
         """End a poll that waits."""
         self._wake.set()
-
-    @property
-    def is_idle(self) -> bool:
-        """Has it no shard?"""
-        return not self._shards
 
     async def drain(self, timeout_s: float) -> list[PoolEvent]:
         """Send nothing more, give rows in flight this long to finish, end commits under way, journal what is finished. The
