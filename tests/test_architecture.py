@@ -28,6 +28,7 @@ LAYERS = [
     ["specs.tensorrt_llm", "specs.sampling", "specs.retry", "specs.input"],
     ["specs.engine"],
     ["queue.lazy_heap", "queue.leases", "queue.tail"],
+    ["queue.begun"],
     [
         "spec",
         "queue.events",
@@ -79,6 +80,7 @@ LAYERS = [
     ["staging.staging", "preflight.checkpoint_facts", "preflight.facts"],
     ["preflight.check"],
     # the engine seam
+    ["engines.byte_tokenizer"],
     ["engines.base", "engines.sampling", "engines.hf_tokenizer", "engines.breaker", "engines.openai_wire"],
     ["engines.deepseek_turns"],
     ["engines.deepseek_v32"],
@@ -118,7 +120,7 @@ LAYERS = [
     ["engines.contract_subject"],
     ["engines.contract_answers"],
     ["engines.contract"],
-    ["worker.continuation"],
+    ["worker.continuation", "worker.ready"],
     ["worker.shard_files", "worker.sender", "specs.validate"],
     ["specs.inputs"],
     ["worker.feeder"],
@@ -259,6 +261,7 @@ PURE |= {
     "worker.answer",
     "verify.rows",
 }
+PURE |= {"queue.begun"}
 PURE |= {
     "queue.timeline",
     "report.waste",
@@ -269,7 +272,6 @@ PURE |= {
     "report.figures",
 }
 PURE |= {"report.value", "report.text", "worker.read_ahead", "worker.hint_check", "worker.pace"}
-PURE |= {"worker.budget", "worker.placement", "worker.stops", "worker.seam", "engines.base"}
 PURE |= {"worker.read_ahead", "worker.hint_check", "worker.pace"}
 PURE |= {"worker.budget", "worker.placement", "worker.stops", "worker.seam", "worker.partials", "engines.base"}
 PURE |= {"preflight.checkpoint", "staging.plan", "preflight.preflight", "preflight.model"}
