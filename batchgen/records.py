@@ -279,13 +279,14 @@ class WorkerInfo:
 
 @dataclass(frozen=True, slots=True)
 class ShardProgress:
-    """How far an open lease is, in input rows whose n samples are all finished; in failed samples, of any row; and in
-    requests that are neither finished, nor given to another worker, nor sent to the engine yet; and in those it has."""
+    """An open lease: input rows with all n samples finished; failed samples, and those by type; requests neither finished,
+    given to another worker, nor sent; requests in flight."""
 
     batch_id: str
     num_rows_done: int
     num_rows_error: int
     num_unsent: int = 0
+    error_types: tuple[tuple[str, int], ...] = ()
     num_inflight: int = 0
 
 

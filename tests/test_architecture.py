@@ -21,7 +21,8 @@ MAX_FILE_LINES = 300
 
 LAYERS = [
     ["specs", "queue", "worker", "driver", "verify", "staging", "preflight", "chaos", "reuse"],
-    ["__init__", "names", "row_ranges", "batches", "errors", "urls", "paths"],
+    ["names", "row_ranges", "batches", "errors", "urls", "paths"],
+    ["logs"],
     ["records", "queue.suspects"],
     ["specs.sections", "queue.orders", "worker.spilled"],
     ["specs.tensorrt_llm", "specs.sampling", "specs.retry", "specs.input"],
@@ -44,7 +45,7 @@ LAYERS = [
     # pure decisions
     ["prompt", "plan", "queue.backlog", "queue.scaling", "queue.governor", "lengths", "worker.answer", "verify.rows"],
     ["stats", "queue.work_queue", "queue.progress", "queue.roster", "queue.timeline"],
-    ["worker.budget", "worker.placement", "worker.stops", "queue.trial_queue"],
+    ["worker.budget", "worker.placement", "worker.stops", "queue.trial_queue", "queue.pulse"],
     ["worker.seam", "worker.partials"],
     ["preflight.checkpoint", "staging.plan", "engines.trtllm.env"],
     ["preflight.preflight"],
@@ -126,6 +127,9 @@ LAYERS = [
     ["worker.setup", "worker.shares"],
     ["worker.spill"],
     ["worker.worker", "driver.job"],
+    # the same rows in larger files
+    ["compact", "compact.digest", "compact.plan"],
+    ["compact.compact"],
     # many workers
     ["queue.inquiry", "queue.sharing", "queue.ledger", "queue.staffing"],
     # many virtual workers
@@ -141,6 +145,7 @@ LAYERS = [
     ["driver.inline_pool", "ray_pool", "driver.dispatch"],
     ["driver.pools"],
     # one run
+    ["driver.screen"],
     ["driver.hold", "driver.view"],
     # what a job did
     ["report", "report.figures", "report.svg"],
@@ -154,10 +159,19 @@ LAYERS = [
     ["quantize.spec_load", "quantize.job"],
     ["driver.inventory"],
     ["driver.control"],
-    ["driver.finish", "driver.live_page", "verify.files", "verify.folder"],
+    ["driver.watch"],
+    ["driver.finish", "driver.foresee", "driver.live_page", "verify.files", "verify.folder"],
     ["driver.run", "verify.verify", "report.reading"],
-    ["chaos.chaos", "chaos.child"],
-    ["demo", "bench.decode", "bench.queue", "bench.placement", "bench.memory"],
+    # pipelines: decisions, then what carries them out
+    ["pipelines", "pipelines.calendar", "pipelines.template", "pipelines.events", "pipelines.publish"],
+    ["pipelines.spec", "pipelines.log"],
+    ["pipelines.graph", "pipelines.decide"],
+    ["pipelines.cleanup", "pipelines.filters", "pipelines.arrival", "pipelines.orders", "pipelines.overview"],
+    ["pipelines.load", "pipelines.hooks", "pipelines.submit"],
+    ["pipelines.execute", "pipelines.ray_jobs", "pipelines.keeper"],
+    ["pipelines.scheduler"],
+    ["chaos.chaos", "chaos.child", "library"],
+    ["demo", "bench.decode", "bench.queue", "bench.placement", "bench.memory", "bench.endpoint"],
     # benchmarks as jobs
     [
         "evaluate.spec",
@@ -200,11 +214,22 @@ LAYERS = [
     ["serve.conductor", "serve.routes_batches", "serve.page", "serve.routes_page"],
     ["serve.app"],
     ["serve.plain"],
+    # shared engines, and the endpoint on Ray Serve
+    ["serve.room", "serve.deltas"],
+    ["serve.places", "serve.interactive"],
+    ["serve.host", "serve.routes_completions"],
+    ["serve.exposition", "serve.engine_actor"],
+    ["serve.ray_engines"],
+    ["serve.gateway"],
+    ["serve.deployment"],
+    ["serve.local"],
     ["cli.base"],
-    ["cli.jobs", "cli.outputs", "cli.reports", "cli.nodes", "cli.models", "cli.simulate", "cli.chaos"],
-    ["cli.evaluate"],
+    ["cli.jobs", "cli.outputs", "cli.reports", "cli.nodes", "cli.models", "cli.simulate", "cli.chaos", "cli.serve"],
+    ["cli.evaluate", "cli.pipelines"],
     ["cli"],
     ["cli.__main__"],
+    # what `import batchgen` offers, each loaded when it is asked for
+    ["__init__"],
 ]
 PURE = {
     "names",
@@ -225,6 +250,7 @@ PURE |= {
     "queue.governor",
     "queue.tail",
     "queue.progress",
+    "queue.pulse",
     "queue.roster",
     "queue.backlog",
     "queue.lazy_heap",
@@ -252,6 +278,8 @@ PURE |= {"preflight.checkpoint", "staging.plan", "preflight.preflight", "preflig
 PURE |= {"quantize.recipe", "quantize.architecture", "quantize.weigh"}
 PURE |= {"evaluate.extract", "evaluate.templates", "evaluate.statistics", "evaluate.speed"}
 PURE |= {"bench.oracle", "bench.runs"}
+PURE |= {"pipelines", "pipelines.calendar", "pipelines.template", "pipelines.events", "pipelines.spec"}
+PURE |= {"pipelines.graph", "pipelines.decide"}
 PURE |= {"engines.trtllm.sampling", "engines.trtllm.env", "engines.trtllm.args", "engines.trtllm.health"}
 PURE |= {
     "simulate",
@@ -261,7 +289,9 @@ PURE |= {
     "simulate.engine",
     "simulate.calibration",
 }
+PURE |= {"compact.digest", "compact.plan"}
 PURE |= {"serve.errors", "serve.ids", "serve.rates", "serve.paging", "serve.ranges", "serve.wire", "serve.records"}
+PURE |= {"serve.room", "serve.deltas"}
 PURE |= {"serve.spec", "serve.batch_spec", "serve.bodies", "serve.body_sampling", "serve.lines", "serve.answers"}
 # What only does I/O: pure modules may not even import it from the standard library.
 EFFECTS = {
@@ -280,7 +310,18 @@ EFFECTS = {
 
 # vendor -> the only modules that may import it. '()' after a name: only inside functions, so that it loads when used.
 VENDORS = {
-    "ray": {"ray_pool"},
+    # ray_jobs: the job API is an HTTP client, no part of the cluster that workers join.
+    "cronsim": {"pipelines.calendar"},
+    "duckdb": {"pipelines.filters()"},
+    "ray": {
+        "ray_pool",
+        "pipelines.ray_jobs",
+        "serve.engine_actor",
+        "serve.ray_engines",
+        "serve.gateway",
+        "serve.deployment",
+    }
+    | {"serve.local"},
     "torch": {"engines.sampling", "engines.decode", "engines.hf_model()", "engines.transformers()", "bench.decode()"}
     | {"training.muon()", "training.train()", "training.save()", "training.accuracy()", "bench.worker()"}
     | {"quantize.nvfp4", "quantize.weights", "quantize.calibrate", "quantize.check", "engines.nvfp4_model"}
@@ -297,10 +338,17 @@ VENDORS = {
     "aiohttp": {"stores.remote", "engines.openai", "engines.openai_http", "bench.server()"},
     "botocore": {"stores.remote"},
     "pynvml": {"engines.trtllm.gpu()", "preflight.facts()"},
-    "yaml": {"specs.load"},
+    "yaml": {"specs.load", "pipelines.load"},
     "jsonschema": {"specs.sampling()"},
     "numpy": {"evaluate.statistics", "evaluate.speed", "reuse.index"},
-    "fastapi": {"serve.app", "serve.routes_files", "serve.routes_batches", "serve.routes_page"},
+    "fastapi": {
+        "serve.routes_completions",
+        "serve.deployment",
+        "serve.app",
+        "serve.routes_files",
+        "serve.routes_batches",
+        "serve.routes_page",
+    },
     "starlette": {"serve.app", "serve.routes_files", "serve.routes_page", "serve.guard"},
     "uvicorn": {"serve.plain()"},
     "python_multipart": {"serve.upload"},
@@ -316,9 +364,20 @@ VENDORS = {
         "cli.models",
         "cli.simulate",
         "cli.chaos",
+        "cli.serve",
         "cli.evaluate",
+        "cli.pipelines",
     },
-    "rich": {"driver.view", "cli.jobs()", "cli.reports()", "cli.nodes()", "cli.models()", "preflight.doctor()"},
+    "rich": {
+        "driver.view",
+        "driver.screen",
+        "cli.outputs()",
+        "cli.jobs()",
+        "cli.reports()",
+        "cli.nodes()",
+        "cli.models()",
+    }
+    | {"preflight.doctor()"},
 }
 # Modules that import a heavy vendor at their top: whoever imports one of them does so lazily, or is one itself.
 HEAVY = {
@@ -424,6 +483,12 @@ def test_whoever_loads_a_heavy_vendor_at_its_top_is_itself_loaded_lazily() -> No
     heavy = {module for module in SOURCES if {vendor for vendor, lazy in list_vendors(module) if not lazy} & HEAVY}
     assert heavy == {
         "ray_pool",
+        "pipelines.ray_jobs",
+        "serve.engine_actor",
+        "serve.ray_engines",
+        "serve.gateway",
+        "serve.deployment",
+        "serve.local",
         "stores.remote",
         "stores.s3",
         "engines.sampling",

@@ -140,7 +140,7 @@ def splitting(monkeypatch: pytest.MonkeyPatch, crash: Crash | None = None) -> It
         return dispatcher
 
     with monkeypatch.context() as patch:
-        patch.setattr(batchgen.driver.run, "create_pool", create_pool)
+        patch.setitem(batchgen.driver.run.run_job.__kwdefaults__, "create_pool", create_pool)
         patch.setattr(batchgen.driver.run, "make_dispatcher", make_eager)
         yield pools
 

@@ -67,6 +67,7 @@ class Sender:
         on_death: Callable[[str], None],
         on_restart: Callable[[str, list[Ready]], None],
         on_length: Callable[[float, int], None] = lambda _, __: None,
+        window: Window | None = None,
     ) -> None:
         self._engine, self._retry, self._on_death, self._on_restart = engine, retry, on_death, on_restart
         self._on_length = on_length
@@ -77,12 +78,12 @@ class Sender:
         self._overdue: set[Ready] = set()
         self._recalled: set[Ready] = set()
         self._restarted: list[Ready] = []
-        self.window = Window(max_inflight, MAX_INFLIGHT_BYTES)
+        self.window = window or Window(max_inflight, MAX_INFLIGHT_BYTES)
+        self.window.on_room = lambda: self._call_lane() if self._ready else None
         self._max_ready = max(MIN_READY_ROWS, int(READY_WINDOWS * max_inflight))
         self._max_waiting = max(MIN_READY_ROWS, MAX_WAITING_WINDOWS * max_inflight)
         self._ready: deque[Ready] = deque()
-        self._num_bytes = 0
-        self._num_waiting = 0
+        self._num_bytes = self._num_waiting = 0
         self._room = asyncio.Event()
         self.is_stopped = False
         self._lanes = TaskGroup(on_death)
@@ -127,7 +128,7 @@ class Sender:
 
     async def wait_apart(self) -> None:
         """Until nothing is in flight but rows that are tried apart."""
-        while any(ready.shard.is_closed or not ready.shard.lease.only for ready in self.inflight):
+        while not self.window.is_alone or any(r.shard.is_closed or not r.shard.lease.only for r in self.inflight):
             await asyncio.sleep(APART_LOOK_S)
 
     # ---- ready rows --------------------------------------------------------------------------------------------------

@@ -48,6 +48,7 @@ from batchgen.worker.shard_files import ShardFiles, Spent, make_event
 from batchgen.worker.shares import Hooks, WorkerShares
 from batchgen.worker.spill import Spill
 from batchgen.worker.tasks import TaskGroup
+from batchgen.worker.window import Window
 
 # Shards written at the same time: one uploads while the next is encoded; more would only take memory.
 MAX_COMMITS = 2
@@ -58,16 +59,15 @@ COMMIT_S = 4.0
 class Worker:
     """See the module. All methods but `__init__` belong to one event loop."""
 
-    def __init__(self, setup: WorkerSetup, engine: Engine, node: str) -> None:
-        self._setup, self._engine, self._node = setup, engine, node
+    def __init__(self, setup: WorkerSetup, engine: Engine, node: str, window: Window | None = None) -> None:
+        self._setup, self._engine, self._node, self._shared_window = setup, engine, node, window
         self._spec = setup.spec
         self._files = ShardFiles(setup.storage, setup.spec, setup.passthrough)
         self._shards: dict[str, OpenShard] = {}
         self._events: list[PoolEvent] = []
         self._shard_tasks = TaskGroup(self._die)
         self._other_tasks = TaskGroup(self._die)
-        self._has_ended = False
-        self._last_sent = (-1, 0)
+        self._has_ended, self._last_sent = False, (-1, 0)
 
     # ---- what the pool calls -----------------------------------------------------------------------------------------
 
@@ -80,7 +80,8 @@ class Worker:
         preparer = Preparer(spec, engine.tokenizer, engine.max_model_len, list_refused(spec.engine), prior)
         serving, hints, size = make_serving(engine, spec, prior), HintCheck(), spec.engine.max_inflight
         continued = serving if isinstance(serving, Continuation) and serving.is_resumable else None
-        self._sender = Sender(serving, size, spec.retry, self._die, self._note_restart, hints.note)
+        restarted, window = self._note_restart, self._shared_window
+        self._sender = Sender(serving, size, spec.retry, self._die, restarted, hints.note, window)
         self._feeder = Feeder(spec, self._setup.passthrough, preparer, self._sender, hints, carrier)
         self._window = self._sender.window
         self._wake, self._pace = asyncio.Event(), Pace(spec.engine.max_inflight, time.monotonic())
@@ -104,8 +105,7 @@ class Worker:
             startup_s=time.monotonic() - started,
             can_move=continued is not None and spec.cluster.moves != "none",
         )
-        hooks = Hooks(self._feeder.feed, self._flush, self._emit)
-        seeded = spec.cluster.moves == "all"
+        hooks, seeded = Hooks(self._feeder.feed, self._flush, self._emit), spec.cluster.moves == "all"
         self._shares = WorkerShares(self.info, self._files, self._sender, self._shards, hooks, continued, seeded)
         return self.info
 
@@ -191,10 +191,11 @@ class Worker:
     async def _try_apart(self, shard: OpenShard) -> None:
         """Suspected rows of a shard: with nothing beside them, into the journal, and back."""
         lease = shard.lease
-        await self._sender.wait_apart()
-        slots = frozenset((row, sample) for row in iter_rows(lease.only) for sample in range(self._spec.sampling.n))
-        await self._feeder.feed(shard, slots)
-        await shard.wait_ended()
+        with self._window.apart():
+            await self._sender.wait_apart()
+            slots = frozenset((row, sample) for row in iter_rows(lease.only) for sample in range(self._spec.sampling.n))
+            await self._feeder.feed(shard, slots)
+            await shard.wait_ended()
         if not shard.is_closed:
             await self._flush()
             self._emit(ShardReturned(self.info.worker_id, lease.batch_id, lease.shard.number))

@@ -181,7 +181,7 @@ class World:
         kernel = self.kernel
         kernel.tell("starts")
         try:
-            report = patches.run.run_job(self.spec, SimView(kernel))
+            report = patches.run.run_job(self.spec, SimView(kernel), create_pool=self.create_pool)
             kernel.tell(f"ends: {report['state']}, exit code {report['exit_code']}, {report['rows']}")
             self.is_done = report["exit_code"] == 0 and self.checker.list_errors() == self.bad | self.find_quarantined()
         except BatchgenError as error:
@@ -386,7 +386,6 @@ class World:
             return dispatcher
 
         fakes: list[tuple[Any, str, Any]] = [
-            (run, "create_pool", self.create_pool),
             (run, "make_dispatcher", make_eager),
             (run, "stop_on_signal", self._stop_on_signal),
             (lease, "is_dead_here", self.is_dead_here),
