@@ -157,7 +157,7 @@ def test_the_nightly_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_scheduler_that_is_killed_leaves_the_run_to_the_next(root: str, tmp_path: Path) -> None:
     tree = make_pipeline(root)
     del tree["stages"][1]
-    tree["stages"][0]["job"]["engine"] = {"kind": "simulated", "mean_tokens": 5, "decode_tokens_per_s": 2.0}
+    tree["stages"][0]["job"]["engine"] = {"kind": "simulated", "mean_tokens": 5, "decode_tokens_per_s": 4.0}
     file = write_pipeline(tmp_path / "p.yaml", tree)
     call("pipelines", "backfill", file, "--from", "2026-11-18", "--to", "2026-11-19")
     for _ in range(2):
