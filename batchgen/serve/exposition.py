@@ -1,4 +1,4 @@
-"""What the shared engines say of themselves, as Prometheus text. Pure."""
+"""What the shared engines say of themselves, as Prometheus text."""
 
 from collections.abc import Mapping
 

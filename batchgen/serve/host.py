@@ -141,7 +141,7 @@ class EngineHost:
         if found is None:
             return "dead" if self._death else "unknown"
         worker, window = found
-        was_idle = worker.is_idle
+        was_idle = window.num_rows == 0
         await worker.close()
         self._places.leave(window)
         if self._death:

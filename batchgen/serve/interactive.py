@@ -71,7 +71,15 @@ class Interactive:
     def _prepare(self, ask: Ask) -> list[Request | Result]:
         key = (ask.form, ask.has_tools)
         if key not in self._preparers:
-            spec = make_batch_spec(self._served, ask.form, input_url="/-", out_url="/-", has_tools=ask.has_tools)
+            spec = make_batch_spec(
+                self._served,
+                ask.form,
+                input_url="/-",
+                out_url="/-",
+                has_tools=ask.has_tools,
+                custom_id=None,
+                passthrough=(),
+            )
             engine = self._engine
             self._preparers[key] = Preparer(spec, engine.tokenizer, engine.max_model_len, list_refused(spec.engine))
         prompt = pa.list_(pa.int64()) if ask.form == "token_ids" else pa.string()

@@ -90,7 +90,7 @@ class Answer:
         has_begun = False
         try:
             async for news in stream:
-                for chunk in self._make_chunks(news, ends):
+                for chunk in self._make_pieces(news, ends):
                     yield make_event(chunk)
                     has_begun = True
         except ApiError as error:
@@ -100,16 +100,16 @@ class Answer:
             return
         if self._asked.includes_usage:
             choices = [ends[number] for number in sorted(ends)]
-            yield make_event(self._make_chunk([], usage=make_usage(choices, self._num_prompts)))
+            yield make_event(self._make_piece([], usage=make_usage(choices, self._num_prompts)))
         yield "data: [DONE]\n\n"
 
-    def _make_chunks(self, news: Delta | Result, ends: dict[int, ChoiceResult]) -> list[Json]:
+    def _make_pieces(self, news: Delta | Result, ends: dict[int, ChoiceResult]) -> list[Json]:
         if isinstance(news, Delta):
-            return [self._make_chunk([self._make_delta(news)])]
+            return [self._make_piece([self._make_delta(news)])]
         choice = self._read(news)
         number = news.row_id.source_row
         ends[number] = choice
-        return [self._make_chunk([self._make_end(number, choice)])]
+        return [self._make_piece([self._make_end(number, choice)])]
 
     def _read(self, result: Result) -> ChoiceResult:
         if (failure := result.failure) is not None:
@@ -138,7 +138,7 @@ class Answer:
             delta["tool_calls"] = [{"index": place, **call} for place, call in enumerate(calls)]
         return {"index": number, "delta": delta, "logprobs": whole["logprobs"], "finish_reason": whole["finish_reason"]}
 
-    def _make_chunk(self, choices: list[Json], usage: Json | None = None) -> Json:
+    def _make_piece(self, choices: list[Json], usage: Json | None = None) -> Json:
         is_chat = self._endpoint == CHAT
         chunk: Json = {
             "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{self._id}",

@@ -9,7 +9,7 @@ loop) but for `make_parts`.
 import asyncio
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import islice
+from itertools import islice, product
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -147,16 +147,15 @@ class OpenShard:
         """Requests that another worker may have, from the end: those that nobody has finished, and that were never sent."""
         if not self.is_recovered:
             return []  # the journal may hold what would be given
-        slots = (
-            (row, sample)
-            for row in range(self.lease.shard.row_end - 1, self.lease.shard.row_start - 1, -1)
-            for sample in range(self._n)
-        )
+        slots = product(range(self.lease.shard.row_end - 1, self.lease.shard.row_start - 1, -1), range(self._n))
         free = (slot for slot in slots if not self._sent[self._slot(*slot)] and not self.is_settled(*slot))
         return list(islice(free, max_requests))
 
     def give(self, slots: Iterable[Slot], share_id: str) -> None:
-        self._away.update(dict.fromkeys(slots, share_id))
+        """They are another worker's, whether they were sent before or not."""
+        for slot in slots:
+            self._away[slot] = share_id
+            self._sent[self._slot(*slot)] = 0
 
     def take_back(self, share_ids: Iterable[str]) -> list[Slot]:
         """Requests of these shares that nobody finished: ours again."""
@@ -205,7 +204,7 @@ class OpenShard:
         """Input rows done, counted in whole rows of n samples."""
         num_unsent = len(self._finished) - self._num_finished - len(self._away) - self.num_inflight
         done, types = self._num_made // self._n, tuple(self.error_types.items())
-        return ShardProgress(self.lease.batch_id, done, self.num_error, max(0, num_unsent), types)
+        return ShardProgress(self.lease.batch_id, done, self.num_error, max(0, num_unsent), types, self.num_inflight)
 
     def is_row_finished(self, source_row: int) -> bool:
         """All its samples."""

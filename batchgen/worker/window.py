@@ -13,10 +13,9 @@ class Window:
     """`read_integral` is rows x seconds in flight; a mean is a difference of it over a time. `on_room` is for those who
     share an engine: called when one of the others made room."""
 
-    on_room: Callable[[], None]
-
     def __init__(self, max_rows: int, max_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.max_rows, self.max_bytes = max_rows, max_bytes
+        self.on_room: Callable[[], None] = lambda: None
         self.num_rows = 0
         self.num_bytes = 0
         self._clock = clock
