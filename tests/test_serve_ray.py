@@ -196,7 +196,7 @@ def kill_in_turn(served: Served, parts: list[str], *, num_rows: int, pause_s: fl
 
 
 def test_its_metrics_are_prometheus(served: Served) -> None:
-    text = served.client.get("http://127.0.0.1:%d/metrics" % served.port, cast_to=str)
+    text = served.client.get(f"http://127.0.0.1:{served.port}/metrics", cast_to=str)
     assert 'batchgen_engines_up{model="slow"} 1' in text
 
 
