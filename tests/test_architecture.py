@@ -192,7 +192,7 @@ LAYERS = [
     ["bench.ways", "bench.inputs", "bench.server"],
     ["bench.runs"],
     ["bench.measure", "bench.summary"],
-    ["bench.benchmark", "bench.saturation"],
+    ["bench.benchmark", "bench.saturation", "bench.serving"],
     # the endpoint, as far as it needs no Ray
     ["serve"],
     [
