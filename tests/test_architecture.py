@@ -193,6 +193,7 @@ LAYERS = [
     ["bench.runs"],
     ["bench.measure", "bench.summary"],
     ["bench.benchmark", "bench.saturation", "bench.serving"],
+    ["bench.delta"],
     # the endpoint, as far as it needs no Ray
     ["serve"],
     [

@@ -15,12 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchgen.errors import BatchgenError
-from batchgen.names import make_reused_id
 from batchgen.records import JournalRef, Lease, Result, RowId, ShardProgress, Slot
 from batchgen.row_ranges import RowRanges, iter_rows
 from batchgen.worker.answer import make_quarantined
 from batchgen.worker.result_batch import count_values, make_storable_batch
-from batchgen.worker.spilled import Finished, Parts, ReadBack, load_rows
+from batchgen.worker.spilled import Finished, Parts, ReadBack, load_rows, split_carried
 from batchgen.write import make_output_table
 
 # Results become Arrow this many rows, or token ids and logprobs, at a time: Python objects of more never pile up, and the
@@ -251,8 +250,7 @@ class OpenShard:
         made = pa.concat_tables(
             [self._schema.empty_table(), *(load_rows(part, self.lease, read_back) for part in self._parts)]
         )
-        is_carried = pc.equal(made["batch_id"], make_reused_id(self.lease.batch_id))
-        generated, carried = made.filter(pc.invert(is_carried)), made.filter(is_carried)
+        generated, carried = split_carried(made, self.lease.batch_id)
         recovered = pa.concat_tables([self._schema.empty_table(), *self._recovered])
         inputs = pa.concat_tables(self._inputs)
         output = make_output_table(pa.concat_tables([made, recovered]), inputs, self.lease, self._n, output_schema)
