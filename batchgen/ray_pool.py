@@ -137,7 +137,10 @@ class RayPool:
             .remote()
         )
         self._actors[worker_id] = actor
-        self._waiting[actor.open.remote(replace(self._setup, worker_id=worker_id))] = _Waiting(worker_id, "open")
+        self._wait_for(worker_id, "open", actor.open.remote(replace(self._setup, worker_id=worker_id)))
+
+    def _wait_for(self, worker_id: str, call: Literal["open", "poll", "drain"], ref: ray.ObjectRef) -> None:
+        self._waiting[ref] = _Waiting(worker_id, call)
 
     def assign(self, lease: Lease) -> None:
         # Its own failure says nothing that the outstanding poll does not say too.
@@ -240,10 +243,12 @@ class RayPool:
 
     def _forget(self, worker_id: str) -> None:
         """Kill the actor and drop what it may still answer."""
-        actor = self._actors.pop(worker_id, None)
-        self._waiting = {ref: waiting for ref, waiting in self._waiting.items() if waiting.worker_id != worker_id}
-        if actor is not None:
+        if (actor := self._drop(worker_id)) is not None:
             ray.kill(actor)
+
+    def _drop(self, worker_id: str) -> ActorHandle | None:
+        self._waiting = {ref: waiting for ref, waiting in self._waiting.items() if waiting.worker_id != worker_id}
+        return self._actors.pop(worker_id, None)
 
 
 def describe_error(error: RayError) -> str:

@@ -11,8 +11,7 @@ from typing import Any
 from batchgen.names import make_batch_id, make_data_path
 from batchgen.row_ranges import RowRanges
 
-# A Python int and its place in a tuple.
-TOKEN_BYTES = 36
+TOKEN_BYTES = 36  # a Python int and its place in a tuple
 # (source_row, sample_index): a request of a shard whose file is known.
 Slot = tuple[int, int]
 
@@ -61,8 +60,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a row asks, before the tokenizer: exactly one of text, messages, token_ids is set, and `tools` (OpenAI's
-    definitions) with messages only."""
+    """What a row asks, untokenised: exactly one of text, messages, token_ids is set, and `tools` with messages only."""
 
     text: str | None = None
     messages: tuple[dict[str, Any], ...] | None = None
@@ -79,8 +77,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """One generated token: its natural-log probability and the `top` most likely ones (token id, logprob). An id is None
-    where a server tells tokens by their text only."""
+    """One generated token: natural logs, `top` the likeliest (token id, logprob). No id where a server tells texts only."""
 
     token_id: int | None
     logprob: float
@@ -105,7 +102,8 @@ class Request:
     engine with a tokenizer on our side; `prompt`, the row's own, for one that renders and tokenises itself. `has_tools`:
     the answer may call tools. `expected_tokens`: of the completion, where anything is known of it (`lengths`).
     `partial`: what was generated for it before, with `token_ids` only; the engine gives what comes after that, at most
-    `sampling.max_tokens` more. `rank`: the attention-DP rank that must take it, None for any. `fingerprint`: `reuse`'s."""
+    `sampling.max_tokens` more. `rank`: the attention-DP rank that must take it, None for any. `fingerprint`: `reuse`'s.
+    `is_urgent`: somebody waits for this one; it goes before the others, where the engine can choose."""
 
     row_id: RowId
     token_ids: tuple[int, ...] | None
@@ -117,6 +115,7 @@ class Request:
     partial: Partial | None = None
     rank: int | None = None
     fingerprint: bytes | None = None
+    is_urgent: bool = False
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -275,18 +274,20 @@ class WorkerInfo:
     num_gpus: float
     window: int
     startup_s: float
+    can_move: bool = False  # rows that its engine has begun can be stopped there and gone on with elsewhere
 
 
 @dataclass(frozen=True, slots=True)
 class ShardProgress:
     """An open lease: input rows with all n samples finished; failed samples, and those by type; requests neither finished,
-    given to another worker, nor sent."""
+    given to another worker, nor sent; requests in flight."""
 
     batch_id: str
     num_rows_done: int
     num_rows_error: int
     num_unsent: int = 0
     error_types: tuple[tuple[str, int], ...] = ()
+    num_inflight: int = 0
 
 
 @dataclass(frozen=True, slots=True)

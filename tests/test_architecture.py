@@ -28,6 +28,7 @@ LAYERS = [
     ["specs.tensorrt_llm", "specs.sampling", "specs.retry", "specs.input"],
     ["specs.engine"],
     ["queue.lazy_heap", "queue.leases", "queue.tail"],
+    ["queue.begun"],
     [
         "spec",
         "queue.events",
@@ -79,6 +80,7 @@ LAYERS = [
     ["staging.staging", "preflight.checkpoint_facts", "preflight.facts"],
     ["preflight.check"],
     # the engine seam
+    ["engines.byte_tokenizer"],
     ["engines.base", "engines.sampling", "engines.hf_tokenizer", "engines.breaker", "engines.openai_wire"],
     ["engines.deepseek_turns"],
     ["engines.deepseek_v32"],
@@ -102,6 +104,7 @@ LAYERS = [
     ["engines.nvfp4_model"],
     ["engines.hf_model"],
     ["engines.decode", "engines.simulated"],
+    ["engines.lanes"],
     ["engines.transformers", "engines.openai", "engines.tensorrt_llm"],
     ["engines"],
     ["chaos.faults"],
@@ -117,13 +120,16 @@ LAYERS = [
     ["engines.contract_subject"],
     ["engines.contract_answers"],
     ["engines.contract"],
-    ["worker.continuation"],
+    ["worker.continuation", "worker.ready"],
     ["worker.shard_files", "worker.sender", "specs.validate"],
     ["specs.inputs"],
     ["worker.feeder"],
     ["worker.setup", "worker.shares"],
     ["worker.spill"],
     ["worker.worker", "driver.job"],
+    # the same rows in larger files
+    ["compact", "compact.digest", "compact.plan"],
+    ["compact.compact"],
     # many workers
     ["queue.inquiry", "queue.sharing", "queue.ledger", "queue.staffing"],
     # many virtual workers
@@ -134,7 +140,7 @@ LAYERS = [
     ["simulate.profile", "simulate.from_spec", "simulate.sources"],
     ["simulate.fluid"],
     ["simulate.estimate"],
-    ["simulate.report", "simulate.figures_ranks"],
+    ["simulate.report", "simulate.figures_ranks", "simulate.figures_moves"],
     ["simulate.figures"],
     ["driver.inline_pool", "ray_pool", "driver.dispatch"],
     ["driver.pools"],
@@ -154,10 +160,18 @@ LAYERS = [
     ["driver.inventory"],
     ["driver.control"],
     ["driver.watch"],
-    ["driver.finish", "driver.live_page", "verify.files", "verify.folder"],
+    ["driver.finish", "driver.foresee", "driver.live_page", "verify.files", "verify.folder"],
     ["driver.run", "verify.verify", "report.reading"],
+    # pipelines: decisions, then what carries them out
+    ["pipelines", "pipelines.calendar", "pipelines.template", "pipelines.events", "pipelines.publish"],
+    ["pipelines.spec", "pipelines.log"],
+    ["pipelines.graph", "pipelines.decide"],
+    ["pipelines.cleanup", "pipelines.filters", "pipelines.arrival", "pipelines.orders", "pipelines.overview"],
+    ["pipelines.load", "pipelines.hooks", "pipelines.submit"],
+    ["pipelines.execute", "pipelines.ray_jobs", "pipelines.keeper"],
+    ["pipelines.scheduler"],
     ["chaos.chaos", "chaos.child", "library"],
-    ["demo", "bench.decode", "bench.queue", "bench.placement", "bench.memory"],
+    ["demo", "bench.decode", "bench.queue", "bench.placement", "bench.memory", "bench.endpoint"],
     # benchmarks as jobs
     [
         "evaluate.spec",
@@ -178,7 +192,8 @@ LAYERS = [
     ["bench.ways", "bench.inputs", "bench.server"],
     ["bench.runs"],
     ["bench.measure", "bench.summary"],
-    ["bench.benchmark", "bench.saturation"],
+    ["bench.benchmark", "bench.saturation", "bench.serving"],
+    ["bench.delta"],
     # the endpoint, as far as it needs no Ray
     ["serve"],
     [
@@ -200,9 +215,18 @@ LAYERS = [
     ["serve.conductor", "serve.routes_batches", "serve.page", "serve.routes_page"],
     ["serve.app"],
     ["serve.plain"],
+    # shared engines, and the endpoint on Ray Serve
+    ["serve.room", "serve.deltas"],
+    ["serve.places", "serve.interactive"],
+    ["serve.host", "serve.routes_completions"],
+    ["serve.exposition", "serve.engine_actor"],
+    ["serve.ray_engines"],
+    ["serve.gateway"],
+    ["serve.deployment"],
+    ["serve.local"],
     ["cli.base"],
-    ["cli.jobs", "cli.outputs", "cli.reports", "cli.nodes", "cli.models", "cli.simulate", "cli.chaos"],
-    ["cli.evaluate"],
+    ["cli.jobs", "cli.outputs", "cli.reports", "cli.nodes", "cli.models", "cli.simulate", "cli.chaos", "cli.serve"],
+    ["cli.evaluate", "cli.pipelines"],
     ["cli"],
     ["cli.__main__"],
     # what `import batchgen` offers, each loaded when it is asked for
@@ -238,6 +262,7 @@ PURE |= {
     "worker.answer",
     "verify.rows",
 }
+PURE |= {"queue.begun"}
 PURE |= {
     "queue.timeline",
     "report.waste",
@@ -248,13 +273,14 @@ PURE |= {
     "report.figures",
 }
 PURE |= {"report.value", "report.text", "worker.read_ahead", "worker.hint_check", "worker.pace"}
-PURE |= {"worker.budget", "worker.placement", "worker.stops", "worker.seam", "engines.base"}
 PURE |= {"worker.read_ahead", "worker.hint_check", "worker.pace"}
 PURE |= {"worker.budget", "worker.placement", "worker.stops", "worker.seam", "worker.partials", "engines.base"}
 PURE |= {"preflight.checkpoint", "staging.plan", "preflight.preflight", "preflight.model"}
 PURE |= {"quantize.recipe", "quantize.architecture", "quantize.weigh"}
 PURE |= {"evaluate.extract", "evaluate.templates", "evaluate.statistics", "evaluate.speed"}
 PURE |= {"bench.oracle", "bench.runs"}
+PURE |= {"pipelines", "pipelines.calendar", "pipelines.template", "pipelines.events", "pipelines.spec"}
+PURE |= {"pipelines.graph", "pipelines.decide"}
 PURE |= {"engines.trtllm.sampling", "engines.trtllm.env", "engines.trtllm.args", "engines.trtllm.health"}
 PURE |= {
     "simulate",
@@ -264,7 +290,9 @@ PURE |= {
     "simulate.engine",
     "simulate.calibration",
 }
+PURE |= {"compact.digest", "compact.plan"}
 PURE |= {"serve.errors", "serve.ids", "serve.rates", "serve.paging", "serve.ranges", "serve.wire", "serve.records"}
+PURE |= {"serve.room", "serve.deltas"}
 PURE |= {"serve.spec", "serve.batch_spec", "serve.bodies", "serve.body_sampling", "serve.lines", "serve.answers"}
 # What only does I/O: pure modules may not even import it from the standard library.
 EFFECTS = {
@@ -283,7 +311,18 @@ EFFECTS = {
 
 # vendor -> the only modules that may import it. '()' after a name: only inside functions, so that it loads when used.
 VENDORS = {
-    "ray": {"ray_pool"},
+    # ray_jobs: the job API is an HTTP client, no part of the cluster that workers join.
+    "cronsim": {"pipelines.calendar"},
+    "duckdb": {"pipelines.filters()"},
+    "ray": {
+        "ray_pool",
+        "pipelines.ray_jobs",
+        "serve.engine_actor",
+        "serve.ray_engines",
+        "serve.gateway",
+        "serve.deployment",
+    }
+    | {"serve.local"},
     "torch": {"engines.sampling", "engines.decode", "engines.hf_model()", "engines.transformers()", "bench.decode()"}
     | {"training.muon()", "training.train()", "training.save()", "training.accuracy()", "bench.worker()"}
     | {"quantize.nvfp4", "quantize.weights", "quantize.calibrate", "quantize.check", "engines.nvfp4_model"}
@@ -300,10 +339,17 @@ VENDORS = {
     "aiohttp": {"stores.remote", "engines.openai", "engines.openai_http", "bench.server()"},
     "botocore": {"stores.remote"},
     "pynvml": {"engines.trtllm.gpu()", "preflight.facts()"},
-    "yaml": {"specs.load"},
+    "yaml": {"specs.load", "pipelines.load"},
     "jsonschema": {"specs.sampling()"},
     "numpy": {"evaluate.statistics", "evaluate.speed", "reuse.index"},
-    "fastapi": {"serve.app", "serve.routes_files", "serve.routes_batches", "serve.routes_page"},
+    "fastapi": {
+        "serve.routes_completions",
+        "serve.deployment",
+        "serve.app",
+        "serve.routes_files",
+        "serve.routes_batches",
+        "serve.routes_page",
+    },
     "starlette": {"serve.app", "serve.routes_files", "serve.routes_page", "serve.guard"},
     "uvicorn": {"serve.plain()"},
     "python_multipart": {"serve.upload"},
@@ -319,7 +365,9 @@ VENDORS = {
         "cli.models",
         "cli.simulate",
         "cli.chaos",
+        "cli.serve",
         "cli.evaluate",
+        "cli.pipelines",
     },
     "rich": {
         "driver.view",
@@ -436,6 +484,12 @@ def test_whoever_loads_a_heavy_vendor_at_its_top_is_itself_loaded_lazily() -> No
     heavy = {module for module in SOURCES if {vendor for vendor, lazy in list_vendors(module) if not lazy} & HEAVY}
     assert heavy == {
         "ray_pool",
+        "pipelines.ray_jobs",
+        "serve.engine_actor",
+        "serve.ray_engines",
+        "serve.gateway",
+        "serve.deployment",
+        "serve.local",
         "stores.remote",
         "stores.s3",
         "engines.sampling",

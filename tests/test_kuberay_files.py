@@ -1,6 +1,8 @@
 """jobs/kuberay/ against the fields of KubeRay's custom resource definitions that it uses: `kuberay_schema.yaml`."""
 
 import copy
+import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,14 +10,16 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from ray.serve.schema import ServeDeploySchema
 
+from batchgen.serve.deployment import AppArgs
 from batchgen.spec import ClusterSpec
 
 REPO = Path(__file__).parents[1]
 FOLDER = REPO / "jobs" / "kuberay"
 SCHEMA = yaml.safe_load((REPO / "tests" / "kuberay_schema.yaml").read_text())
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
-NAMES = ["raycluster.yaml", "rayjob.yaml"]
+NAMES = ["raycluster.yaml", "rayjob.yaml", "rayservice.yaml"]
 
 
 def read_file(name: str) -> dict[str, Any]:
@@ -99,6 +103,23 @@ def test_the_jobs_cluster_is_the_cluster() -> None:
     assert read_file("rayjob.yaml")["spec"]["rayClusterSpec"] == read_cluster()
 
 
+def test_the_services_cluster_is_the_cluster_with_a_port_and_keys() -> None:
+    cluster = read_file("rayservice.yaml")["spec"]["rayClusterConfig"]
+    head = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]
+    assert head["ports"].pop() == {"name": "serve", "containerPort": 8000}
+    keys = {"secretKeyRef": {"name": "batchgen-keys", "key": "keys"}}
+    assert head["env"].pop() == {"name": "BATCHGEN_API_KEYS", "valueFrom": keys}
+    assert cluster == read_cluster()
+
+
+def test_the_services_application_is_jobs_serve_yaml_open_to_the_pods_neighbours() -> None:
+    deployed = ServeDeploySchema.model_validate(yaml.safe_load(read_file("rayservice.yaml")["spec"]["serveConfigV2"]))
+    ours = ServeDeploySchema.model_validate(yaml.safe_load((REPO / "jobs" / "serve.yaml").read_text()))
+    assert deployed.applications == ours.applications
+    assert (deployed.http_options.host, ours.http_options.host) == ("0.0.0.0", "127.0.0.1")
+    AppArgs.model_validate(ours.applications[0].args)
+
+
 def test_versions_are_those_of_the_pinned_ones() -> None:
     pins = (REPO / "constraints.txt").read_text().splitlines()
     assert f"ray=={read_cluster()['rayVersion']}" in pins
@@ -146,3 +167,26 @@ def test_the_entry_point_exists() -> None:
     assert (program, spec.endswith(".yaml")) == ("python", True)
     assert (REPO / Path(script).relative_to("/app/batchgen")).is_file()
     assert "WORKDIR /app/batchgen" in (REPO / "jobs" / "Dockerfile").read_text()
+
+
+def test_the_cron_job_makes_a_ray_job_named_by_its_date(tmp_path: Path) -> None:
+    """Its own shell command, run with a kubectl that only writes down what it is given."""
+    documents = {tree["kind"]: tree for tree in yaml.safe_load_all((FOLDER / "cronjob.yaml").read_text())}
+    pod = documents["CronJob"]["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert pod["serviceAccountName"] == documents["ServiceAccount"]["metadata"]["name"]
+    assert documents["RoleBinding"]["subjects"][0]["name"] == pod["serviceAccountName"]
+    assert documents["RoleBinding"]["roleRef"]["name"] == documents["Role"]["metadata"]["name"]
+    assert {volume["name"] for volume in pod["volumes"]} == {mount["name"] for mount in container["volumeMounts"]}
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text(f"#!/bin/sh\necho $@ > {tmp_path}/arguments\ncat > {tmp_path}/made.yaml\n")
+    kubectl.chmod(0o755)
+    shell, options, script = container["command"]
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run([shell, options, script.replace("/rayjob/", f"{FOLDER}/")], env=env, check=True, timeout=30)
+    made = yaml.safe_load((tmp_path / "made.yaml").read_text())
+    VALIDATOR.validate(made)
+    date = made["metadata"]["name"].removeprefix("batchgen-")
+    assert made["spec"]["entrypoint"].split()[-2:] == ["--date", date]
+    assert made["spec"]["rayClusterSpec"] == read_cluster()
+    assert (tmp_path / "arguments").read_text().split() == ["create", "--filename", "-"]

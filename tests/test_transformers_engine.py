@@ -5,6 +5,7 @@ import random
 import shutil
 import threading
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from jobs_util import check_output, run, write_file
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from batchgen.engines.decode import DecodeBatch
 from batchgen.engines.transformers import TransformersEngine
 from batchgen.errors import EngineDied, RequestFailed, RequestRejected, SpecError
 from batchgen.records import Generation, Request, RowId, SamplingParams
@@ -202,11 +204,43 @@ def test_a_cancelled_request_leaves_the_batch_and_the_others_go_on() -> None:
         doomed.cancel()
         with pytest.raises(asyncio.CancelledError):
             await doomed
-        await run_until(lambda: not engine._batch.rows)
+        await run_until(lambda: engine._lanes.is_idle)
         assert engine.total_tokens < 900
         engine._eos_ids = frozenset({1})
         assert (await engine.generate(ask(engine, "2 + 2 = ?"))).text == "4"
         assert not engine._jobs
+
+    use(work)
+
+
+def test_tokens_are_shown_as_they_come() -> None:
+    async def work(engine: TransformersEngine) -> None:
+        shown: list[tuple[int, ...]] = []
+        request = ask(engine, "12 + 30 = ?")
+        whole = await engine.generate_streaming(request, lambda new: shown.append(tuple(new)))
+        await asyncio.sleep(0)
+        assert len(shown) > 1
+        assert tuple(token for new in shown for token in new) == whole.token_ids
+
+    use(work)
+
+
+def test_an_urgent_request_overtakes_those_that_wait_and_changes_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(engine: TransformersEngine) -> None:
+        alone, ends = await engine.generate(ask(engine, "12 + 30 = ?")), engine._eos_ids
+        steps: list[int] = []
+        step = DecodeBatch.step
+        monkeypatch.setattr(DecodeBatch, "step", lambda batch: steps.append(len(batch.rows)) or step(batch))
+        bulk = [asyncio.create_task(engine.generate(endless(engine, max_tokens=200))) for _ in range(12)]
+        await run_until(lambda: bool(steps))
+        engine._eos_ids = ends
+        urgent = await engine.generate(replace(ask(engine, "12 + 30 = ?"), is_urgent=True))
+        assert urgent.token_ids == alone.token_ids
+        assert not any(task.done() for task in bulk)
+        # It was decoded on its own, and from its first step to its last every turn was its.
+        first = steps.index(1)
+        assert set(steps[first : first + len(urgent.token_ids or ()) - 1]) == {1}
+        assert {len((await task).token_ids or ()) for task in bulk} == {200}
 
     use(work)
 
@@ -233,7 +267,7 @@ def test_when_the_thread_dies_everybody_hears(monkeypatch: pytest.MonkeyPatch, e
         def fail() -> None:
             raise error
 
-        monkeypatch.setattr(type(engine._batch), "step", lambda _: fail())
+        monkeypatch.setattr(DecodeBatch, "step", lambda _: fail())
         for outcome in await asyncio.gather(*tasks, return_exceptions=True):
             assert isinstance(outcome, EngineDied)
             assert type(error).__name__ in str(outcome)
@@ -246,7 +280,7 @@ def test_when_the_thread_dies_everybody_hears(monkeypatch: pytest.MonkeyPatch, e
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_bug_in_the_thread_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     async def work(engine: TransformersEngine) -> None:
-        monkeypatch.setattr(engine._batch, "pick", None)
+        monkeypatch.setattr(engine._lanes._bulk.batch, "pick", None)
         with pytest.raises(EngineDied, match="a bug of batchgen"):
             await engine.generate(ask(engine, "1 + 1 = ?"))
 
@@ -352,7 +386,7 @@ def test_closing_while_it_loads_leaves_no_weights() -> None:
         opening.cancel()
         await asyncio.wait({opening})
         await engine.close()
-        assert engine._batch is None
+        assert engine._lanes is None
         with pytest.raises(EngineDied):
             await engine.generate(Request(RowId("file", 0, 0), (1,), SamplingParams()))
 

@@ -14,8 +14,10 @@ import batchgen.cli.reports  # isort: skip
 import batchgen.cli.nodes  # isort: skip
 import batchgen.cli.models  # isort: skip
 import batchgen.cli.evaluate  # isort: skip
+import batchgen.cli.pipelines  # isort: skip
 import batchgen.cli.simulate  # isort: skip
-import batchgen.cli.chaos  # isort: skip  # noqa: F401
+import batchgen.cli.chaos  # isort: skip
+import batchgen.cli.serve  # isort: skip  # noqa: F401
 from batchgen.cli.base import app
 
 __all__ = ["app", "main"]

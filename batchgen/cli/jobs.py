@@ -63,6 +63,7 @@ def plan(
     debug: DebugOption = False,
 ) -> None:
     """Show files, rows, shards, read amplification and what is done already. Writes nothing."""
+    from batchgen.driver.foresee import foresee
     from batchgen.driver.job import limit_rows, open_job
     from batchgen.plan import read_amplification
     from batchgen.specs.load import load_spec
@@ -71,6 +72,7 @@ def plan(
     with refusals(debug, as_json=as_json):
         job_spec = limit_rows(load_spec(spec, set or ()), limit)
         job = open_job(job_spec, Storage(job_spec.output.path))
+        expected = foresee(job)
     sizes = [shard.num_rows for shard in job.plan.shards]
     value = {
         "files": len(job.plan.files),
@@ -87,7 +89,8 @@ def plan(
     say_warnings(job.warnings, job.plan.shards)
     for name, shown in value.items():
         say(f"{name.replace('_', ' '):20} {shown}")
-    print_json(value, as_json)
+    say(expected.describe())
+    print_json({**value, "estimate": expected.to_json()}, as_json)
 
 
 @app.command()

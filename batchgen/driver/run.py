@@ -11,6 +11,7 @@ from typing import Any
 from batchgen.driver.control import StatusWriter
 from batchgen.driver.dispatch import Dispatcher
 from batchgen.driver.finish import finish, withdraw_success
+from batchgen.driver.foresee import foresee
 from batchgen.driver.hold import Hold, hold_folder
 from batchgen.driver.job import Job, check_renders, freeze, limit_rows, load_journal, open_job, reopen
 from batchgen.driver.live_page import LivePage
@@ -35,7 +36,7 @@ def run_job(
     view: View,
     *,
     limit: int | None = None,
-    create_pool: Callable[[WorkerSetup], WorkerPool] = create_pool,
+    create_pool: Callable[[WorkerSetup], WorkerPool] = lambda setup: create_pool(setup),  # whatever it is when called
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Run the job until it is done or stopped; the report. `limit`: only the first rows, as a trial that the full run
@@ -54,6 +55,7 @@ def run_job(
             return finish(job, None, hold, is_trial=limit is not None)
         withdraw_success(storage)
         freeze(job)
+        view.say(foresee(job).describe())
         setup = WorkerSetup("", job.spec, hold.epoch, storage, job.passthrough, job.prior)
         with closing(create_pool(setup)) as pool, stop_on_signal() as check_signal:
 
@@ -75,7 +77,8 @@ def make_dispatcher(
 ) -> Dispatcher:
     """The loop and everything it works with."""
     spec, todo = job.spec, job.todo
-    watch = Watch(view, StatusWriter(job.storage, hold.epoch, spec.cluster.log_interval_s))
+    interval_s = spec.cluster.log_interval_s
+    watch = Watch(view, StatusWriter(job.storage, hold.epoch, interval_s), look_s=interval_s)
     page = LivePage(job, hold, recorder)
 
     def check() -> None:

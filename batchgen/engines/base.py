@@ -9,9 +9,9 @@ any engine.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
-from batchgen.records import Generation, Request
+from batchgen.records import Generation, Request, RowId
 from batchgen.spec import ModelSpec
 from batchgen.specs.sections import EngineSection
 from batchgen.worker.answer import Parsed
@@ -28,7 +28,8 @@ class Capabilities:
     and the three penalties. `is_guided`: answers can be held to a JSON schema, a regex or a grammar; which of them, the
     section's `guided_forms` says. `is_resumable`: it takes token ids, names those it generated, and goes on from prompt and
     partial answer (`Request.partial`); `resumable_fields` names the sampling fields beyond `budget.ALWAYS_RESUMABLE` that
-    then mean the same as in one shot. `has_ranks`: a request can be pinned to a rank (`Request.rank`).
+    then mean the same as in one shot. `has_ranks`: a request can be pinned to a rank (`Request.rank`). `is_streaming`: it
+    is a `StreamingEngine`. `has_urgency`: it serves urgent requests (`Request.is_urgent`) before all that wait.
     """
 
     is_seeded: bool
@@ -38,6 +39,8 @@ class Capabilities:
     is_resumable: bool = False
     resumable_fields: frozenset[str] = frozenset()
     has_ranks: bool = False
+    is_streaming: bool = False
+    has_urgency: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +128,28 @@ class Engine(Answering, Protocol):
 
     async def close(self) -> None:
         """Give everything back. What is in flight, and every later `generate`, gets EngineDied."""
+        ...
+
+
+@runtime_checkable
+class Peeking(Protocol):
+    """An engine that can say what it has of an answer it works at. One that can't costs a row that is moved to another
+    engine the part that was under way."""
+
+    def peek(self, row_id: RowId) -> Generation | None:
+        """The answer to the request in flight for this row so far, as one that is cut off here; None where there is
+        nothing of it yet, or it has ended. Returns at once."""
+        ...
+
+
+class StreamingEngine(Engine, Protocol):
+    """An engine that shows an answer while it grows."""
+
+    async def generate_streaming(
+        self, request: Request, on_tokens: Callable[[Sequence[int]], None] | None
+    ) -> Generation:
+        """As `generate`. `on_tokens` gets the tokens that came since its last call, in the caller's loop; all together they
+        begin as the generation's `token_ids` do, and may go on with those of a stop string that these lack."""
         ...
 
 

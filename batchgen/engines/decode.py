@@ -54,6 +54,12 @@ class DecodeBatch:
         self.num_tokens = 0
         self.num_preempted = 0
 
+    def make_like(self) -> "DecodeBatch":
+        """An empty batch over the same model."""
+        return DecodeBatch(
+            self._model, self._decode, max_rows=self._max_rows, max_cells=self.max_cells, can_join=self._can_join
+        )
+
     def pick(self, waiting: deque[Row]) -> list[Row]:
         """Takes from the front of `waiting` the rows to admit now: none, or one prefill's worth."""
         group: list[Row] = []

@@ -10,6 +10,7 @@ own jobs with it.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import math
@@ -17,50 +18,21 @@ import os
 import random
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from batchgen import __version__
 from batchgen.engines.base import Tokenizer
+from batchgen.engines.byte_tokenizer import ByteTokenizer as ByteTokenizer
 from batchgen.errors import BatchgenError, EngineDied, EngineRestarted, RequestFailed, RequestRejected
-from batchgen.records import Generation, Request, Usage
+from batchgen.records import Generation, Request, RowId, Usage
 from batchgen.specs.engine import SimulatedEngineSpec
-from batchgen.worker.answer import Parsed, split_reasoning
 
 WORDS = ("amber", "brook", "cedar", "delta", "ember", "fjord", "grove", "heath", "inlet", "jetty", "knoll", "larch")
 # How often an answer under way shows in `total_tokens`.
 MAX_STEPS = 20
 MIN_STEP_S = 0.05
-
-
-class ByteTokenizer:
-    """One token a UTF-8 byte. Enough for lengths, budgets and templates."""
-
-    vocab_size = 256
-    think_end: str | None = "</think>"
-    can_use_tools = True
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    def encode_chat(
-        self, messages: Sequence[dict[str, Any]], *, thinking: bool, tools: Sequence[dict[str, Any]] | None = None
-    ) -> list[int]:
-        return self.encode(self.render_chat(messages, thinking=thinking, tools=tools))
-
-    def render_chat(
-        self, messages: Sequence[dict[str, Any]], *, thinking: bool, tools: Sequence[dict[str, Any]] | None = None
-    ) -> str:
-        turns = [f"<tools>{json.dumps(tools)}"] if tools else []
-        turns += [f"<{message['role']}>{message.get('content') or ''}" for message in messages]
-        return "\n".join([*turns, "<assistant>" + ("<think>" if thinking else "")])
-
-    def parse(self, text: str, *, thinking: bool, has_tools: bool = False) -> Parsed:  # noqa: ARG002 - protocol
-        return Parsed(*split_reasoning(text, thinking=thinking, think_end=self.think_end))
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return bytes(token_ids).decode(errors="replace")
 
 
 class SimulatedEngine:
@@ -77,6 +49,7 @@ class SimulatedEngine:
         self.total_tokens = 0
         self._log_fds: dict[str, int] = {}
         self._death: asyncio.Future[Generation] | None = None
+        self._decoding: dict[RowId, tuple[Request, float]] = {}
 
     async def open(self) -> None:
         await asyncio.sleep(self._spec.startup_s)
@@ -101,6 +74,11 @@ class SimulatedEngine:
             self._death.exception()  # marks it retrieved: nobody may be waiting just now
 
     async def generate(self, request: Request) -> Generation:
+        return await self.generate_streaming(request, None)
+
+    async def generate_streaming(
+        self, request: Request, on_tokens: Callable[[Sequence[int]], None] | None
+    ) -> Generation:
         death = self._death
         if death is None:
             raise EngineDied("the simulated engine is not open")
@@ -111,7 +89,7 @@ class SimulatedEngine:
         if not self._spec.has_latency:
             await self._fault(request)
             return death.result() if death.done() else self._answer(request, queued_s=0.0, ttft_s=0.0)
-        work = asyncio.ensure_future(self._work(request))
+        work = asyncio.ensure_future(self._work(request, on_tokens or ignore))
         try:
             waited: list[asyncio.Future[Any]] = [work, death]
             await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
@@ -119,42 +97,72 @@ class SimulatedEngine:
             work.cancel()  # of no effect on one that has ended
         return death.result() if death.done() else work.result()
 
+    def peek(self, row_id: RowId) -> Generation | None:
+        """What a slot's rate has made of it by now."""
+        if (found := self._decoding.get(row_id)) is None:
+            return None
+        request, first_at = found
+        num_made = int((time.monotonic() - first_at) * self._spec.decode_tokens_per_s)
+        num_tokens = min(num_made, self._choose_length(request)[0] - 1)
+        written = self._write(request, num_tokens)
+        if num_tokens < 1 or any(mark in written.decode() for mark in request.sampling.stop):
+            return None
+        usage = Usage(len(request.ids), num_tokens, 0)
+        return Generation(written.decode(), tuple(written), "length", usage, ttft_s=0.0, queued_s=0.0)
+
     async def close(self) -> None:
         self.kill("the engine was closed")
         for log_fd in self._log_fds.values():
             os.close(log_fd)
         self._log_fds = {}
 
-    async def _work(self, request: Request) -> Generation:
+    async def _work(self, request: Request, on_tokens: Callable[[Sequence[int]], None]) -> Generation:
         ranks = range(self._spec.ranks)
         rank = min(ranks, key=self._num_rows.__getitem__) if request.rank is None else request.rank
         self._num_rows[rank] += 1
         try:
-            return await self._work_on(rank, request)
+            return await self._work_on(rank, request, on_tokens)
         finally:
             self._num_rows[rank] -= 1
 
-    async def _work_on(self, rank: int, request: Request) -> Generation:
+    async def _work_on(self, rank: int, request: Request, on_tokens: Callable[[Sequence[int]], None]) -> Generation:
         started = time.monotonic()
-        async with self._slots[rank]:
+        async with self._hold_slot(rank, is_urgent=request.is_urgent):
             began = time.monotonic()
             self._prefilled_at = max(began, self._prefilled_at) + len(request.ids) / self._spec.prefill_tokens_per_s
             first_at = self._prefilled_at
             await sleep_until(first_at)
             await self._fault(request)
-            await self._decode(self._choose_length(request)[0], first_at)
             answer = self._answer(request, queued_s=began - started, ttft_s=first_at - started)
+            self._decoding[request.row_id] = request, first_at
+            try:
+                await self._decode(self._choose_length(request)[0], first_at, answer.token_ids or (), on_tokens)
+            finally:
+                self._decoding.pop(request.row_id, None)
         self._log(request, "answers", round(time.time() - (time.monotonic() - began), 4), round(time.time(), 4))
         return answer
 
-    async def _decode(self, num_tokens: int, started: float) -> None:
+    @contextlib.asynccontextmanager
+    async def _hold_slot(self, rank: int, *, is_urgent: bool) -> AsyncIterator[None]:
+        """An urgent request waits for no slot: as in a real engine, where somebody else would make room."""
+        if is_urgent:
+            yield
+            return
+        async with self._slots[rank]:
+            yield
+
+    async def _decode(
+        self, num_tokens: int, started: float, shown: Sequence[int], on_tokens: Callable[[Sequence[int]], None]
+    ) -> None:
         """Until all are made. Each step ends when it is due since the start: what a busy loop adds to one, the next is
         shorter by."""
         duration_s = num_tokens / self._spec.decode_tokens_per_s
         num_steps = max(1, min(MAX_STEPS, int(duration_s / MIN_STEP_S)))
         for step in range(1, num_steps + 1):
             await sleep_until(started + duration_s * step / num_steps)
-            self.total_tokens += num_tokens * step // num_steps - num_tokens * (step - 1) // num_steps
+            before, now = num_tokens * (step - 1) // num_steps, num_tokens * step // num_steps
+            self.total_tokens += now - before
+            on_tokens(shown[before:now])
 
     async def _fault(self, request: Request) -> None:
         """Hang or die where the request says so."""
@@ -231,6 +239,10 @@ class SimulatedEngine:
         row = request.row_id
         fields = [row.source_file, row.source_row, row.sample_index, request.attempt, *times]
         os.write(self._log_fds[kind], (json.dumps(fields) + "\n").encode())
+
+
+def ignore(_: Sequence[int]) -> None:
+    """Nobody watches."""
 
 
 async def sleep_until(at: float) -> None:

@@ -1,7 +1,8 @@
 """The engine for any Hugging Face causal LM on this machine: a laptop's CPU, or one GPU.
 
-One thread owns the model. It takes waiting requests in between steps, decodes them together (see `decode`) and answers
-each through the event loop it came from. Torch and transformers are imported by `open`.
+One thread owns the model. It takes waiting requests in between steps, decodes them together (see `decode`), urgent ones
+before all others (see `lanes`), and answers each through the event loop it came from. Torch and transformers are imported
+by `open`.
 
 Invariants: every request is answered once, or its caller is gone; when the thread ends, for whatever reason, all in
 flight get EngineDied and so does every later call. Tokens count as OpenAI counts them: `completion_tokens` includes the
@@ -15,7 +16,7 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 from batchgen.engines.base import Tokenizer
 from batchgen.engines.hf_model import find_cache_bytes, find_max_model_len, list_eos_ids, load_model
 from batchgen.engines.hf_tokenizer import HFTokenizer
+from batchgen.engines.lanes import Lanes
 from batchgen.errors import BatchgenError, EngineDied, RequestFailed, RequestRejected, SpecError
-from batchgen.records import Generation, Request, Usage
+from batchgen.records import Generation, Request, RowId, Usage
 from batchgen.spec import ModelSpec
 from batchgen.specs.engine import TransformersEngineSpec
 
@@ -38,7 +40,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A request on its way through the thread, and whom to tell. Times are of the monotonic clock."""
+    """A request on its way through the thread, and whom to tell. Times are of the monotonic clock. `on_tokens` hears of
+    tokens as they come, `num_told` of them so far."""
 
     request: Request
     row: "Row"
@@ -47,6 +50,8 @@ class Job:
     arrived_at: float
     admitted_at: float = 0.0
     first_token_at: float = 0.0
+    on_tokens: Callable[[Sequence[int]], None] | None = None
+    num_told: int = 0
 
 
 class TransformersEngine:
@@ -67,7 +72,7 @@ class TransformersEngine:
         self._death: str | None = "it was not opened"
         self._thread: threading.Thread | None = None
         self._loading: asyncio.Future[None] | None = None
-        self._batch: DecodeBatch | None = None
+        self._lanes: Lanes | None = None
 
     async def open(self) -> None:
         """Raises SpecError for a model or a device that can't be had here, EngineDied when loading fails."""
@@ -76,14 +81,20 @@ class TransformersEngine:
         # To load is not to be stopped half way: `close` waits for it, or the weights would stay.
         self._loading = asyncio.ensure_future(asyncio.to_thread(self._load))
         await asyncio.shield(self._loading)
-        assert self._batch is not None, "loading made it"
+        assert self._lanes is not None, "loading made them"
         self._death = None
-        self._thread = threading.Thread(target=self._run, args=(self._batch,), name="batchgen-decode", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(self._lanes,), name="batchgen-decode", daemon=True)
         self._thread.start()
 
     async def generate(self, request: Request) -> Generation:
+        return await self.generate_streaming(request, None)
+
+    async def generate_streaming(
+        self, request: Request, on_tokens: Callable[[Sequence[int]], None] | None
+    ) -> Generation:
         self._check_alive()
         job = self._make_job(request)
+        job.on_tokens = on_tokens
         with self._lock:
             self._check_alive()
             self._jobs[job.row] = job
@@ -95,6 +106,27 @@ class TransformersEngine:
             with self._lock:
                 self._jobs.pop(job.row, None)
 
+    def peek(self, row_id: RowId) -> Generation | None:
+        with self._lock:
+            job = next((job for job in self._jobs.values() if job.request.row_id == row_id), None)
+        if job is None:
+            return None
+        row = job.row
+        num_tokens = len(row.out) if row.sampling.logprobs is None else min(len(row.out), len(row.logprobs))
+        token_ids = tuple(row.out[:num_tokens])
+        # The decode thread goes on meanwhile, and writes down a token before it sees that it was the last.
+        if not token_ids or token_ids[-1] in row.end_ids or row.is_done:
+            return None
+        return Generation(
+            text=row.text,
+            token_ids=token_ids,
+            finish_reason="length",
+            usage=Usage(len(row.token_ids), num_tokens, 0),
+            ttft_s=job.first_token_at - job.arrived_at,
+            queued_s=job.admitted_at - job.arrived_at,
+            logprobs=tuple(row.logprobs[:num_tokens]) if row.sampling.logprobs is not None else None,
+        )
+
     async def close(self) -> None:
         thread, self._thread = self._thread, None
         if thread is not None:
@@ -102,7 +134,7 @@ class TransformersEngine:
             await asyncio.to_thread(thread.join)
         if self._loading is not None:
             await asyncio.wait({self._loading})
-        self._batch = None  # the weights and the cache
+        self._lanes = None  # the weights and the cache
 
     # ---- on the event loop -------------------------------------------------------------------------------------------
 
@@ -137,18 +169,17 @@ class TransformersEngine:
         self._eos_ids = list_eos_ids(model, tokenizer.eos_id)
         batch = make_batch(self._model_spec, self._spec, model, tokenizer.decode)
         check_room(batch.max_cells, self.max_model_len)
-        self._batch = batch
+        self._lanes = Lanes(batch.make_like(), batch, self.max_model_len)
 
-    def _run(self, batch: "DecodeBatch") -> None:
+    def _run(self, lanes: Lanes) -> None:
         """The thread. Whatever ends it, nobody is left waiting."""
         import torch
 
         reason = "the decode thread broke: a bug of batchgen, see its traceback"
-        waiting: deque[Row] = deque()
         try:
             torch.set_num_threads(self._spec.num_threads)
-            while self._take(batch, waiting):
-                self._turn(batch, waiting)
+            while self._take(lanes):
+                self._turn(lanes)
             reason = "the engine was closed"
         # Torch raises RuntimeError for all that goes wrong in a kernel, out of memory included; nothing can be said
         # of the cache after it.
@@ -158,30 +189,34 @@ class TransformersEngine:
         finally:
             self._die(reason)
 
-    def _take(self, batch: "DecodeBatch", waiting: "deque[Row]") -> bool:
-        """Moves what has come in to `waiting`; blocks only while there is nothing else to do. False: close."""
-        is_idle = not waiting and not batch.rows
+    def _take(self, lanes: Lanes) -> bool:
+        """Moves what has come in to its lane; blocks only while there is nothing else to do. False: close."""
+        is_idle = lanes.is_idle
         while is_idle or not self._inbox.empty():
             job = self._inbox.get()
             if job is None:
                 return False
-            waiting.append(job.row)
+            lanes.add(job.row, is_urgent=job.request.is_urgent)
             is_idle = False
         return True
 
-    def _turn(self, batch: "DecodeBatch", waiting: "deque[Row]") -> None:
-        """One prefill of newcomers, or one step for all."""
+    def _turn(self, lanes: Lanes) -> None:
         started_at = time.monotonic()
-        waiting.extendleft(batch.preempt())
-        group = batch.pick(waiting)
-        ended = batch.admit(group) if group else batch.step()
-        self.total_tokens = batch.num_tokens
+        group, ended = lanes.turn()
+        self.total_tokens = lanes.num_tokens
         now = time.monotonic()
         for job in self._list_jobs(group):
             if not job.first_token_at:  # else it was preempted and is back
                 job.admitted_at, job.first_token_at = started_at, now
+        for job in self._list_watched():
+            tell(job)
         for job in self._list_jobs(ended):
             answer(job, make_answer(job))
+
+    def _list_watched(self) -> list[Job]:
+        """Those whose tokens somebody wants to see as they come: few, if any."""
+        with self._lock:
+            return [job for job in self._jobs.values() if job.on_tokens is not None]
 
     def _list_jobs(self, rows: "list[Row]") -> list[Job]:
         """Those of the rows that somebody still waits for."""
@@ -237,6 +272,15 @@ def make_answer(job: Job) -> "Generation | BatchgenError":
         queued_s=job.admitted_at - job.arrived_at,
         logprobs=tuple(row.logprobs) if row.sampling.logprobs is not None else None,
     )
+
+
+def tell(job: Job) -> None:
+    """Hands new tokens to whoever wants to see them, in the caller's loop; one that is closed has no caller left."""
+    new = tuple(job.row.kept[job.num_told :])
+    if new and job.on_tokens is not None:
+        job.num_told += len(new)
+        with contextlib.suppress(RuntimeError):
+            job.loop.call_soon_threadsafe(job.on_tokens, new)
 
 
 def answer(job: Job, value: "Generation | BatchgenError") -> None:

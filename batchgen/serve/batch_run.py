@@ -12,7 +12,7 @@ from typing import Any
 from batchgen.driver.hold import Hold
 from batchgen.driver.lease import make_cancel_path
 from batchgen.driver.run import run_job
-from batchgen.errors import Cancelled, StorageError
+from batchgen.errors import Cancelled, OutputError, StorageError
 from batchgen.queue.progress import Progress
 from batchgen.serve.batch_spec import make_batch_spec
 from batchgen.serve.closing import ClosingPool, make_closing_spec
@@ -92,12 +92,16 @@ class BatchRun:
 
 
 def make_job_spec(spec: EndpointSpec, state: State, record: BatchRecord) -> JobSpec:
-    """The batch's job. Raises KeyError for a model that is no longer served."""
+    """The batch's job. Raises OutputError for a model that is no longer served."""
     assert record.input is not None
     rows = record.input
+    if record.model not in spec.models:
+        raise OutputError(
+            f"the model {record.model} is not served any more; serve it again, so that its batches can end"
+        )
     own = {} if rows.is_own else {"custom_id": "custom_id" if rows.has_keys else None, "passthrough": ()}
     return make_batch_spec(
-        spec.models[record.model or ""],
+        spec.models[record.model],
         rows.form,
         input_url=rows.url,
         out_url=state.job_url(record.tenant, record.id),

@@ -10,12 +10,11 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 
 from batchgen.driver.hold import Hold
 from batchgen.driver.pools import create_pool as create_own_pool
-from batchgen.errors import BatchgenError, LeaseHeld, LeaseLost, StorageError
+from batchgen.errors import BatchgenError, LeaseHeld, LeaseLost, OutputError, StorageError
 from batchgen.queue.events import WorkerPool
 from batchgen.serve.batch_run import BatchRun
 from batchgen.serve.claims import Claims
@@ -32,6 +31,7 @@ POLL_S = 1.0
 CLAIM_TTL_S = 30.0
 SWEEP_S = 600.0
 MAX_BACKOFF_S = 60.0
+MAX_DOUBLINGS = 10
 NUM_SHORT = 2
 
 
@@ -64,6 +64,7 @@ class Conductor:
         self._long = ThreadPoolExecutor(spec.limits.max_running, "batch")
         self._short = ThreadPoolExecutor(NUM_SHORT, "batch-step")
         self._busy: dict[str, Future[None]] = {}
+        self._running: set[str] = set()
         self._trouble: dict[str, _Trouble] = {}
         self._is_stopping, self._news = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._loop, name="conductor", daemon=True)
@@ -91,28 +92,36 @@ class Conductor:
                 self.turn()
             except StorageError as error:
                 self._say(f"the store failed, which is tried again: {error}")
-            except BatchgenError as error:  # a damaged record: said, and looked at again, for others go on
+            except BatchgenError as error:  # something in the store is damaged: said, and looked at again
                 self._say(str(error))
+            # Nobody would notice that this thread is gone, and every batch would wait for ever.
+            except Exception:
+                log.exception("a look at the open batches failed, and is tried again")
             self._news.wait(POLL_S)
             self._news.clear()
 
     def turn(self) -> None:
         """Look at all open batches once, and begin what there is room for."""
         self._busy = {batch_id: work for batch_id, work in self._busy.items() if not work.done()}
+        self._running &= self._busy.keys()
         waiting = [record for record in map(self._look, self._state.list_open()) if record is not None]
         for record in sorted(waiting, key=lambda record: (record.expires_at, record.id)):
             if not self._is_stopping.is_set():
                 self._begin(record)
         if time.monotonic() >= self._next_sweep:
             self._next_sweep = time.monotonic() + SWEEP_S
-            sweep(self._state)
+            self._short.submit(self._sweep)
 
     def _look(self, place: tuple[str, str]) -> BatchRecord | None:
         """The batch, where there is something to do for it now."""
         tenant, batch_id = place
         if batch_id in self._busy or self._trouble.get(batch_id, _Trouble()).not_before > time.monotonic():
             return None
-        record = self._state.read_batch(tenant, batch_id)
+        try:
+            record = self._state.read_batch(tenant, batch_id)
+        except OutputError as error:  # a damaged record must not hold up the others
+            self._back_off(batch_id, str(error))
+            return None
         if record is None or record.is_over:
             self._steps.forget(tenant, batch_id, record, self._claims)
             return None
@@ -120,15 +129,21 @@ class Conductor:
 
     def _begin(self, record: BatchRecord) -> None:
         is_long = record.batch.status == "in_progress" and self._state.now() < record.expires_at
-        num_long = sum(1 for work in self._busy.values() if getattr(work, "is_long", False))
-        if is_long and num_long >= self._spec.limits.max_running:
+        if is_long and len(self._running) >= self._spec.limits.max_running:
             return
         if not self._claims.is_free(record.id):
             return
         lane = self._long if is_long else self._short
-        work = lane.submit(self._work, record.tenant, record.id)
-        work.is_long = is_long  # type: ignore[attr-defined]
-        self._busy[record.id] = work
+        self._busy[record.id] = lane.submit(self._work, record.tenant, record.id)
+        if is_long:
+            self._running.add(record.id)
+
+    def _sweep(self) -> None:
+        """Beside the steps: of ten thousand files it takes minutes."""
+        try:
+            sweep(self._state)
+        except BatchgenError as error:
+            self._say(f"the sweep is tried again later: {error}")
 
     # ---- one step of one batch
 
@@ -166,15 +181,7 @@ class Conductor:
     def _back_off(self, batch_id: str, reason: str) -> None:
         trouble = self._trouble.setdefault(batch_id, _Trouble())
         wait_s = min(MAX_BACKOFF_S, 2.0**trouble.num_failures)
-        trouble.num_failures += 1
+        trouble.num_failures = min(trouble.num_failures + 1, MAX_DOUBLINGS)
         trouble.not_before = time.monotonic() + wait_s
         if not self._is_stopping.is_set():
             self._say(f"{batch_id}: stopped, and goes on in {wait_s:g} s: {reason}")
-
-
-def run_until(conductor: Conductor, stop: threading.Event) -> None:
-    """Conduct until the event."""
-    conductor.start()
-    with suppress(KeyboardInterrupt):
-        stop.wait()
-    conductor.stop()

@@ -25,6 +25,7 @@ OPEN = frozenset({"/health", "/ready", "/openapi.json", "/", "/page.css", "/page
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 # Boundaries and headers of a multipart body.
 MULTIPART_BYTES = 2**16
+MAX_DIGITS = 18
 
 
 class Guard:
@@ -99,7 +100,7 @@ class Guard:
         is_upload = scope["path"] == "/v1/files"
         most = limits.max_file_bytes + MULTIPART_BYTES if is_upload else limits.max_body_bytes
         length = Headers(scope=scope).get("content-length", "0")
-        if not length.isdecimal() or int(length) > most:
+        if not length.isdecimal() or len(length) > MAX_DIGITS or int(length) > most:
             raise make_too_large(most)
         left = most
 

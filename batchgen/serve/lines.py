@@ -13,6 +13,7 @@ from typing import Any
 from batchgen.serve.wire import BatchError
 
 MAX_KEY_CHARS = 512
+PIECE_BYTES = 2**20
 BOM = b"\xef\xbb\xbf"
 
 
@@ -36,7 +37,7 @@ class LineTooLong(Exception):
 def split_lines(pieces: Iterable[bytes], max_bytes: int) -> Iterator[tuple[int, bytes]]:
     """(number, line without its end) of every line that is not blank. Raises LineTooLong."""
     rest, number = b"", 0
-    for piece in pieces:
+    for piece in _cut(pieces):
         *whole, rest = (rest + piece).split(b"\n")
         for raw in whole:
             number += 1
@@ -48,6 +49,13 @@ def split_lines(pieces: Iterable[bytes], max_bytes: int) -> Iterator[tuple[int, 
             raise LineTooLong(number + 1)
     if line := _strip(rest, number + 1):
         yield number + 1, line
+
+
+def _cut(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Splitting a piece takes its size twice more: so small ones."""
+    for piece in pieces:
+        for start in range(0, len(piece), PIECE_BYTES):
+            yield piece[start : start + PIECE_BYTES]
 
 
 def _strip(raw: bytes, number: int) -> bytes:

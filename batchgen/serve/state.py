@@ -20,6 +20,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from batchgen.errors import AlreadyExists, Conflict, NotFound, OutputError
+from batchgen.serve.ids import is_batch_id, is_file_id
 from batchgen.serve.records import BatchRecord, FileRecord
 from batchgen.storage import Storage
 from batchgen.stores.probe import probe
@@ -70,7 +71,7 @@ class State:
     def list_uploads(self) -> list[tuple[str, str]]:
         """(tenant, file id) of all that began and did not end."""
         parts = [info.path.split("/") for info in self.storage.list_files("uploads")]
-        return [(part[1], part[2]) for part in parts if len(part) == 3]
+        return [(part[1], part[2]) for part in parts if len(part) == 3 and is_file_id(part[2])]
 
     def list_file_ids(self, tenant: str) -> list[str]:
         return self._list_ids(f"t/{tenant}/files")
@@ -126,7 +127,7 @@ class State:
         """(tenant, batch id) of all batches that have not ended, or of some that just have."""
         infos = self.storage.list_files("open" if tenant is None else f"open/{tenant}")
         parts = [info.path.split("/") for info in infos]
-        return [(part[1], part[2]) for part in parts if len(part) == 3]
+        return [(part[1], part[2]) for part in parts if len(part) == 3 and is_batch_id(part[2])]
 
     def close_batch(self, tenant: str, batch_id: str) -> None:
         """It has ended, and is no longer looked at."""

@@ -67,8 +67,7 @@ class Steps:
 
     def run(self, record: BatchRecord, run: BatchRun, create_pool: CreateBulkPool) -> str | None:
         """in_progress -> finalizing; or why it is to be tried again later."""
-        if record.model not in self._spec.models:
-            return f"the model {record.model} is not served any more"
+        make_job_spec(self._spec, self._state, record)  # a model that is gone may come back: no reason to fail
         try:
             report = run.run(self._spec, create_pool)
         except LeaseHeld:

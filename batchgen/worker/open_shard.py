@@ -9,18 +9,17 @@ loop) but for `make_parts`.
 import asyncio
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import islice
+from itertools import islice, product
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchgen.errors import BatchgenError
-from batchgen.names import make_reused_id
 from batchgen.records import JournalRef, Lease, Result, RowId, ShardProgress, Slot
 from batchgen.row_ranges import RowRanges, iter_rows
 from batchgen.worker.answer import make_quarantined
 from batchgen.worker.result_batch import count_values, make_storable_batch
-from batchgen.worker.spilled import Finished, Parts, ReadBack, load_rows
+from batchgen.worker.spilled import Finished, Parts, ReadBack, load_rows, split_carried
 from batchgen.write import make_output_table
 
 # Results become Arrow this many rows, or token ids and logprobs, at a time: Python objects of more never pile up, and the
@@ -42,11 +41,9 @@ class OpenShard:
         self.is_recovered = False
         self.shared_ids: set[str] = set()
         self._away: dict[Slot, str] = {}
-        self.num_copied = 0
-        self.num_recovered = 0
+        self.num_copied = self.num_recovered = 0
         self.error_types: Counter[str] = Counter()
-        self.read_s = 0.0
-        self.prepare_s = 0.0
+        self.read_s = self.prepare_s = 0.0
         self._finished = bytearray(lease.shard.num_rows * n)
         self._sent = bytearray(lease.shard.num_rows * n)
         self._num_finished = 0
@@ -149,16 +146,15 @@ class OpenShard:
         """Requests that another worker may have, from the end: those that nobody has finished, and that were never sent."""
         if not self.is_recovered:
             return []  # the journal may hold what would be given
-        slots = (
-            (row, sample)
-            for row in range(self.lease.shard.row_end - 1, self.lease.shard.row_start - 1, -1)
-            for sample in range(self._n)
-        )
+        slots = product(range(self.lease.shard.row_end - 1, self.lease.shard.row_start - 1, -1), range(self._n))
         free = (slot for slot in slots if not self._sent[self._slot(*slot)] and not self.is_settled(*slot))
         return list(islice(free, max_requests))
 
     def give(self, slots: Iterable[Slot], share_id: str) -> None:
-        self._away.update(dict.fromkeys(slots, share_id))
+        """They are another worker's, whether they were sent before or not."""
+        for slot in slots:
+            self._away[slot] = share_id
+            self._sent[self._slot(*slot)] = 0
 
     def take_back(self, share_ids: Iterable[str]) -> list[Slot]:
         """Requests of these shares that nobody finished: ours again."""
@@ -207,7 +203,7 @@ class OpenShard:
         """Input rows done, counted in whole rows of n samples."""
         num_unsent = len(self._finished) - self._num_finished - len(self._away) - self.num_inflight
         done, types = self._num_made // self._n, tuple(self.error_types.items())
-        return ShardProgress(self.lease.batch_id, done, self.num_error, max(0, num_unsent), types)
+        return ShardProgress(self.lease.batch_id, done, self.num_error, max(0, num_unsent), types, self.num_inflight)
 
     def is_row_finished(self, source_row: int) -> bool:
         """All its samples."""
@@ -254,8 +250,7 @@ class OpenShard:
         made = pa.concat_tables(
             [self._schema.empty_table(), *(load_rows(part, self.lease, read_back) for part in self._parts)]
         )
-        is_carried = pc.equal(made["batch_id"], make_reused_id(self.lease.batch_id))
-        generated, carried = made.filter(pc.invert(is_carried)), made.filter(is_carried)
+        generated, carried = split_carried(made, self.lease.batch_id)
         recovered = pa.concat_tables([self._schema.empty_table(), *self._recovered])
         inputs = pa.concat_tables(self._inputs)
         output = make_output_table(pa.concat_tables([made, recovered]), inputs, self.lease, self._n, output_schema)

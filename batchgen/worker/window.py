@@ -5,14 +5,17 @@ request larger than the byte bound passes alone instead of waiting for ever. Cou
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class Window:
-    """`read_integral` is rows x seconds in flight; a mean is a difference of it over a time."""
+    """`read_integral` is rows x seconds in flight; a mean is a difference of it over a time. `on_room` is for those who
+    share an engine: called when one of the others made room."""
 
     def __init__(self, max_rows: int, max_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.max_rows, self.max_bytes = max_rows, max_bytes
+        self.on_room: Callable[[], None] = lambda: None
         self.num_rows = 0
         self.num_bytes = 0
         self._clock = clock
@@ -30,6 +33,16 @@ class Window:
     def leave(self, num_bytes: int) -> None:
         """Its answer arrived."""
         self._add(-1, -num_bytes)
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """While suspected rows are tried: whoever shares the engine keeps away. Here nobody does."""
+        yield
+
+    @property
+    def is_alone(self) -> bool:
+        """Has whoever shares the engine nothing in flight?"""
+        return True
 
     def read_integral(self) -> float:
         """Row-seconds in flight since the start."""

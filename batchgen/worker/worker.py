@@ -41,12 +41,14 @@ from batchgen.worker.hint_check import HintCheck
 from batchgen.worker.open_shard import OpenShard
 from batchgen.worker.pace import Pace
 from batchgen.worker.prepare import Preparer
-from batchgen.worker.sender import Ready, Sender, list_rows
+from batchgen.worker.ready import Ready, list_rows
+from batchgen.worker.sender import Sender
 from batchgen.worker.setup import WorkerSetup as WorkerSetup  # known here to all who make workers
 from batchgen.worker.shard_files import ShardFiles, Spent, make_event
 from batchgen.worker.shares import Hooks, WorkerShares
 from batchgen.worker.spill import Spill
 from batchgen.worker.tasks import TaskGroup
+from batchgen.worker.window import Window
 
 # Shards written at the same time: one uploads while the next is encoded; more would only take memory.
 MAX_COMMITS = 2
@@ -57,16 +59,15 @@ COMMIT_S = 4.0
 class Worker:
     """See the module. All methods but `__init__` belong to one event loop."""
 
-    def __init__(self, setup: WorkerSetup, engine: Engine, node: str) -> None:
-        self._setup, self._engine, self._node = setup, engine, node
+    def __init__(self, setup: WorkerSetup, engine: Engine, node: str, window: Window | None = None) -> None:
+        self._setup, self._engine, self._node, self._shared_window = setup, engine, node, window
         self._spec = setup.spec
         self._files = ShardFiles(setup.storage, setup.spec, setup.passthrough)
         self._shards: dict[str, OpenShard] = {}
         self._events: list[PoolEvent] = []
         self._shard_tasks = TaskGroup(self._die)
         self._other_tasks = TaskGroup(self._die)
-        self._has_ended = False
-        self._last_sent = (-1, 0)
+        self._has_ended, self._last_sent = False, (-1, 0)
 
     # ---- what the pool calls -----------------------------------------------------------------------------------------
 
@@ -78,13 +79,15 @@ class Worker:
         spec, engine, prior = self._spec, self._engine, self._setup.prior
         preparer = Preparer(spec, engine.tokenizer, engine.max_model_len, list_refused(spec.engine), prior)
         serving, hints, size = make_serving(engine, spec, prior), HintCheck(), spec.engine.max_inflight
-        self._partials = serving.partials if isinstance(serving, Continuation) else None
-        self._sender = Sender(serving, size, spec.retry, self._die, self._note_restart, hints.note)
+        continued = serving if isinstance(serving, Continuation) and serving.is_resumable else None
+        restarted, window = self._note_restart, self._shared_window
+        self._sender = Sender(serving, size, spec.retry, self._die, restarted, hints.note, window)
         self._feeder = Feeder(spec, self._setup.passthrough, preparer, self._sender, hints, carrier)
         self._window = self._sender.window
         self._wake, self._pace = asyncio.Event(), Pace(spec.engine.max_inflight, time.monotonic())
         epoch, worker_id = self._setup.epoch, self._setup.worker_id
-        self._spill = Spill(self._files, epoch, worker_id, lambda: [*self._shards.values()], self._emit, self._partials)
+        partials = continued.partials if continued is not None else None
+        self._spill = Spill(self._files, epoch, worker_id, lambda: [*self._shards.values()], self._emit, partials)
         self._committing = asyncio.Semaphore(MAX_COMMITS)
         self._other_tasks.spawn(self._feeder.run())
         if (duplicates := self._feeder.duplicates) is not None:
@@ -100,9 +103,10 @@ class Worker:
             num_gpus=spec.cluster.gpus_per_worker,
             window=spec.engine.max_inflight,
             startup_s=time.monotonic() - started,
+            can_move=continued is not None and spec.cluster.moves != "none",
         )
-        hooks = Hooks(self._feeder.feed, self._flush, self._emit)
-        self._shares = WorkerShares(self.info, self._files, self._sender, self._shards, hooks)
+        hooks, seeded = Hooks(self._feeder.feed, self._flush, self._emit), spec.cluster.moves == "all"
+        self._shares = WorkerShares(self.info, self._files, self._sender, self._shards, hooks, continued, seeded)
         return self.info
 
     def assign(self, lease: Lease) -> None:
@@ -187,10 +191,11 @@ class Worker:
     async def _try_apart(self, shard: OpenShard) -> None:
         """Suspected rows of a shard: with nothing beside them, into the journal, and back."""
         lease = shard.lease
-        await self._sender.wait_apart()
-        slots = frozenset((row, sample) for row in iter_rows(lease.only) for sample in range(self._spec.sampling.n))
-        await self._feeder.feed(shard, slots)
-        await shard.wait_ended()
+        with self._window.apart():
+            await self._sender.wait_apart()
+            slots = frozenset((row, sample) for row in iter_rows(lease.only) for sample in range(self._spec.sampling.n))
+            await self._feeder.feed(shard, slots)
+            await shard.wait_ended()
         if not shard.is_closed:
             await self._flush()
             self._emit(ShardReturned(self.info.worker_id, lease.batch_id, lease.shard.number))
@@ -211,11 +216,7 @@ class Worker:
         if lease.journal:
             saved, left_out = await asyncio.to_thread(self._files.read_journal, lease, shard.replaced_epoch)
             shard.recover(saved, are_copied=False)
-            if self._partials is not None:
-                begun, more = await asyncio.to_thread(self._files.read_partials, lease.shard, lease.journal)
-                self._partials.load((row_id, partial) for row_id, partial in begun if shard.is_missing(row_id))
-                left_out = [*left_out, *more]
-            for message in left_out:
+            for message in [*left_out, *await self._shares.load_begun(shard, lease.journal)]:
                 self._emit(WorkerWarned(self._setup.worker_id, message))
         shard.quarantine(lease.quarantined)
 
