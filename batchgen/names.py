@@ -24,3 +24,8 @@ def parse_batch_id(batch_id: str) -> tuple[int, int, int]:
     """(shard number, epoch, attempt)."""
     _, number, epoch, attempt = batch_id.removesuffix("r").split("-")
     return int(number), int(epoch[1:]), int(attempt[1:])
+
+
+def make_run_name(fingerprint: str, epoch: int) -> str:
+    """A run's label in metrics."""
+    return f"{fingerprint[:8]}-e{epoch}"

@@ -22,8 +22,9 @@ from ray.actor import ActorHandle
 from ray.exceptions import AuthenticationError, RayActorError, RayError, RayTaskError
 
 from batchgen.errors import LeaseHeld, Refusal
-from batchgen.queue.events import PoolEvent, WorkerLeaving, WorkerLost, WorkerStarted, WorkerStartFailed
+from batchgen.queue.events import Heartbeat, PoolEvent, WorkerLeaving, WorkerLost, WorkerStarted, WorkerStartFailed
 from batchgen.queue.orders import Order
+from batchgen.ray_metrics import RayExporter
 from batchgen.records import Lease
 from batchgen.spec import ClusterSpec
 from batchgen.worker.worker import Worker, WorkerSetup, open_worker
@@ -33,6 +34,8 @@ CONNECT_TIMEOUT_S = 10.0
 TOKEN_LOGGER = "ray._private.authentication.authentication_token_setup"
 # How long one poll waits in the actor for news. Its reply is the heartbeat, so also how old a heartbeat gets.
 ACTOR_POLL_S = 2.0
+# Metrics are told no more often; Prometheus asks every 15 s or so.
+EXPORT_S = 2.0
 # A drained worker may need this much longer than its rows got, to journal and commit; what then is missing is lost, as in
 # any crash. With `cluster.drain_s` that is the 20 s in which a stopped run ends.
 DRAIN_MARGIN_S = 7.0
@@ -86,6 +89,8 @@ class WorkerActor:
     async def open(self, setup: WorkerSetup) -> Any:
         context = ray.get_runtime_context()
         self._worker: Worker = await open_worker(setup, context.get_node_id()[:12])
+        self._exporter = RayExporter({"run": setup.run_name, "worker": setup.worker_id})
+        self._export_at = 0.0
         return self._worker.info
 
     async def assign(self, lease: Lease) -> None:
@@ -95,7 +100,11 @@ class WorkerActor:
         self._worker.tell(order)
 
     async def poll(self) -> list[PoolEvent]:
-        return await self._worker.poll(ACTOR_POLL_S)
+        events = await self._worker.poll(ACTOR_POLL_S)
+        if (now := time.monotonic()) >= self._export_at and isinstance(beat := events[-1], Heartbeat):
+            self._export_at = now + EXPORT_S
+            self._exporter.export(self._worker.meter.take(beat, self._worker.info.window))
+        return events
 
     async def drain(self, timeout_s: float) -> list[PoolEvent]:
         return await self._worker.drain(timeout_s)

@@ -1,5 +1,8 @@
 """Which pool a spec wants. Each is imported only when it is used: Ray is not there on every machine that runs a job."""
 
+from collections.abc import Callable, Iterable
+
+from batchgen.metrics import Point
 from batchgen.queue.events import WorkerPool
 from batchgen.worker.worker import WorkerSetup
 
@@ -13,3 +16,12 @@ def create_pool(setup: WorkerSetup) -> WorkerPool:
     from batchgen.ray_pool import RayPool
 
     return RayPool(setup)
+
+
+def create_publisher(setup: WorkerSetup) -> Callable[[Iterable[Point]], None]:
+    """Where the driver's metrics go: to Prometheus by way of Ray, or nowhere. After `create_pool`."""
+    if setup.spec.cluster.pool == "inline":
+        return lambda _: None
+    from batchgen.ray_metrics import RayExporter
+
+    return RayExporter({"run": setup.run_name}).export

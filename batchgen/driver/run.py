@@ -4,7 +4,7 @@ A run refuses before any worker starts (`Refusal`), or ends with a report: finis
 it again goes on where it stopped; when nothing is left it says so without starting anything.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from typing import Any
 
@@ -15,13 +15,14 @@ from batchgen.driver.foresee import foresee
 from batchgen.driver.hold import Hold, hold_folder
 from batchgen.driver.job import Job, check_renders, freeze, limit_rows, load_journal, open_job, reopen
 from batchgen.driver.live_page import LivePage
-from batchgen.driver.pools import create_pool
+from batchgen.driver.pools import create_pool, create_publisher
 from batchgen.driver.run_record import RunRecorder
 from batchgen.driver.signals import stop_on_signal
 from batchgen.driver.view import View
 from batchgen.driver.watch import Watch
 from batchgen.errors import LeaseLost, RunStopped, StorageError
 from batchgen.logs import Note, in_run, log_event
+from batchgen.metrics import Point
 from batchgen.queue.events import WorkerPool
 from batchgen.queue.inquiry import Inquiry
 from batchgen.queue.progress import Progress
@@ -64,7 +65,8 @@ def run_job(
                 check()
 
             recorder = RunRecorder(storage, job.spec, hold.epoch)
-            dispatcher = make_dispatcher(job, hold, pool, view, check_all, recorder)
+            watch = make_watch(job, hold, view, create_publisher(setup))
+            dispatcher = make_dispatcher(job, hold, pool, view, check_all, recorder, watch)
             message = dispatch(dispatcher, view)
             recorder.close(dispatcher, message)
         report = finish(job, dispatcher, hold, message=message, is_trial=limit is not None)
@@ -72,13 +74,24 @@ def run_job(
         return report
 
 
+def make_watch(job: Job, hold: Hold, view: View, publish: Callable[[Iterable[Point]], None]) -> Watch:
+    """Who is told how the run goes."""
+    interval_s = job.spec.cluster.log_interval_s
+    status = StatusWriter(job.storage, hold.epoch, interval_s)
+    return Watch(view, status, look_s=interval_s, publish=publish)
+
+
 def make_dispatcher(
-    job: Job, hold: Hold, pool: WorkerPool, view: View, check_signal: Callable[[], None], recorder: RunRecorder
+    job: Job,
+    hold: Hold,
+    pool: WorkerPool,
+    view: View,
+    check_signal: Callable[[], None],
+    recorder: RunRecorder,
+    watch: Watch,
 ) -> Dispatcher:
     """The loop and everything it works with."""
     spec, todo = job.spec, job.todo
-    interval_s = spec.cluster.log_interval_s
-    watch = Watch(view, StatusWriter(job.storage, hold.epoch, interval_s), look_s=interval_s)
     page = LivePage(job, hold, recorder)
 
     def check() -> None:

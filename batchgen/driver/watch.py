@@ -4,11 +4,12 @@ What costs more than a few additions is looked at once a second: at 1,000 worker
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from batchgen.driver.control import StatusWriter
 from batchgen.driver.dispatch import Dispatcher
 from batchgen.driver.view import View
+from batchgen.metrics import Point, measure_run
 from batchgen.queue.progress import Progress
 from batchgen.queue.pulse import Pulse
 
@@ -19,8 +20,14 @@ class Watch:
     """Called at every turn of one run's loop."""
 
     def __init__(
-        self, view: View, status: StatusWriter, clock: Callable[[], float] = time.monotonic, look_s: float = LOOK_S
+        self,
+        view: View,
+        status: StatusWriter,
+        clock: Callable[[], float] = time.monotonic,
+        look_s: float = LOOK_S,
+        publish: Callable[[Iterable[Point]], None] = lambda _: None,
     ) -> None:
+        self._publish = publish
         self._view, self._status, self._clock, self._look_s = view, status, clock, min(LOOK_S, look_s)
         self._pulse = Pulse()
         self._next = clock()
@@ -35,4 +42,5 @@ class Watch:
         gpu_hours = dispatcher.count_gpu_hours()
         seen = self._pulse.look(progress, dispatcher.queue, dispatcher.roster, dispatcher.ledger.tally, at, gpu_hours)
         self._view.show(seen)
+        self._publish(measure_run(seen, time.time()))
         self._status.update(dispatcher, seen)

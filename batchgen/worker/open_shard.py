@@ -8,7 +8,7 @@ loop) but for `make_parts`.
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice, product
 
 import pyarrow as pa
@@ -31,8 +31,16 @@ BATCH_VALUES = 2**16
 class OpenShard:
     """See the module. `lease` may gain journal references only."""
 
-    def __init__(self, lease: Lease, n: int, schema: pa.Schema, wanted: Sequence[Slot] | None = None) -> None:
+    def __init__(
+        self,
+        lease: Lease,
+        n: int,
+        schema: pa.Schema,
+        wanted: Sequence[Slot] | None = None,
+        on_result: Callable[[Result], None] = lambda _: None,
+    ) -> None:
         """`wanted`: the only requests of the shard that are to be made here; None for all."""
+        self._on_result = on_result
         self.lease, self._n, self._schema = lease, n, schema
         self.is_closed = False
         self.error: BatchgenError | None = None
@@ -111,6 +119,7 @@ class OpenShard:
         """One request ended. A second answer for the same row and sample is dropped: the first stands."""
         if not self._mark(result.row_id.source_row, result.row_id.sample_index):
             return
+        self._on_result(result)
         if result.failure is not None:
             self.error_types[result.failure.error_type] += 1
         self._buffer.append(result)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from batchgen.lengths import LengthPrior
+from batchgen.names import make_run_name
 from batchgen.spec import JobSpec
 from batchgen.storage import Storage
 
@@ -19,3 +20,8 @@ class WorkerSetup:
     storage: Storage
     passthrough: pa.Schema
     prior: LengthPrior | None = None
+
+    @property
+    def run_name(self) -> str:
+        """What metrics call the run."""
+        return make_run_name(self.spec.fingerprint(), self.epoch)

@@ -20,6 +20,7 @@ from batchgen.build import build_id
 from batchgen.engines import create_engine, list_refused
 from batchgen.engines.base import Engine
 from batchgen.errors import BatchgenError, EngineDied, InputChanged, Refusal, StorageError
+from batchgen.metrics import Meter
 from batchgen.queue.events import (
     EngineRestarted,
     Heartbeat,
@@ -67,7 +68,7 @@ class Worker:
         self._events: list[PoolEvent] = []
         self._shard_tasks = TaskGroup(self._die)
         self._other_tasks = TaskGroup(self._die)
-        self._has_ended, self._last_sent = False, (-1, 0)
+        self._has_ended, self._last_sent, self.meter = False, (-1, 0), Meter()
 
     # ---- what the pool calls -----------------------------------------------------------------------------------------
 
@@ -113,7 +114,7 @@ class Worker:
         """Begin a shard."""
         n = self._spec.sampling.n
         wanted = [(row, sample) for row in iter_rows(lease.only) for sample in range(n)] if lease.only else None
-        self._shards[lease.batch_id] = shard = OpenShard(lease, n, self._files.result_schema, wanted)
+        self._shards[lease.batch_id] = shard = OpenShard(lease, n, self._files.result_schema, wanted, self.meter.note)
         self._shard_tasks.spawn(self._run_shard(shard))
 
     def tell(self, order: Order) -> None:
@@ -219,8 +220,6 @@ class Worker:
             for message in [*left_out, *await self._shares.load_begun(shard, lease.journal)]:
                 self._emit(WorkerWarned(self._setup.worker_id, message))
         shard.quarantine(lease.quarantined)
-
-    # ---- the journal -------------------------------------------------------------------------------------------------
 
     async def _flush(self) -> None:
         await self._spill.flush([*self._shards.values()])

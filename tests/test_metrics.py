@@ -1,0 +1,127 @@
+"""What a run tells Prometheus: every request counted, latencies drawn evenly and boundedly, nothing said of the unknown."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+from promql import list_metrics
+
+from batchgen.metrics import MAX_OBSERVED, METRICS, Meter, measure_run
+from batchgen.queue.events import Heartbeat
+from batchgen.queue.pulse import Snapshot
+from batchgen.records import Failure, Generation, Result, RowId, ShardProgress, Timing, Usage
+
+REPO = Path(__file__).parents[1]
+
+
+def make_answer(number: int, latency_s: float = 2.0) -> Result:
+    usage = Usage(10, 21, 4)
+    return Result(
+        RowId("f", number, 0), 2, Timing(0.1, 1.0, latency_s), Generation("secret", (1,), "stop", usage), text="secret"
+    )
+
+
+BEAT = Heartbeat("w", 500, 3, 0.0, (ShardProgress("b", 1, 0, 7), ShardProgress("c", 1, 0, 5)))
+
+
+def test_all_requests_are_counted_once_and_latencies_are_a_bounded_draw() -> None:
+    meter = Meter()
+    for number in range(5000):
+        meter.note(make_answer(number, latency_s=float(number)))
+    meter.note(Result(RowId("f", 1, 0), 1, Timing(), failure=Failure("timed_out", "no answer", True)))
+    points = meter.take(BEAT, 8)
+    sums: Counter[tuple[str, tuple[tuple[str, str], ...]]] = Counter()
+    for point in points:
+        sums[point.name, point.labels] += point.value  # type: ignore[assignment]
+    assert sums["batchgen_request_success_total", (("finished_reason", "stop"),)] == 5000
+    assert sums["batchgen_request_failure_total", (("error_type", "timed_out"),)] == 1
+    assert sums["batchgen_request_retries_total", ()] == 5000
+    assert sums["batchgen_prompt_tokens_total", ()] == 50_000
+    assert sums["batchgen_prefix_cache_hits_total", ()] == 20_000
+    assert sums["batchgen_generation_tokens_total", ()] == 500
+    assert sums["batchgen_num_requests_waiting", ()] == 12
+    drawn = [point.value for point in points if point.name == "batchgen_e2e_request_latency_seconds"]
+    assert MAX_OBSERVED / 2 <= len(drawn) <= MAX_OBSERVED
+    assert sum(drawn) / len(drawn) == pytest.approx(2500, abs=100), "of all of them, neither the first nor the last"
+    per_token = [p.value for p in points if p.name == "batchgen_request_time_per_output_token_seconds"]
+    assert all(value < 250 for value in per_token)
+    again = meter.take(BEAT, 8)
+    assert {point.value for point in again if METRICS[point.name].kind != "gauge"} == {0}
+    assert "secret" not in repr(points)
+
+
+def test_a_run_tells_what_it_knows() -> None:
+    seen = Snapshot(100, 10, 1, 20, 3, 0, 50, 2, 0, 4, 8, 1, 5.0, eta_s=9.0, worker_states={"busy": 2})
+    values = {(point.name, point.labels): point.value for point in measure_run(seen, 77.0)}
+    assert values["batchgen_rows_done", ()] == 20
+    assert values["batchgen_workers", (("state", "busy"),)] == 2
+    assert values["batchgen_workers", (("state", "idle"),)] == 0
+    assert values["batchgen_eta_seconds", (("bound", "middle"),)] == 9
+    assert ("batchgen_eta_seconds", (("bound", "low"),)) not in values
+    assert ("batchgen_gpu_hours", ()) not in values
+
+
+def test_every_point_has_a_metric_with_its_labels() -> None:
+    meter = Meter()
+    meter.note(make_answer(1))
+    meter.note(Result(RowId("f", 1, 0), 1, Timing(), failure=Failure("timed_out", "no answer", True)))
+    seen = Snapshot(1, 1, 1, 1, 0, 0, 1, 1, 0, 1, 1, 0, 1.0, eta_s=1, eta_low_s=1, eta_high_s=2, gpu_hours=1.0)
+    points = [*meter.take(BEAT, 8), *measure_run(seen, 1.0)]
+    for point in points:
+        assert {name for name, _ in point.labels} <= set(METRICS[point.name].labels)
+    assert {point.name for point in points} == METRICS.keys()
+
+
+# ---- the dashboard and the alerts ------------------------------------------------------------------------------------
+
+
+def list_expressions() -> dict[str, str]:
+    """{where: PromQL} of the dashboard and of the alert rules."""
+    board = json.loads((REPO / "jobs" / "grafana" / "dashboard.json").read_text())
+    found = {
+        f"{panel['title']} {target['refId']}": target["expr"]
+        for panel in board["panels"]
+        for target in panel["targets"]
+    }
+    (group,) = yaml.safe_load((REPO / "jobs" / "grafana" / "alerts.yaml").read_text())["groups"]
+    return found | {rule["alert"]: rule["expr"] for rule in group["rules"]}
+
+
+def strip(name: str) -> str:
+    """The metric behind a series of Ray's endpoint."""
+    return re.sub("_(bucket|sum|count)$", "", name.removeprefix("ray_"))
+
+
+def test_dashboard_and_alerts_read_our_metrics_and_no_others() -> None:
+    expressions = list_expressions()
+    assert len(expressions) > 25
+    for where, expression in expressions.items():
+        names = list_metrics(expression)
+        assert names, where
+        assert {strip(name) for name in names} <= METRICS.keys(), where
+        assert all(name.startswith("ray_") for name in names), where
+        histograms = {name for name in names if METRICS[strip(name)].kind == "histogram"}
+        assert all(name.endswith("_bucket") for name in histograms), where
+        assert expression.count("(") == expression.count(")"), where
+
+
+def test_every_metric_is_documented_and_on_the_board() -> None:
+    page = (REPO / "docs" / "metrics.md").read_text()
+    assert [name for name in METRICS if f"`{name}`" not in page] == []
+    shown = {strip(name) for expression in list_expressions().values() for name in list_metrics(expression)}
+    assert METRICS.keys() - shown == {"batchgen_gpu_hours"}, "which runs without GPUs don't have"
+
+
+def test_alerts_say_what_and_the_mend() -> None:
+    (group,) = yaml.safe_load((REPO / "jobs" / "grafana" / "alerts.yaml").read_text())["groups"]
+    for rule in group["rules"]:
+        assert rule["annotations"].keys() == {"summary", "mend"}
+        assert "$labels.run" in rule["annotations"]["summary"]
+
+
+def test_names_are_found_in_promql() -> None:
+    text = 'histogram_quantile(0.5, sum by (le) (rate(a_bucket{run=~"b"}[5m]))) / max(c) > 1 and d offset 1h > 0'
+    assert list_metrics(text) == {"a_bucket", "c", "d"}
