@@ -49,7 +49,7 @@ METRICS: dict[str, Metric] = {
     "batchgen_max_requests_running": Metric("gauge", "Most requests in flight that the worker allows.", ("worker",)),
     "batchgen_prompt_tokens_total": Metric("counter", "Prompt tokens of answered requests.", ("worker",)),
     "batchgen_generation_tokens_total": Metric("counter", "Completion tokens, as they are made.", ("worker",)),
-    "batchgen_prefix_cache_hits_total": Metric("counter", "Prompt tokens that were not computed again.", ("worker",)),
+    "batchgen_prefix_cache_hit_rate": Metric("gauge", "Prompt tokens not computed again, of all since.", ("worker",)),
     "batchgen_request_success_total": Metric("counter", "Answered requests.", ("worker", "finished_reason")),
     "batchgen_request_failure_total": Metric(
         "counter", "Requests that ended as an error row.", ("worker", "error_type")
@@ -109,6 +109,8 @@ class Meter:
     _num_seen: int = 0
     _stride: int = 1
     _total_tokens: int = 0
+    _num_cached: int = 0
+    _num_looked_up: int = 0
 
     def note(self, result: Result) -> None:
         self._sums["batchgen_request_retries_total"] += max(0, result.num_attempts - 1)
@@ -119,7 +121,9 @@ class Meter:
         assert generation is not None
         self._reasons[generation.finish_reason] += 1
         self._sums["batchgen_prompt_tokens_total"] += generation.usage.prompt_tokens or 0
-        self._sums["batchgen_prefix_cache_hits_total"] += generation.usage.cached_tokens or 0
+        if generation.usage.cached_tokens is not None and generation.usage.prompt_tokens:
+            self._num_cached += generation.usage.cached_tokens
+            self._num_looked_up += generation.usage.prompt_tokens
         if self._num_seen % self._stride == 0:
             self._drawn.append(_observe(result))
             if len(self._drawn) > MAX_OBSERVED:
@@ -139,7 +143,10 @@ class Meter:
             *(_count("batchgen_request_failure_total", "error_type", self._errors)),
             *(point for points in self._drawn for point in points),
         ]
+        if self._num_looked_up:
+            points.append(Point("batchgen_prefix_cache_hit_rate", self._num_cached / self._num_looked_up))
         self._reasons, self._errors, self._sums = Counter(), Counter(), Counter()
+        self._num_cached = self._num_looked_up = 0
         self._drawn, self._num_seen, self._stride = [], 0, 1
         return points
 

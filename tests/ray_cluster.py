@@ -34,6 +34,7 @@ class RayCluster:
     address: str
     dashboard: str
     env: dict[str, str]
+    metrics: str = ""
 
     def call(self, *args: str, timeout_s: float = 60) -> str:
         done = subprocess.run([RAY, *args], env=self.env, cwd=REPO, capture_output=True, text=True, timeout=timeout_s)
@@ -141,15 +142,19 @@ def run_ray_cluster(home: Path, extra_env: Mapping[str, str], num_cpus: int = 3)
         MARK: uuid.uuid4().hex,
         "HOME": str(home),
         "RAY_AUTH_MODE": "token",
+        "RAY_metrics_report_interval_ms": "1000",
         "PATH": f"{Path(RAY).parent}:{env['PATH']}",
     }
-    port, dashboard = find_port(), find_port()
-    cluster = RayCluster(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", env)
+    port, dashboard, metrics = find_port(), find_port(), find_port()
+    cluster = RayCluster(
+        f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", env, f"http://127.0.0.1:{metrics}/metrics"
+    )
     cluster.call("get-auth-token", "--generate")
     cluster.call(
         *("start", "--head", "--node-ip-address", "127.0.0.1", "--port", str(port), "--disable-usage-stats"),
         *("--dashboard-port", str(dashboard), "--ray-client-server-port", str(find_port())),
         *("--dashboard-agent-listen-port", str(find_port()), "--num-cpus", str(num_cpus)),
+        *("--metrics-export-port", str(metrics)),
     )
     try:
         yield cluster

@@ -40,7 +40,7 @@ def test_all_requests_are_counted_once_and_latencies_are_a_bounded_draw() -> Non
     assert sums["batchgen_request_failure_total", (("error_type", "timed_out"),)] == 1
     assert sums["batchgen_request_retries_total", ()] == 5000
     assert sums["batchgen_prompt_tokens_total", ()] == 50_000
-    assert sums["batchgen_prefix_cache_hits_total", ()] == 20_000
+    assert sums["batchgen_prefix_cache_hit_rate", ()] == 0.4
     assert sums["batchgen_generation_tokens_total", ()] == 500
     assert sums["batchgen_num_requests_waiting", ()] == 12
     drawn = [point.value for point in points if point.name == "batchgen_e2e_request_latency_seconds"]

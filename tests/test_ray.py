@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,8 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from promql import list_metrics
 from ray_cluster import MARK, RayCluster, list_marked, run_ray_cluster
 from s3_server import S3Proxy, S3Server, make_env
+from test_metrics import list_expressions
 from trtllm_util import CHILD, KEEPER, RANK, SMALL, create_stand_in
 
 import batchgen
@@ -331,6 +334,31 @@ def test_driver_of_another_build_is_turned_away(cluster: RayCluster, tmp_path: P
     assert done.returncode == 3, done.stderr[-2000:]
     assert "install the same build" in done.stderr
     assert count_calls(tmp_path) == 0
+
+
+def test_a_run_exports_every_metric_that_dashboard_and_alerts_read(cluster: RayCluster, tmp_path: Path) -> None:
+    """Scraped from Ray's own endpoint while the run works; a run with errors and answers."""
+    prompts = [f"row {row}: please" if row % 9 else None for row in range(900)]
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"prompt": prompts}), tmp_path / "in" / "part.parquet")
+    spec = write_spec(
+        tmp_path, str(tmp_path / "in"), str(tmp_path / "out"), engine={"failure_rate": 0.2}, retry={"max_error_rate": 1}
+    )
+    job = cluster.submit(spec)
+    wanted = {name for expression in list_expressions().values() for name in list_metrics(expression)}
+    found: dict[str, str] = {}
+
+    def scrape() -> bool:
+        with urllib.request.urlopen(cluster.metrics, timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        found.update({re.split(r"[{ ]", line, maxsplit=1)[0]: line for line in lines if not line.startswith("#")})
+        return wanted <= found.keys()
+
+    wait_for(scrape, f"all of {sorted(wanted)}", 60)
+    assert cluster.wait(job, 90) == "SUCCEEDED", cluster.read_logs(job)[-3000:]
+    assert 'finished_reason="' in found["ray_batchgen_request_success_total"]
+    assert 'error_type="null_prompt"' in found["ray_batchgen_request_failure_total"]
+    assert not [line for line in found.values() if "please" in line], "no prompt in a label"
 
 
 def test_nothing_of_a_run_is_left_behind(cluster: RayCluster) -> None:
