@@ -9,6 +9,7 @@
     ├── RunStopped               the run ended early; start it again and it goes on    exit code 3
     │   ├── LeaseLost            another driver took the folder over, or we could not renew
     │   ├── NoWorkers            no worker could be started
+    │   ├── GateFailed           the first rows are beyond a limit of gates.canary    exit code 4
     │   └── Cancelled            `batchgen cancel`, SIGINT or SIGTERM
     ├── RowError                 one request failed; becomes an error row, never stops the run
     │   ├── BadRow               the input row itself is at fault                      not retryable
@@ -72,6 +73,10 @@ class NoWorkers(RunStopped):
 
 class Cancelled(RunStopped):
     """Somebody asked the run to stop."""
+
+
+class GateFailed(RunStopped):
+    """The first rows are not what `gates.canary` wants of them."""
 
 
 class RowError(BatchgenError):

@@ -1,6 +1,6 @@
 """What a run costs that reuses yesterday's output, and one whose rows are there several times: engine calls and seconds.
 
-The engine is simulated and answers at once, so the seconds are those of our own work: in both runs everything but the engine.
+The engine is simulated and answers at once, so the seconds are those of our own work.
 """
 
 import random
