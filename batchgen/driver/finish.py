@@ -51,8 +51,7 @@ def finish(
     manifest.write_committed(fence.put, committed.values())
     write_lengths(storage, committed.values())
     wanted = [committed[shard.number] for shard in job.wanted if shard.number in committed]
-    if message is None and len(wanted) == len(job.wanted) and not is_trial:
-        gates.judge_all(committed)
+    gates.judge_end(committed, is_whole=message is None and len(wanted) == len(job.wanted) and not is_trial)
     failed = tell(gates.failed) if gates.failed else None
     num_samples = job.spec.output.report_rows
     report = make_report(

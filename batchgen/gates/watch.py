@@ -28,24 +28,27 @@ class GateWatch:
 
     def check(self, committed: Mapping[int, CommittedShard], earlier: Mapping[int, CommittedShard]) -> None:
         """At every turn. Raises GateFailed once the canary's rows are there and not as they should be."""
-        if self._is_judged or any(s.number not in committed and s.number not in earlier for s in self._canary):
-            return
+        if not self._is_judged and all(s.number in committed or s.number in earlier for s in self._canary):
+            self._judge_canary([committed.get(shard.number) or earlier[shard.number] for shard in self._canary])
+            if self.failed:
+                raise GateFailed(tell(self.failed))
+
+    def judge_end(self, committed: Mapping[int, CommittedShard], *, is_whole: bool) -> None:
+        """When the run ends: the canary of one that was done before anybody looked, and the final gate where every row of
+        the job is there."""
+        if not self._is_judged and all(shard.number in committed for shard in self._canary):
+            self._judge_canary([committed[shard.number] for shard in self._canary])
+        if is_whole and (gate := self._spec.gates.final) is not None:
+            self.seen["final"] = scan(self._storage, [committed[s.number] for s in self._wanted], self._spec, gate)
+            self.failed += judge_final(gate, self.seen["final"])
+
+    def _judge_canary(self, shards: Sequence[CommittedShard]) -> None:
         self._is_judged, gate = True, self._spec.gates.canary
         assert gate is not None
-        shards = [committed.get(shard.number) or earlier[shard.number] for shard in self._canary]
         counts = scan(self._storage, shards, self._spec, gate, gate.rows * self._spec.sampling.n)
         self.seen["canary"], self.failed = counts, judge_canary(gate, counts)
-        if self.failed:
-            raise GateFailed(tell(self.failed))
-        self._say(f"canary passed: {counts.rows:,} rows, {counts.errors:,} errors, {counts.truncated:,} cut off")
-
-    def judge_all(self, committed: Mapping[int, CommittedShard]) -> None:
-        """When every row is there: the final gate."""
-        if (gate := self._spec.gates.final) is None:
-            return
-        shards = [committed[shard.number] for shard in self._wanted]
-        self.seen["final"] = scan(self._storage, shards, self._spec, gate)
-        self.failed += judge_final(gate, self.seen["final"])
+        if not self.failed:
+            self._say(f"canary passed: {counts.rows:,} rows, {counts.errors:,} errors, {counts.truncated:,} cut off")
 
 
 def tell(failed: Sequence[Failed]) -> str:
