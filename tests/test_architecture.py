@@ -230,8 +230,6 @@ LAYERS = [
     [
         "cli.jobs",
         "cli.outputs",
-        "cli.replay",
-        "cli.reports",
         "cli.nodes",
         "cli.models",
         "cli.simulate",
