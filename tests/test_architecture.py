@@ -230,6 +230,7 @@ LAYERS = [
     [
         "cli.jobs",
         "cli.outputs",
+        "cli.reports",
         "cli.nodes",
         "cli.models",
         "cli.simulate",
