@@ -6,7 +6,7 @@ between any two operations of one scheduler the other one may go on (each look i
 import hashlib
 import random
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -48,6 +48,11 @@ class Faults:
     job_fails: float = 0.05
 
 
+def get_top(name: str) -> str:
+    """`memory://out/KEY` of what lies below: what is listed is looked for there."""
+    return "/".join(name.split("/")[:4])
+
+
 class MemoryClient:
     """A `stores.base.Client` with strong consistency, as S3's. Only schedulers' operations fail."""
 
@@ -55,14 +60,21 @@ class MemoryClient:
 
     def __init__(self, rng: random.Random, faults: Faults) -> None:
         self.held: dict[str, tuple[bytes, str]] = {}
+        self.below: defaultdict[str, set[str]] = defaultdict(set)
         self.rng, self.faults = rng, faults
         self.num_operations = self.num_kills = 0
         self.hub = getcurrent()
 
     def find(self, folder: str) -> Iterator[FileInfo]:
         inside = f"{folder.rstrip('/')}/"
-        found = [FileInfo(n, len(d), v) for n, (d, v) in self.held.items() if n.startswith(inside) or n == folder]
-        return iter(self._do(lambda: found))
+        names = sorted(self.below[get_top(folder)])
+        found = [name for name in names if name.startswith(inside) or name == folder]
+        return iter(self._do(lambda: list(self._list(found))))
+
+    def _list(self, names: list[str]) -> Iterator[FileInfo]:
+        for name in names:
+            if (held := self.held.get(name)) is not None:  # deleted while we gave way
+                yield FileInfo(name, len(held[0]), held[1])
 
     def list_folder(self, folder: str) -> tuple[list[FileInfo], list[str]]:
         raise NotImplementedError(folder)
@@ -99,13 +111,18 @@ class MemoryClient:
                 raise Conflict(name)
             version = hashlib.md5(bytes(data)).hexdigest()
             self.held[name] = (bytes(data), version)
+            self.below[get_top(name)].add(name)
             return version
 
         version: str = self._do(put)
         return version
 
     def delete(self, name: str) -> None:
-        self._do(lambda: self.held.pop(name, None))
+        def drop() -> None:
+            self.held.pop(name, None)
+            self.below[get_top(name)].discard(name)
+
+        self._do(drop)
 
     def _do(self, act: Any) -> Any:
         """Threads and jobs (in the hub) always succeed."""

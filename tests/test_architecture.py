@@ -142,7 +142,7 @@ LAYERS = [
     ["simulate.profile", "simulate.from_spec", "simulate.sources"],
     ["simulate.fluid"],
     ["simulate.estimate"],
-    ["simulate.report", "simulate.figures_ranks"],
+    ["simulate.report", "simulate.figures_ranks", "simulate.figures_moves"],
     ["simulate.figures"],
     ["driver.inline_pool", "ray_pool", "driver.dispatch"],
     ["driver.pools"],
@@ -194,7 +194,7 @@ LAYERS = [
     ["bench.ways", "bench.inputs", "bench.server"],
     ["bench.runs"],
     ["bench.measure", "bench.summary"],
-    ["bench.benchmark", "bench.saturation"],
+    ["bench.benchmark", "bench.saturation", "bench.serving"],
     ["bench.delta"],
     # the endpoint, as far as it needs no Ray
     ["serve"],

@@ -10,14 +10,16 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from ray.serve.schema import ServeDeploySchema
 
+from batchgen.serve.deployment import AppArgs
 from batchgen.spec import ClusterSpec
 
 REPO = Path(__file__).parents[1]
 FOLDER = REPO / "jobs" / "kuberay"
 SCHEMA = yaml.safe_load((REPO / "tests" / "kuberay_schema.yaml").read_text())
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
-NAMES = ["raycluster.yaml", "rayjob.yaml"]
+NAMES = ["raycluster.yaml", "rayjob.yaml", "rayservice.yaml"]
 
 
 def read_file(name: str) -> dict[str, Any]:
@@ -99,6 +101,23 @@ def test_a_value_of_the_wrong_kind_fails(change: Callable[[dict[str, Any]], None
 
 def test_the_jobs_cluster_is_the_cluster() -> None:
     assert read_file("rayjob.yaml")["spec"]["rayClusterSpec"] == read_cluster()
+
+
+def test_the_services_cluster_is_the_cluster_with_a_port_and_keys() -> None:
+    cluster = read_file("rayservice.yaml")["spec"]["rayClusterConfig"]
+    head = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]
+    assert head["ports"].pop() == {"name": "serve", "containerPort": 8000}
+    keys = {"secretKeyRef": {"name": "batchgen-keys", "key": "keys"}}
+    assert head["env"].pop() == {"name": "BATCHGEN_API_KEYS", "valueFrom": keys}
+    assert cluster == read_cluster()
+
+
+def test_the_services_application_is_jobs_serve_yaml_open_to_the_pods_neighbours() -> None:
+    deployed = ServeDeploySchema.model_validate(yaml.safe_load(read_file("rayservice.yaml")["spec"]["serveConfigV2"]))
+    ours = ServeDeploySchema.model_validate(yaml.safe_load((REPO / "jobs" / "serve.yaml").read_text()))
+    assert deployed.applications == ours.applications
+    assert (deployed.http_options.host, ours.http_options.host) == ("0.0.0.0", "127.0.0.1")
+    AppArgs.model_validate(ours.applications[0].args)
 
 
 def test_versions_are_those_of_the_pinned_ones() -> None:

@@ -12,12 +12,15 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pipeline_util import make_pipeline, write_pipeline, write_prompts
 from typer.testing import CliRunner
 
 from batchgen.cli import app
+
+REPO = Path(__file__).parents[1]
 
 
 def call(*args: str, exit_code: int = 0) -> dict[str, Any]:
@@ -55,18 +58,6 @@ def test_a_date_is_run_filtered_judged_published_and_told(root: str, tmp_path: P
     call("pipelines", "run", file, "--date", "2026-11-20", exit_code=2)
     shown = call("pipelines", "show", file)
     assert [found["key"] for found in shown["runs"]] == [run["key"]]
-
-
-def test_an_older_date_moves_no_pointer_back(root: str, tmp_path: Path) -> None:
-    file = write_pipeline(tmp_path / "p.yaml", make_pipeline(root))
-    for date in ("2026-11-20", "2026-11-19"):
-        call("pipelines", "run", file, "--date", date)
-    latest = json.loads((tmp_path / "published" / "latest.json").read_text())
-    assert latest["run"] == "2026-11-20T0100Z"
-    assert sorted(path.name for path in (tmp_path / "published" / "dates").iterdir()) == [
-        "2026-11-19T0100Z.json",
-        "2026-11-20T0100Z.json",
-    ]
 
 
 def test_input_that_does_not_come_fails_the_run_with_its_name(root: str, tmp_path: Path) -> None:
@@ -127,24 +118,46 @@ class receiving:
         self._server.server_close()
 
 
-def test_retention_keeps_the_newest(root: str, tmp_path: Path) -> None:
-    file = write_pipeline(tmp_path / "p.yaml", make_pipeline(root, retention={"keep": 2}))
-    for day in (17, 18, 19):
+def test_an_older_date_moves_no_pointer_back_and_retention_keeps_the_newest(root: str, tmp_path: Path) -> None:
+    tree = make_pipeline(root, retention={"keep": 1})
+    del tree["stages"][1]
+    file = write_pipeline(tmp_path / "p.yaml", tree)
+    for day in (19, 18):
         call("pipelines", "run", file, "--date", f"2026-11-{day}")
-    (tmp_path / "made" / "2026-11-17T0100Z" / "mine.txt").write_text("not a job's")
+    published = tmp_path / "published"
+    assert json.loads((published / "latest.json").read_text())["run"] == "2026-11-19T0100Z"
+    assert len(list((published / "dates").iterdir())) == 2
+    (tmp_path / "made" / "2026-11-18T0100Z" / "mine.txt").write_text("not a job's")
     with scheduler(file) as process:
-        wait_until(
-            lambda: [run["is_deleted"] for run in call("pipelines", "show", file)["runs"]] == [True, False, False]
-        )
+        wait_until(lambda: [run["is_deleted"] for run in call("pipelines", "show", file)["runs"]] == [True, False])
         assert process.poll() is None
-    left = {path.name for path in (tmp_path / "made" / "2026-11-17T0100Z").rglob("*") if path.is_file()}
+    left = {path.name for path in (tmp_path / "made" / "2026-11-18T0100Z").rglob("*") if path.is_file()}
     assert left - {"replace.lock"} == {"mine.txt"}, "a local store's lock file stays"
-    assert len(read_ids(f"{root}/made/2026-11-18T0100Z")) == 20
+    assert [path.name for path in (published / "dates").iterdir()] == ["2026-11-19T0100Z.json"]
+    assert len(read_ids(f"{root}/made/2026-11-19T0100Z")) == 20
+
+
+def test_the_nightly_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands, with 12 questions of the embedded model's kind."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "nightly" / "prompts" / "2026-11-20"
+    folder.mkdir(parents=True)
+    pairs = [(f"What is {n} plus {n + 1}?", str(2 * n + 1)) for n in range(12)]
+    columns = {"id": [f"q{n}" for n in range(12)], "question": [q for q, _ in pairs], "answer": [a for _, a in pairs]}
+    pq.write_table(pa.table(columns), folder / "questions.parquet")
+    (folder / "_DONE").write_text("")
+    run = call("pipelines", "run", str(REPO / "jobs" / "nightly.yaml"), "--date", "2026-11-20")
+    assert run["state"] == "succeeded"
+    latest = json.loads((tmp_path / "nightly" / "latest.json").read_text())
+    judged = pq.read_table(f"{latest['outputs']['judge']['path']}/data").to_pylist()
+    assert judged
+    assert all(row["generate_text"] is not None and row["text"] is not None for row in judged)
 
 
 def test_a_scheduler_that_is_killed_leaves_the_run_to_the_next(root: str, tmp_path: Path) -> None:
     tree = make_pipeline(root)
-    tree["stages"][0]["job"]["engine"] = {"kind": "simulated", "mean_tokens": 5, "decode_tokens_per_s": 2.0}
+    del tree["stages"][1]
+    tree["stages"][0]["job"]["engine"] = {"kind": "simulated", "mean_tokens": 5, "decode_tokens_per_s": 4.0}
     file = write_pipeline(tmp_path / "p.yaml", tree)
     call("pipelines", "backfill", file, "--from", "2026-11-18", "--to", "2026-11-19")
     for _ in range(2):

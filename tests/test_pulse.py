@@ -25,7 +25,7 @@ from batchgen.queue.events import Heartbeat
 from batchgen.queue.progress import Progress, Tally
 from batchgen.queue.pulse import MAX_LINES, MAX_STEPS, Pulse, Snapshot
 from batchgen.queue.roster import Roster
-from batchgen.queue.work_queue import WorkQueue
+from batchgen.queue.trial_queue import TrialQueue
 from batchgen.records import ShardProgress, WorkerInfo
 from batchgen.spec import ClusterSpec, RetrySpec
 from batchgen.storage import Storage
@@ -35,7 +35,7 @@ class World:
     """A driver's facts, in virtual time."""
 
     def __init__(self, num_workers: int = 1) -> None:
-        self.queue = WorkQueue([], epoch=1, retry=RetrySpec(), cluster=ClusterSpec())
+        self.queue = TrialQueue([], epoch=1, retry=RetrySpec(), cluster=ClusterSpec())
         self.roster, self.tally, self.pulse = Roster(1.0), Tally(), Pulse()
         for number in range(num_workers):
             info = WorkerInfo(self.roster.make_worker_id(0.0), "b", f"node-{number}", "simulated", "1", 1.0, 8, 0.0)

@@ -86,7 +86,8 @@ def make_dispatcher(
 ) -> Dispatcher:
     """The loop and everything it works with."""
     spec, todo = job.spec, job.todo
-    watch = Watch(view, StatusWriter(job.storage, hold.epoch, spec.cluster.log_interval_s))
+    interval_s = spec.cluster.log_interval_s
+    watch = Watch(view, StatusWriter(job.storage, hold.epoch, interval_s), look_s=interval_s)
     page = LivePage(job, hold, recorder)
 
     def check() -> None:

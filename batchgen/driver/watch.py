@@ -18,8 +18,10 @@ LOOK_S = 1.0
 class Watch:
     """Called at every turn of one run's loop."""
 
-    def __init__(self, view: View, status: StatusWriter, clock: Callable[[], float] = time.monotonic) -> None:
-        self._view, self._status, self._clock = view, status, clock
+    def __init__(
+        self, view: View, status: StatusWriter, clock: Callable[[], float] = time.monotonic, look_s: float = LOOK_S
+    ) -> None:
+        self._view, self._status, self._clock, self._look_s = view, status, clock, min(LOOK_S, look_s)
         self._pulse = Pulse()
         self._next = clock()
 
@@ -28,7 +30,7 @@ class Watch:
         if now < self._next:
             self._view.show(progress)
             return
-        self._next = now + LOOK_S
+        self._next = now + self._look_s
         at = dispatcher.clock()
         gpu_hours = dispatcher.count_gpu_hours()
         seen = self._pulse.look(progress, dispatcher.queue, dispatcher.roster, dispatcher.ledger.tally, at, gpu_hours)

@@ -67,6 +67,7 @@ class Keeper:
     _signs: LifeSigns = field(init=False)
     _own_ends: set[str] = field(default_factory=set)
     _told: set[str] = field(default_factory=set)
+    _retired_at: int = -1
     _seen_ends: dict[str, float] = field(default_factory=dict)
     _silent_since: dict[str, float] = field(default_factory=dict)
     _arrivals: dict[str, str] = field(default_factory=dict)
@@ -248,7 +249,7 @@ class Keeper:
         return key in self._own_ends or self.monotonic() - since >= HOOK_GRACE_S
 
     def _retire(self, now: float) -> None:
-        if self.spec.retention is None or self.only is not None:
+        if self.spec.retention is None or self.only is not None or self.history.length == self._retired_at:
             return
         # The pointer is read only where there is something to retire: once a run, not once a look.
         key = choose_retired(self.spec, self.history, ())
@@ -259,6 +260,9 @@ class Keeper:
             outputs = list(self.list_outputs(run).values())
             if delete_some(outputs, self.spec.publish, run.key, DELETE_FILES):
                 self.log.append(Deleted(run.key, now))
+            return
+        if key is None:
+            self._retired_at = self.history.length  # nothing is to go until something happens
 
     def _list_protected(self) -> Iterable[str]:
         """What is published, and what active runs read."""

@@ -38,7 +38,7 @@ class VirtualWorker:
     ) -> None:
         self.model, self._workload, self._store = model, workload, store
         self.engine = VirtualEngine(model.engine, now)
-        can_move = model.policies.can_move and model.n == 1
+        can_move = model.policies.can_move and model.n == 1 and bool(model.policies.ladder.rungs)
         self.info = WorkerInfo(worker_id, "", worker_id, "virtual", "", model.num_gpus, model.window, 0.0, can_move)
         self.open: dict[str, OpenRows] = {}
         self._events: list[VirtualEvent] = []

@@ -1,0 +1,206 @@
+"""`batchgen serve` on a real Ray: interactive requests beside batches on shared engines, and every part of it killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import yaml
+from ray_cluster import MARK, find_port, list_marked, stop_processes
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+
+ENGINE = {
+    "kind": "simulated",
+    "slots": 8,
+    "max_inflight": 16,
+    "sigma": 0.3,
+    "mean_tokens": 20,
+    "decode_tokens_per_s": 60,
+}
+CHAT = "/v1/chat/completions"
+PARTS = ("ray::EngineActor", "ray::ServeReplica:batchgen:Controller", "ray::ServeReplica:batchgen:Ingress")
+
+
+@dataclass
+class Served:
+    """One `batchgen serve` with a Ray of its own."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    mark: str
+    log: Path
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=8)
+
+    def kill(self, part: str) -> None:
+        found = list_marked(self.mark, part)
+        assert found, f"{part} is not there"
+        stop_processes(found)
+
+    def wait_up(self) -> None:
+        give_up_at = time.monotonic() + 90
+        while True:
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            try:
+                ask(self.client, "hello")
+            except openai.APIError:
+                assert time.monotonic() < give_up_at, self.log.read_text()[-3000:]
+                time.sleep(0.5)
+            else:
+                return
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("serve")
+    model = {
+        "engine": ENGINE,
+        "cluster": {"workers": {"min": 1, "max": 1}, "drain_s": 2},
+        "journal_interval_s": 0.5,
+        "rows_per_shard": 40,
+    }
+    limits = {"requests_per_minute": 1_000_000}
+    tree = {"store": str(folder / "store"), "models": {"slow": model}, "limits": limits}
+    (folder / "endpoint.yaml").write_text(yaml.safe_dump(tree))
+    ray_folder, mark, port = tempfile.mkdtemp(prefix="bg", dir="/tmp"), uuid.uuid4().hex, find_port()
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    env |= {"RAY_TMPDIR": ray_folder, MARK: mark}
+    command = [str(Path(sys.executable).parent / "batchgen"), "serve", str(folder / "endpoint.yaml"), "--no-keys"]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [*command, "--port", str(port)], stdout=log, stderr=log, env=env, start_new_session=True
+        )
+    found = Served(process, port, mark, folder / "log")
+    try:
+        found.wait_up()
+        yield found
+    finally:
+        stop_processes(list_marked(mark))
+        process.wait(10)
+
+
+def ask(client: openai.OpenAI, text: str, **fields: Any) -> Any:
+    messages: Any = [{"role": "user", "content": text}]
+    return client.chat.completions.create(model="slow", messages=messages, **fields)
+
+
+def start_batch(client: openai.OpenAI, num_rows: int, window: Any = "24h") -> openai.types.Batch:
+    lines = [
+        {"custom_id": f"row-{row}", "method": "POST", "url": CHAT, "body": make_body(f"row {row}")}
+        for row in range(num_rows)
+    ]
+    content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    file = client.files.create(file=("in.jsonl", content), purpose="batch")
+    return client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window=window)
+
+
+def make_body(text: str) -> dict[str, Any]:
+    return {"model": "slow", "messages": [{"role": "user", "content": text}]}
+
+
+def wait_ended(client: openai.OpenAI, batch_id: str, timeout_s: float = 90) -> openai.types.Batch:
+    give_up_at = time.monotonic() + timeout_s
+    while (batch := client.batches.retrieve(batch_id)).status not in ("completed", "failed", "expired", "cancelled"):
+        assert time.monotonic() < give_up_at, batch
+        time.sleep(0.3)
+    return batch
+
+
+def check_whole(client: openai.OpenAI, batch: openai.types.Batch, num_rows: int) -> None:
+    """Every row is there once, and none failed."""
+    assert batch.status == "completed", batch
+    counts = batch.request_counts
+    assert counts is not None
+    assert (counts.total, counts.completed, counts.failed) == (num_rows, num_rows, 0)
+    assert batch.output_file_id is not None
+    lines = client.files.content(batch.output_file_id).text.splitlines()
+    assert sorted(json.loads(line)["custom_id"] for line in lines) == sorted(f"row-{row}" for row in range(num_rows))
+
+
+def test_the_same_request_is_answered_whole_and_streamed(served: Served) -> None:
+    client = served.client
+    whole = ask(client, "tell me", seed=5)
+    stream = list(ask(client, "tell me", seed=5, stream=True, stream_options={"include_usage": True}))
+    texts = [part.choices[0].delta.content or "" for part in stream if part.choices]
+    assert "".join(texts) == whole.choices[0].message.content
+    assert sum(bool(text) for text in texts) > 1
+    assert stream[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert stream[-1].usage == whole.usage
+    assert whole._request_id
+
+
+def test_choices_come_prompt_by_prompt(served: Served) -> None:
+    found = served.client.completions.create(model="slow", prompt=["one", "two"], n=2, max_tokens=5)
+    assert [choice.index for choice in found.choices] == [0, 1, 2, 3]
+    assert found.usage is not None
+    assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (6, 20)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "param"),
+    [
+        ({"logprobs": True}, openai.BadRequestError, "logprobs"),
+        ({"model": "other"}, openai.NotFoundError, "model"),
+        ({"stream": True, "temperature": -1}, openai.BadRequestError, "temperature"),
+    ],
+)
+def test_what_it_cannot_do_is_refused_by_name(served: Served, fields: Any, error: Any, param: str) -> None:
+    messages: Any = [{"role": "user", "content": "x"}]
+    with pytest.raises(error) as caught:
+        served.client.chat.completions.create(**{"model": "slow", "messages": messages, **fields})
+    assert caught.value.param == param
+
+
+def test_interactive_requests_and_the_earlier_deadline_go_before_bulk(served: Served) -> None:
+    client = served.client
+    late, early = start_batch(client, 400), start_batch(client, 60, "1h")
+    began = time.monotonic()
+    ask(client, "quick", max_tokens=6)
+    assert time.monotonic() - began < 20
+    check_whole(client, wait_ended(client, early.id), 60)
+    assert client.batches.retrieve(late.id).status == "in_progress"
+    check_whole(client, wait_ended(client, late.id), 400)
+
+
+def test_each_part_is_killed_and_nothing_is_lost_or_there_twice(served: Served) -> None:
+    kill_in_turn(served, list(PARTS), num_rows=300, pause_s=3.0)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_twenty_kills(served: Served) -> None:
+    kill_in_turn(served, [PARTS[number % 3] for number in range(20)], num_rows=6000, pause_s=12.0)
+
+
+def kill_in_turn(served: Served, parts: list[str], *, num_rows: int, pause_s: float) -> None:
+    client = served.client
+    batch = start_batch(client, num_rows)
+    for part in parts:
+        time.sleep(pause_s)  # the batch is somewhere else at each kill; nothing is right by it
+        served.kill(part)
+        served.wait_up()
+    check_whole(client, wait_ended(client, batch.id, 120 + num_rows / 10), num_rows)
+
+
+def test_its_metrics_are_prometheus(served: Served) -> None:
+    text = served.client.get(f"http://127.0.0.1:{served.port}/metrics", cast_to=str)
+    assert 'batchgen_engines_up{model="slow"} 1' in text
+
+
+def test_a_signal_drains_it(served: Served) -> None:
+    """Last: what is there afterwards is nothing."""
+    os.kill(served.process.pid, signal.SIGTERM)
+    assert served.process.wait(60) == 0
