@@ -21,6 +21,7 @@ from batchgen.driver.signals import stop_on_signal
 from batchgen.driver.view import View
 from batchgen.driver.watch import Watch
 from batchgen.errors import LeaseLost, RunStopped, StorageError
+from batchgen.gates.watch import GateWatch
 from batchgen.logs import Note, in_run, log_event
 from batchgen.metrics import Point
 from batchgen.queue.events import WorkerPool
@@ -53,10 +54,12 @@ def run_job(
             view.warn(warning)
         if not job.todo:
             view.say("nothing left to do: every planned row is committed")
-            return finish(job, None, hold, is_trial=limit is not None)
+            gates = GateWatch(job.spec, storage, job.wanted, view.say)
+            return finish(job, None, hold, gates, is_trial=limit is not None)
         withdraw_success(storage)
         freeze(job)
         view.say(foresee(job).describe())
+        gates = GateWatch(job.spec, storage, job.wanted, view.say)
         setup = WorkerSetup("", job.spec, hold.epoch, storage, job.passthrough, job.prior)
         with closing(create_pool(setup)) as pool, stop_on_signal() as check_signal:
 
@@ -66,10 +69,10 @@ def run_job(
 
             recorder = RunRecorder(storage, job.spec, hold.epoch)
             watch = make_watch(job, hold, view, create_publisher(setup))
-            dispatcher = make_dispatcher(job, hold, pool, view, check_all, recorder, watch)
+            dispatcher = make_dispatcher(job, hold, pool, view, check_all, recorder, gates, watch)
             message = dispatch(dispatcher, view)
             recorder.close(dispatcher, message)
-        report = finish(job, dispatcher, hold, message=message, is_trial=limit is not None)
+        report = finish(job, dispatcher, hold, gates, message=message, is_trial=limit is not None)
         log_event("run_ended", **{name: report[name] for name in ("state", "exit_code", "rows", "run", "output")})
         return report
 
@@ -88,6 +91,7 @@ def make_dispatcher(
     view: View,
     check_signal: Callable[[], None],
     recorder: RunRecorder,
+    gates: GateWatch,
     watch: Watch,
 ) -> Dispatcher:
     """The loop and everything it works with."""
@@ -97,6 +101,7 @@ def make_dispatcher(
     def check() -> None:
         hold.check()
         check_signal()
+        gates.check(dispatcher.ledger.committed, job.committed)
 
     def show(progress: Progress) -> None:
         watch.show(dispatcher, progress)
