@@ -127,7 +127,7 @@ LAYERS = [
     ["worker.shard_files", "worker.sender", "specs.validate"],
     ["specs.inputs"],
     ["worker.feeder"],
-    ["worker.setup", "worker.shares"],
+    ["worker.setup", "worker.shares", "ray_data"],
     ["worker.spill"],
     ["worker.worker", "driver.job", "replay"],
     # the same rows in larger files
