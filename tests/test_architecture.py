@@ -41,7 +41,7 @@ LAYERS = [
         "verify.damage",
         "worker.seal",
     ],
-    ["preflight.tokenizer_files", "specs.saved"],
+    ["preflight.tokenizer_files", "specs.saved", "specs.reference"],
     ["reuse.fingerprint", "gates.decide"],
     # pure decisions
     ["prompt", "plan", "queue.backlog", "queue.scaling", "queue.governor", "lengths", "worker.answer", "verify.rows"],

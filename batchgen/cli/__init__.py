@@ -1,8 +1,9 @@
 """The command line. Parses, calls, prints; what is decided elsewhere is not decided here.
 
 Exit codes: 0 all rows done and the error rate within `retry.max_error_rate`; 1 done with too many errors; 2 refused
-before anything was started; 3 stopped and resumable; 4 a gate failed. People read standard error; `--json` ends standard
-output with one JSON line for programs, also on a refusal. A traceback is shown only with `--debug`.
+before anything was started; 3 stopped and resumable; 4 a gate failed; 70 a fault of batchgen's own, 130 interrupted: what
+is in the output folder is safe then, too. People read standard error; `--json` ends standard output with one JSON line for
+programs, also on a refusal. A traceback is shown only with `--debug`.
 """
 
 import sys

@@ -1,8 +1,10 @@
 """What every command of the command line shares: the app, the options, how a refusal is told."""
 
 import json
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -36,6 +38,9 @@ DeadlineOption = Annotated[
 GpuHoursOption = Annotated[
     float | None, typer.Option("--max-gpu-hours", metavar="H", help="Stop before this run has used more GPU-hours.")
 ]
+# As a shell says it of a program that Ctrl-C ended, and as sysexits.h says it of one that is at fault itself.
+INTERRUPTED, BROKEN = 130, 70
+
 LogFormat = Literal["auto", "text", "json"]
 LogFormatOption = Annotated[
     LogFormat,
@@ -49,7 +54,9 @@ LogFormatOption = Annotated[
 
 @contextmanager
 def refusals(debug: bool, *, is_run: bool = False, as_json: bool = False) -> Iterator[None]:
-    """One sentence and the exit code for whatever batchgen raises on purpose. Only a run can have been under way."""
+    """One sentence and the exit code for whatever ends a command. Only a run can have been under way. What batchgen raises
+    on purpose has a sentence of its own; of anything else only kind and place are told, because its text may quote a
+    prompt."""
     try:
         yield
     except BatchgenError as error:
@@ -60,6 +67,27 @@ def refusals(debug: bool, *, is_run: bool = False, as_json: bool = False) -> Ite
             raise
         typer.echo(f"batchgen: {error}", err=True)
         raise typer.Exit(exit_code) from error
+    except KeyboardInterrupt as error:  # the second Ctrl-C, or one where nothing can be drained
+        typer.echo("batchgen: interrupted; start it again and it goes on", err=True)
+        raise typer.Exit(INTERRUPTED) from error
+    except (typer.Exit, typer.Abort):
+        raise
+    # The edge: nobody above could tell it better, and what is in the output folder is safe whatever it was.
+    except Exception as error:
+        message = describe_fault(error)
+        print_json({"state": "broken", "message": message, "exit_code": BROKEN}, as_json)
+        if debug:
+            raise
+        typer.echo(f"batchgen: {message}", err=True)
+        raise typer.Exit(BROKEN) from error
+
+
+def describe_fault(error: Exception) -> str:
+    """Of an error that is nobody's purpose: kind and place, without its text."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if "batchgen" in Path(frame.filename).parts] or frames
+    where = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "an unknown place"
+    return f"{type(error).__name__} in {where}, which is a fault of batchgen's; run it again with --debug and report it"
 
 
 def print_json(value: dict[str, Any], as_json: bool) -> None:

@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -153,9 +153,16 @@ def watch_run(spec: Any, limit: int | None, log_format: LogFormat = "text") -> d
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="A reference for people instead: docs/spec.md.")] = False,
+) -> None:
     """Print the JSON schema of a spec."""
     from batchgen.spec import JobSpec
+    from batchgen.specs.reference import make_reference
+
+    if markdown:
+        typer.echo(make_reference(), nl=False)
+        return
 
     typer.echo(json.dumps(JobSpec.model_json_schema(), indent=2))
 
