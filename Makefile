@@ -15,7 +15,7 @@ card: $(VENV)/.test
 
 # Two processes: many tests wait for processes of their own. `tests/conftest.py` says which stay together.
 test: lint types
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2
 
 # Real kills by the dozen, and 100,000 seeded worlds on two cores: hours. SEEDS=20000:40000 goes on where another ended.
 SEEDS ?= 0:100000

@@ -88,24 +88,31 @@ def _expect(shard: Shard, total: HintTotals, n: int) -> Shard:
 
 
 def read_prior(spec: JobSpec) -> LengthPrior | None:
-    """What the run at `input.length_prior` measured. Raises InputError where there is nothing."""
+    """What the run at `input.length_prior` measured; without one, what the first of `input.reuse_from` did that measured
+    any. Raises InputError where a prior was named and there is nothing."""
     if (url := spec.input.length_prior) is None:
-        return None
+        return next(
+            (prior for url in spec.input.reuse_from if (prior := _find_prior(url, "reuse_from")) is not None), None
+        )
+    if (prior := _find_prior(url, "length_prior")) is None:
+        raise InputError(
+            f"input.length_prior: {Storage(url).root} has no measured lengths; name the output.path of a run that "
+            "has ended, or leave it out"
+        )
+    return prior
+
+
+def _find_prior(url: str, name: str) -> LengthPrior | None:
+    """None where nothing was measured. Raises InputError for what can't be read."""
     storage = Storage(url)
     try:
         fields = read_json(storage, LENGTHS)
     except StorageError as error:
-        raise InputError(f"input.length_prior: {error}") from error
-    prior = None
-    if fields is not None:
-        with refusing_damage(storage.url(LENGTHS), f"is damaged; {RESTORE}", InputError):
-            prior = make_prior(merge_lengths([fields["lengths"]]))
-    if prior is None:
-        raise InputError(
-            f"input.length_prior: {storage.root} has no measured lengths; name the output.path of a run that has ended, "
-            "or leave it out"
-        )
-    return prior
+        raise InputError(f"input.{name}: {error}") from error
+    if fields is None:
+        return None
+    with refusing_damage(storage.url(LENGTHS), f"is damaged; {RESTORE}", InputError):
+        return make_prior(merge_lengths([fields["lengths"]]))
 
 
 def make_length_facts(committed: Iterable[CommittedShard]) -> dict[str, Any]:

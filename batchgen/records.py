@@ -11,10 +11,7 @@ from typing import Any
 from batchgen.names import make_batch_id, make_data_path
 from batchgen.row_ranges import RowRanges
 
-# A Python int and its place in a tuple.
-TOKEN_BYTES = 36
-
-
+TOKEN_BYTES = 36  # a Python int and its place in a tuple
 # (source_row, sample_index): a request of a shard whose file is known.
 Slot = tuple[int, int]
 
@@ -277,17 +274,20 @@ class WorkerInfo:
     num_gpus: float
     window: int
     startup_s: float
+    can_move: bool = False  # rows that its engine has begun can be stopped there and gone on with elsewhere
 
 
 @dataclass(frozen=True, slots=True)
 class ShardProgress:
-    """How far an open lease is, in input rows whose n samples are all finished; in failed samples, of any row; and in
-    requests that are neither finished, nor given to another worker, nor sent to the engine yet."""
+    """An open lease: input rows with all n samples finished; failed samples, and those by type; requests neither finished,
+    given to another worker, nor sent; requests in flight."""
 
     batch_id: str
     num_rows_done: int
     num_rows_error: int
     num_unsent: int = 0
+    error_types: tuple[tuple[str, int], ...] = ()
+    num_inflight: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -191,6 +191,11 @@ class ClusterSpec(Section):
         description="A lease whose worker made no token and finished no row this long expires (s). Longer than an engine "
         "takes to notice that it hangs and to load its weights anew.",
     )
+    moves: Literal["unseeded", "all", "none"] = Field(
+        default="unseeded",
+        description="Which rows that an engine has begun may go on at another one where that ends the run sooner. A row "
+        "with a seed begins anew there. A greedy one may round otherwise, as it may with other neighbours in its batch.",
+    )
     log_interval_s: float = Field(default=5.0, gt=0, description="Seconds between progress lines in a log (s).")
     deadline: AwareDatetime | None = Field(
         default=None, description="Be stopped by then, drained and resumable: a time with its UTC offset."

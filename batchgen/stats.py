@@ -28,6 +28,8 @@ GAMMA = (1 + SKETCH_ERROR) / (1 - SKETCH_ERROR)
 MIN_LATENCY_S = 1e-6
 # A footer holds one message a type; a server's may be long.
 MAX_EXAMPLE_CHARS = 200
+# Engines whose errors carry a server's own words, which may quote the prompt: those stay in the rows.
+QUOTING_ENGINES = frozenset({"openai"})
 ROW_FIELDS = (
     "num_rows_ok",
     "num_rows_error",
@@ -191,6 +193,8 @@ def make_batch_stats(
 ) -> BatchStats:
     """Stats of the batch that committed. `rows` are the rows it generated itself (result columns)."""
     made = describe_rows(rows)
+    if info.engine_kind in QUOTING_ENGINES:
+        made["error_examples"] = {}
     tokens = made["completion_tokens"]
     rate = tokens / wall_s if tokens is not None and wall_s > 0 else None
     return BatchStats(

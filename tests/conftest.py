@@ -1,16 +1,23 @@
 """Fixtures that more than one test file needs."""
 
+import functools
 import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import s3fs
+from hypothesis import settings
 from openai_server import OpenAIServer, run_openai_server
 from s3_server import S3Proxy, S3Server, run_s3_server
 
 from batchgen.storage import Storage
+
+# An example that takes long on a machine that does other things as well is no finding.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 class _AwsEnvironment:
@@ -26,21 +33,40 @@ s3fs.S3FileSystem.aws_environment = _AwsEnvironment()
 s3fs.S3FileSystem._extra_tokenize_attributes = (*s3fs.S3FileSystem._extra_tokenize_attributes, "aws_environment")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that take hours run only where `-m` names them, whatever else it says.
-
-    Where several processes test at once (`make test`), all that starts Ray is one's, from the beginning, so that two
-    clusters never share two cores; a file's tests stay together, with what they started for each other."""
+    """Tests that take hours run only where `-m` names them, whatever else it says. Of several processes (`make test`), one
+    begins with all that starts Ray, which takes longest."""
     if "soak" not in config.option.markexpr:
         soaks = [item for item in items if item.get_closest_marker("soak")]
         config.hook.pytest_deselected(items=soaks)
         items[:] = [item for item in items if item not in soaks]
-    if hasattr(config, "workerinput"):  # one of several processes
-        items.sort(key=lambda item: item.get_closest_marker("ray") is None)
-        for item in items:
-            name = "ray" if item.get_closest_marker("ray") else item.path.name
-            item.add_marker(pytest.mark.xdist_group(name))
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: find_group(item.nodeid) != "ray")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests stay in one process, with what they start for each other; all files that start Ray in the same one,
+    or two clusters would share two cores. (xdist's own groups are lost on pytest 9.2: they write an attribute that it no
+    longer reads.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Schedule(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return find_group(nodeid)
+
+    config.option.loadscopereorder = False
+    return Schedule(config, log)
+
+
+def find_group(nodeid: str) -> str:
+    path = nodeid.partition("::")[0]
+    return "ray" if _starts_ray(Path(__file__).parent / Path(path).name) else path
+
+
+@functools.cache
+def _starts_ray(file: Path) -> bool:
+    return "pytest.mark.ray" in file.read_text()
 
 
 @pytest.fixture(scope="session")

@@ -21,12 +21,14 @@ MAX_FILE_LINES = 300
 
 LAYERS = [
     ["specs", "queue", "worker", "driver", "verify", "staging", "preflight", "chaos", "reuse"],
-    ["__init__", "names", "row_ranges", "batches", "errors", "urls", "paths"],
+    ["names", "row_ranges", "batches", "errors", "urls", "paths"],
+    ["logs"],
     ["records", "queue.suspects"],
     ["specs.sections", "queue.orders", "worker.spilled"],
     ["specs.tensorrt_llm", "specs.sampling", "specs.retry", "specs.input"],
     ["specs.engine"],
     ["queue.lazy_heap", "queue.leases", "queue.tail"],
+    ["queue.begun"],
     [
         "spec",
         "queue.events",
@@ -43,7 +45,7 @@ LAYERS = [
     # pure decisions
     ["prompt", "plan", "queue.backlog", "queue.scaling", "queue.governor", "lengths", "worker.answer", "verify.rows"],
     ["stats", "queue.work_queue", "queue.progress", "queue.roster", "queue.timeline"],
-    ["worker.budget", "worker.placement", "worker.stops", "queue.trial_queue"],
+    ["worker.budget", "worker.placement", "worker.stops", "queue.trial_queue", "queue.pulse"],
     ["worker.seam", "worker.partials"],
     ["preflight.checkpoint", "staging.plan", "engines.trtllm.env"],
     ["preflight.preflight"],
@@ -78,6 +80,7 @@ LAYERS = [
     ["staging.staging", "preflight.checkpoint_facts", "preflight.facts"],
     ["preflight.check"],
     # the engine seam
+    ["engines.byte_tokenizer"],
     ["engines.base", "engines.sampling", "engines.hf_tokenizer", "engines.breaker", "engines.openai_wire"],
     ["engines.deepseek_turns"],
     ["engines.deepseek_v32"],
@@ -117,13 +120,16 @@ LAYERS = [
     ["engines.contract_subject"],
     ["engines.contract_answers"],
     ["engines.contract"],
-    ["worker.continuation"],
+    ["worker.continuation", "worker.ready"],
     ["worker.shard_files", "worker.sender", "specs.validate"],
     ["specs.inputs"],
     ["worker.feeder"],
     ["worker.setup", "worker.shares"],
     ["worker.spill"],
     ["worker.worker", "driver.job"],
+    # the same rows in larger files
+    ["compact", "compact.digest", "compact.plan"],
+    ["compact.compact"],
     # many workers
     ["queue.inquiry", "queue.sharing", "queue.ledger", "queue.staffing"],
     # many virtual workers
@@ -134,11 +140,12 @@ LAYERS = [
     ["simulate.profile", "simulate.from_spec", "simulate.sources"],
     ["simulate.fluid"],
     ["simulate.estimate"],
-    ["simulate.report", "simulate.figures_ranks"],
+    ["simulate.report", "simulate.figures_ranks", "simulate.figures_moves"],
     ["simulate.figures"],
     ["driver.inline_pool", "ray_pool", "driver.dispatch"],
     ["driver.pools"],
     # one run
+    ["driver.screen"],
     ["driver.hold", "driver.view"],
     # what a job did
     ["report", "report.figures", "report.svg"],
@@ -152,9 +159,18 @@ LAYERS = [
     ["quantize.spec_load", "quantize.job"],
     ["driver.inventory"],
     ["driver.control"],
-    ["driver.finish", "driver.live_page", "verify.files", "verify.folder"],
+    ["driver.watch"],
+    ["driver.finish", "driver.foresee", "driver.live_page", "verify.files", "verify.folder"],
     ["driver.run", "verify.verify", "report.reading"],
-    ["chaos.chaos", "chaos.child"],
+    # pipelines: decisions, then what carries them out
+    ["pipelines", "pipelines.calendar", "pipelines.template", "pipelines.events", "pipelines.publish"],
+    ["pipelines.spec", "pipelines.log"],
+    ["pipelines.graph", "pipelines.decide"],
+    ["pipelines.cleanup", "pipelines.filters", "pipelines.arrival", "pipelines.orders", "pipelines.overview"],
+    ["pipelines.load", "pipelines.hooks", "pipelines.submit"],
+    ["pipelines.execute", "pipelines.ray_jobs", "pipelines.keeper"],
+    ["pipelines.scheduler"],
+    ["chaos.chaos", "chaos.child", "library"],
     ["demo", "bench.decode", "bench.queue", "bench.placement", "bench.memory", "bench.endpoint"],
     # benchmarks as jobs
     [
@@ -177,6 +193,7 @@ LAYERS = [
     ["bench.runs"],
     ["bench.measure", "bench.summary"],
     ["bench.benchmark", "bench.saturation", "bench.serving"],
+    ["bench.delta"],
     # the endpoint, as far as it needs no Ray
     ["serve"],
     [
@@ -209,9 +226,11 @@ LAYERS = [
     ["serve.local"],
     ["cli.base"],
     ["cli.jobs", "cli.outputs", "cli.reports", "cli.nodes", "cli.models", "cli.simulate", "cli.chaos", "cli.serve"],
-    ["cli.evaluate"],
+    ["cli.evaluate", "cli.pipelines"],
     ["cli"],
     ["cli.__main__"],
+    # what `import batchgen` offers, each loaded when it is asked for
+    ["__init__"],
 ]
 PURE = {
     "names",
@@ -232,6 +251,7 @@ PURE |= {
     "queue.governor",
     "queue.tail",
     "queue.progress",
+    "queue.pulse",
     "queue.roster",
     "queue.backlog",
     "queue.lazy_heap",
@@ -242,6 +262,7 @@ PURE |= {
     "worker.answer",
     "verify.rows",
 }
+PURE |= {"queue.begun"}
 PURE |= {
     "queue.timeline",
     "report.waste",
@@ -252,13 +273,14 @@ PURE |= {
     "report.figures",
 }
 PURE |= {"report.value", "report.text", "worker.read_ahead", "worker.hint_check", "worker.pace"}
-PURE |= {"worker.budget", "worker.placement", "worker.stops", "worker.seam", "engines.base"}
 PURE |= {"worker.read_ahead", "worker.hint_check", "worker.pace"}
 PURE |= {"worker.budget", "worker.placement", "worker.stops", "worker.seam", "worker.partials", "engines.base"}
 PURE |= {"preflight.checkpoint", "staging.plan", "preflight.preflight", "preflight.model"}
 PURE |= {"quantize.recipe", "quantize.architecture", "quantize.weigh"}
 PURE |= {"evaluate.extract", "evaluate.templates", "evaluate.statistics", "evaluate.speed"}
 PURE |= {"bench.oracle", "bench.runs"}
+PURE |= {"pipelines", "pipelines.calendar", "pipelines.template", "pipelines.events", "pipelines.spec"}
+PURE |= {"pipelines.graph", "pipelines.decide"}
 PURE |= {"engines.trtllm.sampling", "engines.trtllm.env", "engines.trtllm.args", "engines.trtllm.health"}
 PURE |= {
     "simulate",
@@ -268,6 +290,7 @@ PURE |= {
     "simulate.engine",
     "simulate.calibration",
 }
+PURE |= {"compact.digest", "compact.plan"}
 PURE |= {"serve.errors", "serve.ids", "serve.rates", "serve.paging", "serve.ranges", "serve.wire", "serve.records"}
 PURE |= {"serve.room", "serve.deltas"}
 PURE |= {"serve.spec", "serve.batch_spec", "serve.bodies", "serve.body_sampling", "serve.lines", "serve.answers"}
@@ -288,7 +311,17 @@ EFFECTS = {
 
 # vendor -> the only modules that may import it. '()' after a name: only inside functions, so that it loads when used.
 VENDORS = {
-    "ray": {"ray_pool", "serve.engine_actor", "serve.ray_engines", "serve.gateway", "serve.deployment"}
+    # ray_jobs: the job API is an HTTP client, no part of the cluster that workers join.
+    "cronsim": {"pipelines.calendar"},
+    "duckdb": {"pipelines.filters()"},
+    "ray": {
+        "ray_pool",
+        "pipelines.ray_jobs",
+        "serve.engine_actor",
+        "serve.ray_engines",
+        "serve.gateway",
+        "serve.deployment",
+    }
     | {"serve.local"},
     "torch": {"engines.sampling", "engines.decode", "engines.hf_model()", "engines.transformers()", "bench.decode()"}
     | {"training.muon()", "training.train()", "training.save()", "training.accuracy()", "bench.worker()"}
@@ -306,7 +339,7 @@ VENDORS = {
     "aiohttp": {"stores.remote", "engines.openai", "engines.openai_http", "bench.server()"},
     "botocore": {"stores.remote"},
     "pynvml": {"engines.trtllm.gpu()", "preflight.facts()"},
-    "yaml": {"specs.load"},
+    "yaml": {"specs.load", "pipelines.load"},
     "jsonschema": {"specs.sampling()"},
     "numpy": {"evaluate.statistics", "evaluate.speed", "reuse.index"},
     "fastapi": {
@@ -334,8 +367,18 @@ VENDORS = {
         "cli.chaos",
         "cli.serve",
         "cli.evaluate",
+        "cli.pipelines",
     },
-    "rich": {"driver.view", "cli.jobs()", "cli.reports()", "cli.nodes()", "cli.models()", "preflight.doctor()"},
+    "rich": {
+        "driver.view",
+        "driver.screen",
+        "cli.outputs()",
+        "cli.jobs()",
+        "cli.reports()",
+        "cli.nodes()",
+        "cli.models()",
+    }
+    | {"preflight.doctor()"},
 }
 # Modules that import a heavy vendor at their top: whoever imports one of them does so lazily, or is one itself.
 HEAVY = {
@@ -441,6 +484,7 @@ def test_whoever_loads_a_heavy_vendor_at_its_top_is_itself_loaded_lazily() -> No
     heavy = {module for module in SOURCES if {vendor for vendor, lazy in list_vendors(module) if not lazy} & HEAVY}
     assert heavy == {
         "ray_pool",
+        "pipelines.ray_jobs",
         "serve.engine_actor",
         "serve.ray_engines",
         "serve.gateway",

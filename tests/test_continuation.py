@@ -440,3 +440,46 @@ def test_what_another_worker_had_is_gone_on_with_where_this_engine_can(
         assert partials.get(request.row_id) is None
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("sampling", [{}, {"logprobs": 2}, {"stop": ("</think>",)}])
+def test_a_row_that_is_stopped_anywhere_goes_on_elsewhere_as_in_one_shot(sampling: dict[str, Any]) -> None:
+    """Of the transformers engine, whose own thread decodes on while it is asked what it has."""
+
+    async def stop(engine: TransformersEngine, request: Request, num_tokens: int) -> Partials:
+        partials, before = Partials(), engine.total_tokens
+        serving = in_parts(engine, 1000, partials=partials)
+        under_way = asyncio.ensure_future(serving.generate(request))
+        while engine.total_tokens - before < num_tokens and not under_way.done():
+            await asyncio.sleep(0.0005)
+        serving.save(request.row_id)
+        under_way.cancel()
+        await asyncio.wait({under_way})
+        return partials
+
+    async def work(engine: TransformersEngine) -> None:
+        requests = [ask(engine, row, **sampling) for row in range(6)]
+        one_shot = await ask_all(engine, requests)
+        num_saved = 0
+        for number, request in enumerate(requests):
+            left = await stop(engine, request, 2 + 3 * number)
+            num_saved += left.get(request.row_id) is not None
+            elsewhere = Partials()
+            elsewhere.load(left.iter_all())
+            answer = await in_parts(engine, 1000, partials=elsewhere).generate(request)
+            whole = one_shot[number]
+            assert (answer.text, answer.token_ids, answer.finish_reason) == (
+                whole.text,
+                whole.token_ids,
+                whole.finish_reason,
+            )
+            assert answer.usage.completion_tokens == whole.usage.completion_tokens
+        assert num_saved >= 1, "some may have ended before they were stopped"
+
+    use(work)
+
+
+def test_what_was_never_sent_is_not_saved() -> None:
+    partials = Partials()
+    in_parts(make_simulated(), 16, partials=partials).save(RowId("file", 1, 0))
+    assert not list(partials.iter_all())

@@ -22,7 +22,7 @@ from batchgen.write import make_output_schema
 REPO = Path(__file__).parents[1]
 ERROR_MAKERS = {"BadRow", "BadCell", "RequestRejected", "RequestFailed", "Failure"}
 # Specs in jobs/ of which no job is made.
-OTHER_SPECS = {"quantize.yaml", "evaluate.yaml"}
+OTHER_SPECS = {"quantize.yaml", "evaluate.yaml", "nightly.yaml", "serve.yaml"}
 README = (REPO / "README.md").read_text()
 
 

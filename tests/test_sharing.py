@@ -32,9 +32,11 @@ from jobs_util import (
 import batchgen.driver.run
 from batchgen.driver.dispatch import Dispatcher
 from batchgen.driver.inline_pool import InlinePool
+from batchgen.engines.simulated import SimulatedEngine
 from batchgen.queue.events import JournalFlushed, PoolEvent, RowsGiven, ShardCommitted, ShareEnded, WorkerLost
 from batchgen.queue.orders import GiveRows, HelpShare, Order, TakeIn
 from batchgen.queue.tail import TailPolicy
+from batchgen.records import Generation, Request
 from batchgen.storage import Storage
 from batchgen.worker.handoff import list_handoffs, make_handoff_path, read_handoff, write_handoff
 from batchgen.worker.worker import WorkerSetup
@@ -138,7 +140,7 @@ def splitting(monkeypatch: pytest.MonkeyPatch, crash: Crash | None = None) -> It
         return dispatcher
 
     with monkeypatch.context() as patch:
-        patch.setattr(batchgen.driver.run, "create_pool", create_pool)
+        patch.setitem(batchgen.driver.run.run_job.__kwdefaults__, "create_pool", create_pool)
         patch.setattr(batchgen.driver.run, "make_dispatcher", make_eager)
         yield pools
 
@@ -239,7 +241,8 @@ def test_workers_that_die_at_any_time_cost_no_row(tmp_path: Path, monkeypatch: p
     )  # fmt: skip
     with splitting(monkeypatch, Crash(lambda _: False, ())) as pools:
         deaths = [
-            threading.Timer(draw.uniform(0.1, 1.0), lambda: pools[0].doom(draw)) for _ in range(draw.randint(1, 4))
+            threading.Timer(draw.uniform(0.1, 1.0), lambda: pools and pools[0].doom(draw))
+            for _ in range(draw.randint(1, 4))
         ]
         for death in deaths:
             death.start()
@@ -340,3 +343,114 @@ def test_a_handoff_is_read_as_it_was_written_and_found_again(tmp_path: Path) -> 
         write_handoff(storage, "shard-000000001-e1-a2", slots)
     assert read_handoff(storage, "shard-000000001-e1-a2") == slots
     assert list_handoffs(storage) == [make_handoff_path("shard-000000001-e1-a2")]
+
+
+# ---- rows that an engine has begun ---------------------------------------------------------------------------------------
+
+BEGUN = 10
+MOVING = TailPolicy(min_gain_s=0.0, look_s=0.02, min_move_gain_s=-1e9, settle_s=0.1, trial_share=0.5)
+
+
+@pytest.fixture
+def begun_files(tmp_path: Path) -> list[tuple[str, int]]:
+    return write_prompts(tmp_path / "in", (BEGUN,))
+
+
+@pytest.fixture
+def begun_tree(tmp_path: Path, begun_files: list[tuple[str, int]]) -> Tree:
+    """One worker's engine takes all rows at once, so that the other has nothing to do but go on with what it has begun."""
+    del begun_files
+    engine = {"has_latency": True, "slots": BEGUN, "max_inflight": BEGUN, "decode_tokens_per_s": 100}
+    return make_tree(
+        tmp_path / "in", tmp_path / "out", tmp_path / "calls",
+        engine={**engine, "sigma": 0.4, "mean_tokens": 90, "token_budget": 30},
+        sampling={"max_tokens": 400}, output={"rows_per_shard": BEGUN, "journal_interval_s": 0.1},
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def moving(monkeypatch: pytest.MonkeyPatch, crash: Crash | None = None) -> Iterator[list[CrashingPool]]:
+    with splitting(monkeypatch, crash) as pools, monkeypatch.context() as patch:
+        patch.setitem(globals(), "EAGER", MOVING)
+        yield pools
+
+
+def list_given(pool: CrashingPool) -> list[int]:
+    """How many rows were given at each time that some were asked for which an engine had begun."""
+    asked = {one.share.lease.batch_id for one in pool.seen if isinstance(one, GiveRows) and one.is_begun}
+    return [one.num_requests for one in pool.seen if isinstance(one, RowsGiven) and one.share.lease.batch_id in asked]
+
+
+def check_texts(tree: Tree, files: list[tuple[str, int]], tmp_path: Path) -> None:
+    """They are those of a run in which every answer came in one piece."""
+    run(merge(tree, {"output": {"path": str(tmp_path / "plain")}, "engine": {"has_latency": False}}))
+    columns = ("custom_id", "text", "prompt_tokens", "completion_tokens", "finish_reason")
+    rows = [check_output(tmp_path / name, files) for name in ("out", "plain")]
+    assert [[row[c] for c in columns] for row in rows[0]] == [[row[c] for c in columns] for row in rows[1]]
+
+
+def test_rows_that_were_begun_go_on_at_an_idle_engine(
+    begun_tree: Tree, begun_files: list[tuple[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts: list[tuple[int, int, int]] = []
+    generate = SimulatedEngine.generate
+
+    async def record(self: SimulatedEngine, request: Request) -> Generation:
+        done = 0 if request.partial is None else len(request.partial.token_ids)
+        parts.append((id(self), request.row_id.source_row, done))
+        return await generate(self, request)
+
+    monkeypatch.setattr(SimulatedEngine, "generate", record)
+    with moving(monkeypatch) as pools:
+        report, view = run(begun_tree)
+    assert report["exit_code"] == 0, view.warned
+    assert sum(list_given(pools[0])) > 0
+    stats = check(begun_tree, begun_files)
+    assert {row["outcome"] for row in stats.values()} == {"committed", "shared"}
+    engines: dict[int, set[int]] = {}
+    for engine, row, _ in parts:
+        engines.setdefault(row, set()).add(engine)
+    both = {row for row, seen in engines.items() if len(seen) == 2}
+    assert both, "a row was on both engines"
+    begun_anew = [row for _, row, done in parts if done == 0]
+    assert len(begun_anew) == len(set(begun_anew)), "and none of them began anew"
+    # Its answer so far was taken in the middle of a part, where no budget ends.
+    assert any(done % 30 for _, row, done in parts if row in both)
+    check_texts(begun_tree, begun_files, tmp_path)
+
+
+@pytest.mark.parametrize("victims", [("owner",), ("helper",)], ids=" and ".join)
+@pytest.mark.parametrize("step", STEPS)
+def test_whoever_dies_while_begun_rows_are_moved_every_row_is_there_once(
+    begun_tree: Tree,
+    begun_files: list[tuple[str, int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+    victims: tuple[str, ...],
+) -> None:
+    crash = Crash(STEPS[step], victims)
+    with moving(monkeypatch, crash):
+        report, view = run(merge(begun_tree, {"engine": {"decode_tokens_per_s": 250}}))
+    assert report["exit_code"] == 0, view.warned
+    assert len(crash.killed) == len(victims), "it never came so far"
+    check(begun_tree, begun_files)
+    check_texts(begun_tree, begun_files, tmp_path)
+
+
+@pytest.mark.parametrize(("moves", "num_moved"), [("none", 0), ("unseeded", 0), ("all", 1)])
+def test_rows_with_a_seed_are_moved_only_where_the_spec_says_so(
+    begun_tree: Tree,
+    begun_files: list[tuple[str, int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    moves: str,
+    num_moved: int,
+) -> None:
+    tree = merge(begun_tree, {"sampling": {"seed": 7}, "cluster": {"moves": moves}})
+    with moving(monkeypatch) as pools:
+        report, _ = run(merge(tree, {"engine": {"decode_tokens_per_s": 250}}))
+    assert report["exit_code"] == 0
+    assert min(1, sum(list_given(pools[0]))) == num_moved
+    check(tree, begun_files)
+    check_texts(tree, begun_files, tmp_path)

@@ -175,8 +175,8 @@ def time_batch(num_rows: int, name: str) -> float:
 
 def ask_beside_batch(num_asks: int, num_rows: int) -> tuple[list[float], float]:
     """(seconds of requests while the batch was in progress, seconds of the batch)."""
-    times: list[float] = []
     batch_id = start_batch(num_rows, "beside.jsonl")
+    times: list[float] = []
     with ThreadPoolExecutor(1) as pool:
         while read_batch(batch_id)["status"] == "validating":
             time.sleep(0.2)

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from batchgen.engines import wrapping_engines
+from batchgen.engines.base import Peeking
 from batchgen.errors import RequestFailed, SpecError, StorageError
-from batchgen.records import Generation, Request
+from batchgen.records import Generation, Request, RowId
 from batchgen.stores.base import Client, FileInfo, StoreFile
 from batchgen.stores.local import TEMPORARY_FOLDER
 from batchgen.stores.opening import open_real_client, opening_through
@@ -202,6 +203,9 @@ class FaultEngine:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
+
+    def peek(self, row_id: RowId) -> Generation | None:
+        return self._engine.peek(row_id) if isinstance(self._engine, Peeking) else None
 
     async def generate(self, request: Request) -> Generation:
         when = self._striker.choose("generate")

@@ -14,6 +14,7 @@ import batchgen.cli.reports  # isort: skip
 import batchgen.cli.nodes  # isort: skip
 import batchgen.cli.models  # isort: skip
 import batchgen.cli.evaluate  # isort: skip
+import batchgen.cli.pipelines  # isort: skip
 import batchgen.cli.simulate  # isort: skip
 import batchgen.cli.chaos  # isort: skip
 import batchgen.cli.serve  # isort: skip  # noqa: F401

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -11,7 +11,6 @@ from batchgen import __version__
 from batchgen.errors import BatchgenError, Refusal
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Prompt Parquet in, generation Parquet out, on Ray, every row exactly once.",
@@ -36,6 +35,15 @@ DeadlineOption = Annotated[
 ]
 GpuHoursOption = Annotated[
     float | None, typer.Option("--max-gpu-hours", metavar="H", help="Stop before this run has used more GPU-hours.")
+]
+LogFormat = Literal["auto", "text", "json"]
+LogFormatOption = Annotated[
+    LogFormat,
+    typer.Option(
+        "--log-format",
+        envvar="BATCHGEN_LOG_FORMAT",
+        help="What goes to standard error: text, or one JSON event a line. auto: text at a terminal, JSON elsewhere.",
+    ),
 ]
 
 

@@ -1,6 +1,7 @@
 """Commands that take a spec: look at a job, or run it."""
 
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -13,6 +14,8 @@ from batchgen.cli.base import (
     GpuHoursOption,
     JsonOption,
     LimitOption,
+    LogFormat,
+    LogFormatOption,
     SetOption,
     SpecArgument,
     app,
@@ -60,6 +63,7 @@ def plan(
     debug: DebugOption = False,
 ) -> None:
     """Show files, rows, shards, read amplification and what is done already. Writes nothing."""
+    from batchgen.driver.foresee import foresee
     from batchgen.driver.job import limit_rows, open_job
     from batchgen.plan import read_amplification
     from batchgen.specs.load import load_spec
@@ -68,6 +72,7 @@ def plan(
     with refusals(debug, as_json=as_json):
         job_spec = limit_rows(load_spec(spec, set or ()), limit)
         job = open_job(job_spec, Storage(job_spec.output.path))
+        expected = foresee(job)
     sizes = [shard.num_rows for shard in job.plan.shards]
     value = {
         "files": len(job.plan.files),
@@ -84,7 +89,8 @@ def plan(
     say_warnings(job.warnings, job.plan.shards)
     for name, shown in value.items():
         say(f"{name.replace('_', ' '):20} {shown}")
-    print_json(value, as_json)
+    say(expected.describe())
+    print_json({**value, "estimate": expected.to_json()}, as_json)
 
 
 @app.command()
@@ -94,6 +100,7 @@ def run(
     limit: LimitOption = None,
     deadline: DeadlineOption = None,
     max_gpu_hours: GpuHoursOption = None,
+    log_format: LogFormatOption = "auto",
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -102,7 +109,7 @@ def run(
 
     with refusals(debug, is_run=True, as_json=as_json):
         overrides = [*(set or ()), *make_limits(deadline, max_gpu_hours)]
-        report = watch_run(load_spec(spec, overrides), limit)
+        report = watch_run(load_spec(spec, overrides), limit, log_format)
     print_json(report, as_json)
     raise typer.Exit(report["exit_code"])
 
@@ -122,20 +129,25 @@ def make_limits(deadline: str | None, max_gpu_hours: float | None) -> list[str]:
     return limits
 
 
-def watch_run(spec: Any, limit: int | None) -> dict[str, Any]:
-    """Run with the view that suits where standard error goes, then print the summary there."""
+def watch_run(spec: Any, limit: int | None, log_format: LogFormat = "text") -> dict[str, Any]:
+    """Run with the view that suits where standard error goes, then print the summary there; a log has it as an event."""
     from rich.console import Console
 
     from batchgen.driver.run import run_job
-    from batchgen.driver.view import LineView, RichView, print_rows
+    from batchgen.driver.view import LineView, LogView, RichView, print_rows
+    from batchgen.logs import writing_json
     from batchgen.report.text import make_text_rows
 
-    console = Console(stderr=True)
-    if console.is_terminal:
+    console, interval_s = Console(stderr=True), spec.cluster.log_interval_s
+    is_screen = console.is_terminal and not console.is_jupyter
+    if log_format == "json" or (log_format == "auto" and not is_screen):
+        with writing_json(sys.stderr):
+            return run_job(spec, LogView(interval_s), limit=limit)
+    if is_screen:
         with RichView(console) as view:
             report = run_job(spec, view, limit=limit)
     else:
-        report = run_job(spec, LineView(spec.cluster.log_interval_s, say), limit=limit)
+        report = run_job(spec, LineView(interval_s, say), limit=limit)
     print_rows(console, report["output"], make_text_rows(report))
     return report
 

@@ -1,6 +1,7 @@
 """Commands that take an output folder: what became of a job."""
 
-from typing import Annotated
+from contextlib import nullcontext
+from typing import Annotated, Any
 
 import typer
 
@@ -8,8 +9,14 @@ from batchgen.cli.base import DebugOption, JsonOption, OutArgument, app, print_j
 
 
 @app.command()
-def status(out: OutArgument, as_json: JsonOption = False, debug: DebugOption = False) -> None:
-    """What the run on OUT last said of itself."""
+def status(
+    out: OutArgument,
+    watch: Annotated[bool, typer.Option("--watch", help="Until the run ends: a screen, or a line at a time.")] = False,
+    interval: Annotated[float, typer.Option(min=0.2, metavar="S", help="Seconds between looks with --watch.")] = 5.0,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """What the run on OUT last said of itself, from any machine that reads the store."""
     from batchgen.driver.control import describe_status, read_status
     from batchgen.errors import OutputError
     from batchgen.storage import Storage
@@ -18,11 +25,37 @@ def status(out: OutArgument, as_json: JsonOption = False, debug: DebugOption = F
         storage = Storage(out)
         found = read_status(storage)
         if found is None:
-            raise OutputError(f"{storage.root}: no run has worked on it; nothing to show")
-        lines = describe_status(storage, found)
-    for line in lines:
-        say(line)
+            raise OutputError(
+                f"{storage.root}: no run has worked on it; nothing to show; correct the path, or start one"
+            )
+        if watch:
+            found = watch_status(storage, found, interval)
+        for line in describe_status(storage, found):
+            say(line)
     print_json({key: value for key, value in found.items() if key != "lost_batches"}, as_json)
+
+
+def watch_status(storage: Any, found: dict[str, Any], interval_s: float) -> dict[str, Any]:
+    """The last word, when the run has ended. At a terminal the screen goes on meanwhile; elsewhere there is a line for each
+    word that is new."""
+    import time
+
+    from rich.console import Console
+    from rich.live import Live
+
+    from batchgen.driver.control import read_run_status, read_status
+    from batchgen.driver.screen import format_line, make_screen
+
+    console = Console(stderr=True)
+    with Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else nullcontext() as live:
+        while not (seen := read_run_status(storage, found)).is_over:
+            if live is not None:
+                live.update(make_screen(seen.progress, seen.heads), refresh=True)
+            else:
+                say(format_line(seen.progress))
+            time.sleep(interval_s)
+            found = read_status(storage) or found
+    return found
 
 
 @app.command()

@@ -89,6 +89,26 @@ def print_groups(column: str, found: dict[str, Any]) -> None:
     Console(stderr=True).print(table, markup=False)
 
 
+@app.command()
+def compact(
+    out: OutArgument,
+    dest: Annotated[str, typer.Argument(metavar="DEST", help="A new folder for the same rows: a local path or a URL.")],
+    target_mb: Annotated[int, typer.Option("--target-mb", min=1, max=4096, help="Size of a file (MB).")] = 512,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Rewrite a finished dataset to files of a wanted size, every row checked; OUT is only read. Resumable."""
+    from batchgen.compact.compact import compact as make_parts
+    from batchgen.storage import Storage
+
+    with refusals(debug, as_json=as_json):
+        found = make_parts(Storage(out), Storage(dest), target_mb * 2**20, say)
+    say(
+        f"{found['destination']}: {found['rows']:,} rows in {found['parts']:,} files, {found['made']:,} of them made now"
+    )
+    print_json(found, as_json)
+
+
 def write_page(path: str, page: str) -> None:
     from batchgen.errors import OutputError
 

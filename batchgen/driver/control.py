@@ -1,8 +1,9 @@
 """What a run says of itself while it runs, and what others may ask of it: two small objects in the output folder.
 
 `status.json` is rewritten every few seconds by the driver, with the leases that are open: after the driver's death it
-is all that is known of their batches. `cancel-N.json` asks the run of epoch N to drain and stop; it means nothing to any
-other run.
+is all that is known of their batches, and all that `batchgen status --watch` needs, on any machine that reads the store.
+A driver that wakes up after its successor has spoken doesn't replace its successor's word. `cancel-N.json` asks the run
+of epoch N to drain and stop; it means nothing to any other run.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -17,10 +19,11 @@ from pydantic import TypeAdapter
 from batchgen.batches import BatchStats
 from batchgen.driver.dispatch import Dispatcher
 from batchgen.driver.lease import is_dead_here, make_cancel_path, read_holder
-from batchgen.driver.view import format_line
-from batchgen.errors import OutputError, StorageError
-from batchgen.manifest import LOCK, UNCOMMITTED, read_json, write_json
+from batchgen.driver.screen import format_line
+from batchgen.errors import NotFound, OutputError, StorageError
+from batchgen.manifest import LOCK, UNCOMMITTED, read_json
 from batchgen.queue.progress import Progress
+from batchgen.queue.pulse import Snapshot
 from batchgen.queue.work_queue import LostLease
 from batchgen.stats import make_lost_stats
 from batchgen.storage import Storage
@@ -40,7 +43,7 @@ class StatusWriter:
         self._earlier = read_lost_batches(storage)
         self._next = 0.0
 
-    def update(self, dispatcher: Dispatcher) -> None:
+    def update(self, dispatcher: Dispatcher, progress: Progress) -> None:
         """What the run does now, if the last time is long enough ago."""
         now = time.monotonic()
         if now < self._next:
@@ -51,14 +54,14 @@ class StatusWriter:
             *(stats for stats in dispatcher.ledger.batches.values() if stats.outcome in UNCOMMITTED),
         ]
         lost += make_open_stats(dispatcher.list_open(), now)
-        write_status(self._storage, self._epoch, "running", dispatcher.make_progress(), lost)
+        write_status(self._storage, self._epoch, "running", progress, lost)
 
 
 def write_status(
     storage: Storage, epoch: int, state: str, progress: Progress, lost: Iterable[BatchStats], message: str | None = None
 ) -> None:
     """`state`: running, stopped, finished. `lost`: batches that `batch_stats` doesn't have yet. A store that fails now
-    keeps what it has: the next word, or the next run, replaces it."""
+    keeps what it has: the next word, or the next run, replaces it. A later run's word stands."""
     fields = {
         "epoch": epoch,
         "state": state,
@@ -67,8 +70,27 @@ def write_status(
         "progress": dataclasses.asdict(progress),
         "lost_batches": [stats_to_json(stats) for stats in lost],
     }
-    with contextlib.suppress(StorageError):
-        write_json(storage, STATUS, fields)
+    with contextlib.suppress(StorageError):  # AlreadyExists and Conflict too: another's word came in between
+        version = find_own_version(storage, epoch)
+        data = json.dumps(fields, ensure_ascii=False).encode()
+        if version is None:
+            storage.create(STATUS, data)
+        elif version:
+            storage.replace(STATUS, data, version)
+
+
+def find_own_version(storage: Storage, epoch: int) -> str | None:
+    """The version to be replaced by the run of this epoch; None where none stands, "" where a later run's does. What can't
+    be read is replaced."""
+    try:
+        data, version = storage.read_versioned(STATUS)
+    except NotFound:
+        return None
+    try:
+        later = json.loads(data)["epoch"] > epoch
+    except (ValueError, KeyError, TypeError, RecursionError):
+        later = False
+    return "" if later else version
 
 
 def read_status(storage: Storage) -> dict[str, Any] | None:
@@ -105,16 +127,32 @@ def request_cancel(storage: Storage) -> int:
     return holder.epoch
 
 
-def describe_status(storage: Storage, status: dict[str, Any]) -> list[str]:
-    """The status as lines for people: is the run alive, and how far did it get."""
+@dataclass(frozen=True, slots=True)
+class RunStatus:
+    """What is known of the last run on a folder. `heads`: lines for people. `is_over`: nothing will come any more."""
+
+    heads: list[str]
+    progress: Snapshot
+    is_over: bool
+
+
+def read_run_status(storage: Storage, status: dict[str, Any]) -> RunStatus:
+    """Is the run alive, and how far did it get. Raises OutputError where the object is damaged."""
     holder = read_holder(find_lock(storage))
     is_gone = holder is None or holder.has_ended or is_dead_here(holder)
     who = [] if holder is None or is_gone else [f"held by {holder.describe()}"]
     with refusing_damage(storage.url(STATUS), DAMAGED):
         age_s = time.time() - status["updated_at"]
         state = "ended without a word" if is_gone and status["state"] == "running" else status["state"]
-        progress = TypeAdapter(Progress).validate_python(status["progress"])
+        progress = TypeAdapter(Snapshot).validate_python(status["progress"])
         first = f"{state}, epoch {status['epoch']}, {age_s:.0f} s ago" + (
             f": {status['message']}" if status["message"] else ""
         )
-        return [first, *who, format_line(progress)]
+        format_line(progress)  # what can't be shown is damaged
+        return RunStatus([first, *who], progress, is_over=state != "running")
+
+
+def describe_status(storage: Storage, status: dict[str, Any]) -> list[str]:
+    """The status as lines for people."""
+    found = read_run_status(storage, status)
+    return [*found.heads, format_line(found.progress)]

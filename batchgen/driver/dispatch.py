@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from batchgen import journal
 from batchgen.build import build_id
 from batchgen.errors import RunStopped, StorageError
+from batchgen.logs import Note, note_batch, note_restart
 from batchgen.queue.events import (
     EngineRestarted,
     Heartbeat,
@@ -98,7 +99,7 @@ class Dispatcher:
             if isinstance(event, JournalFlushed | ShardCommitted | WorkerWarned):
                 self._handle(event)
             elif isinstance(event, ShardFailed):
-                self.on_warning(f"{event.batch_id} on {event.worker_id}: {event.reason}")
+                self.on_warning(note_batch(event.batch_id, event.worker_id, event.reason))
         for lost in self.list_open():
             self._note_lost(replace(lost, ended_at=self.clock()))
 
@@ -159,12 +160,12 @@ class Dispatcher:
             case WorkerLost():
                 self._lose(event)
             case WorkerLeaving(worker_id, reason):
-                self.on_warning(f"{worker_id} gets no more: {reason}")
+                self.on_warning(Note(f"{worker_id} gets no more: {reason}", "worker_leaving", worker=worker_id))
                 self.queue.retire(worker_id)
             case EngineRestarted():
                 self._note_restart(event)
             case WorkerWarned(worker_id, message):
-                self.on_warning(f"{worker_id}: {message}")
+                self.on_warning(Note(f"{worker_id}: {message}", "worker_warned", worker=worker_id))
             case JournalFlushed(_, refs, replaced):
                 free = self.index.add(dict(refs))
                 self._delete(free + [path for number, old in replaced for path in self.index.replace(number, old)])
@@ -192,7 +193,7 @@ class Dispatcher:
 
     def _count_start_failure(self, worker_id: str, reason: str) -> None:
         self.roster.count_start_failure(worker_id, self.clock(), reason)
-        self.on_warning(f"{worker_id} failed to start: {reason}")
+        self.on_warning(Note(f"{worker_id} failed to start: {reason}", "worker_failed_to_start", worker=worker_id))
 
     def _lose(self, gone: WorkerLost) -> None:
         worker_id, reason = gone.worker_id, gone.reason
@@ -203,7 +204,7 @@ class Dispatcher:
         if info is None:
             return
         self.roster.num_lost += 1
-        self.on_warning(f"{worker_id} was lost: {reason}")
+        self.on_warning(Note(f"{worker_id} was lost: {reason}", "worker_lost", worker=worker_id, node=info.node))
         beat = self.ledger.tally.forget(worker_id)
         shares = self.queue.list_shares(worker_id)
         self._find_segments(worker_id)
@@ -219,7 +220,7 @@ class Dispatcher:
 
     def _note_restart(self, event: EngineRestarted) -> None:
         if (info := self.roster.workers.get(event.worker_id)) is not None:
-            self.on_warning(f"{event.worker_id}'s engine died and is started anew: {event.reason}")
+            self.on_warning(note_restart(event.worker_id, event.reason))
             self.inquiry.note_restart(event, info.window)
             for batch_id in event.batch_ids:
                 self._give_back(event.worker_id, batch_id, event.reason)
@@ -255,13 +256,13 @@ class Dispatcher:
             raise RunStopped(event.reason)
         lost = self.queue.fail(event.worker_id, event.batch_id, self.clock(), event.reason)
         if lost is not None:
-            self.on_warning(f"{event.batch_id} on {event.worker_id}: {event.reason}")
+            self.on_warning(note_batch(event.batch_id, event.worker_id, event.reason))
             self._note_lost(lost)
             self.inquiry.note_failed(event.worker_id, event.batch_id)
 
     def _end_share(self, event: ShareEnded) -> None:
         if self.sharing.note_ended(event) and event.reason is not None:
-            self.on_warning(f"{event.share.lease.batch_id} on {event.worker_id}: {event.reason}")
+            self.on_warning(note_batch(event.share.lease.batch_id, event.worker_id, event.reason))
         if event.stats is not None:
             self.ledger.note_batches([event.stats])
 

@@ -11,6 +11,7 @@ from typing import Any
 from batchgen.driver.control import StatusWriter
 from batchgen.driver.dispatch import Dispatcher
 from batchgen.driver.finish import finish, withdraw_success
+from batchgen.driver.foresee import foresee
 from batchgen.driver.hold import Hold, hold_folder
 from batchgen.driver.job import Job, check_renders, freeze, limit_rows, load_journal, open_job, reopen
 from batchgen.driver.live_page import LivePage
@@ -18,7 +19,9 @@ from batchgen.driver.pools import create_pool
 from batchgen.driver.run_record import RunRecorder
 from batchgen.driver.signals import stop_on_signal
 from batchgen.driver.view import View
+from batchgen.driver.watch import Watch
 from batchgen.errors import LeaseLost, RunStopped, StorageError
+from batchgen.logs import Note, in_run, log_event
 from batchgen.queue.events import WorkerPool
 from batchgen.queue.inquiry import Inquiry
 from batchgen.queue.progress import Progress
@@ -33,7 +36,7 @@ def run_job(
     view: View,
     *,
     limit: int | None = None,
-    create_pool: Callable[[WorkerSetup], WorkerPool] = create_pool,
+    create_pool: Callable[[WorkerSetup], WorkerPool] = lambda setup: create_pool(setup),  # whatever it is when called
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Run the job until it is done or stopped; the report. `limit`: only the first rows, as a trial that the full run
@@ -42,8 +45,9 @@ def run_job(
     job = open_job(limit_rows(spec, limit), Storage(spec.output.path))
     if job.is_new:
         check_renders(job)
-    with hold_folder(job, view.say, view.warn) as (hold, storage):
+    with hold_folder(job, view.say, view.warn) as (hold, storage), in_run(job=spec.fingerprint()[:8], epoch=hold.epoch):
         job = reopen(job, storage)
+        log_event("run_started", output=storage.root, rows=job.num_wanted_rows, shards=len(job.todo))
         for warning in job.warnings:
             view.warn(warning)
         if not job.todo:
@@ -51,6 +55,7 @@ def run_job(
             return finish(job, None, hold, is_trial=limit is not None)
         withdraw_success(storage)
         freeze(job)
+        view.say(foresee(job).describe())
         setup = WorkerSetup("", job.spec, hold.epoch, storage, job.passthrough, job.prior)
         with closing(create_pool(setup)) as pool, stop_on_signal() as check_signal:
 
@@ -62,7 +67,9 @@ def run_job(
             dispatcher = make_dispatcher(job, hold, pool, view, check_all, recorder)
             message = dispatch(dispatcher, view)
             recorder.close(dispatcher, message)
-        return finish(job, dispatcher, hold, message=message, is_trial=limit is not None)
+        report = finish(job, dispatcher, hold, message=message, is_trial=limit is not None)
+        log_event("run_ended", **{name: report[name] for name in ("state", "exit_code", "rows", "run", "output")})
+        return report
 
 
 def make_dispatcher(
@@ -70,7 +77,8 @@ def make_dispatcher(
 ) -> Dispatcher:
     """The loop and everything it works with."""
     spec, todo = job.spec, job.todo
-    status = StatusWriter(job.storage, hold.epoch, spec.cluster.log_interval_s)
+    interval_s = spec.cluster.log_interval_s
+    watch = Watch(view, StatusWriter(job.storage, hold.epoch, interval_s), look_s=interval_s)
     page = LivePage(job, hold, recorder)
 
     def check() -> None:
@@ -78,8 +86,7 @@ def make_dispatcher(
         check_signal()
 
     def show(progress: Progress) -> None:
-        view.show(progress)
-        status.update(dispatcher)
+        watch.show(dispatcher, progress)
         recorder.update(dispatcher, progress)
         page.update(dispatcher)
 
@@ -111,7 +118,7 @@ def dispatch(dispatcher: Dispatcher, view: View) -> str | None:
     except LeaseLost:
         raise
     except (RunStopped, StorageError) as stop:
-        view.warn(f"stopping: {stop}")
+        view.warn(Note(f"stopping: {stop}", "run_stopping"))
         dispatcher.drain(dispatcher.spec.cluster.drain_s)
         return str(stop)
     return None

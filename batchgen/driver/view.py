@@ -1,45 +1,24 @@
-"""How a run looks: a live line for people at a terminal, plain lines for a log or a pipe.
+"""How a run looks: a live screen for people at a terminal, plain lines in a notebook or a pipe, events in a log.
 
-Everything goes to standard error, so that standard output stays free for `--json`. No prompt or generated text.
+Everything goes to standard error, so that standard output stays free for `--json`. No prompt or generated text. Each view
+draws at most once a second, and only what is new to it: watching must cost a run nothing that could be measured.
 """
 
+import dataclasses
+import logging
 import time
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
+from rich.live import Live
 from rich.table import Table
 
+from batchgen.driver.screen import format_line as format_line  # known here to all who show a run
+from batchgen.driver.screen import make_screen
+from batchgen.logs import log_event, log_note
 from batchgen.queue.progress import Progress
-
-
-def format_eta(progress: Progress) -> str:
-    """Time left at the mean rate of this run; '-' before any row was finished."""
-    fresh = progress.num_rows_done - progress.num_rows_done_before
-    if fresh <= 0 or progress.elapsed_s <= 0:
-        return "-"
-    left = (progress.num_rows - progress.num_rows_done) / (fresh / progress.elapsed_s)
-    hours, rest = divmod(int(left), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
-
-
-def format_line(progress: Progress) -> str:
-    """One plain line: rows, tokens/s, errors, workers, window, time left."""
-    rate = progress.num_tokens / progress.elapsed_s if progress.elapsed_s > 0 else 0.0
-    starting = f" + {progress.num_starting} starting" if progress.num_starting else ""
-    return "  ".join(
-        [
-            f"rows {progress.num_rows_done:,}/{progress.num_rows:,}",
-            f"shards {progress.num_shards_done:,}/{progress.num_shards:,}",
-            f"{rate:,.0f} tok/s",
-            f"errors {progress.num_rows_error:,}",
-            f"workers {progress.num_workers} up{starting}",
-            f"in flight {progress.num_inflight}/{progress.window}",
-            f"ETA {format_eta(progress)}",
-        ]
-    )
+from batchgen.queue.pulse import Snapshot
 
 
 class View(Protocol):
@@ -48,6 +27,20 @@ class View(Protocol):
     def say(self, message: str) -> None: ...
 
     def warn(self, message: str) -> None: ...
+
+    def show(self, progress: Progress) -> None:
+        """Called at every turn of the run's loop; once a second or so with a `Snapshot`, which knows more."""
+        ...
+
+
+class QuietView:
+    """Nobody watches; warnings still go to the logger `batchgen`."""
+
+    def say(self, message: str) -> None:
+        log_note(message, level=logging.INFO, event="said")
+
+    def warn(self, message: str) -> None:
+        log_note(message, level=logging.WARNING, event="warning")
 
     def show(self, progress: Progress) -> None: ...
 
@@ -73,21 +66,35 @@ class LineView:
             self._write(f"batchgen: {format_line(progress)}")
 
 
+class LogView(QuietView):
+    """Events in the log (`logs`): progress every few seconds, all else as it comes."""
+
+    def __init__(self, interval_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._interval_s, self._clock = interval_s, clock
+        self._next = clock()
+
+    def show(self, progress: Progress) -> None:
+        if isinstance(progress, Snapshot) and self._clock() >= self._next:
+            self._next = self._clock() + self._interval_s
+            fields = {item.name: getattr(progress, item.name) for item in dataclasses.fields(progress)}
+            del fields["workers"]  # they are counted by state; one by one they stand in the status object
+            log_event("progress", format_line(progress), **fields)
+
+
 class RichView:
-    """A live bar with the same figures. Use as a context manager."""
+    """A live screen with the same figures. Use as a context manager."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        columns = (BarColumn(bar_width=24), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
-        self._bar = Bar(*columns, TextColumn("{task.description}"), console=console, transient=True)
-        self._task = self._bar.add_task("starting workers", total=None)
+        # Drawn when there is news, by the run's own thread: a thread that draws all the time takes 2 % of a core.
+        self._live = Live("starting", console=console, transient=True, auto_refresh=False)
 
     def __enter__(self) -> "RichView":
-        self._bar.start()
+        self._live.start(refresh=True)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        self._live.stop()
 
     def say(self, message: str) -> None:
         self._console.print(message, markup=False, highlight=False)
@@ -96,9 +103,8 @@ class RichView:
         self._console.print(f"warning: {message}", style="yellow", markup=False, highlight=False)
 
     def show(self, progress: Progress) -> None:
-        self._bar.update(
-            self._task, total=progress.num_rows, completed=progress.num_rows_done, description=format_line(progress)
-        )
+        if isinstance(progress, Snapshot):
+            self._live.update(make_screen(progress), refresh=True)
 
 
 def print_rows(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:

@@ -9,9 +9,9 @@ any engine.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
-from batchgen.records import Generation, Request
+from batchgen.records import Generation, Request, RowId
 from batchgen.spec import ModelSpec
 from batchgen.specs.sections import EngineSection
 from batchgen.worker.answer import Parsed
@@ -128,6 +128,17 @@ class Engine(Answering, Protocol):
 
     async def close(self) -> None:
         """Give everything back. What is in flight, and every later `generate`, gets EngineDied."""
+        ...
+
+
+@runtime_checkable
+class Peeking(Protocol):
+    """An engine that can say what it has of an answer it works at. One that can't costs a row that is moved to another
+    engine the part that was under way."""
+
+    def peek(self, row_id: RowId) -> Generation | None:
+        """The answer to the request in flight for this row so far, as one that is cut off here; None where there is
+        nothing of it yet, or it has ended. Returns at once."""
         ...
 
 

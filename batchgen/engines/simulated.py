@@ -24,44 +24,15 @@ from typing import Any
 
 from batchgen import __version__
 from batchgen.engines.base import Tokenizer
+from batchgen.engines.byte_tokenizer import ByteTokenizer as ByteTokenizer
 from batchgen.errors import BatchgenError, EngineDied, EngineRestarted, RequestFailed, RequestRejected
-from batchgen.records import Generation, Request, Usage
+from batchgen.records import Generation, Request, RowId, Usage
 from batchgen.specs.engine import SimulatedEngineSpec
-from batchgen.worker.answer import Parsed, split_reasoning
 
 WORDS = ("amber", "brook", "cedar", "delta", "ember", "fjord", "grove", "heath", "inlet", "jetty", "knoll", "larch")
 # How often an answer under way shows in `total_tokens`.
 MAX_STEPS = 20
 MIN_STEP_S = 0.05
-
-
-class ByteTokenizer:
-    """One token a UTF-8 byte. Enough for lengths, budgets and templates."""
-
-    vocab_size = 256
-    think_end: str | None = "</think>"
-    can_use_tools = True
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    def encode_chat(
-        self, messages: Sequence[dict[str, Any]], *, thinking: bool, tools: Sequence[dict[str, Any]] | None = None
-    ) -> list[int]:
-        return self.encode(self.render_chat(messages, thinking=thinking, tools=tools))
-
-    def render_chat(
-        self, messages: Sequence[dict[str, Any]], *, thinking: bool, tools: Sequence[dict[str, Any]] | None = None
-    ) -> str:
-        turns = [f"<tools>{json.dumps(tools)}"] if tools else []
-        turns += [f"<{message['role']}>{message.get('content') or ''}" for message in messages]
-        return "\n".join([*turns, "<assistant>" + ("<think>" if thinking else "")])
-
-    def parse(self, text: str, *, thinking: bool, has_tools: bool = False) -> Parsed:  # noqa: ARG002 - protocol
-        return Parsed(*split_reasoning(text, thinking=thinking, think_end=self.think_end))
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return bytes(token_ids).decode(errors="replace")
 
 
 class SimulatedEngine:
@@ -78,6 +49,7 @@ class SimulatedEngine:
         self.total_tokens = 0
         self._log_fds: dict[str, int] = {}
         self._death: asyncio.Future[Generation] | None = None
+        self._decoding: dict[RowId, tuple[Request, float]] = {}
 
     async def open(self) -> None:
         await asyncio.sleep(self._spec.startup_s)
@@ -125,6 +97,19 @@ class SimulatedEngine:
             work.cancel()  # of no effect on one that has ended
         return death.result() if death.done() else work.result()
 
+    def peek(self, row_id: RowId) -> Generation | None:
+        """What a slot's rate has made of it by now."""
+        if (found := self._decoding.get(row_id)) is None:
+            return None
+        request, first_at = found
+        num_made = int((time.monotonic() - first_at) * self._spec.decode_tokens_per_s)
+        num_tokens = min(num_made, self._choose_length(request)[0] - 1)
+        written = self._write(request, num_tokens)
+        if num_tokens < 1 or any(mark in written.decode() for mark in request.sampling.stop):
+            return None
+        usage = Usage(len(request.ids), num_tokens, 0)
+        return Generation(written.decode(), tuple(written), "length", usage, ttft_s=0.0, queued_s=0.0)
+
     async def close(self) -> None:
         self.kill("the engine was closed")
         for log_fd in self._log_fds.values():
@@ -149,7 +134,11 @@ class SimulatedEngine:
             await sleep_until(first_at)
             await self._fault(request)
             answer = self._answer(request, queued_s=began - started, ttft_s=first_at - started)
-            await self._decode(self._choose_length(request)[0], first_at, answer.token_ids or (), on_tokens)
+            self._decoding[request.row_id] = request, first_at
+            try:
+                await self._decode(self._choose_length(request)[0], first_at, answer.token_ids or (), on_tokens)
+            finally:
+                self._decoding.pop(request.row_id, None)
         self._log(request, "answers", round(time.time() - (time.monotonic() - began), 4), round(time.time(), 4))
         return answer
 

@@ -26,7 +26,7 @@ from batchgen.engines.hf_model import find_cache_bytes, find_max_model_len, list
 from batchgen.engines.hf_tokenizer import HFTokenizer
 from batchgen.engines.lanes import Lanes
 from batchgen.errors import BatchgenError, EngineDied, RequestFailed, RequestRejected, SpecError
-from batchgen.records import Generation, Request, Usage
+from batchgen.records import Generation, Request, RowId, Usage
 from batchgen.spec import ModelSpec
 from batchgen.specs.engine import TransformersEngineSpec
 
@@ -105,6 +105,27 @@ class TransformersEngine:
             job.row.is_cancelled = True  # of no effect on a row that has ended
             with self._lock:
                 self._jobs.pop(job.row, None)
+
+    def peek(self, row_id: RowId) -> Generation | None:
+        with self._lock:
+            job = next((job for job in self._jobs.values() if job.request.row_id == row_id), None)
+        if job is None:
+            return None
+        row = job.row
+        num_tokens = len(row.out) if row.sampling.logprobs is None else min(len(row.out), len(row.logprobs))
+        token_ids = tuple(row.out[:num_tokens])
+        # The decode thread goes on meanwhile, and writes down a token before it sees that it was the last.
+        if not token_ids or token_ids[-1] in row.end_ids or row.is_done:
+            return None
+        return Generation(
+            text=row.text,
+            token_ids=token_ids,
+            finish_reason="length",
+            usage=Usage(len(row.token_ids), num_tokens, 0),
+            ttft_s=job.first_token_at - job.arrived_at,
+            queued_s=job.admitted_at - job.arrived_at,
+            logprobs=tuple(row.logprobs[:num_tokens]) if row.sampling.logprobs is not None else None,
+        )
 
     async def close(self) -> None:
         thread, self._thread = self._thread, None

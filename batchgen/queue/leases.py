@@ -15,6 +15,7 @@ class OpenLease:
     num_rows_done: int = 0
     num_rows_error: int = 0
     num_unsent: int | None = None
+    num_inflight: int = 0
 
     @property
     def num_unfinished(self) -> int:
@@ -28,9 +29,9 @@ class OpenLease:
 
 @dataclass(slots=True)
 class QueueWorker:
-    """A worker as the queue sees it. `num_rows_ended`: rows of leases that it has done with.
-    `share_unsent`: requests of each share that it has not sent yet. `is_apart`: it has suspects, and gets nothing beside
-    them; `is_leaving`: it gets nothing any more."""
+    """A worker as the queue sees it. `num_rows_ended`: rows of leases that it has done with. `share_unsent`: requests of
+    each share that it has not sent yet; `total_tokens`, `integral`: its last heartbeat's. `is_apart`: it has suspects, and
+    gets nothing beside them; `is_leaving`: it gets nothing any more."""
 
     info: WorkerInfo
     joined_at: float
@@ -42,6 +43,8 @@ class QueueWorker:
     load: float = 0.0
     num_rows_ended: int = 0
     num_inflight: int = 0
+    total_tokens: int = 0
+    integral: float = 0.0
     open: dict[str, OpenLease] = field(default_factory=dict)
     shares: dict[str, Share] = field(default_factory=dict)
     share_unsent: dict[str, int] = field(default_factory=dict)

@@ -1,12 +1,14 @@
 """What every batch of a run did, and which shards it committed: what the end of the run writes down."""
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from sys import intern
 from typing import TypeVar
 
 from batchgen.batches import BatchStats, FileFooter
+from batchgen.logs import log_event
 from batchgen.manifest import CommittedShard, add_batches
 from batchgen.names import make_data_path
 from batchgen.queue.events import ShardCommitted
@@ -63,7 +65,19 @@ class Ledger:
         footer = self._keep(event.footer, event.stats)
         info = FileInfo(make_data_path(footer.shard), event.num_bytes, event.version)
         self.committed[footer.shard] = CommittedShard(info, footer, event.footer_sha256)
-        self.tally.commit(footer.num_rows_ok, footer.num_rows_error)
+        error_types: Counter[str] = Counter()
+        for batch in footer.batches:
+            error_types.update(batch.error_types or {})
+        self.tally.commit(footer.num_rows_ok, footer.num_rows_error, error_types)
+        log_event(
+            "shard_committed",
+            shard=footer.shard,
+            batch=event.batch_id,
+            worker=event.worker_id,
+            rows_ok=footer.num_rows_ok,
+            rows_error=footer.num_rows_error,
+            error_types=dict(error_types),
+        )
 
 
 def _share_names(stats: BatchStats) -> BatchStats:

@@ -7,15 +7,17 @@ from batchgen.records import JournalRef, Share
 
 @dataclass(frozen=True, slots=True)
 class GiveRows:
-    """To an owner: choose up to so many requests of your shard that another worker shall generate."""
+    """To an owner: choose up to so many requests of your shard that another worker shall generate. `is_begun`: of those
+    that your engine has, to be stopped there; their answers so far go to the journal."""
 
     share: Share
     num_requests: int
+    is_begun: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class HelpShare:
-    """To a helper: generate what the handoff names, and journal it."""
+    """To a helper: generate what the handoff names, and journal it. The share's lease says where answers so far may be."""
 
     share: Share
 

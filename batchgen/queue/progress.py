@@ -3,6 +3,8 @@
 Rows are input rows, tokens completion tokens; rows of open shards count as their workers' heartbeats tell.
 """
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from batchgen.queue.events import Heartbeat
@@ -36,6 +38,7 @@ class Tally:
     num_inflight: int = 0
     num_results: int = 0
     num_errors: int = 0
+    error_types: Counter[str] = field(default_factory=Counter)
     _beats: dict[str, Heartbeat] = field(default_factory=dict)
 
     def hear(self, beat: Heartbeat) -> None:
@@ -55,6 +58,20 @@ class Tally:
         last = self._beats.get(worker_id)
         return last.inflight if last is not None else None
 
-    def commit(self, num_ok: int, num_error: int) -> None:
+    def get_tokens(self, worker_id: str) -> int:
+        """What the worker has made."""
+        last = self._beats.get(worker_id)
+        return last.total_tokens if last is not None else 0
+
+    def commit(self, num_ok: int, num_error: int, error_types: Mapping[str, int] | None = None) -> None:
         self.num_results += num_ok + num_error
         self.num_errors += num_error
+        self.error_types.update(error_types or {})
+
+    def count_error_types(self) -> dict[str, int]:
+        """Of committed shards, and of those that are open as they were last heard of; most frequent first."""
+        found = Counter(self.error_types)
+        for beat in self._beats.values():
+            for shard in beat.shards:
+                found.update(dict(shard.error_types))
+        return dict(found.most_common())

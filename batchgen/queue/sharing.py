@@ -6,13 +6,14 @@ dead owner's share goes on, and what it makes goes to whoever holds the shard th
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from batchgen.journal import JournalIndex, make_worker_prefix
+from batchgen.journal import JournalIndex, is_partials, make_worker_prefix
+from batchgen.queue.begun import PaceCurve, choose_moves
 from batchgen.queue.events import RowsGiven, ShareEnded, WorkerPool
 from batchgen.queue.leases import OpenLease, QueueWorker
 from batchgen.queue.orders import DropShare, GiveRows, HelpShare, TakeIn
-from batchgen.queue.tail import TailPolicy, WorkerLoad, choose_splits
+from batchgen.queue.tail import Split, TailPolicy, WorkerLoad, choose_splits
 from batchgen.queue.work_queue import LostLease, WorkQueue
 from batchgen.records import Lease, Share
 from batchgen.worker.handoff import make_handoff_path
@@ -37,6 +38,9 @@ class Sharing:
     _refused: dict[str, float] = field(default_factory=dict)
     _handoffs: dict[int, list[str]] = field(default_factory=dict)
     _look_at: float = 0.0
+    _curve: PaceCurve = field(default_factory=PaceCurve)
+    _seen: dict[str, tuple[float, float, int]] = field(default_factory=dict)
+    _settled_at: float = 0.0
 
     def split(self, now: float) -> None:
         """When nothing waits, let workers with room help those that have too much."""
@@ -45,12 +49,40 @@ class Sharing:
         self._look_at = now + self.policy.look_s
         # Whoever tries suspects gets no company.
         workers = [w for w in self.queue.look_at_workers() if not w.is_apart and not w.is_leaving]
-        for split in choose_splits([self._measure(worker, now) for worker in workers], self.policy):
-            num_requests = split.num_requests
-            share = self.queue.lend_share(split.owner_id, split.batch_id, split.helper_id, num_requests, now)
-            self._asked[share.lease.batch_id] = share, num_requests
-            self._handoffs.setdefault(share.lease.shard.number, []).append(make_handoff_path(share.lease.batch_id))
-            self.pool.tell(split.owner_id, GiveRows(share, num_requests))
+        loads = [self._measure(worker, now) for worker in workers]
+        self._note_paces(workers)
+        for split in choose_splits(loads, self.policy) or self._choose_moves(workers, loads, now):
+            self._ask(split, now)
+
+    def _ask(self, split: Split, now: float) -> None:
+        num_requests = split.num_requests
+        share = self.queue.lend_share(split.owner_id, split.batch_id, split.helper_id, num_requests, now)
+        self._asked[share.lease.batch_id] = share, 0 if split.is_begun else num_requests
+        self._handoffs.setdefault(share.lease.shard.number, []).append(make_handoff_path(share.lease.batch_id))
+        self.pool.tell(split.owner_id, GiveRows(share, num_requests, split.is_begun))
+
+    def _choose_moves(self, workers: Iterable[QueueWorker], loads: list[WorkerLoad], now: float) -> list[Split]:
+        """Not before the last ones show in the loads."""
+        if self._asked or now < self._settled_at:
+            return []
+        done = sum(self._count_done(worker) for worker in workers)
+        mean_tokens = sum(worker.total_tokens for worker in workers) / done if done else None
+        splits = choose_moves(loads, self._curve, mean_tokens, self.policy)
+        if splits:
+            self._settled_at = now + self.policy.settle_s
+        return splits
+
+    def _note_paces(self, workers: Iterable[QueueWorker]) -> None:
+        """From what each made since it was heard of before: rows x seconds, and tokens."""
+        for worker in workers:
+            worker_id = worker.info.worker_id
+            heard_at, integral, tokens = self._seen.get(worker_id, (worker.joined_at, 0.0, 0))
+            seconds, rows_s = worker.heard_at - heard_at, worker.integral - integral
+            if seconds < self.policy.look_s:
+                continue
+            self._seen[worker_id] = worker.heard_at, worker.integral, worker.total_tokens
+            if worker.total_tokens > tokens and rows_s > 0 and heard_at > worker.joined_at:
+                self._curve.note(rows_s / seconds, rows_s / (worker.total_tokens - tokens))
 
     def note_given(self, event: RowsGiven, now: float) -> None:
         share, share_id = event.share, event.share.lease.batch_id
@@ -60,7 +92,9 @@ class Sharing:
             self.queue.end_share(share)
         elif is_expected and self.queue.has_share(share):
             self._running[share_id] = share, now
-            self.pool.tell(share.lease.worker_id, HelpShare(share))
+            refs = (ref for ref in self.index.get(share.lease.shard.number) if is_partials(ref.path))
+            begun = replace(share, lease=replace(share.lease, journal=tuple(refs)))
+            self.pool.tell(share.lease.worker_id, HelpShare(begun))
         else:  # the helper died, or the shard was committed, while the owner chose
             self.queue.end_share(share)
             self._return(share)
@@ -123,16 +157,20 @@ class Sharing:
 
     def _measure(self, worker: QueueWorker, now: float) -> WorkerLoad:
         leases = {batch_id: self._count_unsent(held) for batch_id, held in worker.open.items()}
-        divisible = ((b, num) for b, num in leases.items() if self._is_divisible(worker.open[b].lease, now))
-        done = self.n * (worker.num_rows_ended + sum(held.num_rows_done for held in worker.open.values()))
+        divisible = {b: num for b, num in leases.items() if self._is_divisible(worker.open[b].lease, now)}
+        done = self._count_done(worker)
         return WorkerLoad(
             worker_id=worker.info.worker_id,
             window=worker.info.window,
             num_inflight=worker.num_inflight,
             num_unsent=sum(leases.values()) + sum(worker.share_unsent.values()),
-            leases=tuple(divisible),
+            leases=tuple(divisible.items()),
             requests_per_s=done / (now - worker.joined_at) if done and now > worker.joined_at else None,
+            begun=tuple((b, worker.open[b].num_inflight) for b in divisible) if worker.info.can_move else (),
         )
+
+    def _count_done(self, worker: QueueWorker) -> int:
+        return self.n * (worker.num_rows_ended + sum(held.num_rows_done for held in worker.open.values()))
 
     def _count_unsent(self, held: OpenLease) -> int:
         """Less what its owner was asked to give and has not yet."""

@@ -2,7 +2,7 @@
 
 At the end of a run some workers have requests that they could not even send yet, and others run dry. Each of these gets
 requests of the one that would take longest to send its own: half of what would bring both to the mean of all loads, so
-that a wrong guess of lengths is mended by the next share, but a window at least. What an engine has begun stays with it.
+that a wrong guess of lengths is mended by the next share, but a window at least. What an engine has begun is `begun`'s.
 Nothing is moved that its owner would have sent soon anyway, for a share costs an object written and read, and the row
 read and tokenised again.
 """
@@ -17,19 +17,32 @@ class TailPolicy:
     """`min_gain_s`: an owner that sends all it has within this time gives nothing, nor does one whose window is less full
     than `full_share`: it sends all it has as fast as it reads. `ahead_share`: a helper has no more to send than this part
     of its window. `release_after_s`: an idle worker above the least number is let go after it. `look_s`: how often loads
-    are looked at, about as often as heartbeats change them."""
+    are looked at, about as often as heartbeats change them.
+
+    Of begun rows (`begun`): they are moved for a gain of `min_move_gain_s`, and then not for `settle_s`. A row has
+    `left_share` x the mean answer to go (those that are long are left at an end), and takes `move_s` and a prefill of
+    `prompt_tokens` and a mean answer to be moved; a token costs `prefill_share` of a decoded one in a full engine.
+    `trial_share`: of an engine's rows, to see what moving them does."""
 
     min_gain_s: float = 2.0
     full_share: float = 0.8
     ahead_share: float = 0.25
     release_after_s: float = 30.0
     look_s: float = 1.0
+    min_move_gain_s: float = 5.0
+    settle_s: float = 5.0
+    left_share: float = 2.0
+    move_s: float = 3.0
+    prompt_tokens: float = 1000.0
+    prefill_share: float = 0.25
+    trial_share: float = 0.125
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerLoad:
-    """Requests of one worker. `leases`: (batch_id, requests not sent yet) of its own shards that may be split.
-    `requests_per_s`: what it has finished since it joined; None before the first."""
+    """Requests of one worker. `leases`: (batch_id, requests not sent yet) of its own shards that may be split; `begun`:
+    (batch_id, requests in flight) of those whose rows another engine can go on with. `requests_per_s`: what it has finished
+    since it joined; None before the first."""
 
     worker_id: str
     window: int
@@ -37,6 +50,7 @@ class WorkerLoad:
     num_unsent: int
     leases: tuple[tuple[str, int], ...]
     requests_per_s: float | None = None
+    begun: tuple[tuple[str, int], ...] = ()
 
     @property
     def load(self) -> int:
@@ -49,6 +63,7 @@ class Split:
     batch_id: str
     helper_id: str
     num_requests: int
+    is_begun: bool = False
 
 
 def choose_splits(workers: Sequence[WorkerLoad], policy: TailPolicy) -> list[Split]:

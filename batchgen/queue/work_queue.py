@@ -70,11 +70,12 @@ class WorkQueue:
         if worker is None:
             return
         worker.heard_at, worker.num_inflight = now, beat.num_inflight
+        worker.total_tokens, worker.integral = beat.total_tokens, beat.integral
         for shard in beat.shards:
             if (held := worker.open.get(shard.batch_id)) is not None:
                 self._count_open(held, -1)
                 held.num_rows_done, held.num_rows_error = shard.num_rows_done, shard.num_rows_error
-                held.num_unsent = shard.num_unsent
+                held.num_unsent, held.num_inflight = shard.num_unsent, shard.num_inflight
                 self._count_open(held, +1)
             elif shard.batch_id in worker.shares:
                 worker.share_unsent[shard.batch_id] = shard.num_unsent

@@ -12,6 +12,7 @@ from batchgen.queue.tail import TailPolicy
 from batchgen.simulate.calibration import make_v32_engine
 from batchgen.simulate.engine import EngineModel
 from batchgen.simulate.estimate import estimate
+from batchgen.simulate.figures_moves import show_moves
 from batchgen.simulate.figures_ranks import show_ranks
 from batchgen.simulate.fluid import run_aggregated
 from batchgen.simulate.oracle import run_oracle
@@ -186,6 +187,7 @@ def _see(workload: Workload, count: int) -> Lengths:
 FIGURES: dict[str, Callable[[], Iterator[str]]] = {
     "budgets": show_budgets,
     "tail": show_tail,
+    "moves": show_moves,
     "workers": show_workers,
     "ranks": show_ranks,
     "scale": show_scale,

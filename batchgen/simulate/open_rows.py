@@ -58,10 +58,12 @@ class OpenRows:
 
 @dataclass(slots=True)
 class VirtualStore:
-    """What outlives a worker: finished rows of each shard by place, and which rows a share holds."""
+    """What outlives a worker: finished rows of each shard by place, which rows a share holds, and how many tokens rows had
+    that were moved."""
 
     journal: dict[int, set[int]] = field(default_factory=dict)
     handoffs: dict[str, list[int]] = field(default_factory=dict)
+    begun: dict[int, dict[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,12 +11,13 @@ ONE_SHOT = Ladder()
 @dataclass(frozen=True, slots=True)
 class Policies:
     """Which of the policies a run has, as values. `ladder` without rungs: one shot. `trusts_hints`: rows' expectations are
-    their own, so that budgets follow them."""
+    their own, so that budgets follow them. `can_move`: rows that an engine has begun go on elsewhere."""
 
     is_ordered: bool = True
     has_placement: bool = False
     ladder: Ladder = ONE_SHOT
     trusts_hints: bool = False
+    can_move: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,10 +3,13 @@
 What goes next is decided by `read_ahead`, how much of a row is asked for by `budget`, on which rank by `placement`: code
 that a real worker runs. Reading, tokenising and the network take no time here; a commit takes `commit_s` beside the work.
 Rows that finished before the last flush of the journal survive the worker, as in production. It obeys the production orders
-about shares of a shard; given away are the rows that it would send last.
+about shares of a shard; given away are the rows that it would send last, or those that it sent last with what they have so
+far (whole rows of one sample only).
 """
 
+from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 
 from batchgen.queue.events import Heartbeat, RowsGiven, ShareEnded
 from batchgen.queue.orders import DropShare, GiveRows, HelpShare, Order, TakeIn
@@ -35,7 +38,8 @@ class VirtualWorker:
     ) -> None:
         self.model, self._workload, self._store = model, workload, store
         self.engine = VirtualEngine(model.engine, now)
-        self.info = WorkerInfo(worker_id, "", worker_id, "virtual", "", model.num_gpus, model.window, 0.0)
+        can_move = model.policies.can_move and model.n == 1 and bool(model.policies.ladder.rungs)
+        self.info = WorkerInfo(worker_id, "", worker_id, "virtual", "", model.num_gpus, model.window, 0.0, can_move)
         self.open: dict[str, OpenRows] = {}
         self._events: list[VirtualEvent] = []
         self._ahead: ReadAhead[OpenRows] = ReadAhead()
@@ -46,6 +50,7 @@ class VirtualWorker:
         self._placer = placer
         self._inflight: dict[Key, OpenRows] = {}
         self._unflushed: list[tuple[int, int]] = []
+        self._integral, self._counted_at = 0.0, now
         self._flushed_at = now
 
     # ---- what the driver calls ---------------------------------------------------------------------------------------
@@ -56,8 +61,8 @@ class VirtualWorker:
 
     def obey(self, order: Order) -> None:
         match order:
-            case GiveRows(share, num_requests):
-                num_given = self._give(share, num_requests)
+            case GiveRows(share, num_requests, is_begun):
+                num_given = self._give_begun(share, num_requests) if is_begun else self._give(share, num_requests)
                 self._events.append(RowsGiven(self.info.worker_id, share, num_given))
             case HelpShare(share):
                 self._open(share.lease, self._store.handoffs[share.lease.batch_id], share)
@@ -81,9 +86,13 @@ class VirtualWorker:
             self._flush()
 
     def make_heartbeat(self) -> Heartbeat:
-        progress = tuple(opened.progress for opened in self.open.values())
-        engine = self.engine
-        return Heartbeat(self.info.worker_id, engine.total_tokens, engine.num_inflight, engine.row_seconds, progress)
+        inflight, engine = Counter(key[0] for key in self._inflight), self.engine
+        progress = tuple(
+            replace(opened.progress, num_inflight=inflight[batch_id]) for batch_id, opened in self.open.items()
+        )
+        self._integral += len(self._inflight) * (engine.now - self._counted_at)
+        self._counted_at = engine.now
+        return Heartbeat(self.info.worker_id, engine.total_tokens, engine.num_inflight, self._integral, progress)
 
     def take_events(self) -> list[VirtualEvent]:
         """Since the last call, in order."""
@@ -111,6 +120,8 @@ class VirtualWorker:
             left[place] = n
         num_left = sum(1 for each in left if each)
         opened = OpenRows(lease, rows, left, [0] * len(rows), num_left, n * num_left, share)
+        begun = self._store.begun.get(lease.shard.number, {}) if share is not None else {}
+        opened.done.update({(place, 0): begun[place] for place in begun if left[place]})
         self.open[lease.batch_id] = opened
         if num_left:
             self._read(opened, (place for place, count in enumerate(left) if count))
@@ -140,7 +151,7 @@ class VirtualWorker:
         row, rank = opened.rows[place], None
         if self._placer is not None:
             rank = self._placer.place(key, VirtualTokens(row), self.engine.total_tokens)
-        self._ask(key, row, 0, rank)
+        self._ask(key, row, opened.done.get(key[1:], 0), rank)
 
     def _ask(self, key: Key, row: VirtualRow, done: int, rank: int | None) -> None:
         """The next part of a row. What it leaves behind is kept where it will go on."""
@@ -202,10 +213,13 @@ class VirtualWorker:
     def _close(self, opened: OpenRows) -> None:
         opened.is_closed = True
         for key in [key for key, owner in self._inflight.items() if owner is opened]:
-            del self._inflight[key]
-            self.engine.cancel(key)
-            if self._placer is not None:
-                self._placer.release(key, self.engine.total_tokens)
+            self._stop(key)
+
+    def _stop(self, key: Key) -> None:
+        del self._inflight[key]
+        self.engine.cancel(key)
+        if self._placer is not None:
+            self._placer.release(key, self.engine.total_tokens)
 
     def _flush(self) -> None:
         for shard, place in self._unflushed:
@@ -229,6 +243,23 @@ class VirtualWorker:
         opened.num_unsent -= n * len(places)
         self._store.handoffs[share.lease.batch_id] = places
         return n * len(places)
+
+    def _give_begun(self, share: Share, num_requests: int) -> int:
+        """The rows that were sent last, with what they have so far."""
+        opened = self.open.get(share.owner_batch_id)
+        if opened is None:
+            return 0
+        keys = [key for key, owner in self._inflight.items() if owner is opened][-num_requests:]
+        made, begun = self.engine.count_tokens(), self._store.begun.setdefault(opened.lease.shard.number, {})
+        for key in keys:
+            done = opened.done.get(key[1:], 0) + made.get(key, 0)
+            if done:
+                begun[key[1]] = opened.done[key[1:]] = done
+            self._stop(key)
+            opened.away.add(key[1])
+            opened.sent[key[1]] = 0
+        self._store.handoffs[share.lease.batch_id] = [key[1] for key in keys]
+        return len(keys)
 
     def _take_in(self, opened: OpenRows, ended: Iterable[Share]) -> None:
         """What others journaled is done; what they did not make is ours again."""

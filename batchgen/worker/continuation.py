@@ -3,7 +3,8 @@
 `Continuation` answers as an engine does; `budget` decides how much to ask for, `placement` where, `seam` makes one answer
 of the parts. Whoever sends the requests sees one request and one answer: a part that fails is the request's failure, and
 its retry goes on from the parts that were finished, so that it costs at most one part. They are kept in `partials`, which
-is journaled: so does a row that another worker had before.
+is journaled: so does a row that another worker had before. `save` keeps what the engine has of a row by now, where it can
+say so (`Peeking`), for one that is to be stopped.
 
 Invariants: an answer has no more than the request's max_tokens; while one request is pinned to a rank all are, those of
 rows that can't be continued included.
@@ -17,10 +18,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from batchgen.engines import get_engine_kind, make_facts
-from batchgen.engines.base import Answering, Engine, EngineFacts, Tokenizer
+from batchgen.engines.base import Answering, Engine, EngineFacts, Peeking, Tokenizer
 from batchgen.errors import RequestFailed
 from batchgen.lengths import LengthPrior, list_quantiles
-from batchgen.records import Generation, Partial, Request
+from batchgen.records import Generation, Partial, Request, RowId
 from batchgen.spec import JobSpec
 from batchgen.worker.budget import (
     MAX_LENGTHS,
@@ -34,6 +35,7 @@ from batchgen.worker.budget import (
 from batchgen.worker.partials import Partials
 from batchgen.worker.placement import Placer
 from batchgen.worker.seam import can_hide_stop, count_undecided, extend, find_seam_stop, join
+from batchgen.worker.stops import find_stop
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +65,12 @@ class Continuation:
         self._is_resumable = facts.is_resumable and bool(ladder.rungs)
         self.partials = Partials() if partials is None else partials
         self._numbers = itertools.count()
+        self._inflight: dict[RowId, Request] = {}
+
+    @property
+    def is_resumable(self) -> bool:
+        """Are rows asked for in parts, those that can be?"""
+        return self._is_resumable
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -124,7 +132,11 @@ class Continuation:
         """(the next part, the request with the rank that had it)."""
         sampling = replace(request.sampling, max_tokens=budget)
         with self._placed(request) as placed:
-            part = await self._engine.generate(replace(placed, sampling=sampling))
+            self._inflight[request.row_id] = placed
+            try:
+                part = await self._engine.generate(replace(placed, sampling=sampling))
+            finally:
+                self._inflight.pop(request.row_id, None)
         return part, placed
 
     @contextmanager
@@ -165,6 +177,23 @@ class Continuation:
         self._is_resumable = False
 
     # ---- between two tries -------------------------------------------------------------------------------------------
+
+    def can_save(self, request: Request) -> bool:
+        """Can another engine of this kind go on with what this one has of the row?"""
+        return self._can_continue(request)
+
+    def save(self, row_id: RowId) -> None:
+        """Keep what the engine has of the row by now. No answer of it may be awaited any more."""
+        request = self._inflight.get(row_id)
+        part = self._engine.peek(row_id) if isinstance(self._engine, Peeking) and request is not None else None
+        if request is None or part is None or not part.token_ids or not self._can_continue(request):
+            return
+        whole, stop = extend(request.partial, part), request.sampling.stop
+        has_ended = len(whole.token_ids) >= request.sampling.max_tokens
+        if stop and not has_ended:  # the engine may be about to see that it has
+            has_ended = find_stop(self._decode(whole.token_ids), stop) is not None
+        if not has_ended:
+            self.partials.note(row_id, whole, request.rank)
 
     def _recall(self, request: Request) -> Request:
         """The request with what was generated for it before, where this engine can go on with that."""

@@ -7,27 +7,25 @@ loop) but for `make_parts`.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import islice
+from itertools import islice, product
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchgen.errors import BatchgenError
-from batchgen.names import make_reused_id
 from batchgen.records import JournalRef, Lease, Result, RowId, ShardProgress, Slot
 from batchgen.row_ranges import RowRanges, iter_rows
-from batchgen.worker.answer import make_quarantined, make_unstorable
-from batchgen.worker.result_batch import count_values, make_result_batch
-from batchgen.worker.spilled import Finished, Parts, ReadBack, load_rows
+from batchgen.worker.answer import make_quarantined
+from batchgen.worker.result_batch import count_values, make_storable_batch
+from batchgen.worker.spilled import Finished, Parts, ReadBack, load_rows, split_carried
 from batchgen.write import make_output_table
 
 # Results become Arrow this many rows, or token ids and logprobs, at a time: Python objects of more never pile up, and the
 # event loop is never held longer than packing takes: 10 ms for so many logprobs.
 BATCH_ROWS = 256
 BATCH_VALUES = 2**16
-# A value of another type than its column's, or beyond its range. (pa.ArrowInvalid is a ValueError, and so on.)
-REFUSED_BY_ARROW = (TypeError, ValueError, OverflowError)
 
 
 class OpenShard:
@@ -43,7 +41,8 @@ class OpenShard:
         self.is_recovered = False
         self.shared_ids: set[str] = set()
         self._away: dict[Slot, str] = {}
-        self.num_copied = self.num_recovered = self.num_error = 0
+        self.num_copied = self.num_recovered = 0
+        self.error_types: Counter[str] = Counter()
         self.read_s = self.prepare_s = 0.0
         self._finished = bytearray(lease.shard.num_rows * n)
         self._sent = bytearray(lease.shard.num_rows * n)
@@ -90,7 +89,7 @@ class OpenShard:
     def _take(self, rows: pa.Table) -> int:
         rows = self._pick_new(rows)
         self._recovered.append(rows)
-        self.num_error += pc.sum(pc.equal(rows["status"], "error")).as_py() or 0
+        self.error_types.update(rows["error_type"].drop_null().to_pylist())
         return int(rows.num_rows)
 
     def _pick_new(self, rows: pa.Table) -> pa.Table:
@@ -112,7 +111,8 @@ class OpenShard:
         """One request ended. A second answer for the same row and sample is dropped: the first stands."""
         if not self._mark(result.row_id.source_row, result.row_id.sample_index):
             return
-        self.num_error += result.failure is not None
+        if result.failure is not None:
+            self.error_types[result.failure.error_type] += 1
         self._buffer.append(result)
         self._num_values += count_values(result)
         if len(self._buffer) >= BATCH_ROWS or self._num_values >= BATCH_VALUES:
@@ -146,16 +146,15 @@ class OpenShard:
         """Requests that another worker may have, from the end: those that nobody has finished, and that were never sent."""
         if not self.is_recovered:
             return []  # the journal may hold what would be given
-        slots = (
-            (row, sample)
-            for row in range(self.lease.shard.row_end - 1, self.lease.shard.row_start - 1, -1)
-            for sample in range(self._n)
-        )
+        slots = product(range(self.lease.shard.row_end - 1, self.lease.shard.row_start - 1, -1), range(self._n))
         free = (slot for slot in slots if not self._sent[self._slot(*slot)] and not self.is_settled(*slot))
         return list(islice(free, max_requests))
 
     def give(self, slots: Iterable[Slot], share_id: str) -> None:
-        self._away.update(dict.fromkeys(slots, share_id))
+        """They are another worker's, whether they were sent before or not."""
+        for slot in slots:
+            self._away[slot] = share_id
+            self._sent[self._slot(*slot)] = 0
 
     def take_back(self, share_ids: Iterable[str]) -> list[Slot]:
         """Requests of these shares that nobody finished: ours again."""
@@ -192,6 +191,10 @@ class OpenShard:
         return is_of_it and not self.is_finished(row, sample)
 
     @property
+    def num_error(self) -> int:
+        return self.error_types.total()
+
+    @property
     def _num_made(self) -> int:
         return self._num_finished - self._num_left_out
 
@@ -199,7 +202,8 @@ class OpenShard:
     def progress(self) -> ShardProgress:
         """Input rows done, counted in whole rows of n samples."""
         num_unsent = len(self._finished) - self._num_finished - len(self._away) - self.num_inflight
-        return ShardProgress(self.lease.batch_id, self._num_made // self._n, self.num_error, max(0, num_unsent))
+        done, types = self._num_made // self._n, tuple(self.error_types.items())
+        return ShardProgress(self.lease.batch_id, done, self.num_error, max(0, num_unsent), types, self.num_inflight)
 
     def is_row_finished(self, source_row: int) -> bool:
         """All its samples."""
@@ -246,8 +250,7 @@ class OpenShard:
         made = pa.concat_tables(
             [self._schema.empty_table(), *(load_rows(part, self.lease, read_back) for part in self._parts)]
         )
-        is_carried = pc.equal(made["batch_id"], make_reused_id(self.lease.batch_id))
-        generated, carried = made.filter(pc.invert(is_carried)), made.filter(is_carried)
+        generated, carried = split_carried(made, self.lease.batch_id)
         recovered = pa.concat_tables([self._schema.empty_table(), *self._recovered])
         inputs = pa.concat_tables(self._inputs)
         output = make_output_table(pa.concat_tables([made, recovered]), inputs, self.lease, self._n, output_schema)
@@ -270,28 +273,11 @@ class OpenShard:
     def _pack(self) -> None:
         if not self._buffer:
             return
-        try:
-            batch = self._make_batch(self._buffer)
-        except REFUSED_BY_ARROW:
-            kept = [self._make_storable(result) for result in self._buffer]
-            self.num_error += sum(new is not old for new, old in zip(kept, self._buffer, strict=True))
-            batch = self._make_batch(kept)
+        batch, refused = make_storable_batch(self._buffer, self.lease.batch_id, self._schema)
+        self.error_types.update(refused)
         self._parts = (*self._parts, Finished(pa.Table.from_batches([batch])))
         self.num_unflushed_bytes += batch.nbytes
         self._buffer, self._num_values = [], 0
-
-    def _make_batch(self, results: Sequence[Result]) -> pa.RecordBatch:
-        return make_result_batch(results, self.lease.batch_id, self._schema)
-
-    def _make_storable(self, result: Result) -> Result:
-        """The result, or the failure that stands for a generation that Arrow refuses."""
-        try:
-            self._make_batch([result])
-        except REFUSED_BY_ARROW as error:
-            if result.generation is None or result.failure is not None:
-                raise
-            return make_unstorable(result, error)
-        return result
 
     def _check_ended(self) -> None:
         if self._num_finished == len(self._finished):

@@ -3,6 +3,7 @@
 A dict for each row first, and for each of its logprobs, took two and ten times as long.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate, chain
 
@@ -10,7 +11,11 @@ import pyarrow as pa
 
 from batchgen.names import make_reused_id
 from batchgen.records import Result, TokenLogprob, Usage
+from batchgen.worker.answer import make_unstorable
 from batchgen.write import LOGPROBS_TYPE
+
+# A value of another type than its column's, or beyond its range. (pa.ArrowInvalid is a ValueError, and so on.)
+REFUSED_BY_ARROW = (TypeError, ValueError, OverflowError)
 
 
 def make_result_batch(results: Sequence[Result], batch_id: str, schema: pa.Schema) -> pa.RecordBatch:
@@ -33,6 +38,29 @@ def make_result_batch(results: Sequence[Result], batch_id: str, schema: pa.Schem
         for field in schema
     ]
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def make_storable_batch(
+    results: Sequence[Result], batch_id: str, schema: pa.Schema
+) -> tuple[pa.RecordBatch, dict[str, int]]:
+    """(the same, with a failure in place of each generation that Arrow refuses; those failures by type)."""
+    try:
+        return make_result_batch(results, batch_id, schema), {}
+    except REFUSED_BY_ARROW:
+        kept = [_make_storable(result, batch_id, schema) for result in results]
+    changed = [new.failure for new, old in zip(kept, results, strict=True) if new is not old]
+    refused = Counter(failure.error_type for failure in changed if failure is not None)
+    return make_result_batch(kept, batch_id, schema), dict(refused)
+
+
+def _make_storable(result: Result, batch_id: str, schema: pa.Schema) -> Result:
+    try:
+        make_result_batch([result], batch_id, schema)
+    except REFUSED_BY_ARROW as error:
+        if result.generation is None or result.failure is not None:
+            raise
+        return make_unstorable(result, error)
+    return result
 
 
 def make_batch_ids(results: Sequence[Result], batch_id: str) -> list[str]:

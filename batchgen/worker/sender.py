@@ -2,9 +2,9 @@
 
 The window stays full across shard borders: rows are read ahead up to a bound and sent in the order they were pushed. A
 retry waits outside the window, with full jitter, so that rows that failed together don't come back together. Invariant:
-every request pushed ends in its shard's `add` exactly once, unless the sender is stopped or the engine dies; then
-`died_with` says what it had in flight. Rows that wait for a retry count as read ahead: while the engine takes none, only
-so many are read and no more.
+every request pushed ends in its shard's `add` exactly once, unless it is recalled, the sender is stopped or the engine
+dies; then `died_with` says what it had in flight. Rows that wait for a retry count as read ahead: while the engine takes
+none, only so many are read and no more.
 
 Requests travel in lanes: as many as the window has rows, each a task that sends one request after another. A task for
 each request, and a place in a queue before the window for it, took 7 us a row more than this.
@@ -15,17 +15,16 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import cast
 
 from batchgen.engines.base import Answering
 from batchgen.errors import EngineDied, EngineRestarted, EngineUnavailable, RequestFailed, RowError
-from batchgen.queue.suspects import ShardRows
 from batchgen.records import Request, Result
-from batchgen.row_ranges import make_ranges
 from batchgen.spec import RetrySpec
 from batchgen.worker.answer import make_failed, make_result
 from batchgen.worker.open_shard import OpenShard
+from batchgen.worker.ready import Ready
 from batchgen.worker.tasks import TaskGroup
 from batchgen.worker.window import Window
 
@@ -46,36 +45,12 @@ RESTART_S = 0.05
 APART_LOOK_S = 0.05
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Ready:
-    """A request that waits for the window since `ready_at` (monotonic seconds). `num_refusals`: how often the engine had
-    no room for it, which are no attempts."""
-
-    shard: OpenShard
-    request: Request
-    num_bytes: int
-    ready_at: float
-    num_refusals: int = 0
-
-    @property
-    def is_again(self) -> bool:
-        return self.num_refusals > 0 or self.request.attempt > 1
-
-
 def choose_delay_s(retry: RetrySpec, error: RequestFailed, num_tries: int) -> float:
     """How long to wait before a try after `num_tries` of them: what the engine asks for and a little jitter, else full
     jitter over a bound that doubles."""
     if error.retry_after_s is not None:
         return error.retry_after_s + random.uniform(0, retry.backoff_s)
     return random.uniform(0, min(retry.max_backoff_s, retry.backoff_s * 2 ** min(num_tries - 1, 30)))
-
-
-def list_rows(inflight: Iterable[Ready]) -> tuple[ShardRows, ...]:
-    """Their rows by shard."""
-    rows: dict[int, list[int]] = {}
-    for ready in inflight:
-        rows.setdefault(ready.shard.lease.shard.number, []).append(ready.request.row_id.source_row)
-    return tuple((number, make_ranges(found)) for number, found in sorted(rows.items()))
 
 
 class Sender:
@@ -101,6 +76,7 @@ class Sender:
         self.inflight: dict[Ready, tuple[float, asyncio.Task[None]]] = {}
         self.died_with: list[Ready] | None = None
         self._overdue: set[Ready] = set()
+        self._recalled: set[Ready] = set()
         self._restarted: list[Ready] = []
         self.window = window or Window(max_inflight, MAX_INFLIGHT_BYTES)
         self.window.on_room = lambda: self._call_lane() if self._ready else None
@@ -143,6 +119,12 @@ class Sender:
         self.stop()
         await self._watching.cancel()
         await self._lanes.cancel()
+
+    def recall(self, inflight: Iterable[Ready]) -> None:
+        """Stop these where they are. What they answer from here on is nobody's."""
+        for ready in inflight:
+            self._recalled.add(ready)
+            self.inflight[ready][1].cancel()
 
     async def wait_apart(self) -> None:
         """Until nothing is in flight but rows that are tried apart."""
@@ -229,13 +211,17 @@ class Sender:
             self._die_with(list(self.inflight))
             self._on_death(str(error))
         except asyncio.CancelledError:
-            if ready not in self._overdue:
+            if ready in self._recalled:
+                self.inflight[ready][1].uncancel()
+            elif ready in self._overdue:
+                self._end_overdue(ready, waited_s, time.monotonic() - sent)
+            else:
                 raise
-            self._end_overdue(ready, waited_s, time.monotonic() - sent)
         except Exception:  # whatever an engine lets through ends the worker, and this request is the reason
             self._die_with([ready])
             raise
         finally:
+            self._recalled.discard(ready)
             del self.inflight[ready]
             ready.shard.num_inflight -= 1
             self.window.leave(ready.num_bytes)

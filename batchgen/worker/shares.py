@@ -1,13 +1,17 @@
 """A worker's side of shares: it gives requests of its shards away, makes those of others, and takes in what others made.
 
+Requests that were not sent are given as they are; those that the engine has begun are stopped where they are, what they
+have so far is journaled, and the helper goes on from there, as does the owner with what a helper leaves.
+
 Invariants: only the owner of a shard commits it; a request that was given is sent here again only once its share has
 ended; a helper journals all that it made before it says so. Whatever goes wrong with a share, its requests go back.
 """
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Protocol
 
 import pyarrow as pa
@@ -15,9 +19,11 @@ import pyarrow as pa
 from batchgen.errors import Refusal, StorageError
 from batchgen.queue.events import PoolEvent, RowsGiven, ShareEnded
 from batchgen.queue.orders import DropShare, GiveRows, HelpShare, Order, TakeIn
-from batchgen.records import Share, Slot, WorkerInfo
+from batchgen.records import JournalRef, Share, Slot, WorkerInfo
 from batchgen.stats import make_lost_stats
+from batchgen.worker.continuation import Continuation
 from batchgen.worker.open_shard import OpenShard
+from batchgen.worker.ready import Ready
 from batchgen.worker.sender import Sender
 from batchgen.worker.shard_files import ShardFiles
 
@@ -49,7 +55,8 @@ def join_rows(tables: Iterable[tuple[int, pa.Table]]) -> dict[int, pa.Table]:
 
 
 class WorkerShares:
-    """Belongs to the worker's event loop. `shards`: the worker's open shards by batch, which shares join."""
+    """Belongs to the worker's event loop. `shards`: the worker's open shards by batch, which shares join; `serving`: where
+    requests that an engine has begun can be moved, and `moves_seeded`: those with a seed, too."""
 
     def __init__(
         self,
@@ -58,15 +65,18 @@ class WorkerShares:
         sender: Sender,
         shards: MutableMapping[str, OpenShard],
         hooks: Hooks,
+        serving: Continuation | None = None,
+        moves_seeded: bool = False,
     ) -> None:
+        self._serving, self._moves_seeded = serving, moves_seeded
         self._info, self._files, self._sender, self._shards = info, files, sender, shards
         self._read, self._flush, self._emit = hooks.read, hooks.flush, hooks.emit
         self._dropped: set[str] = set()
 
     async def obey(self, order: Order) -> None:
         match order:
-            case GiveRows(share, num_requests):
-                await self._give(share, num_requests)
+            case GiveRows():
+                await self._give(order)
             case HelpShare(share):
                 await self._help(share)
             case TakeIn():
@@ -78,16 +88,20 @@ class WorkerShares:
 
     # ---- the owner ---------------------------------------------------------------------------------------------------
 
-    async def _give(self, share: Share, num_requests: int) -> None:
+    async def _give(self, order: GiveRows) -> None:
         """Chosen and marked at once, before anything is awaited: no answer can come in between."""
-        shard, share_id = self._shards.get(share.owner_batch_id), share.lease.batch_id
+        share, share_id = order.share, order.share.lease.batch_id
+        shard = self._shards.get(share.owner_batch_id)
         slots: list[Slot] = []
         if shard is not None and not shard.is_closed and not shard.has_ended:
-            slots = shard.choose_to_give(num_requests)
+            choose = self._stop_begun if order.is_begun else OpenShard.choose_to_give
+            slots = choose(shard, order.num_requests)
         if shard is None or not slots:
             self._emit(RowsGiven(self._info.worker_id, share, 0))
             return
         shard.give(slots, share_id)
+        if order.is_begun:
+            await self._flush()  # a store that refuses it costs the helper what they had
         try:
             await asyncio.to_thread(self._files.write_handoff, share_id, slots)
         except StorageError:  # nobody was told: they are ours as before
@@ -96,6 +110,33 @@ class WorkerShares:
             return
         self._emit(RowsGiven(self._info.worker_id, share, len(slots)))
 
+    def _stop_begun(self, shard: OpenShard, max_requests: int) -> list[Slot]:
+        """Those that were sent last: they wait inside the engine still, or have the least to be prefilled again."""
+        serving = self._serving
+        if serving is None or not shard.is_recovered:
+            return []
+        found = (ready for ready in reversed(self._sender.inflight) if ready.shard is shard)
+        chosen = list(islice((ready for ready in found if self._may_move(serving, ready)), max_requests))
+        for ready in chosen:
+            serving.save(ready.request.row_id)
+        self._sender.recall(chosen)
+        return [ready.request.row_id.slot for ready in chosen]
+
+    def _may_move(self, serving: Continuation, ready: Ready) -> bool:
+        """A seed's draws go on as they would have on no other engine, unless it begins anew there."""
+        if ready.request.sampling.seed is not None:
+            return self._moves_seeded
+        return serving.can_save(ready.request)
+
+    async def load_begun(self, shard: OpenShard, refs: Sequence[JournalRef]) -> list[str]:
+        """Take over what others had of this batch's rows; what is to be said of segments that are damaged. Raises
+        StorageError."""
+        if self._serving is None or not refs:
+            return []
+        begun, left_out = await asyncio.to_thread(self._files.read_partials, shard.lease.shard, refs)
+        self._serving.partials.load((row_id, partial) for row_id, partial in begun if shard.is_missing(row_id))
+        return left_out
+
     async def _take_in(self, order: TakeIn) -> None:
         shard = self._shards.get(order.batch_id)
         if shard is None or shard.is_closed or shard.has_ended:
@@ -103,6 +144,7 @@ class WorkerShares:
         try:
             lease = replace(shard.lease, journal=order.refs)
             rows, _ = await asyncio.to_thread(self._files.read_journal, lease, shard.replaced_epoch)
+            await self.load_begun(shard, order.refs)
         except (StorageError, Refusal) as error:
             shard.close(error)
             return
@@ -126,6 +168,7 @@ class WorkerShares:
         try:
             slots = await asyncio.to_thread(self._files.read_handoff, share)
             shard = self._files.open_share(share, slots)
+            await self.load_begun(shard, share.lease.journal)
         except (StorageError, Refusal) as error:
             self._emit(ShareEnded(self._info.worker_id, share, None, str(error)))
             return

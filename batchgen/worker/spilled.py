@@ -42,3 +42,11 @@ def load_rows(part: Finished, lease: Lease, read_back: ReadBack | None) -> pa.Ta
         raise ValueError("rows were dropped from memory, and there is no way to read them back")
     rows = read_back(part.ref)
     return rows.filter(pc.is_in(rows["batch_id"], pa.array([lease.batch_id, make_reused_id(lease.batch_id)])))
+
+
+def split_carried(rows: pa.Table, batch_id: str) -> tuple[pa.Table, pa.Table]:
+    """(rows that this batch generated, rows that it took over). Most batches took over none, and nothing is copied."""
+    is_carried = pc.equal(rows["batch_id"], make_reused_id(batch_id))
+    if not pc.any(is_carried).as_py():
+        return rows, rows.slice(0, 0)
+    return rows.filter(pc.invert(is_carried)), rows.filter(is_carried)

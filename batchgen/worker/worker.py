@@ -41,7 +41,8 @@ from batchgen.worker.hint_check import HintCheck
 from batchgen.worker.open_shard import OpenShard
 from batchgen.worker.pace import Pace
 from batchgen.worker.prepare import Preparer
-from batchgen.worker.sender import Ready, Sender, list_rows
+from batchgen.worker.ready import Ready, list_rows
+from batchgen.worker.sender import Sender
 from batchgen.worker.setup import WorkerSetup as WorkerSetup  # known here to all who make workers
 from batchgen.worker.shard_files import ShardFiles, Spent, make_event
 from batchgen.worker.shares import Hooks, WorkerShares
@@ -78,13 +79,15 @@ class Worker:
         spec, engine, prior = self._spec, self._engine, self._setup.prior
         preparer = Preparer(spec, engine.tokenizer, engine.max_model_len, list_refused(spec.engine), prior)
         serving, hints, size = make_serving(engine, spec, prior), HintCheck(), spec.engine.max_inflight
-        self._partials, window = serving.partials if isinstance(serving, Continuation) else None, self._shared_window
-        self._sender = Sender(serving, size, spec.retry, self._die, self._note_restart, hints.note, window)
+        continued = serving if isinstance(serving, Continuation) and serving.is_resumable else None
+        restarted, window = self._note_restart, self._shared_window
+        self._sender = Sender(serving, size, spec.retry, self._die, restarted, hints.note, window)
         self._feeder = Feeder(spec, self._setup.passthrough, preparer, self._sender, hints, carrier)
         self._window = self._sender.window
         self._wake, self._pace = asyncio.Event(), Pace(spec.engine.max_inflight, time.monotonic())
         epoch, worker_id = self._setup.epoch, self._setup.worker_id
-        self._spill = Spill(self._files, epoch, worker_id, lambda: [*self._shards.values()], self._emit, self._partials)
+        partials = continued.partials if continued is not None else None
+        self._spill = Spill(self._files, epoch, worker_id, lambda: [*self._shards.values()], self._emit, partials)
         self._committing = asyncio.Semaphore(MAX_COMMITS)
         self._other_tasks.spawn(self._feeder.run())
         if (duplicates := self._feeder.duplicates) is not None:
@@ -100,9 +103,10 @@ class Worker:
             num_gpus=spec.cluster.gpus_per_worker,
             window=spec.engine.max_inflight,
             startup_s=time.monotonic() - started,
+            can_move=continued is not None and spec.cluster.moves != "none",
         )
-        hooks = Hooks(self._feeder.feed, self._flush, self._emit)
-        self._shares = WorkerShares(self.info, self._files, self._sender, self._shards, hooks)
+        hooks, seeded = Hooks(self._feeder.feed, self._flush, self._emit), spec.cluster.moves == "all"
+        self._shares = WorkerShares(self.info, self._files, self._sender, self._shards, hooks, continued, seeded)
         return self.info
 
     def assign(self, lease: Lease) -> None:
@@ -212,11 +216,7 @@ class Worker:
         if lease.journal:
             saved, left_out = await asyncio.to_thread(self._files.read_journal, lease, shard.replaced_epoch)
             shard.recover(saved, are_copied=False)
-            if self._partials is not None:
-                begun, more = await asyncio.to_thread(self._files.read_partials, lease.shard, lease.journal)
-                self._partials.load((row_id, partial) for row_id, partial in begun if shard.is_missing(row_id))
-                left_out = [*left_out, *more]
-            for message in left_out:
+            for message in [*left_out, *await self._shares.load_begun(shard, lease.journal)]:
                 self._emit(WorkerWarned(self._setup.worker_id, message))
         shard.quarantine(lease.quarantined)
 

@@ -68,6 +68,10 @@ def add(outcome: Outcome, totals: Counter[str], strikes: Counter[str]) -> None:
     totals["replaced files"] += outcome.num_replaced
     totals["store operations"] += outcome.num_operations
     totals["virtual s"] += round(outcome.seconds)
+    begun = [
+        words for _, _, words in outcome.story if words.startswith("GiveRows") and words.endswith("that are begun")
+    ]
+    totals["asked for begun rows"] += len(begun)
     totals["shares of shards"] += sum(words.startswith("HelpShare") for _, _, words in outcome.story)
     strikes.update(outcome.strikes)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from batchgen.errors import EngineDied
 from batchgen.queue.events import PoolEvent, WorkerLost, WorkerStarted, WorkerStartFailed
-from batchgen.queue.orders import Order
+from batchgen.queue.orders import GiveRows, Order
 from batchgen.records import Lease
 from batchgen.worker.worker import Worker, WorkerSetup, open_worker
 
@@ -63,7 +63,8 @@ class SimPool:
         self._order(lease.worker_id, lease)
 
     def tell(self, worker_id: str, order: Order) -> None:
-        self._kernel.tell(f"{type(order).__name__} for {worker_id}")
+        begun = " that are begun" if isinstance(order, GiveRows) and order.is_begun else ""
+        self._kernel.tell(f"{type(order).__name__} for {worker_id}{begun}")
         self._order(worker_id, order)
 
     def _order(self, worker_id: str, order: Lease | Order) -> None:

@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 
 from batchgen.engines import create_engine
 from batchgen.errors import BatchgenError, Cancelled, RequestFailed
-from batchgen.records import Generation, Request
+from batchgen.queue.tail import TailPolicy
+from batchgen.records import Generation, Request, RowId
 from batchgen.spec import JobSpec
 from batchgen.specs.load import make_spec
 from batchgen.storage import Storage
@@ -37,6 +38,8 @@ MAX_CALM_S = 900.0
 MAX_ZOMBIE_S = 60.0
 MAX_RUNS = 80
 MAX_DRIVERS = 4
+# Rows are moved, begun or not, whenever anybody has less to do: what that gains is not asked.
+EAGER = TailPolicy(min_gain_s=0.0, ahead_share=0.5, min_move_gain_s=-1e9, settle_s=2.0, trial_share=0.5)
 IN, OUT = "sim://in", "sim://out"
 
 
@@ -104,6 +107,11 @@ class World:
         }
         # Drawn apart, so that a seed meets what it met before there were budgets.
         rates["token_budget"] = random.Random(f"{self.outcome.seed}:budget").choice(["auto", 3, 6])
+        rows_per_shard, workers = rng.randint(2, 5), {"min": 1, "max": rng.randint(1, 3)}
+        if random.Random(f"{self.outcome.seed}:begun").random() < 0.3:
+            # One engine takes all at once, and what others may have of it was begun.
+            rates |= {"slots": 12, "max_inflight": 12, "token_budget": 4}
+            rows_per_shard, workers = 12, {"min": 2, "max": 3}
         lease_ttl_s = rng.uniform(4, 12)
         return make_spec(
             {
@@ -113,11 +121,11 @@ class World:
                 "sampling": {"max_tokens": 40, "n": n},
                 "output": {
                     "path": OUT,
-                    "rows_per_shard": rng.randint(2, 5),
+                    "rows_per_shard": rows_per_shard,
                     "journal_interval_s": rng.choice([0.5, 1.0, 3.0]),
                 },
                 "cluster": {
-                    "workers": {"min": 1, "max": rng.randint(1, 3)},
+                    "workers": workers,
                     "lease_ttl_s": lease_ttl_s,
                     "worker_timeout_s": rng.uniform(4, 10),
                     "stall_timeout_s": rng.uniform(8, 20),
@@ -173,7 +181,7 @@ class World:
         kernel = self.kernel
         kernel.tell("starts")
         try:
-            report = patches.run.run_job(self.spec, SimView(kernel))
+            report = patches.run.run_job(self.spec, SimView(kernel), create_pool=self.create_pool)
             kernel.tell(f"ends: {report['state']}, exit code {report['exit_code']}, {report['rows']}")
             self.is_done = report["exit_code"] == 0 and self.checker.list_errors() == self.bad | self.find_quarantined()
         except BatchgenError as error:
@@ -368,8 +376,17 @@ class World:
     def _patched(self) -> Iterator[None]:
         """This world's pool, engine, signals and dead processes under the production code."""
         run, lease, worker = patches.run, patches.driver_lease, patches.worker
+        # Drawn apart, as budgets are.
+        tail = EAGER if random.Random(f"{self.outcome.seed}:tail").random() < 0.7 else TailPolicy()
+        make_dispatcher = run.make_dispatcher
+
+        def make_eager(*args: Any) -> Any:
+            dispatcher = make_dispatcher(*args)
+            dispatcher.sharing.policy = dispatcher.staffing.tail = tail
+            return dispatcher
+
         fakes: list[tuple[Any, str, Any]] = [
-            (run, "create_pool", self.create_pool),
+            (run, "make_dispatcher", make_eager),
             (run, "stop_on_signal", self._stop_on_signal),
             (lease, "is_dead_here", self.is_dead_here),
             (lease, "get_machine", lambda: self._me().machine),
@@ -432,6 +449,10 @@ class SimEngine:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
+
+    def peek(self, row_id: RowId) -> Generation | None:
+        found: Generation | None = self._engine.peek(row_id)
+        return found
 
     async def generate(self, request: Request) -> Generation:
         world, weather = self._world, self._world.weather

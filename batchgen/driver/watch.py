@@ -1,0 +1,38 @@
+"""Shows a run to whoever watches: its view, and through the store everybody else (`batchgen status --watch`).
+
+What costs more than a few additions is looked at once a second: at 1,000 workers that is 0.2 % of a core.
+"""
+
+import time
+from collections.abc import Callable
+
+from batchgen.driver.control import StatusWriter
+from batchgen.driver.dispatch import Dispatcher
+from batchgen.driver.view import View
+from batchgen.queue.progress import Progress
+from batchgen.queue.pulse import Pulse
+
+LOOK_S = 1.0
+
+
+class Watch:
+    """Called at every turn of one run's loop."""
+
+    def __init__(
+        self, view: View, status: StatusWriter, clock: Callable[[], float] = time.monotonic, look_s: float = LOOK_S
+    ) -> None:
+        self._view, self._status, self._clock, self._look_s = view, status, clock, min(LOOK_S, look_s)
+        self._pulse = Pulse()
+        self._next = clock()
+
+    def show(self, dispatcher: Dispatcher, progress: Progress) -> None:
+        now = self._clock()
+        if now < self._next:
+            self._view.show(progress)
+            return
+        self._next = now + self._look_s
+        at = dispatcher.clock()
+        gpu_hours = dispatcher.count_gpu_hours()
+        seen = self._pulse.look(progress, dispatcher.queue, dispatcher.roster, dispatcher.ledger.tally, at, gpu_hours)
+        self._view.show(seen)
+        self._status.update(dispatcher, seen)

@@ -1,0 +1,130 @@
+"""Pipelines through Ray's job API: a real head, real schedulers, SIGKILL."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from pipeline_util import make_pipeline, write_pipeline, write_prompts
+from ray_cluster import REPO, RayCluster, find_port, run_ray_cluster
+
+from batchgen.pipelines.calendar import parse_key
+from batchgen.pipelines.ray_jobs import RaySubmitter
+from batchgen.pipelines.submit import Submission, SubmitterAway
+from batchgen.storage import Storage
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[RayCluster]:
+    (tmp_path / "home").mkdir()
+    with run_ray_cluster(tmp_path / "home", {}, num_cpus=2) as cluster:
+        yield cluster
+
+
+@contextmanager
+def scheduling(cluster: RayCluster, *files: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A scheduler, killed at the end."""
+    command = [sys.executable, "-m", "batchgen.cli", "schedule", *files, "--address", cluster.dashboard]
+    process = subprocess.Popen(command, env=cluster.env, cwd=REPO)
+    try:
+        yield process
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def show(file: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "batchgen.cli", "pipelines", "show", file, "--json", "--last", "1000"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    value: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return value
+
+
+def wait_for_states(file: str, states: list[str], timeout_s: float) -> list[dict[str, Any]]:
+    give_up_at = time.monotonic() + timeout_s
+    while True:
+        runs: list[dict[str, Any]] = show(file)["runs"]
+        if [run["state"] for run in runs] == states:
+            return runs
+        assert time.monotonic() < give_up_at, runs
+        time.sleep(1)
+
+
+def list_jobs(cluster: RayCluster) -> list[str]:
+    """Submission ids of all jobs that the head knows."""
+    out = cluster.call("job", "list", "--address", cluster.dashboard)
+    return sorted(
+        {word.strip("'\",") for word in out.replace("=", " ").split() if word.strip("'\",").startswith("batchgen-")}
+    )
+
+
+def test_two_schedulers_and_a_killed_one_submit_each_date_once(cluster: RayCluster, tmp_path: Path) -> None:
+    write_prompts(tmp_path / "in" / "rows.parquet")
+    file = write_pipeline(tmp_path / "p.yaml", make_pipeline(str(tmp_path), max_active_runs=2))
+    backfill = ["pipelines", "backfill", file, "--from", "2026-11-18", "--to", "2026-11-19"]
+    subprocess.run([sys.executable, "-m", "batchgen.cli", *backfill], check=True)
+    with scheduling(cluster, file):
+        wait_for_states(file, ["running", "running"], 60)
+    with scheduling(cluster, file), scheduling(cluster, file):
+        runs = wait_for_states(file, ["succeeded", "succeeded"], 150)
+    assert [run["attempt"] for run in runs] == [1, 1]
+    assert list_jobs(cluster) == [f"batchgen-nightly-{run['key']}-1" for run in runs]
+    latest = json.loads((tmp_path / "published" / "latest.json").read_text())
+    assert latest["run"] == runs[-1]["key"]
+    assert pq.read_table(f"{latest['outputs']['judge']['path']}/data").num_rows == 10
+
+
+def test_a_head_that_is_not_there_is_away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    submitter = RaySubmitter(f"http://127.0.0.1:{find_port()}")
+    submission = Submission(Storage(str(tmp_path)), "nightly", "2026-11-20T0100Z", 1, "0")
+    for ask in (submitter.submit, submitter.get_status, submitter.stop):
+        with pytest.raises(SubmitterAway, match="Ray's job API"):
+            ask(submission)
+
+
+@pytest.mark.soak
+def test_three_minute_schedules_for_five_minutes_with_two_kills(cluster: RayCluster, tmp_path: Path) -> None:
+    write_prompts(tmp_path / "in" / "rows.parquet")
+    started = datetime.now(UTC)
+    files = []
+    for name in ("one", "two", "three"):
+        tree = make_pipeline(str(tmp_path / name), name=name, max_active_runs=2)
+        tree["schedule"] = {"cron": "* * * * *", "catchup": True, "start": started.isoformat()}
+        tree["stages"] = tree["stages"][:1]
+        tree["stages"][0]["job"]["input"]["paths"] = str(tmp_path / "in")
+        files.append(write_pipeline(tmp_path / f"{name}.yaml", tree))
+    for seconds in (100, 100):
+        with scheduling(cluster, *files):
+            time.sleep(seconds)  # real minutes: the schedules are what is tried
+    expected = []
+    with scheduling(cluster, *files):
+        time.sleep(100)
+        subprocess.run([sys.executable, "-m", "batchgen.cli", "pipelines", "list", *files], check=True)
+        for file in files:
+            subprocess.run([sys.executable, "-m", "batchgen.cli", "pipelines", "pause", file], check=True)
+        for file in files:
+            runs = show(file)["runs"]
+            runs = wait_for_states(file, ["succeeded"] * len(runs), 240)
+            dates = [parse_key(run["key"]) for run in runs]
+            assert dates == [dates[0] + timedelta(minutes=number) for number in range(len(dates))]
+            assert dates[0] < started + timedelta(minutes=2)
+            assert len(dates) >= 4
+            assert {run["attempt"] for run in runs} == {1}
+            name = Path(file).stem
+            expected += [f"batchgen-{name}-{run['key']}-1" for run in runs]
+            made = Storage(str(tmp_path / name / "made")).list_files(suffix="_SUCCESS")
+            assert len(made) == len(runs)
+    assert list_jobs(cluster) == sorted(expected)
+    print(f"\n{len(expected)} dates of three schedules, each one job, one attempt")

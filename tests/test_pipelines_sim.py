@@ -1,0 +1,96 @@
+"""Each logical date once: schedulers killed at store operations, two at a time, heads that forget, clocks that jump."""
+
+import time
+
+import pytest
+from pipeline_sim import Faults, World
+
+from batchgen.pipelines.spec import PipelineSpec
+from batchgen.stores.opening import opening_through
+
+
+def make_spec(**changes: object) -> PipelineSpec:
+    job = {
+        "input": {"paths": "memory://in/{{ logical_date }}"},
+        "prompt": {"column": "q"},
+        "engine": {"kind": "simulated"},
+        "output": {"path": "memory://out/{{ logical_time }}"},
+        "cluster": {"pool": "inline"},
+    }
+    fields = {
+        "name": "nightly",
+        "state": "memory://state",
+        "schedule": {
+            "cron": "30 2 * * *",
+            "timezone": "Europe/Berlin",
+            "start": "2026-01-01T00:00:00Z",
+            "catchup": True,
+        },
+        "max_active_runs": 2,
+        "retries": {"max": 100, "delay": "10m"},
+        "stages": [{"name": "generate", "job": job}],
+        "publish": "memory://published",
+        "retention": {"keep": 3},
+        "on_success": [{"webhook": "https://example.com/x"}],
+    }
+    return PipelineSpec.model_validate({**fields, **changes})
+
+
+def run_world(seed: int, num_days: int, **changes: object) -> World:
+    world = World(make_spec(**changes), seed)
+    with opening_through(lambda _: world.client):
+        world.run(num_days)
+    return world
+
+
+def check_each_date_once(world: World, num_days: int) -> None:
+    with opening_through(lambda _: world.client):
+        history = world.check_log()
+    dates = world.list_dates(world.start + num_days * 86_400)
+    assert len(dates) >= num_days - 1
+    done = [key for key in dates if world.ray.num_done[key] != 1]
+    assert done == [], "each logical date is carried through once"
+    assert not [run for run in history.list_active() if run.key <= dates[-1]]
+    assert all(history.get_state(key) == "succeeded" for key in dates)
+    told = {name.rpartition("-")[0] for name in world.num_told}
+    assert len(told) >= len(dates)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_date_exactly_once(seed: int) -> None:
+    world = run_world(seed, 250)
+    check_each_date_once(world, 250)
+    assert world.client.num_kills > 5
+    standing = {name.split("/")[3] for name in world.client.held if name.startswith("memory://out/")}
+    assert len(standing) == 3, "retention keeps the newest, whatever was killed while it deleted"
+
+
+def test_a_kill_at_every_twentieth_operation() -> None:
+    world = World(make_spec(), 7, Faults(kills=0.05, loses=0.05))
+    with opening_through(lambda _: world.client):
+        world.run(100)
+    check_each_date_once(world, 100)
+    assert world.num_starts > 100
+
+
+def test_without_catchup_a_date_is_run_once_or_skipped() -> None:
+    schedule = {"cron": "0 */6 * * *", "start": "2026-01-01T00:00:00Z"}
+    world = run_world(3, 100, schedule=schedule, max_active_runs=1)
+    with opening_through(lambda _: world.client):
+        world.check_log()
+    assert max(world.ray.num_done.values()) == 1
+    assert len(world.ray.num_done) > 100
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("seed", range(3))
+def test_ten_thousand_days(seed: int) -> None:
+    started = time.monotonic()
+    world = run_world(seed, 10_000)
+    took_s = time.monotonic() - started
+    check_each_date_once(world, 10_000)
+    print(
+        f"\n10,000 days, seed {seed}: {took_s:.1f} s, {world.client.num_operations:,} store operations, "
+        f"{world.client.num_kills} kills, {world.num_starts} starts of two schedulers"
+    )
