@@ -60,7 +60,9 @@ def describe(times_s: list[float]) -> dict[str, float]:
 
 
 def make_question(number: int) -> str:
-    return f"{number % 100} + {number * 7 % 100} = ?"
+    """40,000 different ones: a run generates what is asked twice once."""
+    a, b, way = number % 100, number // 100 % 100, number // 10_000 % 4
+    return (f"{a} + {b} = ?", f"What is {a} + {b}?", f"Compute {a} + {b}.", f"Add {a} and {b}.")[way]
 
 
 def time_run(folder: Path, num_rows: int) -> float:
@@ -81,6 +83,7 @@ def time_run(folder: Path, num_rows: int) -> float:
     ends = [
         (at.timestamp() if hasattr(at, "timestamp") else at, wall)
         for at, wall in zip(stats["started_at"].to_pylist(), stats["wall_s"].to_pylist(), strict=True)
+        if at is not None and wall is not None  # the others are batches that a run lost
     ]
     return float(max(at + wall for at, wall in ends) - min(at for at, _ in ends))
 
