@@ -32,7 +32,6 @@ class Ask:
     form: PromptForm
     rows: tuple[dict[str, Any], ...]
     has_tools: bool
-    is_stream: bool = False
 
 
 class Interactive:
