@@ -9,7 +9,8 @@
     ├── RunStopped               the run ended early; start it again and it goes on    exit code 3
     │   ├── LeaseLost            another driver took the folder over, or we could not renew
     │   ├── NoWorkers            no worker could be started
-    │   └── Cancelled            `batchgen cancel`, SIGINT or SIGTERM
+    │   ├── Cancelled            `batchgen cancel`, SIGINT or SIGTERM
+    │   └── GateFailed           the first rows are beyond a limit of gates.canary    exit code 4
     ├── RowError                 one request failed; becomes an error row, never stops the run
     │   ├── BadRow               the input row itself is at fault                      not retryable
     │   ├── RequestRejected      the engine will never take this request               not retryable
@@ -72,6 +73,10 @@ class NoWorkers(RunStopped):
 
 class Cancelled(RunStopped):
     """Somebody asked the run to stop."""
+
+
+class GateFailed(RunStopped):
+    """The first rows are not what `gates.canary` wants of them."""
 
 
 class RowError(BatchgenError):

@@ -138,11 +138,14 @@ def make_plan(
     def min_rows(group_rows: int) -> int:
         return choose_min_rows(spec, num_rows, group_rows)
 
-    shards = cut_files(files, planned, limit, wanted, min_rows)
+    # The rows of a canary are shards of their own, so that they are committed, and looked at, soon.
+    first = min(limit, spec.gates.canary.rows) if spec.gates.canary is not None and not planned else 0
+    kept = cut_files(files, planned, first, wanted, min_rows) if first else planned
+    shards = cut_files(files, kept, limit, wanted, min_rows)
     # Whole files and whole row groups make more shards than rows / wanted: larger ones, until they fit.
     while len(shards) > MAX_SHARDS and wanted < num_rows:
         wanted *= 2
-        shards = cut_files(files, planned, limit, wanted, min_rows)
+        shards = cut_files(files, kept, limit, wanted, min_rows)
     if len(shards) > MAX_SHARDS:
         raise InputError(
             f"input.paths: {len(files)} files make {len(shards)} shards, more than {MAX_SHARDS}; merge small files first"

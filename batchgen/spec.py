@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import AwareDatetime, Field, model_validator
 
 from batchgen.specs.engine import EngineSpec
+from batchgen.specs.gates import GatesSpec
 from batchgen.specs.input import InputSpec as InputSpec
 from batchgen.specs.retry import RetrySpec as RetrySpec  # a section like the others
 from batchgen.specs.sampling import SamplingSpec
@@ -233,12 +234,22 @@ class JobSpec(Section):
     output: OutputSpec
     cluster: ClusterSpec = ClusterSpec()
     retry: RetrySpec = RetrySpec()
+    gates: GatesSpec = GatesSpec()
 
     @model_validator(mode="after")
     def _has_fingerprints(self) -> "JobSpec":
         asking = "input.reuse_from" if self.input.reuse_from else "input.duplicates: copy"
         if not self.output.row_fingerprints and (self.input.reuse_from or self.input.duplicates == "copy"):
             raise ValueError(f"{asking} goes by row fingerprints, and output.row_fingerprints is false; leave that out")
+        return self
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> "JobSpec":
+        has_schema = self.gates.json_schema is not None or (
+            self.sampling.guided is not None and self.sampling.guided.json_schema is not None
+        )
+        if self.gates.wants_schema and not has_schema:
+            raise ValueError("gates: max_schema_failure_rate needs gates.json_schema or sampling.guided.json_schema")
         return self
 
     def fingerprint_fields(self) -> dict[str, Any]:

@@ -20,12 +20,13 @@ MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 300
 
 LAYERS = [
-    ["specs", "queue", "worker", "driver", "verify", "staging", "preflight", "chaos", "reuse"],
+    ["specs", "queue", "worker", "driver", "verify", "staging", "preflight", "chaos", "reuse", "gates"],
     ["names", "row_ranges", "batches", "errors", "urls", "paths"],
     ["logs"],
     ["records", "queue.suspects"],
     ["specs.sections", "queue.orders", "worker.spilled"],
     ["specs.tensorrt_llm", "specs.sampling", "specs.retry", "specs.input"],
+    ["specs.gates"],
     ["specs.engine"],
     ["queue.lazy_heap", "queue.leases", "queue.tail"],
     ["queue.begun"],
@@ -41,7 +42,7 @@ LAYERS = [
         "worker.seal",
     ],
     ["preflight.tokenizer_files", "specs.saved"],
-    ["reuse.fingerprint"],
+    ["reuse.fingerprint", "gates.decide"],
     # pure decisions
     ["prompt", "plan", "queue.backlog", "queue.scaling", "queue.governor", "lengths", "worker.answer", "verify.rows"],
     ["stats", "queue.work_queue", "queue.progress", "queue.roster", "queue.timeline"],
@@ -116,7 +117,8 @@ LAYERS = [
     ["worker.partial_rows"],
     ["manifest", "worker.open_shard", "worker.prepare"],
     ["length_files", "reuse.outputs", "reuse.duplicates"],
-    ["reuse.carrier"],
+    ["reuse.carrier", "gates.scan"],
+    ["gates.watch"],
     ["engines.contract_subject"],
     ["engines.contract_answers"],
     ["engines.contract"],
@@ -126,7 +128,7 @@ LAYERS = [
     ["worker.feeder"],
     ["worker.setup", "worker.shares"],
     ["worker.spill"],
-    ["worker.worker", "driver.job"],
+    ["worker.worker", "driver.job", "replay"],
     # the same rows in larger files
     ["compact", "compact.digest", "compact.plan"],
     ["compact.compact"],
@@ -225,8 +227,17 @@ LAYERS = [
     ["serve.deployment"],
     ["serve.local"],
     ["cli.base"],
-    ["cli.jobs", "cli.outputs", "cli.reports", "cli.nodes", "cli.models", "cli.simulate", "cli.chaos", "cli.serve"],
-    ["cli.evaluate", "cli.pipelines"],
+    [
+        "cli.jobs",
+        "cli.outputs",
+        "cli.reports",
+        "cli.nodes",
+        "cli.models",
+        "cli.simulate",
+        "cli.chaos",
+        "cli.serve",
+    ],
+    ["cli.evaluate", "cli.pipelines", "cli.replay"],
     ["cli"],
     ["cli.__main__"],
     # what `import batchgen` offers, each loaded when it is asked for
@@ -244,6 +255,7 @@ PURE = {
     "specs.tensorrt_llm",
 }
 PURE |= {"spec", "prompt", "plan", "specs.sampling", "batches", "engines.deepseek_turns", "engines.deepseek_v32"}
+PURE |= {"gates.decide", "specs.gates"}
 PURE |= {"reuse.fingerprint", "specs.saved", "specs.input"}
 PURE |= {"row_ranges", "queue.suspects", "queue.trial_queue", "specs.retry"}
 PURE |= {
@@ -340,7 +352,7 @@ VENDORS = {
     "botocore": {"stores.remote"},
     "pynvml": {"engines.trtllm.gpu()", "preflight.facts()"},
     "yaml": {"specs.load", "pipelines.load"},
-    "jsonschema": {"specs.sampling()"},
+    "jsonschema": {"specs.sampling()", "gates.scan()"},
     "numpy": {"evaluate.statistics", "evaluate.speed", "reuse.index"},
     "fastapi": {
         "serve.routes_completions",
@@ -361,6 +373,7 @@ VENDORS = {
         "cli.jobs",
         "cli.outputs",
         "cli.reports",
+        "cli.replay",
         "cli.nodes",
         "cli.models",
         "cli.simulate",

@@ -339,3 +339,10 @@ def test_a_store_without_conditional_writes_is_refused(tmp_path: Path, monkeypat
     with pytest.raises(OutputError, match="conditional writes"):
         State(str(tmp_path)).check_store()
     assert Storage(str(tmp_path)).list_folders("none") == []
+
+
+def test_an_answer_that_is_an_error_pickles() -> None:
+    error = ApiError(429, "wait", kind="rate_limit_error", param="model", code="busy", retry_after_s=3)
+    again = pickle.loads(pickle.dumps(error))
+    assert (again.status, str(again), again.retry_after_s) == (429, "wait", 3)
+    assert again.make_body() == error.make_body()

@@ -1,6 +1,6 @@
 """What a run costs that reuses yesterday's output, and one whose rows are there several times: engine calls and seconds.
 
-The engine is simulated and answers at once, so the seconds are those of our own work: all of both runs but the engine.
+The engine is simulated and answers at once, so the seconds are those of our own work.
 """
 
 import random

@@ -1,8 +1,8 @@
 """The command line. Parses, calls, prints; what is decided elsewhere is not decided here.
 
 Exit codes: 0 all rows done and the error rate within `retry.max_error_rate`; 1 done with too many errors; 2 refused
-before anything was started; 3 stopped and resumable. People read standard error; `--json` ends standard output with one
-JSON line for programs, also on a refusal. A traceback is shown only with `--debug`.
+before anything was started; 3 stopped and resumable; 4 a gate failed. People read standard error; `--json` ends standard
+output with one JSON line for programs, also on a refusal. A traceback is shown only with `--debug`.
 """
 
 import sys
@@ -11,6 +11,7 @@ import sys
 import batchgen.cli.jobs  # isort: skip
 import batchgen.cli.outputs  # isort: skip
 import batchgen.cli.reports  # isort: skip
+import batchgen.cli.replay  # isort: skip
 import batchgen.cli.nodes  # isort: skip
 import batchgen.cli.models  # isort: skip
 import batchgen.cli.evaluate  # isort: skip

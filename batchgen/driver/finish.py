@@ -18,6 +18,8 @@ from batchgen.driver.fence import Fence, Put
 from batchgen.driver.hold import Hold
 from batchgen.driver.inventory import MANIFEST, REWRITTEN, write_manifest
 from batchgen.driver.job import Job
+from batchgen.gates.decide import EXIT_CODE, make_gate_report
+from batchgen.gates.watch import GateWatch, tell
 from batchgen.length_files import write_lengths
 from batchgen.manifest import CommittedShard
 from batchgen.report.page import make_html
@@ -27,9 +29,18 @@ from batchgen.report.value import make_report, make_row_counts
 from batchgen.storage import Storage
 from batchgen.worker.seal import seal_json
 
+# What the gates saw and what failed, as `gates` in the report.
+GATES = "_batchgen/gates.json"
+
 
 def finish(
-    job: Job, dispatcher: Dispatcher | None, hold: Hold, *, message: str | None = None, is_trial: bool = False
+    job: Job,
+    dispatcher: Dispatcher | None,
+    hold: Hold,
+    gates: GateWatch,
+    *,
+    message: str | None = None,
+    is_trial: bool = False,
 ) -> dict[str, Any]:
     """Write everything that is written last; the report. `dispatcher` is None when nothing was left to do. Raises
     LeaseLost when the folder is not ours any more."""
@@ -40,6 +51,8 @@ def finish(
     manifest.write_committed(fence.put, committed.values())
     write_lengths(storage, committed.values())
     wanted = [committed[shard.number] for shard in job.wanted if shard.number in committed]
+    gates.judge_end(committed, is_whole=message is None and len(wanted) == len(job.wanted) and not is_trial)
+    failed = tell(gates.failed) if gates.failed else None
     num_samples = job.spec.output.report_rows
     report = make_report(
         job.spec,
@@ -47,14 +60,17 @@ def finish(
         make_stats_table(batches.values()),
         read_records(storage),
         epoch=hold.epoch,
-        state="stopped" if message else "finished",
-        message=message,
+        state="gate_failed" if failed else "stopped" if message else "finished",
+        message=failed or message,
         made_at=time.time(),
         is_unique_checked=job.is_unique_checked,
         samples=read_samples(storage, wanted, job.spec.fingerprint(), num_samples) if num_samples else (),
     )
+    report["gates"] = make_gate_report(gates.failed, gates.seen)
     report["exit_code"] = choose_exit_code(report, job.spec.retry.max_error_rate)
     report["output"] = storage.root
+    if gates.seen:
+        manifest.write_json(storage, GATES, report["gates"])
     fence.put(REPORT_JSON, json.dumps(report, indent=1, ensure_ascii=False).encode())
     fence.put(REPORT_HTML, make_html(report).encode())
     write_manifest(storage, fence.put, job.spec, committed.values(), report, is_trial=is_trial)
@@ -96,7 +112,9 @@ def withdraw_success(storage: Storage) -> None:
 
 
 def choose_exit_code(report: dict[str, Any], max_error_rate: float) -> int:
-    """0 done within the error rate, 1 done with too many errors, 3 stopped and resumable."""
+    """0 done within the error rate, 1 done with too many errors, 3 stopped and resumable, 4 a gate failed."""
+    if report["state"] == "gate_failed":
+        return EXIT_CODE
     if report["state"] == "stopped":
         return 3
     rate = report["rows"]["error_rate"]

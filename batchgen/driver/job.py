@@ -4,6 +4,7 @@ Opening the same job twice gives the same plan. New input files are left out wit
 ones that are missing or changed are refused by name.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ import pyarrow as pa
 from batchgen import manifest
 from batchgen.engines import create_tokenizer
 from batchgen.errors import Foreign, InputError, OutputError, Refusal, SpecError, StorageError
+from batchgen.gates.decide import list_canary
 from batchgen.journal import JournalIndex, list_segments, read_indexes
 from batchgen.length_files import measure_shards, read_prior
 from batchgen.lengths import LengthPrior, choose_cost, choose_work
@@ -52,7 +54,9 @@ class Job:
     @property
     def todo(self) -> list[QueuedShard]:
         """Shards to be done: not committed, or holding errors that this run tries again."""
-        return [queued for shard in self.wanted if (queued := self._queue(shard)) is not None]
+        canary = {shard.number for shard in list_canary(self.spec, self.plan.shards)}
+        queued = (self._queue(shard, is_canary=shard.number in canary) for shard in self.wanted)
+        return [one for one in queued if one is not None]
 
     @property
     def wanted(self) -> list[Shard]:
@@ -64,10 +68,11 @@ class Job:
             position += shard.num_rows
         return wanted
 
-    def _queue(self, shard: Shard) -> QueuedShard | None:
+    def _queue(self, shard: Shard, *, is_canary: bool) -> QueuedShard | None:
         done = self.committed.get(shard.number)
         known = self._make_length_facts()
-        cost, work = choose_cost(shard, **known), choose_work(shard, **known)
+        work = choose_work(shard, **known)
+        cost = math.inf if is_canary else choose_cost(shard, **known)  # what is longest goes first
         if done is None:
             return QueuedShard(shard, cost=cost, work=work)
         num_again = {

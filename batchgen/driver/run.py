@@ -21,6 +21,7 @@ from batchgen.driver.signals import stop_on_signal
 from batchgen.driver.view import View
 from batchgen.driver.watch import Watch
 from batchgen.errors import LeaseLost, RunStopped, StorageError
+from batchgen.gates.watch import GateWatch
 from batchgen.logs import Note, in_run, log_event
 from batchgen.queue.events import WorkerPool
 from batchgen.queue.inquiry import Inquiry
@@ -52,10 +53,12 @@ def run_job(
             view.warn(warning)
         if not job.todo:
             view.say("nothing left to do: every planned row is committed")
-            return finish(job, None, hold, is_trial=limit is not None)
+            gates = GateWatch(job.spec, storage, job.wanted, view.say)
+            return finish(job, None, hold, gates, is_trial=limit is not None)
         withdraw_success(storage)
         freeze(job)
         view.say(foresee(job).describe())
+        gates = GateWatch(job.spec, storage, job.wanted, view.say)
         setup = WorkerSetup("", job.spec, hold.epoch, storage, job.passthrough, job.prior)
         with closing(create_pool(setup)) as pool, stop_on_signal() as check_signal:
 
@@ -64,16 +67,22 @@ def run_job(
                 check()
 
             recorder = RunRecorder(storage, job.spec, hold.epoch)
-            dispatcher = make_dispatcher(job, hold, pool, view, check_all, recorder)
+            dispatcher = make_dispatcher(job, hold, pool, view, check_all, recorder, gates)
             message = dispatch(dispatcher, view)
             recorder.close(dispatcher, message)
-        report = finish(job, dispatcher, hold, message=message, is_trial=limit is not None)
+        report = finish(job, dispatcher, hold, gates, message=message, is_trial=limit is not None)
         log_event("run_ended", **{name: report[name] for name in ("state", "exit_code", "rows", "run", "output")})
         return report
 
 
 def make_dispatcher(
-    job: Job, hold: Hold, pool: WorkerPool, view: View, check_signal: Callable[[], None], recorder: RunRecorder
+    job: Job,
+    hold: Hold,
+    pool: WorkerPool,
+    view: View,
+    check_signal: Callable[[], None],
+    recorder: RunRecorder,
+    gates: GateWatch,
 ) -> Dispatcher:
     """The loop and everything it works with."""
     spec, todo = job.spec, job.todo
@@ -84,6 +93,7 @@ def make_dispatcher(
     def check() -> None:
         hold.check()
         check_signal()
+        gates.check(dispatcher.ledger.committed, job.committed)
 
     def show(progress: Progress) -> None:
         watch.show(dispatcher, progress)

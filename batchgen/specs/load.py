@@ -47,9 +47,14 @@ def parse_tree(text: str, overrides: Sequence[str] = (), *, source: str = "spec"
         raise SpecError(f"{source}{where}: not valid YAML; mend the syntax there") from error
     if not isinstance(tree, dict):
         raise SpecError(f"{source}: must be a mapping with the sections input, prompt, engine, output")
+    set_fields(tree, overrides)
+    return tree
+
+
+def set_fields(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Each as `section.key=value`. Raises SpecError."""
     for override in overrides:
         _set(tree, override)
-    return tree
 
 
 def make_spec(tree: dict[str, Any], *, source: str = "spec") -> JobSpec:
