@@ -166,17 +166,17 @@ def test_what_it_cannot_do_is_refused_by_name(served: Served, fields: Any, error
 
 def test_interactive_requests_and_the_earlier_deadline_go_before_bulk(served: Served) -> None:
     client = served.client
-    late, early = start_batch(client, 400), start_batch(client, 60, "1h")
+    late, early = start_batch(client, 200), start_batch(client, 40, "1h")
     began = time.monotonic()
     ask(client, "quick", max_tokens=6)
     assert time.monotonic() - began < 20
-    check_whole(client, wait_ended(client, early.id), 60)
+    check_whole(client, wait_ended(client, early.id), 40)
     assert client.batches.retrieve(late.id).status == "in_progress"
-    check_whole(client, wait_ended(client, late.id), 400)
+    check_whole(client, wait_ended(client, late.id), 200)
 
 
 def test_each_part_is_killed_and_nothing_is_lost_or_there_twice(served: Served) -> None:
-    kill_in_turn(served, list(PARTS), num_rows=300, pause_s=3.0)
+    kill_in_turn(served, list(PARTS), num_rows=260, pause_s=1.0)
 
 
 @pytest.mark.soak

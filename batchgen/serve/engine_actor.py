@@ -5,6 +5,7 @@ An engine that no controller has asked for `LEASH_S` seconds ends itself: nobody
 
 import asyncio
 import os
+import sys
 import time
 from collections.abc import AsyncIterator
 
@@ -23,6 +24,9 @@ from batchgen.serve.spec import ServedModel
 from batchgen.worker.setup import WorkerSetup
 
 LEASH_S = 120.0
+# A request changes threads several times on its way through the engine's process, and each time waits up to this long for
+# the interpreter beside bulk's threads; Python's own 5 ms would be most of an interactive request's time.
+SWITCH_S = 0.0005
 
 
 class EngineActor:
@@ -36,6 +40,7 @@ class EngineActor:
         self._leash: asyncio.Future[None] | None = None
 
     async def open(self) -> None:
+        sys.setswitchinterval(SWITCH_S)
         if self._opened is None:
             self._opened = asyncio.ensure_future(self._host.open())
             self._leash = asyncio.ensure_future(self._watch())

@@ -91,7 +91,8 @@ class EngineHost:
     def __init__(self, served: ServedModel, node: str) -> None:
         self._served, self._node = served, node
         self._workers: dict[str, tuple[Worker, SharedWindow]] = {}
-        self._death: str | None = "it is not open yet"
+        self._places: Places | None = None
+        self._death: str | None = None
         self._num_answered = 0
 
     async def open(self) -> None:
@@ -111,18 +112,17 @@ class EngineHost:
         self._interactive = Interactive(self._served, self._engine)
         num, kind = self._served.engine.max_inflight, get_engine_kind(self._served.engine.kind)
         self._places = Places(num, MAX_URGENT_WINDOWS * num, has_urgency=kind.capabilities.has_urgency)
-        self._death = None
 
     async def attach(self, key: str, setup: WorkerSetup, deadline: float) -> WorkerInfo:
         """A worker of one run, known here by its key: its id is the run's own.
         Raises EngineDied with the reason, whatever it is."""
-        self._check_alive()
-        window = self._places.join(deadline)
+        places = self._check_alive()
+        window = places.join(deadline)
         worker = Worker(setup, self._engine, self._node, window)
         try:
             info = await worker.open()
         except Exception as error:  # told to the run that asked; the engine is none the worse
-            self._places.leave(window)
+            places.leave(window)
             raise EngineDied(
                 str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"
             ) from error
@@ -143,7 +143,8 @@ class EngineHost:
         worker, window = found
         was_idle = window.num_rows == 0
         await worker.close()
-        self._places.leave(window)
+        if self._places is not None:
+            self._places.leave(window)
         if self._death:
             return "dead"
         return "idle" if was_idle else "busy"
@@ -156,17 +157,16 @@ class EngineHost:
 
     async def answer(self, ask: Ask) -> list[Result]:
         """Raises EngineDied, ApiError (429)."""
-        self._check_alive()
-        async with self._places.urgent():
+        async with self._check_alive().urgent():
             results = await self._interactive.answer(ask)
         self._num_answered += 1
         return results
 
     async def stream(self, ask: Ask) -> AsyncIterator[Delta | Result | ApiError]:
         """As `Interactive.stream`; a refusal is the first and only word."""
-        self._check_alive()
+        places = self._check_alive()
         try:
-            async with self._places.urgent():
+            async with places.urgent():
                 async for news in self._interactive.stream(ask):
                     yield news
         except ApiError as error:
@@ -174,9 +174,8 @@ class EngineHost:
         self._num_answered += 1
 
     def make_report(self) -> HostReport:
-        if self._death == "it is not open yet":
+        if (places := self._places) is None:  # it loads
             return HostReport(0, 0, 0, 0, 0, None)
-        places = self._places
         tokens = self._engine.total_tokens
         return HostReport(
             len(self._workers), places.num_bulk, places.num_urgent, tokens, self._num_answered, self._death
@@ -187,9 +186,10 @@ class EngineHost:
             await self.detach(key)
         await self._own.close()
 
-    def _check_alive(self) -> None:
-        if self._death is not None:
-            raise EngineDied(self._death)
+    def _check_alive(self) -> Places:
+        if self._death is not None or self._places is None:
+            raise EngineDied(self._death or "it is not open yet")
+        return self._places
 
     def _note_death(self, reason: str) -> None:
         self._death = self._death or reason

@@ -21,6 +21,9 @@ from batchgen.specs.sections import PromptForm
 from batchgen.worker.answer import make_failed, make_result
 from batchgen.worker.prepare import Preparer
 
+# So much is tokenised in less time than it takes to go to a thread and back beside bulk's own.
+SMALL_CHARS = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class Ask:
@@ -29,7 +32,6 @@ class Ask:
     form: PromptForm
     rows: tuple[dict[str, Any], ...]
     has_tools: bool
-    is_stream: bool = False
 
 
 class Interactive:
@@ -42,12 +44,12 @@ class Interactive:
 
     async def answer(self, ask: Ask) -> list[Result]:
         """One result a row, in order."""
-        prepared = await asyncio.to_thread(self._prepare, ask)
+        prepared = await self._make_requests(ask)
         return list(await asyncio.gather(*(self._end(each) for each in prepared)))
 
     async def stream(self, ask: Ask) -> AsyncIterator[Delta | Result]:
         """Deltas of all rows as they come; each row's Result is its last word."""
-        prepared = await asyncio.to_thread(self._prepare, ask)
+        prepared = await self._make_requests(ask)
         news: asyncio.Queue[Delta | Result] = asyncio.Queue()
         works = [asyncio.ensure_future(self._show(number, each, news)) for number, each in enumerate(prepared)]
         left = len(works)
@@ -67,6 +69,10 @@ class Interactive:
         finally:
             for work in works:
                 work.cancel()
+
+    async def _make_requests(self, ask: Ask) -> list[Request | Result]:
+        is_small = sum(len(str(row)) for row in ask.rows) <= SMALL_CHARS
+        return self._prepare(ask) if is_small else await asyncio.to_thread(self._prepare, ask)
 
     def _prepare(self, ask: Ask) -> list[Request | Result]:
         key = (ask.form, ask.has_tools)

@@ -7,7 +7,9 @@ pool of its own, and gets them on engines that are there, else on a new one, up 
 
 import contextlib
 import hashlib
+import logging
 import threading
+import time
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,10 +26,13 @@ from batchgen.serve.host import HostReport
 from batchgen.serve.spec import ServedModel
 from batchgen.worker.setup import WorkerSetup
 
+log = logging.getLogger("batchgen.serve")
 NAMESPACE = "batchgen-serve"
 # A worker that does not let go in this time sits on an engine that hangs.
 DETACH_S = 15.0
 CALL_S = 10.0
+# Between starts of engines that fail; doubles.
+MAX_BACKOFF_S = 60.0
 # An idle engine above the least number stays this many looks: a batch may follow.
 IDLE_LOOKS = 60
 
@@ -41,6 +46,7 @@ class HeldEngine:
     opening: Any = None
     report: HostReport | None = None
     num_idle: int = 0
+    asked_at: float = field(default_factory=time.monotonic)
     users: set[str] = field(default_factory=set)
 
 
@@ -53,7 +59,7 @@ class SharedEngines:
         self._identity = hashlib.sha256(text.encode()).hexdigest()
         self._lock = threading.RLock()
         self._engines: dict[str, HeldEngine] = {}
-        self.last_failure: str | None = None
+        self._num_failures, self._not_before = 0, 0.0
         self._adopt()
 
     def look(self) -> None:
@@ -66,7 +72,7 @@ class SharedEngines:
         for engine in engines:
             self._hear(engine, refs[engine.name])
         with self._lock:
-            while len(self._engines) < self.served.cluster.workers.min:
+            while len(self._engines) < self.served.cluster.workers.min and time.monotonic() >= self._not_before:
                 self._start()
             for engine in [each for each in self._engines.values() if each.num_idle > IDLE_LOOKS]:
                 if len(self._engines) > self.served.cluster.workers.min and not engine.users:
@@ -109,20 +115,26 @@ class SharedEngines:
             report = engine.report = ray.get(ref, timeout=0.1)
             if engine.opening is not None and ray.wait([engine.opening], timeout=0)[0]:
                 ray.get(engine.opening)
-                engine.opening = None
+                engine.opening, self._num_failures = None, 0
         except GetTimeoutError:
-            if engine.opening is not None:
-                return  # no room for it yet, or it loads
-            self.retire(engine)
+            waits = engine.opening is not None  # for room, or for its weights
+            if not waits or time.monotonic() - engine.asked_at > self.served.cluster.start_timeout_s:
+                self._fail(engine, "it does not answer")
         except RayError as error:
-            self.last_failure = describe_error(error)
-            self.retire(engine)
+            self._fail(engine, describe_error(error))
         else:
             is_idle = not (report.num_workers or report.num_urgent or engine.opening)
             engine.num_idle = engine.num_idle + 1 if is_idle else 0
             if report.death is not None:
-                self.last_failure = report.death
-                self.retire(engine)
+                self._fail(engine, report.death)
+
+    def _fail(self, engine: HeldEngine, reason: str) -> None:
+        """One that was up is replaced at once; those that never come up are not started for ever in a row."""
+        log.warning("%s: %s", engine.name, reason)
+        if engine.opening is not None:
+            self._num_failures += 1
+            self._not_before = time.monotonic() + min(MAX_BACKOFF_S, 2.0**self._num_failures)
+        self.retire(engine)
 
     def _start(self) -> HeldEngine:
         number = next(n for n in range(10**6) if f"{self._prefix}-{n}" not in self._engines)

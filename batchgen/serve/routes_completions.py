@@ -42,7 +42,7 @@ def create_completions_router(
         if model not in abilities:
             raise ApiError(404, "This model is not served here.", param="model", code="model_not_found")
         asked = read_body(endpoint, body, abilities[model])
-        ask = Ask(asked.form, asked.rows, asked.has_tools, asked.is_stream)
+        ask = Ask(asked.form, asked.rows, asked.has_tools)
         tokenizer = tokenizers[model]
         answer = Answer(endpoint, model, asked, tokenizer)
         if not asked.is_stream:
@@ -114,8 +114,7 @@ class Answer:
     def _read(self, result: Result) -> ChoiceResult:
         if (failure := result.failure) is not None:
             status, body = make_row_error(failure.error_type, failure.message, failure.is_retryable)
-            kind, retry = body["type"], 1 if status == 503 else None
-            raise ApiError(status, body["message"], kind=kind, code=body["code"], retry_after_s=retry)
+            raise ApiError(status, body["message"], kind=body["type"], code=body["code"])
         return from_result(result, self._decode)
 
     def _make_delta(self, delta: Delta) -> Json:
