@@ -35,6 +35,7 @@ ELSEWHERE = {
     "pipelines backfill": ("a pipeline of one's own", "test_pipelines_run.py"),
     "pipelines pause": ("a pipeline of one's own", "test_pipelines_ray.py"),
     "replay": ("row ids of another job, and a server", "test_replay.py"),
+    "serve": ("goes on for ever", "test_serve_ray.py"),
 }
 # Words that name a job of another machine, and what is run in their place.
 NOT_OURS = ("s3://", "jobs/deepseek_v32.yaml", "rows.parquet", "/data/")
