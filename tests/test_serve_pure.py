@@ -1,21 +1,28 @@
 """The endpoint's decisions, which need no server: lines, states, ranges, rates, pages, keys, and a create made once."""
 
+import asyncio
 import itertools
+import json
+import logging
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
+from fastapi import APIRouter
 from hypothesis import given
 from hypothesis import strategies as st
 from store_kinds import sure
 
 from batchgen.errors import OutputError, SpecError
 from batchgen.serve import records
+from batchgen.serve.app import create_app
 from batchgen.serve.bodies import read_body
 from batchgen.serve.body_sampling import Abilities
 from batchgen.serve.door import BulkJob
+from batchgen.serve.endpoint import Endpoint
 from batchgen.serve.errors import ApiError
 from batchgen.serve.ids import is_batch_id, is_file_id, make_batch_id, make_file_id
 from batchgen.serve.keys import KeyRing, check_bind, hash_key, make_key, parse_keys
@@ -346,3 +353,30 @@ def test_an_answer_that_is_an_error_pickles() -> None:
     again = pickle.loads(pickle.dumps(error))
     assert (again.status, str(again), again.retry_after_s) == (429, "wait", 3)
     assert again.make_body() == error.make_body()
+
+
+def test_a_fault_of_our_own_has_an_id_and_is_logged_without_its_text(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    router = APIRouter()
+
+    @router.get("/v1/fault")
+    def fail() -> None:
+        raise ValueError("a prompt's own text")
+
+    spec = make_endpoint({"store": str(tmp_path), "models": {"m": {"engine": {"kind": "simulated"}}}})
+    app = create_app(Endpoint(spec, State(spec.store), None), [router])
+
+    async def main() -> httpx.Response:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=True)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            return await client.get("/v1/fault")
+
+    with caplog.at_level(logging.INFO):
+        response = asyncio.run(main())
+    assert response.status_code == 500
+    assert response.json()["error"]["code"] == "internal_error"
+    lines = [json.loads(record.message) for record in caplog.records if record.name == "batchgen.audit"]
+    assert [(line["request_id"], line["status"]) for line in lines] == [(response.headers["x-request-id"], 500)]
+    assert "ValueError in " in caplog.text
+    assert "own text" not in caplog.text + response.text
