@@ -34,6 +34,7 @@ from batchgen.serve.parts import PartWriter, read_content
 from batchgen.serve.ranges import Unsatisfiable, parse_range
 from batchgen.serve.rates import Rates
 from batchgen.serve.records import BatchRecord, FileRecord, JobInput
+from batchgen.serve.results import Tally
 from batchgen.serve.state import State
 from batchgen.serve.sweep import sweep
 from batchgen.serve.wire import CHAT, COMPLETIONS, TERMINAL, Batch, BatchUsage, RequestCounts
@@ -132,6 +133,16 @@ def test_result_files_have_ids_that_are_always_the_same() -> None:
     assert first != error
     assert first == records.make_result_file_id(record, "output")
     assert first != records.make_result_file_id(make_record(), "output")
+
+
+def test_usage_that_is_not_known_of_every_line_is_null() -> None:
+    tally, known = Tally(), {"prompt_tokens": 3, "completion_tokens": 4}
+    tally.add(known, [{"reasoning": None}])
+    usage = tally.make_usage()
+    assert usage is not None
+    assert usage.total_tokens == 7
+    tally.add(None, [{"reasoning": None}])
+    assert tally.make_usage() is None
 
 
 def test_ids_are_in_the_order_of_their_making_and_unlike_each_other() -> None:
