@@ -6,6 +6,7 @@ import json
 import logging
 import pickle
 import threading
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from store_kinds import sure
 
-from batchgen.errors import OutputError, SpecError
+from batchgen.errors import OutputError, SpecError, StorageError
 from batchgen.serve import records
 from batchgen.serve.app import create_app
 from batchgen.serve.bodies import read_body
@@ -35,8 +36,10 @@ from batchgen.serve.ranges import Unsatisfiable, parse_range
 from batchgen.serve.rates import Rates
 from batchgen.serve.records import BatchRecord, FileRecord, JobInput
 from batchgen.serve.results import Tally
+from batchgen.serve.spec import Limits
 from batchgen.serve.state import State
 from batchgen.serve.sweep import sweep
+from batchgen.serve.upload import receive_file
 from batchgen.serve.wire import CHAT, COMPLETIONS, TERMINAL, Batch, BatchUsage, RequestCounts
 from batchgen.storage import Storage
 from batchgen.stores.local import LocalClient
@@ -350,6 +353,44 @@ def test_the_sweep_deletes_what_nobody_wants(tmp_path: Path) -> None:
     record = state.read_file("acme", kept)
     assert record is not None
     assert b"".join(read_content(state, record, 2, 5)) == b"xxx"
+
+
+class Lossy(State):
+    """Writes records and loses the reply."""
+
+    def create_file(self, record: FileRecord) -> None:
+        super().create_file(record)
+        raise StorageError("no reply")
+
+
+def test_an_upload_whose_record_may_be_there_keeps_its_parts(tmp_path: Path) -> None:
+    state = Lossy(str(tmp_path))
+    parts = [b'form-data; name="purpose"\r\n\r\nbatch', b'form-data; name="file"; filename="f"\r\n\r\nabc']
+    body = b"".join(b"--b\r\nContent-Disposition: " + part + b"\r\n" for part in parts) + b"--b--\r\n"
+
+    async def send() -> AsyncIterator[bytes]:
+        yield body
+
+    with pytest.raises(StorageError, match="no reply"):
+        asyncio.run(receive_file(state, "acme", "multipart/form-data; boundary=b", send(), Limits()))
+    (file_id,) = state.list_file_ids("acme")
+    record = state.read_file("acme", file_id)
+    assert record is not None
+    assert b"".join(read_content(state, record)) == b"abc"
+    assert state.list_uploads() == [("acme", file_id)]  # for the sweep, where it was not
+
+
+def test_a_cancelled_upload_is_left_to_the_sweep(tmp_path: Path) -> None:
+    """A part may be on its way in its thread when the call that wrote it is gone."""
+    state = State(str(tmp_path))
+
+    async def send() -> AsyncIterator[bytes]:
+        yield b"--b\r\n"
+        raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(receive_file(state, "acme", "multipart/form-data; boundary=b", send(), Limits()))
+    assert len(state.list_uploads()) == 1
 
 
 def test_a_store_without_conditional_writes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
