@@ -171,7 +171,8 @@ class EngineHost:
                     yield news
         except ApiError as error:
             yield error
-        self._num_answered += 1
+        else:
+            self._num_answered += 1
 
     def make_report(self) -> HostReport:
         if (places := self._places) is None:  # it loads
