@@ -58,6 +58,21 @@ def test_the_first_deadline_goes_first_and_the_others_get_what_it_leaves() -> No
     assert late.fits(1)
 
 
+def test_a_worker_that_drains_holds_up_nobody() -> None:
+    places = Places(2, 10, has_urgency=True)
+    late, early = places.join(200.0), places.join(100.0)
+    called: list[str] = []
+    late.on_room = lambda: called.append("late")
+    for _ in range(2):
+        late.enter(1)
+    assert not early.fits(1)
+    late.leave(1)
+    assert not late.fits(1)
+    early.rest()
+    assert called == ["late"]
+    assert late.fits(1)
+
+
 @given(st.lists(st.tuples(st.integers(0, 2), st.booleans()), max_size=60))
 def test_no_place_stays_free_while_somebody_wants_it(steps: list[tuple[int, bool]]) -> None:
     """Workers that always want more: after every step all places are taken, and never more."""
