@@ -8,6 +8,7 @@ from batchgen.errors import LeaseHeld, Refusal
 from batchgen.serve import records
 from batchgen.serve.abilities import find_abilities
 from batchgen.serve.batch_run import BatchRun, is_cancelled_elsewhere, make_job_spec
+from batchgen.serve.batch_spec import make_served_spec
 from batchgen.serve.body_sampling import Abilities
 from batchgen.serve.claims import Claims
 from batchgen.serve.convert import convert
@@ -34,7 +35,10 @@ class Steps:
     def abilities(self) -> dict[str, Abilities]:
         """Of each model, found when the first batch is validated: tokenizers load for seconds."""
         most = self._spec.limits.max_choices
-        return {name: find_abilities(served, most) for name, served in self._spec.models.items()}
+        return {
+            name: find_abilities(served, create_tokenizer(make_served_spec(served)), most)
+            for name, served in self._spec.models.items()
+        }
 
     def validate(self, record: BatchRecord) -> None:
         """validating -> in_progress or failed."""
