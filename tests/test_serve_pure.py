@@ -22,6 +22,7 @@ from batchgen.serve import records
 from batchgen.serve.app import create_app
 from batchgen.serve.bodies import read_body
 from batchgen.serve.body_sampling import Abilities
+from batchgen.serve.claims import Claims
 from batchgen.serve.door import BulkJob
 from batchgen.serve.endpoint import Endpoint
 from batchgen.serve.errors import ApiError
@@ -38,6 +39,7 @@ from batchgen.serve.records import BatchRecord, FileRecord, JobInput
 from batchgen.serve.results import Tally
 from batchgen.serve.spec import Limits
 from batchgen.serve.state import State
+from batchgen.serve.steps import FORGET_S, Steps
 from batchgen.serve.sweep import sweep
 from batchgen.serve.upload import receive_file
 from batchgen.serve.wire import CHAT, COMPLETIONS, TERMINAL, Batch, BatchUsage, RequestCounts
@@ -353,6 +355,24 @@ def test_the_sweep_deletes_what_nobody_wants(tmp_path: Path) -> None:
     record = state.read_file("acme", kept)
     assert record is not None
     assert b"".join(read_content(state, record, 2, 5)) == b"xxx"
+
+
+def test_a_create_that_takes_an_old_id_over_keeps_its_sign(tmp_path: Path) -> None:
+    """The key's note is hours old when the create comes through at last; the conductor looks before its record is there."""
+    now = [1_000_000.0]
+    state = State(str(tmp_path), now=lambda: now[0])
+    spec = make_endpoint({"store": str(tmp_path), "models": {"m": {"engine": {"kind": "simulated"}}}})
+    steps, claims = Steps(spec, state, print), Claims(state, 30.0)
+    old = make_record().model_copy(
+        update={"batch": make_record().batch.model_copy(update={"id": make_batch_id(now[0])})}
+    )
+    now[0] += 2 * FORGET_S
+    assert state.create_batch(old)
+    steps.forget("acme", old.id, None, claims)
+    assert state.list_open() == [("acme", old.id)]
+    now[0] += 2 * FORGET_S
+    steps.forget("acme", old.id, None, claims)
+    assert state.list_open() == []
 
 
 class Lossy(State):

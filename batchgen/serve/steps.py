@@ -14,6 +14,7 @@ from batchgen.serve.claims import Claims
 from batchgen.serve.convert import convert
 from batchgen.serve.dataset import find_dataset, is_dataset, write_dataset_results
 from batchgen.serve.door import CreateBulkPool
+from batchgen.serve.ids import read_made_at
 from batchgen.serve.parts import read_content
 from batchgen.serve.records import BatchRecord
 from batchgen.serve.results import Results, write_results
@@ -118,10 +119,15 @@ class Steps:
 
     def forget(self, tenant: str, batch_id: str, record: BatchRecord | None, claims: Claims) -> None:
         """The batch is over, or never came to be."""
-        made_at = int(batch_id.removeprefix("batch_")[:12] or "0", 16) / 1000
-        if record is not None or self._state.now() - made_at > FORGET_S:
+        if record is not None or self._is_abandoned(tenant, batch_id):
             self._state.close_batch(tenant, batch_id)
             claims.forget(batch_id)
+
+    def _is_abandoned(self, tenant: str, batch_id: str) -> bool:
+        """Looks at the sign for old ids only: it is asked every second."""
+        oldest = self._state.now() - FORGET_S
+        made_at = read_made_at(batch_id)
+        return made_at < oldest and (self._state.read_opened_at(tenant, batch_id) or made_at) < oldest
 
     def _fail(self, record: BatchRecord, errors: list[BatchError]) -> None:
         self._change(record, lambda known: records.fail(known, errors, self._state.now()))
