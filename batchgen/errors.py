@@ -30,8 +30,6 @@ Every one of them pickles with its message, because they cross processes. No mes
 text, nor a secret. What is retryable is a class attribute, so nothing is ever classified by an error's text.
 """
 
-import traceback
-from pathlib import Path
 from typing import ClassVar
 
 
@@ -163,11 +161,3 @@ class InputChanged(StorageError):
     """A planned input file is missing or was changed since it was planned."""
 
     is_retryable = False
-
-
-def name_fault(error: Exception) -> str:
-    """Kind and place of an error that is nobody's purpose, without its text, which may quote a prompt."""
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if "batchgen" in Path(frame.filename).parts] or frames
-    where = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "an unknown place"
-    return f"{type(error).__name__} in {where}"

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from batchgen import __version__
-from batchgen.errors import BatchgenError, Refusal, name_fault
+from batchgen.errors import BatchgenError, Refusal
+from batchgen.logs import name_fault
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from batchgen.driver.hold import Hold
 from batchgen.driver.pools import create_pool as create_own_pool
-from batchgen.errors import BatchgenError, LeaseHeld, LeaseLost, OutputError, StorageError, name_fault
+from batchgen.errors import BatchgenError, LeaseHeld, LeaseLost, OutputError, StorageError
+from batchgen.logs import name_fault
 from batchgen.queue.events import WorkerPool
 from batchgen.serve.batch_run import BatchRun
 from batchgen.serve.claims import Claims

@@ -15,7 +15,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from batchgen.errors import BatchgenError, name_fault
+from batchgen.errors import BatchgenError
+from batchgen.logs import name_fault
 from batchgen.serve.endpoint import Endpoint, Tenant
 from batchgen.serve.errors import ApiError, too_many
 from batchgen.serve.keys import LOCAL_TENANT
