@@ -314,6 +314,7 @@ def test_a_late_first_try_takes_its_repetitions_batch(tmp_path: Path) -> None:
     state = State(str(tmp_path), now=lambda: 1000.0)
     again = choose_batch_id(state, "acme", "{}", "second", key=None, is_repeat=True)
     assert choose_batch_id(state, "acme", "{}", "first", key=None, is_repeat=False) == again == "second"
+    assert choose_batch_id(state, "acme", "{}", "another", key=None, is_repeat=False) == "another"
     assert choose_batch_id(state, "acme", "{1}", "other", key=None, is_repeat=False) == "other"
     assert choose_batch_id(state, "acme", "{1}", "meant", key=None, is_repeat=False) == "meant"
 
