@@ -8,9 +8,11 @@ generated text is ever in one: whoever logs gives ids and counts only. `docs/liv
 import contextvars
 import json
 import logging
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, TextIO
 
 from batchgen.names import parse_batch_id
@@ -103,3 +105,11 @@ def writing_json(stream: TextIO) -> Iterator[None]:
         LOGGER.removeHandler(handler)
         LOGGER.setLevel(level)
         LOGGER.propagate = propagate
+
+
+def name_fault(error: Exception) -> str:
+    """Kind and place of an error that is nobody's purpose, without its text, which may quote a prompt."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if "batchgen" in Path(frame.filename).parts] or frames
+    where = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "an unknown place"
+    return f"{type(error).__name__} in {where}"

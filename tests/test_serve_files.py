@@ -312,3 +312,5 @@ def test_without_keys_only_this_machine_is_answered(tmp_path: Path) -> None:
         assert httpx.get(f"{server.url}/models").status_code == 200
         check_error(httpx.get(f"{server.url}/models", headers={"Host": "evil.example"}), 403)
         check_error(httpx.get(f"{server.url}/models", headers={"Origin": "https://evil.example"}), 403)
+        check_error(httpx.get(f"{server.url}/models", headers={"Host": "["}), 403)
+        check_error(httpx.get(f"{server.url}/models", headers={"Origin": "http://["}), 403)

@@ -1,21 +1,30 @@
 """The endpoint's decisions, which need no server: lines, states, ranges, rates, pages, keys, and a create made once."""
 
+import asyncio
 import itertools
+import json
+import logging
 import pickle
 import threading
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
+from fastapi import APIRouter
 from hypothesis import given
 from hypothesis import strategies as st
 from store_kinds import sure
 
-from batchgen.errors import OutputError, SpecError
+from batchgen.errors import OutputError, SpecError, StorageError
 from batchgen.serve import records
+from batchgen.serve.app import create_app
 from batchgen.serve.bodies import read_body
 from batchgen.serve.body_sampling import Abilities
+from batchgen.serve.claims import Claims
 from batchgen.serve.door import BulkJob
+from batchgen.serve.endpoint import Endpoint
 from batchgen.serve.errors import ApiError
 from batchgen.serve.ids import is_batch_id, is_file_id, make_batch_id, make_file_id
 from batchgen.serve.keys import KeyRing, check_bind, hash_key, make_key, parse_keys
@@ -27,8 +36,12 @@ from batchgen.serve.parts import PartWriter, read_content
 from batchgen.serve.ranges import Unsatisfiable, parse_range
 from batchgen.serve.rates import Rates
 from batchgen.serve.records import BatchRecord, FileRecord, JobInput
+from batchgen.serve.results import Tally
+from batchgen.serve.spec import Limits
 from batchgen.serve.state import State
+from batchgen.serve.steps import FORGET_S, Steps
 from batchgen.serve.sweep import sweep
+from batchgen.serve.upload import receive_file
 from batchgen.serve.wire import CHAT, COMPLETIONS, TERMINAL, Batch, BatchUsage, RequestCounts
 from batchgen.storage import Storage
 from batchgen.stores.local import LocalClient
@@ -125,6 +138,16 @@ def test_result_files_have_ids_that_are_always_the_same() -> None:
     assert first != error
     assert first == records.make_result_file_id(record, "output")
     assert first != records.make_result_file_id(make_record(), "output")
+
+
+def test_usage_that_is_not_known_of_every_line_is_null() -> None:
+    tally, known = Tally(), {"prompt_tokens": 3, "completion_tokens": 4}
+    tally.add(known, [{"reasoning": None}])
+    usage = tally.make_usage()
+    assert usage is not None
+    assert usage.total_tokens == 7
+    tally.add(None, [{"reasoning": None}])
+    assert tally.make_usage() is None
 
 
 def test_ids_are_in_the_order_of_their_making_and_unlike_each_other() -> None:
@@ -291,6 +314,7 @@ def test_a_late_first_try_takes_its_repetitions_batch(tmp_path: Path) -> None:
     state = State(str(tmp_path), now=lambda: 1000.0)
     again = choose_batch_id(state, "acme", "{}", "second", key=None, is_repeat=True)
     assert choose_batch_id(state, "acme", "{}", "first", key=None, is_repeat=False) == again == "second"
+    assert choose_batch_id(state, "acme", "{}", "another", key=None, is_repeat=False) == "another"
     assert choose_batch_id(state, "acme", "{1}", "other", key=None, is_repeat=False) == "other"
     assert choose_batch_id(state, "acme", "{1}", "meant", key=None, is_repeat=False) == "meant"
 
@@ -334,6 +358,62 @@ def test_the_sweep_deletes_what_nobody_wants(tmp_path: Path) -> None:
     assert b"".join(read_content(state, record, 2, 5)) == b"xxx"
 
 
+def test_a_create_that_takes_an_old_id_over_keeps_its_sign(tmp_path: Path) -> None:
+    """The key's note is hours old when the create comes through at last; the conductor looks before its record is there."""
+    now = [1_000_000.0]
+    state = State(str(tmp_path), now=lambda: now[0])
+    spec = make_endpoint({"store": str(tmp_path), "models": {"m": {"engine": {"kind": "simulated"}}}})
+    steps, claims = Steps(spec, state, print), Claims(state, 30.0)
+    old = make_record().model_copy(
+        update={"batch": make_record().batch.model_copy(update={"id": make_batch_id(now[0])})}
+    )
+    now[0] += 2 * FORGET_S
+    assert state.create_batch(old)
+    steps.forget("acme", old.id, None, claims)
+    assert state.list_open() == [("acme", old.id)]
+    now[0] += 2 * FORGET_S
+    steps.forget("acme", old.id, None, claims)
+    assert state.list_open() == []
+
+
+class Lossy(State):
+    """Writes records and loses the reply."""
+
+    def create_file(self, record: FileRecord) -> None:
+        super().create_file(record)
+        raise StorageError("no reply")
+
+
+def test_an_upload_whose_record_may_be_there_keeps_its_parts(tmp_path: Path) -> None:
+    state = Lossy(str(tmp_path))
+    parts = [b'form-data; name="purpose"\r\n\r\nbatch', b'form-data; name="file"; filename="f"\r\n\r\nabc']
+    body = b"".join(b"--b\r\nContent-Disposition: " + part + b"\r\n" for part in parts) + b"--b--\r\n"
+
+    async def send() -> AsyncIterator[bytes]:
+        yield body
+
+    with pytest.raises(StorageError, match="no reply"):
+        asyncio.run(receive_file(state, "acme", "multipart/form-data; boundary=b", send(), Limits()))
+    (file_id,) = state.list_file_ids("acme")
+    record = state.read_file("acme", file_id)
+    assert record is not None
+    assert b"".join(read_content(state, record)) == b"abc"
+    assert state.list_uploads() == [("acme", file_id)]  # for the sweep, where it was not
+
+
+def test_a_cancelled_upload_is_left_to_the_sweep(tmp_path: Path) -> None:
+    """A part may be on its way in its thread when the call that wrote it is gone."""
+    state = State(str(tmp_path))
+
+    async def send() -> AsyncIterator[bytes]:
+        yield b"--b\r\n"
+        raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(receive_file(state, "acme", "multipart/form-data; boundary=b", send(), Limits()))
+    assert len(state.list_uploads()) == 1
+
+
 def test_a_store_without_conditional_writes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LocalClient, "can_replace", False)
     with pytest.raises(OutputError, match="conditional writes"):
@@ -346,3 +426,30 @@ def test_an_answer_that_is_an_error_pickles() -> None:
     again = pickle.loads(pickle.dumps(error))
     assert (again.status, str(again), again.retry_after_s) == (429, "wait", 3)
     assert again.make_body() == error.make_body()
+
+
+def test_a_fault_of_our_own_has_an_id_and_is_logged_without_its_text(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    router = APIRouter()
+
+    @router.get("/v1/fault")
+    def fail() -> None:
+        raise ValueError("a prompt's own text")
+
+    spec = make_endpoint({"store": str(tmp_path), "models": {"m": {"engine": {"kind": "simulated"}}}})
+    app = create_app(Endpoint(spec, State(spec.store), None), [router])
+
+    async def main() -> httpx.Response:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=True)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            return await client.get("/v1/fault")
+
+    with caplog.at_level(logging.INFO):
+        response = asyncio.run(main())
+    assert response.status_code == 500
+    assert response.json()["error"]["code"] == "internal_error"
+    lines = [json.loads(record.message) for record in caplog.records if record.name == "batchgen.audit"]
+    assert [(line["request_id"], line["status"]) for line in lines] == [(response.headers["x-request-id"], 500)]
+    assert "ValueError in " in caplog.text
+    assert "own text" not in caplog.text + response.text

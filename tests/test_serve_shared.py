@@ -1,22 +1,32 @@
 """Engines shared by batches and interactive requests, without Ray: who goes first, what is shown, who is blamed."""
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pytest
+import ray
 from hypothesis import given
 from hypothesis import strategies as st
 
 from batchgen.engines.simulated import ByteTokenizer
+from batchgen.errors import EngineDied
 from batchgen.records import Generation, Result, RowId, Timing, Usage
+from batchgen.serve.batch_spec import make_batch_spec
 from batchgen.serve.deltas import Delta, Deltas
+from batchgen.serve.engine_actor import EngineActor
 from batchgen.serve.errors import ApiError
 from batchgen.serve.host import EngineHost
 from batchgen.serve.interactive import Ask
 from batchgen.serve.places import Places
 from batchgen.serve.room import MEMORY_S, Peak, count_bulk_room
 from batchgen.serve.spec import ServedModel
+from batchgen.storage import Storage
+from batchgen.worker.setup import WorkerSetup
 
 SIMULATED = {"kind": "simulated", "mean_tokens": 20, "decode_tokens_per_s": 400, "slots": 4, "max_inflight": 4}
 
@@ -55,6 +65,21 @@ def test_the_first_deadline_goes_first_and_the_others_get_what_it_leaves() -> No
     early.enter(1)
     assert not early.fits(1)
     places.leave(early)
+    assert late.fits(1)
+
+
+def test_a_worker_that_drains_holds_up_nobody() -> None:
+    places = Places(2, 10, has_urgency=True)
+    late, early = places.join(200.0), places.join(100.0)
+    called: list[str] = []
+    late.on_room = lambda: called.append("late")
+    for _ in range(2):
+        late.enter(1)
+    assert not early.fits(1)
+    late.leave(1)
+    assert not late.fits(1)
+    early.rest()
+    assert called == ["late"]
     assert late.fits(1)
 
 
@@ -195,3 +220,30 @@ def test_a_stream_that_is_left_leaves_nothing_behind() -> None:
         assert host.make_report().num_urgent == 0
 
     use(work, decode_tokens_per_s=50)
+
+
+def test_a_worker_that_is_let_go_while_the_engine_loads_does_not_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "node"))
+    served = ServedModel.model_validate({"engine": SIMULATED})
+    monkeypatch.setattr(sys, "setswitchinterval", lambda _: None)
+    spec = make_batch_spec(served, "text", input_url=str(tmp_path / "in"), out_url=str(tmp_path / "out"))
+    setup = WorkerSetup("w1", spec, 1, Storage(spec.output.path), pa.schema([]))
+
+    async def main() -> None:
+        actor = EngineActor(served, "identity")
+        opening = asyncio.ensure_future(actor.open())
+        await asyncio.sleep(0)
+        attached = asyncio.ensure_future(actor.attach("run", setup, 1.0))
+        await asyncio.sleep(0)
+        assert await actor.detach("run") == "unknown"
+        await opening
+        with pytest.raises(EngineDied, match="let go"):
+            await attached
+        assert (await actor.report()).num_workers == 0
+        assert (await actor.attach("next", setup, 1.0)).worker_id
+        assert (await actor.report()).num_workers == 1
+        assert await actor.detach("next") == "idle"
+
+    asyncio.run(main())

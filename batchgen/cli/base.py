@@ -1,16 +1,15 @@
 """What every command of the command line shares: the app, the options, how a refusal is told."""
 
 import json
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from batchgen import __version__
 from batchgen.errors import BatchgenError, Refusal
+from batchgen.logs import name_fault
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -84,10 +83,7 @@ def refusals(debug: bool, *, is_run: bool = False, as_json: bool = False) -> Ite
 
 def describe_fault(error: Exception) -> str:
     """Of an error that is nobody's purpose: kind and place, without its text."""
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if "batchgen" in Path(frame.filename).parts] or frames
-    where = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "an unknown place"
-    return f"{type(error).__name__} in {where}, which is a fault of batchgen's; run it again with --debug and report it"
+    return f"{name_fault(error)}, which is a fault of batchgen's; run it again with --debug and report it"
 
 
 def print_json(value: dict[str, Any], as_json: bool) -> None:

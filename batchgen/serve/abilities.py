@@ -1,20 +1,17 @@
-"""What a served model can do, found out from its sections and its tokenizer's files; no engine is started."""
+"""What a served model can do, found out from its sections and its tokenizer; no engine is started."""
 
-from batchgen.engines import create_tokenizer, list_refused
-from batchgen.serve.batch_spec import PROMPT_COLUMNS, make_batch_spec
+from batchgen.engines import list_refused
+from batchgen.engines.base import Tokenizer
 from batchgen.serve.body_sampling import Abilities
 from batchgen.serve.spec import ServedModel
 
 
-def find_abilities(served: ServedModel, max_choices: int = 128) -> Abilities:
-    """Loads the tokenizer, which may take seconds. Raises SpecError where that is impossible. Without a tokenizer here the
-    server is trusted with tools and thinking; logprobs need one, for the API tells tokens by their text."""
-    forms = served.engine.prompt_forms
-    form = next(form for form in PROMPT_COLUMNS if form in forms)
-    tokenizer = create_tokenizer(make_batch_spec(served, form, input_url="/-", out_url="/-"))
+def find_abilities(served: ServedModel, tokenizer: Tokenizer | None, max_choices: int = 128) -> Abilities:
+    """Without a tokenizer here the server is trusted with tools and thinking; logprobs need one, for the API tells tokens
+    by their text."""
     refused = list_refused(served.engine)
     return Abilities(
-        forms=forms,
+        forms=served.engine.prompt_forms,
         refused=refused,
         guided_forms=served.engine.guided_forms,
         has_logprobs="logprobs" not in refused and tokenizer is not None,

@@ -1,4 +1,4 @@
-"""The FastAPI app: routers, and every error in OpenAI's body. Everything else is behind them.
+"""The FastAPI app: routers, and every error in OpenAI's body (faults of our own: `guard`). All else is behind them.
 
 `create_app` takes the routers of whoever answers interactively. All handlers here are plain functions, run in threads;
 none keeps anything between two requests.
@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from batchgen import __version__
-from batchgen.errors import BatchgenError, StorageError
+from batchgen.errors import StorageError
 from batchgen.serve.endpoint import Endpoint
 from batchgen.serve.errors import ApiError, bad_request, not_found
 from batchgen.serve.guard import Guard, make_response
@@ -44,7 +44,6 @@ def create_app(endpoint: Endpoint, routers: Sequence[APIRouter] = ()) -> FastAPI
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(StorageError, _answer_store)
     app.add_exception_handler(ClientDisconnect, _answer_gone)
-    app.add_exception_handler(Exception, _answer_unknown)
     app.add_middleware(Guard, endpoint=endpoint)
     _drop_422(app)
     return app
@@ -138,9 +137,3 @@ async def _answer_store(_: Request, error: Exception) -> JSONResponse:
 async def _answer_gone(_: Request, error: Exception) -> JSONResponse:
     del error
     return make_response(bad_request("The body breaks off.", None, "invalid_body"))
-
-
-async def _answer_unknown(_: Request, error: Exception) -> JSONResponse:
-    """Our own fault. The server logs it; the caller is told nothing of it."""
-    code = "internal_error" if not isinstance(error, BatchgenError) else "state_damaged"
-    return make_response(ApiError(500, "Something went wrong here.", kind="server_error", code=code))

@@ -46,3 +46,9 @@ def make_batch_spec(
         cluster=served.cluster,
         retry=served.retry,
     )
+
+
+def make_served_spec(served: ServedModel) -> JobSpec:
+    """Of no batch: for what an engine and its tokenizer are made of. Raises as `make_batch_spec` does."""
+    form = next(form for form in PROMPT_COLUMNS if form in served.engine.prompt_forms)
+    return make_batch_spec(served, form, input_url="/-", out_url="/-")

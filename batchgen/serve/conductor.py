@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from batchgen.driver.hold import Hold
 from batchgen.driver.pools import create_pool as create_own_pool
 from batchgen.errors import BatchgenError, LeaseHeld, LeaseLost, OutputError, StorageError
+from batchgen.logs import name_fault
 from batchgen.queue.events import WorkerPool
 from batchgen.serve.batch_run import BatchRun
 from batchgen.serve.claims import Claims
@@ -95,8 +96,9 @@ class Conductor:
             except BatchgenError as error:  # something in the store is damaged: said, and looked at again
                 self._say(str(error))
             # Nobody would notice that this thread is gone, and every batch would wait for ever.
-            except Exception:
-                log.exception("a look at the open batches failed, and is tried again")
+            except Exception as error:
+                self._say(f"a look at the open batches failed, and is tried again: {name_fault(error)}")
+                log.debug("a look at the open batches", exc_info=True)
             self._news.wait(POLL_S)
             self._news.clear()
 
@@ -157,8 +159,8 @@ class Conductor:
             self._back_off(batch_id, str(error))
         # A batch must not take the others down, whatever is wrong with it; no step loses anything by being repeated.
         except Exception as error:
-            log.exception("%s", batch_id)
-            self._back_off(batch_id, f"{type(error).__name__}")
+            log.debug("%s", batch_id, exc_info=True)
+            self._back_off(batch_id, name_fault(error))
         self.wake()
 
     def _step(self, tenant: str, batch_id: str, hold: Hold) -> None:

@@ -79,6 +79,8 @@ def write_dataset_results(state: State, record: BatchRecord) -> Results:
         ok = table.filter(pc.equal(table["status"], "ok"))
         tally.completed += ok.num_rows
         tally.failed += table.num_rows - ok.num_rows
+        if ok["prompt_tokens"].null_count or ok["completion_tokens"].null_count:
+            tally.is_counted = False
         tally.prompt_tokens += pc.sum(ok["prompt_tokens"]).as_py() or 0
         tally.completion_tokens += pc.sum(ok["completion_tokens"]).as_py() or 0
         cached = None if ok["cached_tokens"].null_count else pc.sum(ok["cached_tokens"]).as_py() or 0

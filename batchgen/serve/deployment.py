@@ -19,7 +19,7 @@ from batchgen.engines import create_tokenizer
 from batchgen.queue.events import WorkerPool
 from batchgen.serve.abilities import find_abilities
 from batchgen.serve.app import create_app
-from batchgen.serve.batch_spec import PROMPT_COLUMNS, make_batch_spec
+from batchgen.serve.batch_spec import make_served_spec
 from batchgen.serve.conductor import Conductor
 from batchgen.serve.door import BulkJob
 from batchgen.serve.endpoint import Endpoint
@@ -97,17 +97,9 @@ def create_endpoint_app(spec: EndpointSpec, args: AppArgs) -> FastAPI:
     """The whole API, in an ingress."""
     controller = serve.get_deployment_handle(CONTROLLER)
     keys = None if args.no_keys else load_keys(args.keys)
-    abilities = {name: find_abilities(served, spec.limits.max_choices) for name, served in spec.models.items()}
-    tokenizers = {
-        name: create_tokenizer(
-            make_batch_spec(
-                served,
-                next(form for form in PROMPT_COLUMNS if form in served.engine.prompt_forms),
-                input_url="/-",
-                out_url="/-",
-            )
-        )
-        for name, served in spec.models.items()
+    tokenizers = {name: create_tokenizer(make_served_spec(served)) for name, served in spec.models.items()}
+    abilities = {
+        name: find_abilities(served, tokenizers[name], spec.limits.max_choices) for name, served in spec.models.items()
     }
     completions = create_completions_router(Gateway(controller), abilities, tokenizers)
     endpoint = Endpoint(spec, State(spec.store), keys, lambda: controller.wake.remote() and None)

@@ -38,6 +38,7 @@ class EngineActor:
         self._heard_at = time.monotonic()
         self._opened: asyncio.Future[None] | None = None
         self._leash: asyncio.Future[None] | None = None
+        self._coming: set[str] = set()
 
     async def open(self) -> None:
         sys.setswitchinterval(SWITCH_S)
@@ -54,6 +55,7 @@ class EngineActor:
     async def adopt(self) -> None:
         """Another controller: the workers of the last one's runs end."""
         self._heard_at = time.monotonic()
+        self._coming.clear()
         await self._host.detach_all()
 
     async def report(self) -> HostReport:
@@ -64,10 +66,19 @@ class EngineActor:
         """`key`: the worker's here, where those of several jobs are."""
         if self._opened is None:
             raise EngineDied("it was not opened")
-        await asyncio.shield(self._opened)
-        return await self._host.attach(key, setup, deadline)
+        self._coming.add(key)
+        try:
+            await asyncio.shield(self._opened)
+            info = await self._host.attach(key, setup, deadline)
+            if key not in self._coming:  # its run ended while the engine loaded, and nobody else would ever end it
+                await self._host.detach(key)
+                raise EngineDied("its run let go of it before it was open")
+        finally:
+            self._coming.discard(key)
+        return info
 
     async def detach(self, worker_id: str) -> Left:
+        self._coming.discard(worker_id)
         return await self._host.detach(worker_id)
 
     async def assign(self, worker_id: str, lease: Lease) -> None:

@@ -1,7 +1,7 @@
 """The door of the app, before any handler: request id, keys, rates, body size, audit line. Pure ASGI: holds up no stream.
 
-Every answer has `x-request-id`. All paths but `OPEN` need a key; what has none is 401, before its body is read. The
-audit line names who called what and what came of it, never a query, a body or a key.
+Every answer has `x-request-id`, that to a fault of our own too. All paths but `OPEN` need a key; what has none is 401,
+before its body is read. The audit line names who called what and what came of it, never a query, a body or a key.
 """
 
 import json
@@ -15,17 +15,22 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from batchgen.errors import BatchgenError
+from batchgen.logs import name_fault
 from batchgen.serve.endpoint import Endpoint, Tenant
 from batchgen.serve.errors import ApiError, too_many
 from batchgen.serve.keys import LOCAL_TENANT
 from batchgen.serve.rates import Rates
 
 audit = logging.getLogger("batchgen.audit")
+log = logging.getLogger("batchgen.serve")
 OPEN = frozenset({"/health", "/ready", "/openapi.json", "/", "/page.css", "/page.js"})
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 # Boundaries and headers of a multipart body.
 MULTIPART_BYTES = 2**16
 MAX_DIGITS = 18
+# In the audit line, of a caller that went away first.
+NOT_ANSWERED = 499
 
 
 class Guard:
@@ -39,7 +44,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         request_id, started = f"req_{secrets.token_hex(12)}", time.monotonic()
-        seen: dict[str, Any] = {"status": 499, "tenant": None}
+        seen: dict[str, Any] = {"status": NOT_ANSWERED, "tenant": None}
 
         async def send_marked(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -51,6 +56,13 @@ class Guard:
 
         try:
             await self._serve(scope, receive, send_marked, seen)
+        except Exception as error:
+            told = f"{request_id}: {name_fault(error)}"
+            log.error(told)
+            log.debug(told, exc_info=True)
+            if seen["status"] != NOT_ANSWERED:  # the answer breaks off; the server logs this in the error's place
+                raise RuntimeError(told) from None
+            await make_response(make_fault(error))(scope, receive, send_marked)
         finally:
             line = {
                 "request_id": request_id,
@@ -119,12 +131,21 @@ def make_too_large(most: int) -> ApiError:
     return ApiError(413, f"The body is larger than the {most} bytes that are taken here.", code="request_too_large")
 
 
+def make_fault(error: Exception) -> ApiError:
+    """Our own fault: the caller is told nothing of it."""
+    code = "internal_error" if not isinstance(error, BatchgenError) else "state_damaged"
+    return ApiError(500, "Something went wrong here.", kind="server_error", code=code)
+
+
 def check_local(headers: Headers) -> None:
     """Without keys only this machine's own programs may call: no page of another site, no name that someone else made point
     here."""
-    host = urlsplit(f"//{headers.get('host', '')}").hostname
-    origin = headers.get("origin")
-    if host not in LOOPBACK or (origin is not None and urlsplit(origin).netloc != headers.get("host")):
+    host, origin = headers.get("host", ""), headers.get("origin")
+    try:
+        is_local = urlsplit(f"//{host}").hostname in LOOPBACK and (origin is None or urlsplit(origin).netloc == host)
+    except ValueError:  # half an IPv6 address, say
+        is_local = False
+    if not is_local:
         told = "Without API keys this endpoint answers programs of this machine only."
         raise ApiError(403, told, kind="permission_error", code="not_local")
 

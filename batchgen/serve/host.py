@@ -12,7 +12,7 @@ from batchgen.engines import create_engine, get_engine_kind
 from batchgen.engines.base import Engine, Tokenizer
 from batchgen.errors import EngineDied, Refusal
 from batchgen.records import Generation, Request, Result, WorkerInfo
-from batchgen.serve.batch_spec import PROMPT_COLUMNS, make_batch_spec
+from batchgen.serve.batch_spec import make_served_spec
 from batchgen.serve.deltas import Delta
 from batchgen.serve.errors import ApiError
 from batchgen.serve.interactive import Ask, Interactive
@@ -97,8 +97,7 @@ class EngineHost:
 
     async def open(self) -> None:
         """Load the engine. Raises EngineDied with the reason."""
-        form = next(form for form in PROMPT_COLUMNS if form in self._served.engine.prompt_forms)
-        engine = create_engine(make_batch_spec(self._served, form, input_url="/-", out_url="/-"))
+        engine = create_engine(make_served_spec(self._served))
         try:
             await engine.open()
         except EngineDied:
@@ -171,7 +170,8 @@ class EngineHost:
                     yield news
         except ApiError as error:
             yield error
-        self._num_answered += 1
+        else:
+            self._num_answered += 1
 
     def make_report(self) -> HostReport:
         if (places := self._places) is None:  # it loads

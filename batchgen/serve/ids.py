@@ -24,6 +24,11 @@ def _make_tail(now_s: float) -> str:
     return f"{int(now_s * 1000) & (2**48 - 1):012x}{secrets.token_hex(10)}"
 
 
+def read_made_at(id_: str) -> float:
+    """Seconds since the epoch, as an id of ours says."""
+    return int(id_.removeprefix("file-").removeprefix("batch_")[:12], 16) / 1000
+
+
 def make_dated_digest(now_s: float, *parts: str) -> str:
     """The tail of an id that the parts alone decide, beside their time: for what has an identity already."""
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()

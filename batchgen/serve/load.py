@@ -3,7 +3,7 @@
 from typing import Any
 
 from batchgen.errors import SpecError
-from batchgen.serve.batch_spec import PROMPT_COLUMNS, make_batch_spec
+from batchgen.serve.batch_spec import make_batch_spec, make_served_spec
 from batchgen.serve.spec import EndpointSpec, ServedModel
 from batchgen.specs.load import make_section, parse_tree, with_absolute_paths
 from batchgen.storage import read_text
@@ -34,8 +34,7 @@ def check_models(spec: EndpointSpec) -> None:
     from batchgen.engines import check_supported
 
     for name, served in spec.models.items():
-        form = next(form for form in PROMPT_COLUMNS if form in served.engine.prompt_forms)
         try:
-            check_supported(make_batch_spec(served, form, input_url="/-", out_url="/-"))
+            check_supported(make_served_spec(served))
         except SpecError as error:
             raise SpecError(f"models.{name}: {error}") from error

@@ -6,7 +6,7 @@ not come so far. With an `Idempotency-Key` every create of that key is such a re
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from batchgen.errors import AlreadyExists, Conflict, NotFound
 from batchgen.serve.errors import bad_request
@@ -46,13 +46,15 @@ def choose_batch_id(state: State, tenant: str, body: str, new_id: str, *, key: s
         is_fresh = now - known.made_at < (REPEAT_S if key is None else KEY_S)
         if key is not None and is_fresh and known.body != note.body:
             raise bad_request("this Idempotency-Key was used with another body", None, "idempotency_key_reused")
-        if is_fresh and (key is not None or is_repeat or known.by_repeat):
+        if is_fresh and (key is not None or is_repeat):
             return known.batch_id
+        # The first try is seen now; whoever creates the same once more means another batch.
+        following = replace(known, by_repeat=False) if is_fresh and known.by_repeat else note
         try:
-            state.storage.replace(path, _dump(note), version)
+            state.storage.replace(path, _dump(following), version)
         except Conflict:
             continue
-        return new_id
+        return following.batch_id
 
 
 def delete_old_notes(state: State) -> None:

@@ -135,6 +135,12 @@ class SharedWindow(Window):
         super().leave(num_bytes)
         self._places.wake()
 
+    def rest(self) -> None:
+        """Its worker drains, and may be hungry no more: those after it would wait until it is gone."""
+        self.on_room = lambda: None
+        self.is_hungry = False
+        self._places.wake()
+
     @contextmanager
     def apart(self) -> Iterator[None]:
         with self._places.apart(self):

@@ -107,8 +107,10 @@ class SharedEngines:
             return [engine.name for engine in self._engines.values() if engine.opening is None]
 
     def list_reports(self) -> dict[str, HostReport]:
+        """Of the same: what one that loads says is no figure yet."""
         with self._lock:
-            return {engine.name: engine.report for engine in self._engines.values() if engine.report is not None}
+            up = [engine for engine in self._engines.values() if engine.opening is None]
+            return {engine.name: engine.report for engine in up if engine.report is not None}
 
     def _hear(self, engine: HeldEngine, ref: Any) -> None:
         try:

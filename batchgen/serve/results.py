@@ -33,10 +33,11 @@ LEFT_OVER = "worker_lost"
 
 @dataclass(slots=True)
 class Tally:
-    """What all lines together came to."""
+    """What all lines together came to. `is_counted`: the engine counted the tokens of each line that succeeded."""
 
     completed: int = 0
     failed: int = 0
+    is_counted: bool = True
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int | None = 0
@@ -45,6 +46,7 @@ class Tally:
     def add(self, usage: Json | None, rows: Iterable[Json]) -> None:
         self.has_reasoning = self.has_reasoning or any(row["reasoning"] for row in rows)
         if usage is None:
+            self.is_counted = False
             return
         self.prompt_tokens += usage["prompt_tokens"]
         self.completion_tokens += usage["completion_tokens"]
@@ -57,7 +59,10 @@ class Tally:
     def make_counts(self) -> RequestCounts:
         return RequestCounts(total=self.completed + self.failed, completed=self.completed, failed=self.failed)
 
-    def make_usage(self) -> BatchUsage:
+    def make_usage(self) -> BatchUsage | None:
+        """None where it is not known of every line: a sum of the others would be taken for all."""
+        if not self.is_counted:
+            return None
         return BatchUsage(
             input_tokens=self.prompt_tokens,
             input_tokens_details=InputDetails(cached_tokens=self.cached_tokens),
@@ -72,7 +77,7 @@ class Results:
     """What was written. A file without a line is None."""
 
     counts: RequestCounts
-    usage: BatchUsage
+    usage: BatchUsage | None
     output_file_id: str | None
     error_file_id: str | None
 

@@ -6,7 +6,7 @@
     t/TENANT/inputs/ID/TRY/     its rows as Parquet
     t/TENANT/jobs/ID/           its job's output folder
     uploads/TENANT/ID           parts of it come, and its record is not there yet
-    open/TENANT/ID              a batch that has not ended; made before it and deleted after its end
+    open/TENANT/ID              when it was put: a batch that has not ended; made before it and deleted after its end
     once/TENANT/DIGEST.json     which batch a create that may be repeated made
 
 Records are changed by compare-and-swap only. A tenant's folder is the only one that is ever looked into on its behalf.
@@ -91,7 +91,7 @@ class State:
 
     def create_batch(self, record: BatchRecord) -> bool:
         """Whether it was not there. The sign that it is open comes first: a batch without one would wait for ever."""
-        self.storage.put(make_open_path(record.tenant, record.id), b"")
+        self.storage.put(make_open_path(record.tenant, record.id), str(self.now()).encode())
         return self._create(make_batch_path(record.tenant, record.id), record)
 
     def read_batch(self, tenant: str, batch_id: str) -> BatchRecord | None:
@@ -128,6 +128,13 @@ class State:
         infos = self.storage.list_files("open" if tenant is None else f"open/{tenant}")
         parts = [info.path.split("/") for info in infos]
         return [(part[1], part[2]) for part in parts if len(part) == 3 and is_batch_id(part[2])]
+
+    def read_opened_at(self, tenant: str, batch_id: str) -> float | None:
+        """When the sign was put, last. The id may be older by hours: a create that is sent again takes it over."""
+        try:
+            return float(self.storage.read_bytes(make_open_path(tenant, batch_id)))
+        except (NotFound, ValueError):  # it is gone, or of a version that wrote no time
+            return None
 
     def close_batch(self, tenant: str, batch_id: str) -> None:
         """It has ended, and is no longer looked at."""

@@ -8,11 +8,13 @@ from batchgen.errors import LeaseHeld, Refusal
 from batchgen.serve import records
 from batchgen.serve.abilities import find_abilities
 from batchgen.serve.batch_run import BatchRun, is_cancelled_elsewhere, make_job_spec
+from batchgen.serve.batch_spec import make_served_spec
 from batchgen.serve.body_sampling import Abilities
 from batchgen.serve.claims import Claims
 from batchgen.serve.convert import convert
 from batchgen.serve.dataset import find_dataset, is_dataset, write_dataset_results
 from batchgen.serve.door import CreateBulkPool
+from batchgen.serve.ids import read_made_at
 from batchgen.serve.parts import read_content
 from batchgen.serve.records import BatchRecord
 from batchgen.serve.results import Results, write_results
@@ -34,7 +36,10 @@ class Steps:
     def abilities(self) -> dict[str, Abilities]:
         """Of each model, found when the first batch is validated: tokenizers load for seconds."""
         most = self._spec.limits.max_choices
-        return {name: find_abilities(served, most) for name, served in self._spec.models.items()}
+        return {
+            name: find_abilities(served, create_tokenizer(make_served_spec(served)), most)
+            for name, served in self._spec.models.items()
+        }
 
     def validate(self, record: BatchRecord) -> None:
         """validating -> in_progress or failed."""
@@ -114,10 +119,15 @@ class Steps:
 
     def forget(self, tenant: str, batch_id: str, record: BatchRecord | None, claims: Claims) -> None:
         """The batch is over, or never came to be."""
-        made_at = int(batch_id.removeprefix("batch_")[:12] or "0", 16) / 1000
-        if record is not None or self._state.now() - made_at > FORGET_S:
+        if record is not None or self._is_abandoned(tenant, batch_id):
             self._state.close_batch(tenant, batch_id)
             claims.forget(batch_id)
+
+    def _is_abandoned(self, tenant: str, batch_id: str) -> bool:
+        """Looks at the sign for old ids only: it is asked every second."""
+        oldest = self._state.now() - FORGET_S
+        made_at = read_made_at(batch_id)
+        return made_at < oldest and (self._state.read_opened_at(tenant, batch_id) or made_at) < oldest
 
     def _fail(self, record: BatchRecord, errors: list[BatchError]) -> None:
         self._change(record, lambda known: records.fail(known, errors, self._state.now()))

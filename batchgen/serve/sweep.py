@@ -1,5 +1,6 @@
 """What is no longer wanted is deleted: expired files, parts that a killed upload left, notes of creates long past."""
 
+from batchgen.serve.ids import read_made_at
 from batchgen.serve.once import delete_old_notes
 from batchgen.serve.state import State
 
@@ -22,8 +23,3 @@ def sweep(state: State) -> None:
             if record is not None and record.is_expired(now):
                 state.delete_file(record)
     delete_old_notes(state)
-
-
-def read_made_at(file_id: str) -> float:
-    """Seconds since the epoch, as the id says."""
-    return int(file_id.removeprefix("file-")[:12], 16) / 1000

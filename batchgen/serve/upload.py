@@ -1,7 +1,7 @@
 """A multipart body becomes a file in the store, part by part as it arrives: never more than one part of it in memory.
 
-The record comes last: what breaks off before that leaves parts that nobody sees, and they are deleted here, or by the
-sweep where this process is killed.
+The record comes last: what breaks off before that leaves parts that nobody sees, and they are deleted here. The sweep does
+it where that can't be known here: this process is killed, a part or the record may be on its way still.
 """
 
 import asyncio
@@ -115,7 +115,7 @@ async def receive_file(
     form = Form(writer, limits.max_file_bytes)
     parser = form.make_parser(content_type)
     await asyncio.to_thread(state.begin_upload, tenant, file_id)
-    is_done = False
+    has_begun_record = False
     try:
         async for piece in body:
             try:
@@ -127,12 +127,15 @@ async def receive_file(
         record = make_record(state, tenant, file_id, form, limits)
         sizes = await asyncio.to_thread(writer.close)
         record = record.model_copy(update={"part_bytes": sizes})
+        has_begun_record = True
         await asyncio.to_thread(state.create_file, record)
-        is_done = True
-    finally:
-        if not is_done:
+    except BaseException as error:
+        if not has_begun_record:  # else a file without its parts might come to be seen
             await asyncio.to_thread(writer.abandon)
-        await asyncio.to_thread(state.end_upload, tenant, file_id)
+            if isinstance(error, Exception):  # and no thread of a cancelled call is at work on a part
+                await asyncio.to_thread(state.end_upload, tenant, file_id)
+        raise
+    await asyncio.to_thread(state.end_upload, tenant, file_id)
     return record
 
 

@@ -106,6 +106,7 @@ class Sender:
     def stop(self) -> None:
         """Send nothing more; what is in flight goes on."""
         self.is_stopped = True
+        self.window.rest()
         self._room.set()
         while self._idle:
             self._wake_lane()

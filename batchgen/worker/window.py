@@ -34,6 +34,9 @@ class Window:
         """Its answer arrived."""
         self._add(-1, -num_bytes)
 
+    def rest(self) -> None:
+        """Nothing more is sent from here on: whoever shares the engine need not wait for it."""
+
     @contextmanager
     def apart(self) -> Iterator[None]:
         """While suspected rows are tried: whoever shares the engine keeps away. Here nobody does."""
