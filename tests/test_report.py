@@ -15,11 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jobs_util import Tree, make_tree, read_rows, run, run_cli, write_prompts
-from makers import make_job_spec
+from makers import make_error, make_job_spec, make_ok, make_rows
 
 from batchgen.batch_stats import STATS_SCHEMA, make_stats_table, read_stats_table
 from batchgen.batches import BatchStats
 from batchgen.queue.timeline import MAX_BINS, SPAN_FIELDS, Moment, Timeline
+from batchgen.report.by import group_rows
 from batchgen.report.distributions import make_bars
 from batchgen.report.figures import show, show_share, show_short, show_time
 from batchgen.report.lanes import MAX_LANES, make_lanes, merge_intervals
@@ -360,6 +361,19 @@ def test_figures_by_a_column_are_those_of_its_rows(
         times = [row["latency_s"] for row in mine if row["latency_s"] is not None]
         exact = float(np.quantile(times, 0.99, method="lower")) if times else None
         assert group["latency"]["latency_p99_s"] == pytest.approx(exact, rel=0.0101)
+
+
+def test_a_column_may_be_called_as_ours_are(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    rows = make_rows(make_ok(0), make_ok(1), make_error(2)).append_column("value", pa.array(["a", "b", "b"]))
+    (tmp_path / "data").mkdir()
+    pq.write_table(rows, tmp_path / "data" / "a.parquet", row_group_size=2)
+    groups = group_rows(Storage(str(tmp_path)), "value")
+    assert [(group["value"], group["num_rows_ok"], group["num_rows_error"]) for group in groups] == [
+        ("a", 1, 0),
+        ("b", 1, 1),
+    ]
 
 
 def test_a_column_that_nobody_has_is_refused_in_one_sentence(job: tuple[Path, Tree], tmp_path: Path) -> None:
