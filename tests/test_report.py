@@ -25,7 +25,7 @@ from batchgen.report.distributions import make_bars
 from batchgen.report.figures import show, show_share, show_short, show_time
 from batchgen.report.lanes import MAX_LANES, make_lanes, merge_intervals
 from batchgen.report.page import make_html
-from batchgen.report.reading import read_report
+from batchgen.report.reading import find_report, read_report
 from batchgen.report.records import make_record_path, read_records
 from batchgen.report.samples import choose_rows
 from batchgen.report.value import make_report
@@ -306,6 +306,16 @@ def test_the_page_of_a_run_that_was_killed(job: tuple[Path, Tree], tmp_path: Pat
     assert report["job"]["completion_tokens"] == sum(row["completion_tokens"] or 0 for row in read_rows(out))
     assert "not there yet" in (tmp_path / "page.html").read_text()
     assert not (out / "report.html").exists()
+
+
+def test_a_run_that_was_killed_before_its_first_word_does_not_run(job: tuple[Path, Tree], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(job[0], out)
+    (out / "report.json").unlink()
+    shutil.rmtree(out / "_batchgen" / "runs")
+    found = find_report(Storage(str(out)))
+    assert (found["state"], found["epoch"], found["timeline"]) == ("killed", 0, None)
+    assert found["run"]["elapsed_s"] is None
 
 
 def test_p99_of_any_batches_in_sql(job: tuple[Path, Tree]) -> None:

@@ -57,7 +57,7 @@ def make_report(
         "job": make_totals(table),
         "run": {
             **totals,
-            "elapsed_s": run["elapsed_s"] if run else 0.0,
+            "elapsed_s": run["elapsed_s"] if run else None,
             "tokens_per_s": divide(totals["completion_tokens"], run["elapsed_s"] if run else None),
             "gpu_hours": run["gpu_hours"] if run else None,
         },
