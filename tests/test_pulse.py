@@ -17,7 +17,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from batchgen.cli import app
-from batchgen.driver.control import STATUS, read_run_status, read_status, write_status
+from batchgen.cli.outputs import watch_status
+from batchgen.driver import control
+from batchgen.driver.control import STATUS, RunStatus, read_run_status, read_status, write_status
 from batchgen.driver.screen import format_line, make_screen
 from batchgen.logs import Note, in_run, log_event, log_note, note_batch, writing_json
 from batchgen.names import make_batch_id
@@ -237,6 +239,22 @@ def test_status_watch_follows_a_run_to_its_end_and_a_log_is_json(tmp_path: Path)
     assert {"run_started", "progress", "shard_committed", "run_ended"} <= {event["event"] for event in events}
     assert len({(event["job"], event["epoch"]) for event in events}) == 1
     assert "SECRET" not in ran[0].stderr
+
+
+def test_watching_from_a_pipe_tells_each_word_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [{"updated_at": at, "rows": rows} for at, rows in [(1.0, 10), (1.0, 10), (2.0, 20), (2.0, 20), (3.0, 30)]]
+    world, rest = World(), iter(words[1:])
+
+    def look(_: Storage, status: dict[str, Any]) -> RunStatus:
+        return RunStatus([], world.look(status["updated_at"], rows=status["rows"]), status["updated_at"] == 3.0)
+
+    monkeypatch.setattr(control, "read_status", lambda _: next(rest))
+    monkeypatch.setattr(control, "read_run_status", look)
+    assert watch_status(Storage(str(tmp_path)), words[0], 0.0)["rows"] == 30
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["rows 10/1,000", "rows 20/1,000"]
 
 
 def test_a_log_in_text_where_it_is_asked_for(tmp_path: Path) -> None:
