@@ -77,7 +77,8 @@ def add_source_files(table: pa.Table, storage: Storage) -> pa.Table:
 def group_rows(storage: Storage, column: str) -> list[dict[str, Any]]:
     """The same figures of a column of data/. Raises InputError where no file has it, or all of them too many values."""
     paths = [info.path for info in storage.list_files("data", suffix=".parquet")]
-    parts, values = [], set()
+    parts: list[tuple[dict[str, Any], dict[str, str]]] = []
+    values: set[str | None] = set()
     with ThreadPoolExecutor(NUM_READERS, thread_name_prefix="by") as threads:
         for found in threads.map(lambda path: _describe_file(storage, path, column), paths):
             parts += found
