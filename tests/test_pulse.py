@@ -49,11 +49,11 @@ class World:
         self.tally.hear(beat)
         self.queue.renew(beat, now)
 
-    def look(self, now: float, *, rows: int, of: int = 1000) -> Snapshot:
+    def look(self, now: float, *, rows: int, of: int = 1000, price: float | None = None) -> Snapshot:
         self.roster.turn(now)
         num_workers, num_tokens = len(self.roster.workers), self.tally.num_tokens
         progress = Progress(of, 10, 0, rows, 0, 0, num_tokens, num_workers, len(self.roster.starting), 4, 8, 0, now)
-        return self.pulse.look(progress, self.queue, self.roster, self.tally, now, 0.5)
+        return self.pulse.look(progress, self.queue, self.roster, self.tally, now, 0.5, price)
 
 
 def test_rates_are_of_the_last_half_minute_and_of_the_run() -> None:
@@ -86,6 +86,14 @@ def test_nothing_is_foreseen_before_anything_is_known() -> None:
     assert (first.eta_s, first.eta_low_s, first.tokens_per_s) == (None, None, None)
     assert "ETA -" in format_line(first)
     assert world.look(2.0, rows=1000).eta_s == 0.0
+
+
+def test_the_cost_so_far_is_told_where_there_is_a_price() -> None:
+    world = World()
+    assert format_line(world.look(1.0, rows=0)).endswith("GPU-hours 0.50")
+    seen = world.look(2.0, rows=0, price=3.0)
+    assert seen.cost == 1.5
+    assert format_line(seen).endswith("GPU-hours 0.50 (cost 1.50)")
 
 
 def test_nine_in_ten_ends_fall_into_the_interval() -> None:

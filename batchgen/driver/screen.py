@@ -49,8 +49,15 @@ def format_workers(seen: Snapshot) -> str:
     return told + (f", {seen.num_lost:,} lost" if seen.num_lost else "")
 
 
+def format_hours(seen: Snapshot) -> str:
+    """GPU-hours of the run so far and, where they have a price, their cost; '' where they are unknown."""
+    if seen.gpu_hours is None:
+        return ""
+    return f"{seen.gpu_hours:,.2f}" + (f" (cost {seen.cost:,.2f})" if seen.cost is not None else "")
+
+
 def format_line(seen: Snapshot) -> str:
-    """One plain line: rows, tokens/s, errors, workers, window, time left, GPU-hours."""
+    """One plain line: rows, tokens/s, errors, workers, window, time left, GPU-hours and cost."""
     parts = [
         f"rows {seen.num_rows_done:,}/{seen.num_rows:,}",
         f"shards {seen.num_shards_done:,}/{seen.num_shards:,}",
@@ -60,7 +67,8 @@ def format_line(seen: Snapshot) -> str:
         f"in flight {seen.num_inflight}/{seen.window}",
         f"ETA {format_eta(seen)}",
     ]
-    return "  ".join([*parts, f"GPU-hours {seen.gpu_hours:,.2f}"] if seen.gpu_hours is not None else parts)
+    hours = format_hours(seen)
+    return "  ".join([*parts, f"GPU-hours {hours}"] if hours else parts)
 
 
 def make_screen(seen: Snapshot, heads: Sequence[str] = ()) -> RenderableType:
@@ -73,8 +81,8 @@ def make_screen(seen: Snapshot, heads: Sequence[str] = ()) -> RenderableType:
         ("workers", format_workers(seen)),
         ("errors", format_errors(seen)),
     ]
-    if seen.gpu_hours is not None:
-        facts.append(("GPU-hours", f"{seen.gpu_hours:,.2f} in this run"))
+    if hours := format_hours(seen):
+        facts.append(("GPU-hours", f"{hours} in this run"))
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
