@@ -28,7 +28,7 @@ from batchgen.report.page import make_html
 from batchgen.report.reading import find_report, read_report
 from batchgen.report.records import make_record_path, read_records
 from batchgen.report.samples import choose_rows
-from batchgen.report.value import make_report
+from batchgen.report.value import make_report, make_timeline
 from batchgen.report.waste import LOSSES, make_waste
 from batchgen.stats import make_sketch, parse_sketches
 from batchgen.storage import Storage
@@ -69,6 +69,16 @@ def test_the_tail_begins_anew_when_a_shard_comes_back() -> None:
     assert timeline.tail_began_s == 5.0
     assert timeline.tail.seconds == 1.0
     assert timeline.total.seconds == 6.0
+
+
+def test_a_driver_that_was_busy_elsewhere_is_no_dip_of_the_run() -> None:
+    timeline = Timeline(0.0)
+    for now in (0.0, 1.0, 2.0, 9.0, 10.0):
+        timeline.turn(make_moment(int(10 * now)), now)
+    bins = {name: [getattr(span, name) for span in timeline.bins] for name in SPAN_FIELDS}
+    shown = make_timeline(make_record(bin_s=timeline.bin_s, bins=bins))
+    assert shown["rows_per_s"] == pytest.approx([10.0] * 11)
+    assert shown["inflight"] == pytest.approx([80.0] * 11)
 
 
 # ---- hours -----------------------------------------------------------------------------------------------------------

@@ -209,11 +209,15 @@ def _share(runs: Sequence[dict[str, Any]], name: str, worker_s: float) -> float 
 
 
 def make_timeline(record: RunRecord) -> dict[str, Any]:
-    """Means of each bin; None where a bin saw no time."""
+    """Means of each bin. A turn that took the driver long is in the bin where it ends: its mean is that of the bins before,
+    too, which saw no turn."""
     bins = record["bins"]
 
     def per_second(name: str) -> list[float | None]:
-        return [divide(value, seconds) for value, seconds in zip(bins[name], bins["seconds"], strict=True)]
+        means: list[float | None] = []
+        for value, seconds in zip(reversed(bins[name]), reversed(bins["seconds"]), strict=True):
+            means.append(divide(value, seconds) if seconds or not means else means[-1])
+        return means[::-1]
 
     return {
         "epoch": record["epoch"],
