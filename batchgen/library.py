@@ -115,9 +115,9 @@ def generate(
 def _write_prompts(prompts: Sequence[Any], path: Path, is_text: bool) -> None:
     try:
         column = pa.array(prompts, pa.string()) if is_text else pa.array([[dict(m) for m in chat] for chat in prompts])
-    except (pa.ArrowInvalid, pa.ArrowTypeError, TypeError, ValueError, UnicodeEncodeError) as error:
-        # Without Arrow's reason: it quotes the value.
-        raise SpecError("prompts: give texts, or chats as lists of {role, content} with text in both") from error
+    except (pa.ArrowInvalid, pa.ArrowTypeError, TypeError, ValueError, UnicodeEncodeError):
+        # Without Arrow's reason, and without its traceback, which a notebook would print: it quotes the value.
+        raise SpecError("prompts: give texts, or chats as lists of {role, content} with text in both") from None
     pq.write_table(pa.table({"prompt": column}), path)
 
 

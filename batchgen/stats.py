@@ -178,6 +178,13 @@ def describe_rows(rows: pa.Table) -> dict[str, Any]:
     }
 
 
+def _describe_tellable(rows: pa.Table, engine_kind: str | None) -> dict[str, Any]:
+    """`describe_rows` without the messages of an engine that may quote; one that nobody knows may."""
+    made = describe_rows(rows)
+    may_quote = engine_kind is None or engine_kind in QUOTING_ENGINES
+    return made | {"error_examples": {}} if may_quote else made
+
+
 def make_batch_stats(
     lease: Lease,
     info: WorkerInfo,
@@ -192,9 +199,7 @@ def make_batch_stats(
     write_s: float | None,
 ) -> BatchStats:
     """Stats of the batch that committed. `rows` are the rows it generated itself (result columns)."""
-    made = describe_rows(rows)
-    if info.engine_kind in QUOTING_ENGINES:
-        made["error_examples"] = {}
+    made = _describe_tellable(rows, info.engine_kind)
     tokens = made["completion_tokens"]
     rate = tokens / wall_s if tokens is not None and wall_s > 0 else None
     return BatchStats(
@@ -226,15 +231,18 @@ def make_lost_stats(
     batch_id: str,
     *,
     info: WorkerInfo | None = None,
+    engine_kind: str | None = None,
     started_at: float | None = None,
     wall_s: float | None = None,
     rows: pa.Table | None = None,
     outcome: str = "lost",
 ) -> BatchStats:
-    """Stats of a batch that did not commit, as far as known. `rows` are those of its rows that a journal saved. `outcome`:
-    'shared' for one that helped another batch, 'reused' for rows that were taken over and not generated."""
+    """Stats of a batch that did not commit, as far as known. `rows` are those of its rows that a journal saved.
+    `engine_kind`: where only that is known of the worker. `outcome`: 'shared' for one that helped another batch, 'reused'
+    for rows that were taken over and not generated."""
     number, epoch, attempt = parse_batch_id(batch_id)
-    made = describe_rows(rows) if rows is not None else dict.fromkeys(ROW_FIELDS)
+    kind = info.engine_kind if info else engine_kind
+    made = _describe_tellable(rows, kind) if rows is not None else dict.fromkeys(ROW_FIELDS)
     return BatchStats(
         batch_id=batch_id,
         shard=f"shard-{number:09d}",
@@ -243,7 +251,7 @@ def make_lost_stats(
         outcome=outcome,
         worker=info.worker_id if info else None,
         node=info.node if info else None,
-        engine_kind=info.engine_kind if info else None,
+        engine_kind=kind,
         engine_version=info.engine_version if info else None,
         num_gpus=info.num_gpus if info else None,
         window=info.window if info else None,

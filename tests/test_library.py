@@ -5,6 +5,7 @@ import json
 import logging
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,10 @@ def test_prompts_that_cannot_be_are_refused_without_being_quoted() -> None:
     with pytest.raises(SpecError) as refused:
         batchgen.generate(["fine", 7_777_777], engine=SIMULATED)  # type: ignore[list-item]
     assert "7777777" not in str(refused.value)
+    chats = [[{"role": "user", "content": "a"}], [{"role": "user", "content": 7_777_777}]]
+    with pytest.raises(SpecError, match="give texts, or chats") as refused:
+        batchgen.generate(chats, engine=SIMULATED)
+    assert "7777777" not in "".join(traceback.format_exception(refused.value))
 
 
 def test_events_reach_the_users_own_logging(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -17,7 +17,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from batchgen.cli import app
-from batchgen.driver.control import STATUS, read_run_status, read_status, write_status
+from batchgen.cli.outputs import watch_status
+from batchgen.driver import control
+from batchgen.driver.control import STATUS, RunStatus, read_run_status, read_status, write_status
 from batchgen.driver.screen import format_line, make_screen
 from batchgen.logs import Note, in_run, log_event, log_note, note_batch, writing_json
 from batchgen.names import make_batch_id
@@ -47,11 +49,11 @@ class World:
         self.tally.hear(beat)
         self.queue.renew(beat, now)
 
-    def look(self, now: float, *, rows: int, of: int = 1000) -> Snapshot:
+    def look(self, now: float, *, rows: int, of: int = 1000, price: float | None = None) -> Snapshot:
         self.roster.turn(now)
         num_workers, num_tokens = len(self.roster.workers), self.tally.num_tokens
         progress = Progress(of, 10, 0, rows, 0, 0, num_tokens, num_workers, len(self.roster.starting), 4, 8, 0, now)
-        return self.pulse.look(progress, self.queue, self.roster, self.tally, now, 0.5)
+        return self.pulse.look(progress, self.queue, self.roster, self.tally, now, 0.5, price)
 
 
 def test_rates_are_of_the_last_half_minute_and_of_the_run() -> None:
@@ -84,6 +86,14 @@ def test_nothing_is_foreseen_before_anything_is_known() -> None:
     assert (first.eta_s, first.eta_low_s, first.tokens_per_s) == (None, None, None)
     assert "ETA -" in format_line(first)
     assert world.look(2.0, rows=1000).eta_s == 0.0
+
+
+def test_the_cost_so_far_is_told_where_there_is_a_price() -> None:
+    world = World()
+    assert format_line(world.look(1.0, rows=0)).endswith("GPU-hours 0.50")
+    seen = world.look(2.0, rows=0, price=3.0)
+    assert seen.cost == 1.5
+    assert format_line(seen).endswith("GPU-hours 0.50 (cost 1.50)")
 
 
 def test_nine_in_ten_ends_fall_into_the_interval() -> None:
@@ -237,6 +247,22 @@ def test_status_watch_follows_a_run_to_its_end_and_a_log_is_json(tmp_path: Path)
     assert {"run_started", "progress", "shard_committed", "run_ended"} <= {event["event"] for event in events}
     assert len({(event["job"], event["epoch"]) for event in events}) == 1
     assert "SECRET" not in ran[0].stderr
+
+
+def test_watching_from_a_pipe_tells_each_word_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [{"updated_at": at, "rows": rows} for at, rows in [(1.0, 10), (1.0, 10), (2.0, 20), (2.0, 20), (3.0, 30)]]
+    world, rest = World(), iter(words[1:])
+
+    def look(_: Storage, status: dict[str, Any]) -> RunStatus:
+        return RunStatus([], world.look(status["updated_at"], rows=status["rows"]), status["updated_at"] == 3.0)
+
+    monkeypatch.setattr(control, "read_status", lambda _: next(rest))
+    monkeypatch.setattr(control, "read_run_status", look)
+    assert watch_status(Storage(str(tmp_path)), words[0], 0.0)["rows"] == 30
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["rows 10/1,000", "rows 20/1,000"]
 
 
 def test_a_log_in_text_where_it_is_asked_for(tmp_path: Path) -> None:

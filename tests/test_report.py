@@ -15,19 +15,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jobs_util import Tree, make_tree, read_rows, run, run_cli, write_prompts
-from makers import make_job_spec
+from makers import make_error, make_job_spec, make_ok, make_rows
 
 from batchgen.batch_stats import STATS_SCHEMA, make_stats_table, read_stats_table
 from batchgen.batches import BatchStats
 from batchgen.queue.timeline import MAX_BINS, SPAN_FIELDS, Moment, Timeline
+from batchgen.report.by import group_rows
 from batchgen.report.distributions import make_bars
 from batchgen.report.figures import show, show_share, show_short, show_time
 from batchgen.report.lanes import MAX_LANES, make_lanes, merge_intervals
 from batchgen.report.page import make_html
-from batchgen.report.reading import read_report
+from batchgen.report.reading import find_report, read_report
 from batchgen.report.records import make_record_path, read_records
 from batchgen.report.samples import choose_rows
-from batchgen.report.value import make_report
+from batchgen.report.value import make_report, make_timeline
 from batchgen.report.waste import LOSSES, make_waste
 from batchgen.stats import make_sketch, parse_sketches
 from batchgen.storage import Storage
@@ -68,6 +69,16 @@ def test_the_tail_begins_anew_when_a_shard_comes_back() -> None:
     assert timeline.tail_began_s == 5.0
     assert timeline.tail.seconds == 1.0
     assert timeline.total.seconds == 6.0
+
+
+def test_a_driver_that_was_busy_elsewhere_is_no_dip_of_the_run() -> None:
+    timeline = Timeline(0.0)
+    for now in (0.0, 1.0, 2.0, 9.0, 10.0):
+        timeline.turn(make_moment(int(10 * now)), now)
+    bins = {name: [getattr(span, name) for span in timeline.bins] for name in SPAN_FIELDS}
+    shown = make_timeline(make_record(bin_s=timeline.bin_s, bins=bins))
+    assert shown["rows_per_s"] == pytest.approx([10.0] * 11)
+    assert shown["inflight"] == pytest.approx([80.0] * 11)
 
 
 # ---- hours -----------------------------------------------------------------------------------------------------------
@@ -307,6 +318,16 @@ def test_the_page_of_a_run_that_was_killed(job: tuple[Path, Tree], tmp_path: Pat
     assert not (out / "report.html").exists()
 
 
+def test_a_run_that_was_killed_before_its_first_word_does_not_run(job: tuple[Path, Tree], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(job[0], out)
+    (out / "report.json").unlink()
+    shutil.rmtree(out / "_batchgen" / "runs")
+    found = find_report(Storage(str(out)))
+    assert (found["state"], found["epoch"], found["timeline"]) == ("killed", 0, None)
+    assert found["run"]["elapsed_s"] is None
+
+
 def test_p99_of_any_batches_in_sql(job: tuple[Path, Tree]) -> None:
     """The query of docs/batch_stats.md, against the rows themselves."""
     out, _ = job
@@ -360,6 +381,19 @@ def test_figures_by_a_column_are_those_of_its_rows(
         times = [row["latency_s"] for row in mine if row["latency_s"] is not None]
         exact = float(np.quantile(times, 0.99, method="lower")) if times else None
         assert group["latency"]["latency_p99_s"] == pytest.approx(exact, rel=0.0101)
+
+
+def test_a_column_may_be_called_as_ours_are(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    rows = make_rows(make_ok(0), make_ok(1), make_error(2)).append_column("value", pa.array(["a", "b", "b"]))
+    (tmp_path / "data").mkdir()
+    pq.write_table(rows, tmp_path / "data" / "a.parquet", row_group_size=2)
+    groups = group_rows(Storage(str(tmp_path)), "value")
+    assert [(group["value"], group["num_rows_ok"], group["num_rows_error"]) for group in groups] == [
+        ("a", 1, 0),
+        ("b", 1, 1),
+    ]
 
 
 def test_a_column_that_nobody_has_is_refused_in_one_sentence(job: tuple[Path, Tree], tmp_path: Path) -> None:

@@ -60,11 +60,7 @@ def refusals(debug: bool, *, is_run: bool = False, as_json: bool = False) -> Ite
         yield
     except BatchgenError as error:
         exit_code = 3 if is_run and not isinstance(error, Refusal) else 2
-        state = "stopped" if exit_code == 3 else "refused"
-        print_json({"state": state, "message": str(error), "exit_code": exit_code}, as_json)
-        if debug:
-            raise
-        typer.echo(f"batchgen: {error}", err=True)
+        tell_end("stopped" if exit_code == 3 else "refused", str(error), exit_code, debug=debug, as_json=as_json)
         raise typer.Exit(exit_code) from error
     except KeyboardInterrupt as error:  # the second Ctrl-C, or one where nothing can be drained
         typer.echo("batchgen: interrupted; start it again and it goes on", err=True)
@@ -73,12 +69,16 @@ def refusals(debug: bool, *, is_run: bool = False, as_json: bool = False) -> Ite
         raise
     # The edge: nobody above could tell it better, and what is in the output folder is safe whatever it was.
     except Exception as error:
-        message = describe_fault(error)
-        print_json({"state": "broken", "message": message, "exit_code": BROKEN}, as_json)
-        if debug:
-            raise
-        typer.echo(f"batchgen: {message}", err=True)
+        tell_end("broken", describe_fault(error), BROKEN, debug=debug, as_json=as_json)
         raise typer.Exit(BROKEN) from error
+
+
+def tell_end(state: str, message: str, exit_code: int, *, debug: bool, as_json: bool) -> None:
+    """Of the exception that is being handled."""
+    print_json({"state": state, "message": message, "exit_code": exit_code}, as_json)
+    if debug:
+        typer.echo(traceback.format_exc(), err=True)
+    typer.echo(f"batchgen: {message}", err=True)
 
 
 def describe_fault(error: Exception) -> str:

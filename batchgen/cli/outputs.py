@@ -46,12 +46,13 @@ def watch_status(storage: Any, found: dict[str, Any], interval_s: float) -> dict
     from batchgen.driver.control import read_run_status, read_status
     from batchgen.driver.screen import format_line, make_screen
 
-    console = Console(stderr=True)
+    console, told_at = Console(stderr=True), None
     with Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else nullcontext() as live:
         while not (seen := read_run_status(storage, found)).is_over:
             if live is not None:
                 live.update(make_screen(seen.progress, seen.heads), refresh=True)
-            else:
+            elif found["updated_at"] != told_at:
+                told_at = found["updated_at"]
                 say(format_line(seen.progress))
             time.sleep(interval_s)
             found = read_status(storage) or found

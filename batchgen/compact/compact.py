@@ -34,7 +34,7 @@ GROUP_BYTES = 128 * 2**20
 def compact(out: Storage, dest: Storage, target_bytes: int, on_part: Callable[[str], None]) -> dict[str, Any]:
     """What was done. Raises OutputError for what can't be compacted, and where a file is not what it should be."""
     _check_places(out, dest)
-    rows, sources = _list_sources(out)
+    sources = _list_sources(out)
     parts = cut_parts(sources, target_bytes)
     _freeze(out, dest, target_bytes, parts)
     num_made = 0
@@ -47,10 +47,6 @@ def compact(out: Storage, dest: Storage, target_bytes: int, on_part: Callable[[s
         num_made += is_new
         on_part(f"{path}: {sum(source.num_rows for source in part):,} rows of {len(part):,} shards, checked")
     summary = {"parts": len(parts), "made": num_made, "rows": sum(source.num_rows for source in sources)}
-    if summary["rows"] != rows["output"]:
-        raise OutputError(
-            f"{out.root}: its files hold {summary['rows']:,} rows, its manifest {rows['output']:,}; {RESTORE}"
-        )
     dest.put(SUCCESS, seal_json(summary | {"source": out.root}))
     return {**summary, "source": out.root, "destination": dest.root}
 
@@ -65,8 +61,8 @@ def _check_places(out: Storage, dest: Storage) -> None:
         raise OutputError(f"{dest.root}: lies in {out.root}, or it in there; give a folder apart from it")
 
 
-def _list_sources(out: Storage) -> tuple[dict[str, Any], list[Source]]:
-    """(rows as the manifest counts them, the shard files). Raises OutputError for a job that has not finished."""
+def _list_sources(out: Storage) -> list[Source]:
+    """The shard files. Raises OutputError for a job that has not finished, and where rows are missing."""
     said = manifest.read_json(out, "manifest.json")
     if said is None or out.info(manifest.SUCCESS) is None:
         raise OutputError(f"{out.root}: has no finished dataset (no _SUCCESS); run its job to the end first")
@@ -75,7 +71,10 @@ def _list_sources(out: Storage) -> tuple[dict[str, Any], list[Source]]:
         Source(shard, found.info.num_bytes, found.footer.num_rows_ok + found.footer.num_rows_error, found.footer_sha256)
         for shard, found in committed.items()
     ]
-    return said["rows"], sources
+    num_rows, wanted = sum(source.num_rows for source in sources), said["rows"]["output"]
+    if num_rows != wanted:
+        raise OutputError(f"{out.root}: its files hold {num_rows:,} rows, its manifest {wanted:,}; {RESTORE}")
+    return sources
 
 
 def _freeze(out: Storage, dest: Storage, target_bytes: int, parts: list[list[Source]]) -> None:

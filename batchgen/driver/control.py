@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 
 from batchgen.batches import BatchStats
 from batchgen.driver.dispatch import Dispatcher
-from batchgen.driver.lease import is_dead_here, make_cancel_path, read_holder
+from batchgen.driver.lease import make_cancel_path, read_live_holder
 from batchgen.driver.screen import format_line
 from batchgen.errors import NotFound, OutputError, StorageError
 from batchgen.manifest import LOCK, UNCOMMITTED, read_json
@@ -120,8 +120,8 @@ def find_lock(storage: Storage) -> Storage:
 
 def request_cancel(storage: Storage) -> int:
     """Ask the run that holds the folder to stop; its epoch. Raises OutputError when none is running."""
-    holder = read_holder(find_lock(storage))
-    if holder is None or holder.has_ended or is_dead_here(holder):
+    holder = read_live_holder(find_lock(storage))
+    if holder is None:
         raise OutputError(f"{storage.root}: no run is working on it; nothing to cancel")
     storage.put(make_cancel_path(holder.epoch), json.dumps({"requested_at": time.time()}).encode())
     return holder.epoch
@@ -138,12 +138,11 @@ class RunStatus:
 
 def read_run_status(storage: Storage, status: dict[str, Any]) -> RunStatus:
     """Is the run alive, and how far did it get. Raises OutputError where the object is damaged."""
-    holder = read_holder(find_lock(storage))
-    is_gone = holder is None or holder.has_ended or is_dead_here(holder)
-    who = [] if holder is None or is_gone else [f"held by {holder.describe()}"]
+    holder = read_live_holder(find_lock(storage))
+    who = [] if holder is None else [f"held by {holder.describe()}"]
     with refusing_damage(storage.url(STATUS), DAMAGED):
         age_s = time.time() - status["updated_at"]
-        state = "ended without a word" if is_gone and status["state"] == "running" else status["state"]
+        state = "ended without a word" if holder is None and status["state"] == "running" else status["state"]
         progress = TypeAdapter(Snapshot).validate_python(status["progress"])
         first = f"{state}, epoch {status['epoch']}, {age_s:.0f} s ago" + (
             f": {status['message']}" if status["message"] else ""

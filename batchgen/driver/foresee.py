@@ -7,7 +7,7 @@ prior's lengths or the plan's stated assumption. Anything else is unknown, and s
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +81,7 @@ def foresee(job: Job) -> Foresight:
     """Of what is left to do. Reads records of runs, writes nothing."""
     spec, num_rows = job.spec, sum(queued.shard.num_rows for queued in job.todo)
     price = spec.cluster.gpu_hour_cost
-    for records, source in _list_measured(job):
+    for records, source in _iter_measured(job):
         if (rate := measure_rate(records)) is not None:
             time_s, worker_s = extrapolate(rate, num_rows, min(spec.cluster.workers.max, max(1, len(job.todo))))
             hours = worker_s * spec.cluster.gpus_per_worker / 3600 or None
@@ -94,12 +94,11 @@ def foresee(job: Job) -> Foresight:
     return _model(spec, num_rows, price)
 
 
-def _list_measured(job: Job) -> list[tuple[Sequence[RunRecord], str]]:
-    found: list[tuple[Sequence[RunRecord], str]] = [(read_records(job.storage), "as earlier runs of this folder went")]
+def _iter_measured(job: Job) -> Iterator[tuple[Sequence[RunRecord], str]]:
+    yield read_records(job.storage), "as earlier runs of this folder went"
     if (prior := job.spec.input.length_prior) is not None:
         same = [record for record in read_records(Storage(prior)) if record.get("engine") == job.spec.engine.kind]
-        found.append((same, f"as the runs of {prior} went"))
-    return found
+        yield same, f"as the runs of {prior} went"
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,6 +75,13 @@ def read_holder(storage: Storage) -> Holder | None:
         return None
 
 
+def read_live_holder(storage: Storage) -> Holder | None:
+    """The newest epoch's holder, unless it said that it ended or is known to be dead: one on another host that is silent
+    counts as live. Raises OutputError as `read_holder`."""
+    holder = read_holder(storage)
+    return None if holder is None or holder.has_ended or is_dead_here(holder) else holder
+
+
 def parse_holder(raw: bytes) -> Holder:
     """Raises ValueError for what no driver wrote."""
     return _HOLDER.validate_json(raw)

@@ -14,8 +14,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from batchgen.driver.screen import format_line as format_line  # known here to all who show a run
-from batchgen.driver.screen import make_screen
+from batchgen.driver.screen import format_line, make_screen
 from batchgen.logs import log_event, log_note
 from batchgen.queue.progress import Progress
 from batchgen.queue.pulse import Snapshot
@@ -61,7 +60,7 @@ class LineView:
         self._write(f"batchgen: warning: {message}")
 
     def show(self, progress: Progress) -> None:
-        if self._clock() >= self._next:
+        if isinstance(progress, Snapshot) and self._clock() >= self._next:
             self._next = self._clock() + self._interval_s
             self._write(f"batchgen: {format_line(progress)}")
 

@@ -39,8 +39,9 @@ class Watch:
             return
         self._next = now + self._look_s
         at = dispatcher.clock()
-        gpu_hours = dispatcher.count_gpu_hours()
-        seen = self._pulse.look(progress, dispatcher.queue, dispatcher.roster, dispatcher.ledger.tally, at, gpu_hours)
+        hours, price = dispatcher.count_gpu_hours(), dispatcher.spec.cluster.gpu_hour_cost
+        tally = dispatcher.ledger.tally
+        seen = self._pulse.look(progress, dispatcher.queue, dispatcher.roster, tally, at, hours, price)
         self._view.show(seen)
         self._publish(measure_run(seen, time.time()))
         self._status.update(dispatcher, seen)

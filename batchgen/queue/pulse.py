@@ -48,8 +48,8 @@ class WorkerLine:
 @dataclass(slots=True)
 class Snapshot(Progress):
     """Progress, and what takes longer to find out. Rates are completion tokens a second: of the last half minute, and since
-    the run began. `error_types`: of this run's rows; it lags by a heartbeat. `gpu_hours`: of this run, start-up included.
-    None is unknown."""
+    the run began. `error_types`: of this run's rows; it lags by a heartbeat. `gpu_hours`: of this run, start-up included;
+    `cost`: of these. None is unknown."""
 
     tokens_per_s: float | None = None
     mean_tokens_per_s: float | None = None
@@ -57,6 +57,7 @@ class Snapshot(Progress):
     eta_low_s: float | None = None
     eta_high_s: float | None = None
     gpu_hours: float | None = None
+    cost: float | None = None
     error_types: dict[str, int] = field(default_factory=dict)
     worker_states: dict[str, int] = field(default_factory=dict)
     workers: tuple[WorkerLine, ...] = ()
@@ -81,7 +82,14 @@ class Pulse:
     _tokens: dict[str, deque[tuple[float, int]]] = field(default_factory=dict)
 
     def look(
-        self, progress: Progress, queue: WorkQueue, roster: Roster, tally: Tally, now: float, gpu_hours: float | None
+        self,
+        progress: Progress,
+        queue: WorkQueue,
+        roster: Roster,
+        tally: Tally,
+        now: float,
+        gpu_hours: float | None,
+        gpu_hour_cost: float | None = None,
     ) -> Snapshot:
         fresh = progress.num_rows_done - progress.num_rows_done_before
         self._remember(Mark(now, progress.num_tokens, fresh, roster.ready_worker_s))
@@ -95,6 +103,7 @@ class Pulse:
             eta_low_s=low,
             eta_high_s=high,
             gpu_hours=gpu_hours,
+            cost=None if gpu_hours is None or gpu_hour_cost is None else gpu_hours * gpu_hour_cost,
             error_types=tally.count_error_types(),
             worker_states=dict(Counter(line.state for line in workers)),
             workers=tuple(sorted(workers, key=lambda line: (STATES.index(line.state), line.worker))[:MAX_LINES]),

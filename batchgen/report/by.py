@@ -18,8 +18,7 @@ from batchgen import manifest
 from batchgen.batch_stats import STATS_SCHEMA
 from batchgen.errors import InputError
 from batchgen.report.distributions import make_latency
-from batchgen.report.value import add
-from batchgen.stats import SKETCH_FIELDS, count_rows, make_sketches, parse_sketches
+from batchgen.stats import SKETCH_FIELDS, count_rows, make_sketches, parse_sketches, total
 from batchgen.storage import Storage
 from batchgen.verify.damage import RESTORE, refusing_damage
 
@@ -61,7 +60,7 @@ def _check_count(column: str, count: int) -> None:
 
 def _describe(batches: pa.Table, value: Any) -> dict[str, Any]:
     names = ("num_rows_ok", "num_rows_error", "prompt_tokens", "completion_tokens")
-    return {"value": value, **{name: add(batches[name]) for name in names}, "latency": make_latency(batches)}
+    return {"value": value, **{name: total(batches[name]) for name in names}, "latency": make_latency(batches)}
 
 
 def add_source_files(table: pa.Table, storage: Storage) -> pa.Table:
@@ -76,12 +75,15 @@ def add_source_files(table: pa.Table, storage: Storage) -> pa.Table:
 
 
 def group_rows(storage: Storage, column: str) -> list[dict[str, Any]]:
-    """The same figures of a column of data/. Raises InputError where no file has it."""
+    """The same figures of a column of data/. Raises InputError where no file has it, or all of them too many values."""
     paths = [info.path for info in storage.list_files("data", suffix=".parquet")]
+    parts: list[tuple[dict[str, Any], dict[str, str]]] = []
+    values: set[str | None] = set()
     with ThreadPoolExecutor(NUM_READERS, thread_name_prefix="by") as threads:
-        parts = [
-            part for found in threads.map(lambda path: _describe_file(storage, path, column), paths) for part in found
-        ]
+        for found in threads.map(lambda path: _describe_file(storage, path, column), paths):
+            parts += found
+            values.update(part["value"] for part, _ in found)
+            _check_count(column, len(values))  # now, not when the parts of every file are held
     if not parts:
         return []
     table = pa.Table.from_pylist([part for part, _ in parts], schema=_PART_SCHEMA)
@@ -103,23 +105,26 @@ def _describe_file(storage: Storage, path: str, column: str) -> list[tuple[dict[
         if column not in names:
             known = ", ".join(dict.fromkeys([*list_batch_columns(), *names]))
             raise InputError(f"--by {column}: neither batch_stats nor data/ has such a column; name one of {known}")
-        return [part for rows in _iter_groups(parquet, column) for part in _describe_rows(rows, column)]
+        return [part for rows, values in _iter_groups(parquet, column) for part in _describe_rows(rows, values, column)]
 
 
-def _iter_groups(parquet: pq.ParquetFile, column: str) -> Iterator[pa.Table]:
+def _iter_groups(parquet: pq.ParquetFile, column: str) -> Iterator[tuple[pa.Table, pa.ChunkedArray]]:
+    """Of each row group its figures, and the values that it is grouped by, as text."""
     names = [*ROW_COLUMNS, *([column] if column not in ROW_COLUMNS else [])]
     for number in range(parquet.num_row_groups):
         rows = parquet.read_row_group(number, columns=names)
         kind = rows[column].type
         if pa.types.is_nested(kind) or pa.types.is_binary(kind):
             raise InputError(f"--by {column}: is {kind}; group by a column of text, numbers or times")
-        yield rows.append_column("value", pc.cast(rows[column], pa.string()))
+        yield rows, pc.cast(rows[column], pa.string())
 
 
-def _describe_rows(rows: pa.Table, column: str) -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
-    values = pc.unique(rows["value"]).to_pylist()
-    _check_count(column, len(values))
-    for value in values:
-        mine = rows.filter(_is(rows["value"], value))
-        counts = {name: add(mine[name]) for name in ("prompt_tokens", "completion_tokens")}
+def _describe_rows(
+    rows: pa.Table, values: pa.ChunkedArray, column: str
+) -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
+    found = pc.unique(values).to_pylist()
+    _check_count(column, len(found))
+    for value in found:
+        mine = rows.filter(_is(values, value))
+        counts = {name: total(mine[name]) for name in ("prompt_tokens", "completion_tokens")}
         yield {"value": value, **count_rows(mine), **counts}, make_sketches(mine)

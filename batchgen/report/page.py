@@ -20,7 +20,7 @@ from batchgen.report.charts import (
     show_tokens,
 )
 from batchgen.report.figures import UNKNOWN, divide, show, show_counts, show_moment, show_share, show_tile, show_time
-from batchgen.report.svg import escape, make_table
+from batchgen.report.svg import clean, escape, make_table
 from batchgen.stats import LATENCIES, QUANTILES
 
 LATENCY_NOTES = {
@@ -48,8 +48,10 @@ def make_html(report: Mapping[str, Any]) -> str:
         css=css,
         title=find_name(report),
         state=report["state"],
-        message=clean(report["message"]),
-        subtitle=f"{report['engine']}, {report['model']}; run {report['epoch']}, {show_moment(report['made_at'])}",
+        message=clean(report["message"] or ""),
+        subtitle=clean(
+            f"{report['engine']}, {report['model']}; run {report['epoch']}, {show_moment(report['made_at'])}"
+        ),
         tiles=make_tiles(report),
         sections=sections,
         samples=[make_sample(row) for row in report["samples"]],
@@ -72,18 +74,10 @@ def load_template() -> tuple[Any, str]:
     return environment.from_string(page), (folder / "page.css").read_text(encoding="utf-8")
 
 
-def clean(text: object) -> str | None:
-    """Control characters and lone surrogates as a visible sign; the template does the rest."""
-    if text is None:
-        return None
-    shown = "".join("�" if ord(char) < 32 and char not in "\t\n" else char for char in str(text))
-    return shown.encode(errors="replace").decode()
-
-
 def find_name(report: Mapping[str, Any]) -> str:
     """The last part of the output path that says something."""
     parts = [part for part in str(report["spec"]["output"]["path"]).rstrip("/").split("/") if part]
-    return str(clean(" / ".join(parts[-2:]) or "report"))
+    return clean(" / ".join(parts[-2:]) or "report")
 
 
 def make_section(name: str, title: str, *groups: tuple[str, Sequence[str]], note: str = "", rows: Any = ()) -> Section:
@@ -264,6 +258,6 @@ def make_sample(row: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "label": clean(label),
         "facts": clean(facts),
-        "text": clean(row["text"] or "") or "(no text)",
-        "reasoning": clean(row["reasoning"]),
+        "text": clean(row["text"] or "(no text)"),
+        "reasoning": clean(row["reasoning"] or ""),
     }

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from batchgen import manifest
 from batchgen.batch_stats import make_stats_table, read_stats_table
 from batchgen.driver.control import find_lock
-from batchgen.driver.lease import is_dead_here, read_holder
+from batchgen.driver.lease import read_live_holder
 from batchgen.errors import OutputError
 from batchgen.report.figures import RunRecord
 from batchgen.report.records import REPORT_JSON, read_records
@@ -55,12 +55,10 @@ def read_report(storage: Storage, *, num_samples: int = 0) -> dict[str, Any]:
 
 
 def _find_state(storage: Storage, saved: RunRecord | None, record: RunRecord | None) -> dict[str, Any]:
-    """Of a run that did not end with a word it is asked whether somebody still holds the folder."""
-    if (said := saved or record) is None:
-        return {"epoch": 0, "state": "running", "message": None}
+    """Of a run that did not end with a word, or never came to one, it is asked whether somebody still holds the folder."""
+    said = saved or record or {"epoch": 0, "state": "running", "message": None}
     state, message = said["state"], said["message"]
-    holder = read_holder(find_lock(storage))
-    if state == "running" and (holder is None or holder.has_ended or is_dead_here(holder)):
+    if state == "running" and read_live_holder(find_lock(storage)) is None:
         state, message = "killed", "it ended without a word; start it again, and it goes on"
     return {"epoch": said["epoch"], "state": state, "message": message}
 

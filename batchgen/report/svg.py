@@ -12,10 +12,15 @@ WIDTH, HEIGHT = 1000.0, 100.0
 Points = Sequence[tuple[float, float]]
 
 
+def clean(text: object) -> str:
+    """Control characters (C0 but tab and newline) as a visible sign, lone surrogates as `?`."""
+    shown = "".join("�" if ord(char) < 32 and char not in "\t\n" else char for char in str(text))
+    return shown.encode(errors="replace").decode()
+
+
 def escape(text: object) -> str:
-    """Characters that would be markup, or control characters, are not: C0 but tab and newline become a visible sign."""
-    clean = "".join("�" if ord(char) < 32 and char not in "\t\n" else char for char in str(text))
-    return html.escape(clean.encode(errors="replace").decode())
+    """Clean, and nothing in it is markup."""
+    return html.escape(clean(text))
 
 
 def plot(title: str, description: str, shapes: Iterable[str], *, height: float = HEIGHT) -> str:

@@ -13,8 +13,9 @@ def make_text_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("state", report["state"] + (f": {report['message']}" if report["message"] else "")),
         ("rows", f"{rows['output']:,} of {rows['input'] * rows['n']:,} (ok {rows['ok']:,}, error {rows['error']:,})"),
         ("tokens", f"prompt {show(job['prompt_tokens'])}, completion {show(job['completion_tokens'])}"),
-        ("this run", f"{show_time(run['elapsed_s'])}, {show(run['tokens_per_s'])} completion tokens/s"),
     ]
+    if run["elapsed_s"] is not None:  # a run that had nothing to do has no time of its own
+        lines.append(("this run", f"{show_time(run['elapsed_s'])}, {show(run['tokens_per_s'])} completion tokens/s"))
     if run["window_share"] is not None:
         lines.append(("window", f"{run['window_share']:.1%} full, mean over this run's batches"))
     if job.get("rows_reused"):  # reports of earlier versions don't say

@@ -18,6 +18,7 @@ from batchgen.report.figures import RunRecord, divide
 from batchgen.report.lanes import make_lanes
 from batchgen.report.waste import LOSSES, make_waste
 from batchgen.spec import JobSpec
+from batchgen.stats import count_values, total
 
 MAX_NAMED = 20
 
@@ -56,7 +57,7 @@ def make_report(
         "job": make_totals(table),
         "run": {
             **totals,
-            "elapsed_s": run["elapsed_s"] if run else 0.0,
+            "elapsed_s": run["elapsed_s"] if run else None,
             "tokens_per_s": divide(totals["completion_tokens"], run["elapsed_s"] if run else None),
             "gpu_hours": run["gpu_hours"] if run else None,
         },
@@ -102,27 +103,17 @@ def make_totals(table: pa.Table) -> dict[str, Any]:
     return {
         "batches": count_values(table["outcome"]),
         "workers": workers.num_rows,
-        "prompt_tokens": add(made["prompt_tokens"]),
-        "completion_tokens": add(made["completion_tokens"]),
-        "cached_tokens": add(made["cached_tokens"]),
-        "rows_reused": add(reused["num_rows_ok"]) or 0,
-        "completion_tokens_reused": add(reused["completion_tokens"]),
-        "num_retries": add(table["num_retries"]),
+        "prompt_tokens": total(made["prompt_tokens"]),
+        "completion_tokens": total(made["completion_tokens"]),
+        "cached_tokens": total(made["cached_tokens"]),
+        "rows_reused": total(reused["num_rows_ok"]) or 0,
+        "completion_tokens_reused": total(reused["completion_tokens"]),
+        "num_retries": total(table["num_retries"]),
         "window_share": share_window(table),
         "finish_reasons": add_counts(table["finish_reasons"]),
         "error_types": add_counts(table["error_types"]),
         "latency": make_latency(table),
     }
-
-
-def add(column: pa.ChunkedArray) -> Any:
-    """Sum of what is known; None where nothing is."""
-    return pc.sum(column).as_py()
-
-
-def count_values(column: pa.ChunkedArray) -> dict[str, int]:
-    counts = Counter({each["values"]: each["counts"] for each in column.drop_null().value_counts().to_pylist()})
-    return dict(counts.most_common())
 
 
 def add_counts(column: pa.ChunkedArray) -> dict[str, int]:
@@ -171,7 +162,7 @@ def make_run(record: RunRecord, table: pa.Table, *, is_settled: bool) -> dict[st
     is_kept = pc.invert(pc.is_in(table["outcome"], pa.array(["superseded", "reused"])))
     kept = table.filter(pc.and_(pc.equal(table["epoch"], record["epoch"]), is_kept))
     gpus = record.get("cluster", {}).get("gpus_per_worker") or None
-    waste = make_waste(record, add(kept["completion_tokens"]), is_settled=is_settled)
+    waste = make_waste(record, total(kept["completion_tokens"]), is_settled=is_settled)
     gpu_hours = record["worker_s"] * gpus / 3600 if gpus else None
     price = record.get("gpu_hour_cost")
     return {
@@ -192,8 +183,8 @@ def make_run(record: RunRecord, table: pa.Table, *, is_settled: bool) -> dict[st
 
 def make_bill(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Over all runs that left a record: hours, cost, and the share of worker time by what it went to."""
-    total = sum(run["waste_worker_s"]["total"] for run in runs)
-    shares = {name: _share(runs, name, total) for name in ("useful", *LOSSES)}
+    worker_s = sum(run["waste_worker_s"]["total"] for run in runs)
+    shares = {name: _share(runs, name, worker_s) for name in ("useful", *LOSSES)}
     known = [share for name, share in shares.items() if name != "useful" and share is not None]
     return {
         "num_runs": len(runs),
@@ -211,18 +202,22 @@ def _total(values: Iterable[float | None]) -> float | None:
     return None if None in found or not found else sum(value for value in found if value is not None)
 
 
-def _share(runs: Sequence[dict[str, Any]], name: str, total: float) -> float | None:
+def _share(runs: Sequence[dict[str, Any]], name: str, worker_s: float) -> float | None:
     parts = [run["waste_worker_s"][name] for run in runs]
     known = [part for part in parts if part is not None]
-    return divide(sum(known), total) if known else None
+    return divide(sum(known), worker_s) if known else None
 
 
 def make_timeline(record: RunRecord) -> dict[str, Any]:
-    """Means of each bin; None where a bin saw no time."""
+    """Means of each bin. A turn that took the driver long is in the bin where it ends: its mean is that of the bins before,
+    too, which saw no turn."""
     bins = record["bins"]
 
     def per_second(name: str) -> list[float | None]:
-        return [divide(value, seconds) for value, seconds in zip(bins[name], bins["seconds"], strict=True)]
+        means: list[float | None] = []
+        for value, seconds in zip(reversed(bins[name]), reversed(bins["seconds"]), strict=True):
+            means.append(divide(value, seconds) if seconds or not means else means[-1])
+        return means[::-1]
 
     return {
         "epoch": record["epoch"],
@@ -249,5 +244,5 @@ def make_tail(record: RunRecord, ours: pa.Table) -> dict[str, Any]:
         "share_of_run": divide(tail["seconds"], record["elapsed_s"]) if tail["began_s"] is not None else None,
         "window_share": divide(tail["inflight_s"], tail["window_s"]),
         "shares": shared.num_rows,
-        "moved_rows": add(shared["num_rows_ok"]) if shared.num_rows else 0,
+        "moved_rows": total(shared["num_rows_ok"]) if shared.num_rows else 0,
     }

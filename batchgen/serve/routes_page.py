@@ -27,8 +27,9 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-# Of a report, what tells of rows and time; no spec (its paths are the operator's) and no generated text.
-SHOWN = ("state", "message", "made_at", "rows", "job", "histograms", "timeline", "errors")
+# Of a report, what tells of rows and time; no generated text, and neither spec nor message: their paths, nodes and reasons
+# of engines are the operator's.
+SHOWN = ("state", "made_at", "rows", "job", "histograms", "timeline", "errors")
 
 
 def create_page_router(endpoint: Endpoint) -> APIRouter:

@@ -170,6 +170,7 @@ class ShardFiles:
     def _list_earlier(self, shard: OpenShard, recovered: pa.Table) -> list[BatchStats]:
         """Stats of the other batches that have rows in this file: known from the file replaced, else from the rows."""
         known, lease = {}, shard.lease
+        kind = self._spec.engine.kind  # the same in all runs of a job: it is in the fingerprint
         if lease.replaces is not None:
             replaced, _ = read_footer(self._storage, lease.shard.data_path)
             known = {batch.batch_id: batch for batch in replaced.batches}
@@ -177,7 +178,9 @@ class ShardFiles:
         for batch_id in pc.unique(recovered["batch_id"]).to_pylist():
             rows = recovered.filter(pc.equal(recovered["batch_id"], batch_id))
             outcome = "reused" if is_reused_id(batch_id) else "shared" if batch_id in shard.shared_ids else "lost"
-            batches.append(known.get(batch_id) or make_lost_stats(batch_id, rows=rows, outcome=outcome))
+            batches.append(
+                known.get(batch_id) or make_lost_stats(batch_id, engine_kind=kind, rows=rows, outcome=outcome)
+            )
         return batches
 
 

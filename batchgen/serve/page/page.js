@@ -1,6 +1,7 @@
 // The page's only script. Everything shown is asked of the API; every text from there goes in as text, never as HTML.
 
 const POLL_MS = 2000;
+const REPORT_MS = 10_000; // of a job that runs the endpoint makes it anew each time
 const FIRST_BYTES = 65536;
 const FIRST_ROWS = 10;
 const KEEP_POINTS = 300;
@@ -10,6 +11,8 @@ const $ = (id) => document.getElementById(id);
 let key = sessionStorage.getItem("batchgen-key") || "";
 let chosen = null; // the id of the batch that is looked at
 let limit = 20;
+let isLooking = false;
+let told = { at: 0 }; // the last report: of which batch, in which state, when
 const seen = new Map(); // id -> [[seconds, rows done], ...]: rates come from two looks
 
 async function call(path, options = {}) {
@@ -61,6 +64,15 @@ const seconds = (value) =>
 function warn(message) {
   $("alert").textContent = message || "";
   $("alert").hidden = !message;
+}
+async function attempt(act) {
+  try {
+    await act();
+    warn("");
+  } catch (error) {
+    $("alert").dataset.kind = "act";
+    warn(error.message);
+  }
 }
 
 // ---- who asks
@@ -158,23 +170,30 @@ function choose(id) {
 async function show() {
   const id = chosen;
   const batch = await ask(`/v1/batches/${id}`);
-  const report = await ask(`/v1/batches/${id}/report`).catch((error) => {
-    if (error.status === 409 || error.status === 404) return null;
-    throw error;
-  });
+  const report = await findReport(batch);
   if (id !== chosen) return;
   $("one-title").textContent = batch.metadata?.job || batch.id;
   $("cancel").disabled = ENDED.has(batch.status) || batch.status === "cancelling";
   $("first").disabled = $("output").disabled = !batch.output_file_id;
   $("errors").disabled = !batch.error_file_id;
   $("cancel").onclick = () => cancel(id);
-  $("first").onclick = () => showFirst(batch.output_file_id);
-  $("output").onclick = () => save(batch.output_file_id, `${id}-output.jsonl`);
-  $("errors").onclick = () => save(batch.error_file_id, `${id}-errors.jsonl`);
+  $("first").onclick = () => attempt(() => showFirst(batch.output_file_id));
+  $("output").onclick = () => attempt(() => save(batch.output_file_id, `${id}-output.jsonl`));
+  $("errors").onclick = () => attempt(() => save(batch.error_file_id, `${id}-errors.jsonl`));
   $("facts").replaceChildren(...listFacts(batch).flatMap(([name, value]) => [element("div", {}, element("dt", {}, name), element("dd", {}, value))]));
   showRates(batch);
   showLatency(report);
   showErrors(batch, report);
+}
+async function findReport({ id, status }) {
+  const isSame = told.id === id && told.status === status;
+  if (isSame && (performance.now() - told.at < REPORT_MS || (told.report && ENDED.has(status)))) return told.report;
+  const report = await ask(`/v1/batches/${id}/report`).catch((error) => {
+    if (error.status === 409 || error.status === 404) return null;
+    throw error;
+  });
+  told = { id, status, report, at: performance.now() };
+  return report;
 }
 function listFacts(batch) {
   const { total, completed, failed } = batch.request_counts;
@@ -239,13 +258,7 @@ function showErrors(batch, report) {
   $("error-table").replaceChildren(element("h2", {}, "Errors"), element("div", { class: "scroll" }, element("table", {}, element("tbody", {}, ...body))));
 }
 async function cancel(id) {
-  try {
-    await ask(`/v1/batches/${id}/cancel`, { method: "POST" });
-    warn("");
-  } catch (error) {
-    $("alert").dataset.kind = "act";
-    warn(error.message);
-  }
+  await attempt(() => ask(`/v1/batches/${id}/cancel`, { method: "POST" }));
   look();
 }
 
@@ -313,9 +326,14 @@ function upload(file) {
     request.upload.onprogress = (event) => ($("upload").value = event.loaded / event.total);
     request.onerror = () => reject(new Error("The upload broke off; try again."));
     request.onload = () => {
-      const told = JSON.parse(request.responseText);
-      if (request.status < 300) resolve(told);
-      else reject(new Error(told.error.message));
+      let body = null;
+      try {
+        body = JSON.parse(request.responseText);
+      } catch {
+        // a proxy's page, say
+      }
+      if (request.status < 300 && body) resolve(body);
+      else reject(new Error(body?.error?.message || `The endpoint answered ${request.status}.`));
     };
     request.send(form);
   });
@@ -324,21 +342,21 @@ $("start-form").addEventListener("submit", async (event) => {
   event.preventDefault();
   $("go").disabled = true;
   $("upload").hidden = false;
-  try {
+  await attempt(async () => {
     const file = await upload($("file").files[0]);
     const body = { input_file_id: file.id, endpoint: $("endpoint").value, completion_window: $("window").value };
     const batch = await ask("/v1/batches", { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) });
     $("start-form").reset();
-    warn("");
     choose(batch.id);
-  } catch (error) {
-    $("alert").dataset.kind = "act";
-    warn(error.message);
-  } finally {
-    $("upload").hidden = true;
-    pickFile();
-  }
+  });
+  $("upload").hidden = true;
+  pickFile();
 });
 
 look();
-setInterval(() => document.hidden || look(), POLL_MS);
+setInterval(async () => {
+  if (document.hidden || isLooking) return; // a slow endpoint is not asked again before it answered
+  isLooking = true;
+  await look();
+  isLooking = false;
+}, POLL_MS);
