@@ -89,7 +89,10 @@ class Keeper:
         self._begin(now)
         self._write_told(now)
         away: SubmitterAway | None = None
-        for run in self._list_kept():
+        for key in self._list_kept():
+            # As it is now: an append that lost has folded in what another scheduler wrote, perhaps of this very run.
+            if (run := self.history.runs.get(key)) is None or not run.is_active:
+                continue
             try:
                 self._advance(run, now)
             except SubmitterAway as error:
@@ -99,8 +102,8 @@ class Keeper:
         if away is not None:
             raise away
 
-    def _list_kept(self) -> list[Run]:
-        return [run for run in self.history.list_active() if self.only in (None, run.key)]
+    def _list_kept(self) -> list[str]:
+        return [key for key in self.history.active if self.only in (None, key)]
 
     # ---- runs --------------------------------------------------------------------------------------------------------
 
