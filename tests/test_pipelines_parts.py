@@ -102,6 +102,24 @@ def test_an_earlier_failure_is_not_taken_for_the_end_of_what_is_asked_for_now(tm
     assert not has_ended(keeper, ONE)
 
 
+def test_a_second_end_of_a_date_is_told_by_whoever_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One scheduler was there for the first end; another began the date again, ended it and died."""
+    monkeypatch.setattr("batchgen.pipelines.keeper.HOOK_GRACE_S", 0.0)
+    told = tmp_path / "told"
+    command = [sys.executable, "-c", f"open({str(told)!r}, 'a').write('x')"]
+    spec = make_spec(tmp_path, on_failure=[{"command": command}])
+    other, keeper = Log(open_folder(spec)), make_keeper(spec, None)
+    for number in range(2):
+        submit(spec, other, ONE)
+        assert other.append(Ended(ONE, "failed", "", 0.0, float(number)))
+        give_up_at = time.monotonic() + 20
+        while other.catch_up().runs[ONE].notified != (0,):
+            assert time.monotonic() < give_up_at
+            keeper.keep(0.0)
+            time.sleep(0.02)
+        assert told.read_text() == "x" * (number + 1)
+
+
 def test_gpu_hours_of_all_jobs_are_counted(tmp_path: Path) -> None:
     def run(spec: Any) -> dict[str, Any]:
         report = run_job(spec, QuietView())
