@@ -24,6 +24,7 @@ from batchgen.records import InputFile, Request, Result, Shard
 from batchgen.spec import JobSpec
 from batchgen.specs.load import make_spec, set_fields
 from batchgen.specs.saved import read_saved_spec
+from batchgen.stats import QUOTING_ENGINES
 from batchgen.storage import Storage
 from batchgen.verify.damage import RESTORE, refusing_damage
 from batchgen.worker.answer import make_result
@@ -139,7 +140,7 @@ def describe(replay: Replay, *, show_text: bool) -> dict[str, Any]:
     prepared, stored = replay.prepare(tokenizer, replay.spec.model.max_model_len), replay.read_stored()
     return {
         "request": describe_request(prepared, tokenizer, show_text=show_text),
-        "stored": describe_stored(stored, show_text=show_text),
+        "stored": describe_stored(stored, list_texts(replay.spec, show_text=show_text)),
         "is_same_request": is_same(prepared, stored),
     }
 
@@ -162,10 +163,17 @@ def describe_request(prepared: Prepared, tokenizer: Tokenizer | None, *, show_te
     return told
 
 
-def describe_stored(stored: dict[str, Any] | None, *, show_text: bool) -> dict[str, Any] | None:
+def list_texts(spec: JobSpec, *, show_text: bool) -> set[str]:
+    """Columns that are not shown because they hold prompt or answer. A server's own words about an error may quote them."""
+    if show_text:
+        return set()
+    return {*TEXTS, "error_message"} if spec.engine.kind in QUOTING_ENGINES else {*TEXTS}
+
+
+def describe_stored(stored: dict[str, Any] | None, hidden: set[str]) -> dict[str, Any] | None:
     if stored is None:
         return None
-    return {name: stored.get(name) for name in (*STORED, *(TEXTS if show_text else ()))}
+    return {name: stored.get(name) for name in (*STORED, *TEXTS) if name not in hidden}
 
 
 def is_same(prepared: Prepared, stored: dict[str, Any] | None) -> bool | None:
@@ -180,12 +188,12 @@ async def send(replay: Replay, *, show_text: bool) -> dict[str, Any]:
     """All of `describe`, the request as the open engine's limit leaves it, and what comes of sending it once. Raises
     EngineDied, OutputError."""
     engine = create_engine(replay.spec)
-    await engine.open()
     try:
+        await engine.open()
         prepared, stored = replay.prepare(engine.tokenizer, engine.max_model_len), replay.read_stored()
         told = {
             "request": describe_request(prepared, engine.tokenizer, show_text=show_text),
-            "stored": describe_stored(stored, show_text=show_text),
+            "stored": describe_stored(stored, list_texts(replay.spec, show_text=show_text)),
             "is_same_request": is_same(prepared, stored),
         }
         if isinstance(prepared, Result):
@@ -194,13 +202,19 @@ async def send(replay: Replay, *, show_text: bool) -> dict[str, Any]:
         try:
             generation = await engine.generate(replace(prepared, attempt=1))
         except RowError as error:
-            return {**told, "answer": {"error_type": error.error_type, "error_message": str(error)}, "differs": None}
+            answer = {"error_type": error.error_type, "error_message": str(error)}
+            return {**told, "answer": _show(answer, replay.spec, show_text=show_text), "differs": None}
         result = make_result(prepared, generation, parse=parse, waited_s=0.0, latency_s=0.0)
         answer = describe_answer(prepared, result)
-        shown = {name: value for name, value in answer.items() if show_text or name not in TEXTS}
+        shown = _show(answer, replay.spec, show_text=show_text)
         return {**told, "answer": shown, "differs": find_differences(answer, stored)}
     finally:
         await engine.close()
+
+
+def _show(answer: dict[str, Any], spec: JobSpec, *, show_text: bool) -> dict[str, Any]:
+    hidden = list_texts(spec, show_text=show_text)
+    return {name: value for name, value in answer.items() if name not in hidden}
 
 
 def describe_answer(request: Request, result: Result) -> dict[str, Any]:

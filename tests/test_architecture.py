@@ -358,6 +358,7 @@ VENDORS = {
     "pynvml": {"engines.trtllm.gpu()", "preflight.facts()"},
     "yaml": {"specs.load", "pipelines.load"},
     "jsonschema": {"specs.sampling()", "gates.scan()"},
+    "referencing": {"gates.scan()"},
     "numpy": {"evaluate.statistics", "evaluate.speed", "reuse.index"},
     "fastapi": {
         "serve.routes_completions",

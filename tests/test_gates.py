@@ -22,6 +22,7 @@ from jobs_util import (
 )
 
 from batchgen.errors import SpecError
+from batchgen.gates import scan
 from batchgen.gates.decide import Counts, judge_canary, judge_final
 from batchgen.gates.scan import Scanner, make_refusal_test, make_schema_test
 from batchgen.plan import make_plan
@@ -174,6 +175,55 @@ def test_errors_and_refusals_are_seen(tmp_path: Path) -> None:
     report, _ = run(tree)
     assert [failed["what"] for failed in report["gates"]["failed"]] == ["max_error_rate"]
     assert report["gates"]["seen"]["canary"]["errors"] == 1
+
+
+def test_errors_that_are_tried_again_are_judged_by_what_comes_of_them(tmp_path: Path) -> None:
+    """The server was away: the same command, once it is back, is not held to the errors of then."""
+    write_file(tmp_path / "in.parquet", make_prompts(40))
+    tree = make_tree(tmp_path / "in.parquet", tmp_path / "out", engine={"failure_rate": 1.0}, retry={"max_attempts": 1})
+    tree["gates"] = {"canary": {"rows": 10, "max_error_rate": 0.05}}
+    report, _ = run(tree)
+    assert (report["exit_code"], report["gates"]["seen"]["canary"]["errors"]) == (4, 10)
+    again, _ = run(tree)
+    assert (again["exit_code"], again["gates"]["seen"]["canary"]["errors"]) == (4, 10), "it still is away"
+    tree["engine"]["failure_rate"] = 0.0
+    report, _ = run(tree)
+    assert (report["exit_code"], report["gates"]["seen"]["canary"]["errors"]) == (0, 0)
+    assert read_gates(tmp_path) == report["gates"]
+
+
+def test_gates_json_is_of_the_last_run(tmp_path: Path) -> None:
+    tree, _ = make_job(tmp_path, {"final": {"max_mean_tokens": 2}}, engine={"has_latency": False})
+    assert run(tree)[0]["exit_code"] == 4
+    assert read_gates(tmp_path)["failed"] != []
+    del tree["gates"]
+    assert run(tree)[0]["exit_code"] == 0
+    assert read_gates(tmp_path) == {"failed": [], "seen": {}}
+
+
+def test_what_the_footers_know_is_not_read_and_what_nobody_asked_is_null(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a final gate over every row. Limits that need rows find the same, however many are read at a time."""
+    write_file(tmp_path / "in.parquet", make_prompts(40))
+    over: Tree = {"engine": {"reject_text": "number 3 "}, "retry": {"max_error_rate": 1.0}}
+    tree = make_tree(tmp_path / "in.parquet", tmp_path / "out", **over)
+    tree["gates"] = {"final": {"min_mean_tokens": 0, "max_duplicate_rate": 1}}
+    monkeypatch.setattr(scan, "BATCH_ROWS", 7)
+    seen = run(tree)[0]["gates"]["seen"]["final"]
+    assert (seen["rows"], seen["errors"], seen["truncated"], seen["num_hashed"]) == (40, 1, None, 39)
+    monkeypatch.setattr(scan, "_iter_rows", None)
+    tree["gates"] = {"final": {"min_rows_ok": 40, "max_error_rate": 0.5}}
+    report, _ = run(tree)
+    assert [failed["what"] for failed in report["gates"]["failed"]] == ["min_rows_ok"]
+    asked = {name: count for name, count in report["gates"]["seen"]["final"].items() if count is not None}
+    assert asked == {"rows": 40, "errors": 1}
+
+
+def test_a_reference_of_a_schema_is_never_fetched_and_nothing_is_of_a_schema_without_it() -> None:
+    for target in ("#/$defs/gone", "http://127.0.0.1:9/schema"):
+        assert make_schema_test(json.dumps({"$ref": target}))("{}") is False
+    assert make_schema_test('{"$defs": {"a": {"type": "object"}}, "$ref": "#/$defs/a"}')("{}") is True
 
 
 BAD: list[tuple[Tree, str]] = [

@@ -1,5 +1,6 @@
 """`batchgen replay`: any row's request again, exactly, and its answer where the engine repeats itself."""
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,10 @@ from typer.testing import CliRunner
 
 from batchgen.cli import app
 from batchgen.engines.simulated import ByteTokenizer
+from batchgen.errors import EngineDied
+from batchgen.replay import Replay, describe_stored, list_texts, send
+from batchgen.specs.load import make_spec
+from batchgen.storage import Storage
 
 
 def replay(out: Path, *args: str) -> tuple[int, dict[str, Any]]:
@@ -71,6 +76,33 @@ def test_a_bad_row_says_why_it_made_no_request(tmp_path: Path) -> None:
     assert (code, types) == (0, ("null_prompt", "null_prompt"))
     code, told = replay(tmp_path / "out", "--row", row, "--run")
     assert (code, told["state"]) == (2, "refused")
+
+
+def test_a_servers_words_about_an_error_are_text(tmp_path: Path) -> None:
+    """They may quote the prompt; our own, and those of engines that are ours, quote none."""
+    stored = {"status": "error", "error_message": "no: 'somebody's prompt'", "text": None}
+    server: Tree = {"engine": {"kind": "openai", "base_urls": ["http://127.0.0.1:9/v1"], "model": "m"}}
+    for over, is_shown in ((server, False), ({}, True)):
+        spec = make_spec(make_tree(tmp_path / "in.parquet", tmp_path / "out") | over)
+        assert ("error_message" in (describe_stored(stored, list_texts(spec, show_text=False)) or {})) is is_shown
+        assert "error_message" in (describe_stored(stored, list_texts(spec, show_text=True)) or {})
+
+
+def test_an_engine_that_does_not_open_is_closed(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    class Broken:
+        async def open(self) -> None:
+            done.append("open")
+            raise EngineDied("its server came up half")
+
+        async def close(self) -> None:
+            done.append("close")
+
+    monkeypatch.setattr("batchgen.replay.create_engine", lambda _: Broken())
+    with pytest.raises(EngineDied):
+        asyncio.run(send(Replay(Storage(str(out)), "row-1", 0), show_text=False))
+    assert done == ["open", "close"]
 
 
 REFUSED = [

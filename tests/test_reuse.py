@@ -22,6 +22,7 @@ from jobs_util import (
 
 from batchgen.engines.simulated import read_calls
 from batchgen.errors import InputError, SpecError
+from batchgen.reuse import index
 from batchgen.specs.load import make_spec
 from batchgen.storage import Storage
 from batchgen.verify.verify import verify
@@ -150,6 +151,16 @@ def test_the_first_output_that_has_a_row_gives_it(tmp_path: Path) -> None:
     rows = read_rows(f"{place}/out-3")
     origins = [row["reused_from"] and row["reused_from"].rpartition("/")[0] for row in rows]
     assert origins == [outs[0]] * 10 + [outs[1]] * 10 + [None] * 5
+
+
+def test_turns_of_rows_that_stand_several_times_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index, "MAX_TURNS", 4)
+    prints = [bytes([number]) * 16 for number in range(10)]
+    columns = {"row_fingerprint": pa.array(prints, pa.binary(16)), "status": ["ok"] * 10}
+    found = index.build_index(index.make_pairs(number, pa.table(columns)) for number in range(2))
+    assert [found.find(prints[:1]) for _ in range(3)] == [[(0, 0)], [(1, 0)], [(0, 0)]]
+    found.find(prints)
+    assert len(found._turns) <= 4
 
 
 # ---- refused ---------------------------------------------------------------------------------------------------------

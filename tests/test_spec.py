@@ -303,12 +303,13 @@ def test_local_paths_become_absolute_and_urls_stay(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     spec = make_job_spec(
-        input={"paths": ["in/*.parquet", "s3://bucket/x", "/abs"]},
+        input={"paths": ["in/*.parquet", "s3://bucket/x", "/abs"], "reuse_from": ["earlier", "s3://bucket/e"]},
         output={"path": "out", "lock_url": "lock"},
         engine={"kind": "simulated", "call_log": "calls"},
         model={"path": "model"},
     )
     assert spec.input.paths == (f"{tmp_path}/in/*.parquet", "s3://bucket/x", "/abs")
+    assert spec.input.reuse_from == (f"{tmp_path}/earlier", "s3://bucket/e"), "workers read it"
     assert (spec.output.path, spec.output.lock_url) == (f"{tmp_path}/out", f"{tmp_path}/lock")
     assert isinstance(spec.engine, SimulatedEngineSpec)
     assert spec.engine.call_log == f"{tmp_path}/calls"

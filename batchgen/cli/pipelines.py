@@ -168,6 +168,7 @@ def run_pipeline(
         key = choose_date(spec, date, datetime.now(UTC))
         ask(spec, [key])
         (keeper,) = create_keepers([spec], address, local=not ray, only=key)
+        keeper.log.catch_up()  # from a copy it may not know yet that the date was asked for
         with stop_on_signal() as check:
             run_scheduler([keeper], check, lambda: has_ended(keeper, key), tick_s=0.5)
         run = keeper.history.runs[key]
@@ -180,9 +181,9 @@ def run_pipeline(
 
 
 def has_ended(keeper: Any, key: str) -> bool:
-    """And is everybody told of it?"""
+    """And is everybody told of it? While it is still asked for, a run of that date is an earlier one that failed."""
     run = keeper.history.runs.get(key)
-    if run is None or run.is_active:
+    if key in keeper.history.asked or run is None or run.is_active:
         return False
     return len(run.notified) == len(keeper.spec.list_hooks(run.state == "succeeded"))
 

@@ -22,7 +22,8 @@ def replay(
 ) -> None:
     """Rebuild the request of one row of OUT, token ids and parameters; --run sends it again. Changes nothing.
 
-    Exit codes: 0; 1 with --run where the answer is another one than in OUT, or the request is."""
+    Exit codes: 0; 1 where the request is another one than was sent, and with --run where the answer is, or there are no two
+    to compare."""
     from batchgen.replay import Replay, describe, send
     from batchgen.storage import Storage
 
@@ -36,6 +37,12 @@ def replay(
             "warning: this is not the request that was sent then: model files, template or input say something else now"
         )
     if is_run:
-        say("the same answer" if told["differs"] == [] else f"differs: {told['differs']}")
+        say(describe_differences(told["differs"]))
     print_json(told, as_json)
     raise typer.Exit(1 if told["is_same_request"] is False or (is_run and told["differs"] != []) else 0)
+
+
+def describe_differences(names: list[str] | None) -> str:
+    if names is None:
+        return "nothing to compare: OUT has no generation of this row, or there is none now"
+    return f"differs: {', '.join(names)}" if names else "the same answer"

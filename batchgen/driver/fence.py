@@ -26,6 +26,10 @@ class Fence:
         check()
         self._versions = {path: None if info is None else info.version for path, info in infos.items()}
 
+    def has(self, path: str) -> bool:
+        """Does one of the paths stand?"""
+        return self._versions[path] is not None
+
     def put(self, path: str, data: bytes) -> None:
         """One of the paths, any number of times. Raises LeaseLost when another run has written it."""
         version = self._versions[path]

@@ -45,13 +45,14 @@ def finish(
     """Write everything that is written last; the report. `dispatcher` is None when nothing was left to do. Raises
     LeaseLost when the folder is not ours any more."""
     storage = job.storage
-    fence = Fence(storage, (*REWRITTEN, MANIFEST, manifest.SUCCESS), hold.check_lease)
-    committed = {**job.committed, **(dispatcher.ledger.committed if dispatcher else {})}
+    fence = Fence(storage, (*REWRITTEN, MANIFEST, GATES, manifest.SUCCESS), hold.check_lease)
+    own = dispatcher.ledger.committed if dispatcher else {}
+    committed = {**job.committed, **own}
     batches, unsettled = settle_batches(job, dispatcher, committed, hold.check_lease)
     manifest.write_committed(fence.put, committed.values())
     write_lengths(storage, committed.values())
     wanted = [committed[shard.number] for shard in job.wanted if shard.number in committed]
-    gates.judge_end(committed, is_whole=message is None and len(wanted) == len(job.wanted) and not is_trial)
+    gates.judge_end(own, job.committed, is_whole=message is None and len(wanted) == len(job.wanted) and not is_trial)
     failed = tell(gates.failed) if gates.failed else None
     num_samples = job.spec.output.report_rows
     report = make_report(
@@ -66,11 +67,11 @@ def finish(
         is_unique_checked=job.is_unique_checked,
         samples=read_samples(storage, wanted, job.spec.fingerprint(), num_samples) if num_samples else (),
     )
-    report["gates"] = make_gate_report(gates.failed, gates.seen)
+    report["gates"] = make_gate_report(job.spec.gates, gates.failed, gates.seen)
     report["exit_code"] = choose_exit_code(report, job.spec.retry.max_error_rate)
     report["output"] = storage.root
-    if gates.seen:
-        manifest.write_json(storage, GATES, report["gates"])
+    if gates.seen or fence.has(GATES):  # what an earlier run wrote there is not true of this one
+        fence.put(GATES, json.dumps(report["gates"]).encode())
     fence.put(REPORT_JSON, json.dumps(report, indent=1, ensure_ascii=False).encode())
     fence.put(REPORT_HTML, make_html(report).encode())
     write_manifest(storage, fence.put, job.spec, committed.values(), report, is_trial=is_trial)

@@ -83,7 +83,8 @@ class Job:
         if num_again == 0:
             return None
         again = work * num_again / (self.spec.sampling.n * shard.num_rows)
-        return QueuedShard(shard, done.footer.attempt + 1, replaces=done.info.version, cost=again, work=again)
+        cost = math.inf if is_canary else again
+        return QueuedShard(shard, done.footer.attempt + 1, replaces=done.info.version, cost=cost, work=again)
 
     def _make_length_facts(self) -> dict[str, Any]:
         sampling = self.spec.sampling

@@ -49,17 +49,19 @@ def run_job(
         check_renders(job)
     with hold_folder(job, view.say, view.warn) as (hold, storage), in_run(job=spec.fingerprint()[:8], epoch=hold.epoch):
         job = reopen(job, storage)
-        log_event("run_started", output=storage.root, rows=job.num_wanted_rows, shards=len(job.todo))
+        todo = job.todo
+        log_event("run_started", output=storage.root, rows=job.num_wanted_rows, shards=len(todo))
         for warning in job.warnings:
             view.warn(warning)
-        if not job.todo:
+        if not todo:
             view.say("nothing left to do: every planned row is committed")
             gates = GateWatch(job.spec, storage, job.wanted, view.say)
             return finish(job, None, hold, gates, is_trial=limit is not None)
         withdraw_success(storage)
         freeze(job)
         view.say(foresee(job).describe())
-        gates = GateWatch(job.spec, storage, job.wanted, view.say)
+        again = {queued.shard.number for queued in todo if queued.replaces is not None}
+        gates = GateWatch(job.spec, storage, job.wanted, view.say, again)
         setup = WorkerSetup("", job.spec, hold.epoch, storage, job.passthrough, job.prior)
         with closing(create_pool(setup)) as pool, stop_on_signal() as check_signal:
 

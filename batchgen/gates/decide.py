@@ -6,9 +6,18 @@ from typing import Any
 
 from batchgen.records import Shard
 from batchgen.spec import JobSpec
-from batchgen.specs.gates import CanaryGate, FinalGate, RateLimits
+from batchgen.specs.gates import CanaryGate, FinalGate, GatesSpec, RateLimits
 
 EXIT_CODE = 4
+# Fields of `Counts` that only the rows themselves tell, and the limits that are about them.
+IN_ROWS = {
+    "truncated": ("max_truncation_rate",),
+    "refused": ("max_refusal_rate",),
+    "unfit": ("max_schema_failure_rate",),
+    "tokens": ("min_mean_tokens", "max_mean_tokens"),
+    "num_hashed": ("max_duplicate_rate",),
+    "num_repeated": ("max_duplicate_rate",),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +95,16 @@ def _show(value: float | None) -> str:
     return "nothing" if value is None else f"{value:.6g}"
 
 
+def list_unasked(gate: RateLimits) -> set[str]:
+    """Fields of `Counts` that no limit of the gate is about."""
+    return {name for name, limits in IN_ROWS.items() if all(getattr(gate, limit, None) is None for limit in limits)}
+
+
+def needs_rows(gate: RateLimits) -> bool:
+    """Does it ask anything that no footer knows?"""
+    return not IN_ROWS.keys() <= list_unasked(gate)
+
+
 def list_canary(spec: JobSpec, shards: Sequence[Shard]) -> list[Shard]:
     """Those that hold the first rows."""
     if (gate := spec.gates.canary) is None:
@@ -99,9 +118,14 @@ def list_canary(spec: JobSpec, shards: Sequence[Shard]) -> list[Shard]:
     return chosen
 
 
-def make_gate_report(failed: Sequence[Failed], seen: dict[str, Counts]) -> dict[str, Any]:
-    """What is written down: `seen` has the counts of each gate that was looked at."""
-    counts = {gate: {each.name: getattr(found, each.name) for each in fields(Counts)} for gate, found in seen.items()}
+def make_gate_report(gates: GatesSpec, failed: Sequence[Failed], seen: dict[str, Counts]) -> dict[str, Any]:
+    """What is written down: `seen` has the counts of each gate that was looked at, None for what it does not ask about."""
+    counts = {}
+    for name, found in seen.items():
+        unasked = list_unasked(getattr(gates, name))
+        counts[name] = {
+            each.name: None if each.name in unasked else getattr(found, each.name) for each in fields(Counts)
+        }
     return {
         "failed": [
             {"gate": one.gate, "what": one.what, "limit": one.limit, "found": one.found, "told": str(one)}

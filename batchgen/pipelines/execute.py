@@ -109,7 +109,7 @@ class Attempt:
             self._say(f"{job.name}: {num_rows:,} rows of {read.stage} go on")
         self._say(f"{job.name}: {spec.output.path}")
         report = self._run_job(spec)
-        self._gpu_hours += report.get("gpu_hours") or 0.0
+        self._gpu_hours += report["run"]["gpu_hours"] or 0.0
         code = report["exit_code"]
         if code != 0:
             message = report.get("message") or f"{report['rows']['error']:,} of its rows are errors, too many"

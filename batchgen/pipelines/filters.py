@@ -73,10 +73,7 @@ def write_filtered(expression: str, stage: str, source: str, output: str) -> int
     read, written = Storage(source), Storage(f"{output.rstrip('/')}{FILTERED}")
     num_rows = num_kept = 0
     for path, table in _read_tables(read):
-        try:
-            kept = _filter(table, expression)
-        except ValueError as error:
-            raise InputError(f"{read.url(path)}: {error}") from error
+        kept = _filter_rows(table, expression, read.url(path))
         num_rows, num_kept = num_rows + table.num_rows, num_kept + kept.num_rows
         if kept.num_rows:
             # A job writes a column `text` of its own and passes none of that name through.
@@ -85,6 +82,22 @@ def write_filtered(expression: str, stage: str, source: str, output: str) -> int
     if not num_kept:
         raise InputError(f"{read.root}: the filter leaves none of its {num_rows:,} rows; nothing to go on with")
     return num_kept
+
+
+def _filter_rows(table: pa.Table, expression: str, url: str) -> pa.Table:
+    """As `_filter`. Raises InputError. DuckDB quotes a value that it can't cast, and that is somebody's text: its own words
+    are told only of an expression that fails without rows, too."""
+    try:
+        _filter(table.slice(0, 0), expression)
+    except ValueError as error:
+        raise InputError(f"{url}: {error}") from error
+    try:
+        return _filter(table, expression)
+    except ValueError as error:
+        kind = type(error.__cause__).__name__
+    raise InputError(
+        f"{url}: the filter fails on one of its rows ({kind}); write it so that it holds for every row, as with TRY_CAST"
+    )
 
 
 def _read_tables(storage: Storage) -> Iterator[tuple[str, pa.Table]]:

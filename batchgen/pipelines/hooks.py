@@ -3,6 +3,7 @@
 Told at least once: a scheduler that dies between telling and writing it down tells again, with the same `id`.
 """
 
+import http.client
 import json
 import os
 import subprocess
@@ -57,14 +58,22 @@ def tell(hook: HookSpec, payload: dict[str, Any]) -> None:
     except urllib.error.HTTPError as error:
         error.close()
         raise HookFailed(f"the webhook answered {error.code}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise HookFailed(f"the webhook can't be reached ({type(error).__name__})") from error
 
 
 def _run_command(command: tuple[str, ...], body: bytes, timeout_s: float) -> None:
     try:
-        done = subprocess.run(command, input=body, capture_output=True, timeout=timeout_s, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
+        # No pipes for what it says: nobody reads it, and a child that it leaves behind would keep them open.
+        done = subprocess.run(
+            command,
+            input=body,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=timeout_s,
+            check=False,
+        )
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         raise HookFailed(f"{command[0]}: {type(error).__name__}") from error
     if done.returncode != 0:
         raise HookFailed(f"{command[0]}: ended with exit code {done.returncode}")
@@ -99,7 +108,3 @@ class Teller:
         """(run, number of the hook, None or why it was given up) of those that ended."""
         ended = [name for name, future in self._under_way.items() if future.done()]
         return [(*name, self._under_way.pop(name).result()) for name in ended]
-
-    @property
-    def is_idle(self) -> bool:
-        return not self._under_way

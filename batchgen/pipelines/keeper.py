@@ -66,7 +66,7 @@ class Keeper:
     _watch: Watch = field(init=False)
     _signs: LifeSigns = field(init=False)
     _own_ends: set[str] = field(default_factory=set)
-    _told: set[str] = field(default_factory=set)
+    _told: set[tuple[str, float | None]] = field(default_factory=set)  # ends: a date that failed may have another one
     _retired_at: int = -1
     _seen_ends: dict[str, float] = field(default_factory=dict)
     _silent_since: dict[str, float] = field(default_factory=dict)
@@ -89,7 +89,10 @@ class Keeper:
         self._begin(now)
         self._write_told(now)
         away: SubmitterAway | None = None
-        for run in self._list_kept():
+        for key in self._list_kept():
+            # As it is now: an append that lost has folded in what another scheduler wrote, perhaps of this very run.
+            if (run := self.history.runs.get(key)) is None or not run.is_active:
+                continue
             try:
                 self._advance(run, now)
             except SubmitterAway as error:
@@ -99,15 +102,14 @@ class Keeper:
         if away is not None:
             raise away
 
-    def _list_kept(self) -> list[Run]:
-        return [run for run in self.history.list_active() if self.only in (None, run.key)]
+    def _list_kept(self) -> list[str]:
+        return [key for key in self.history.active if self.only in (None, key)]
 
     # ---- runs --------------------------------------------------------------------------------------------------------
 
     def _begin(self, now: float) -> None:
         while (event := self._decide_begin(now)) is not None:
             if self.log.append(event):
-                self._told.discard(event.key)
                 skipped = f"; dates from {event.skipped_from} on are skipped" if event.skipped_from else ""
                 self.say(f"{self.spec.name} {event.key}: begun ({event.cause}){skipped}")
 
@@ -228,14 +230,14 @@ class Keeper:
         return run is None or number in run.notified
 
     def _tell_ends(self) -> None:
-        for key in sorted(self.history.runs.keys() - self.history.active.keys() - self._told):
+        for key in sorted(self.history.runs.keys() - self.history.active.keys()):
             run = self.history.runs[key]
-            if self.only not in (None, key):
+            if self.only not in (None, key) or (key, run.ended_at) in self._told:
                 continue
             hooks = self.spec.list_hooks(run.state == "succeeded")
             left = [number for number in range(len(hooks)) if number not in run.notified]
             if not left:
-                self._told.add(key)
+                self._told.add((key, run.ended_at))
             if not left or not self._may_tell(key):
                 continue
             values = make_date_values(self.spec, parse_key(run.key))

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -107,12 +108,15 @@ class LocalSubmitter:
         if submission.id in self._children:
             return
         log = get_log_path(submission.id)
-        log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "batchgen.cli", *submission.arguments]
-        with log.open("ab") as out:
-            self._children[submission.id] = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
-            )
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open("ab") as out:
+                self._children[submission.id] = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+                )
+        except OSError as error:  # no room for its log, no more processes: other pipelines go on meanwhile
+            raise SubmitterAway(f"{submission.id} can't be started here: {error}") from error
 
     def get_status(self, submission: Submission) -> Status:
         child = self._children.get(submission.id)
@@ -123,7 +127,8 @@ class LocalSubmitter:
     def stop(self, submission: Submission) -> None:
         holder = read_holder(Storage(submission.folder.url(make_run_folder(submission.key))))
         if holder is not None and holder.machine == get_machine() and not holder.has_ended and not is_dead_here(holder):
-            os.kill(holder.pid, signal.SIGTERM)
+            with suppress(ProcessLookupError):  # it ended just now
+                os.kill(holder.pid, signal.SIGTERM)
 
 
 def get_log_path(submission_id: str) -> Path:

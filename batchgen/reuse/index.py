@@ -20,6 +20,8 @@ import pyarrow.compute as pc
 from batchgen.reuse.fingerprint import NUM_BYTES
 
 MAX_ROWS_IN_MEMORY = 2**24
+# Of keys that are there several times: in two outputs of which one reused the other nearly all are.
+MAX_TURNS = 2**20
 NUM_BUCKETS = 256
 ROW_BITS = 32
 PAIR = np.dtype([("key", "<u8"), ("place", "<u8")])
@@ -35,7 +37,8 @@ class ReuseIndex:
     def __init__(self, pairs: Pairs) -> None:
         self._pairs = pairs
         self.keys = pairs["key"]
-        # Of a key that is there several times the next place is given at each time it is asked for, round and round.
+        # Of a key that is there several times the next place is given at each time it is asked for, round and round; from
+        # the first again where there are too many to remember.
         self._turns: dict[int, int] = {}
 
     def __len__(self) -> int:
@@ -59,6 +62,8 @@ class ReuseIndex:
         turn = 0
         if end - start > 1:
             turn = self._turns.get(key, 0)
+            if len(self._turns) >= MAX_TURNS:
+                self._turns.clear()
             self._turns[key] = turn + 1
         place = int(self._pairs["place"][start + turn % (end - start)])
         return place >> ROW_BITS, place & (2**ROW_BITS - 1)

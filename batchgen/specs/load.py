@@ -160,9 +160,10 @@ def with_absolute_paths(spec: JobSpec) -> JobSpec:
         model = model.model_copy(update={"path": _absolute(model.path)})
     lock_url = output.lock_url and _absolute(output.lock_url)
     prior = spec.input.length_prior and _absolute(spec.input.length_prior)
+    earlier = tuple(_absolute(path) for path in spec.input.reuse_from)
     return spec.model_copy(
         update={
-            "input": spec.input.model_copy(update={"paths": paths, "length_prior": prior}),
+            "input": spec.input.model_copy(update={"paths": paths, "length_prior": prior, "reuse_from": earlier}),
             "output": output.model_copy(update={"path": _absolute(output.path), "lock_url": lock_url}),
             "engine": engine,
             "model": model,

@@ -1,0 +1,189 @@
+"""What a pipeline's parts do where something goes wrong beside them: another scheduler, a receiver, a row, a clock."""
+
+import json
+import socket
+import sys
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pipeline_util import make_pipeline, write_pipeline, write_prompts
+
+from batchgen.cli.pipelines import ask, has_ended
+from batchgen.driver.run import run_job
+from batchgen.driver.view import QuietView
+from batchgen.errors import InputError
+from batchgen.pipelines.decide import Outcome
+from batchgen.pipelines.events import Began, Ended, Submitted
+from batchgen.pipelines.execute import execute
+from batchgen.pipelines.filters import write_filtered
+from batchgen.pipelines.hooks import HookFailed, Teller, tell
+from batchgen.pipelines.keeper import Keeper
+from batchgen.pipelines.load import load_pipeline, with_limits
+from batchgen.pipelines.log import Log
+from batchgen.pipelines.orders import Order, open_folder, write_order, write_outcome
+from batchgen.pipelines.spec import HookSpec, PipelineSpec
+from batchgen.pipelines.submit import LifeSigns, LocalSubmitter, Status, Submission, SubmitterAway
+from batchgen.storage import Storage
+from batchgen.write import make_parquet
+
+ONE, OTHER = "2026-11-18T0100Z", "2026-11-19T0100Z"
+
+
+def make_spec(root: Path, **changes: Any) -> PipelineSpec:
+    write_prompts(root / "in" / "rows.parquet")
+    file = write_pipeline(root / "p.yaml", make_pipeline(str(root), **changes))
+    return load_pipeline(file, datetime(2026, 11, 20, tzinfo=UTC)).spec
+
+
+class Meddled:
+    """A submitter beside which another scheduler ends the other run, at the first look."""
+
+    kind = "local"
+
+    def __init__(self, other: Log) -> None:
+        self._other, self._has_meddled = other, False
+
+    def submit(self, submission: Submission) -> None:
+        raise AssertionError(submission.id)
+
+    def get_status(self, submission: Submission) -> Status:
+        del submission
+        if not self._has_meddled:
+            self._has_meddled = True
+            self._other.catch_up()
+            assert self._other.append(Ended(OTHER, "failed", "", 1.0, 0.0))
+        return "ended"
+
+    def stop(self, submission: Submission) -> None: ...
+
+
+def make_keeper(spec: PipelineSpec, submitter: Any, only: str | None = None) -> Keeper:
+    return Keeper(spec, submitter, Teller(), time.monotonic, str, str, only)
+
+
+def submit(spec: PipelineSpec, log: Log, key: str) -> None:
+    order = Order(spec=spec, key=key, attempt=1, previous=None, began_at=0.0, spent_gpu_hours=0.0)
+    digest = write_order(open_folder(spec), order)
+    assert log.append(Began(key, "asked", 0.0))
+    assert log.append(Submitted(key, 1, digest, "local", 0.0))
+
+
+def test_a_run_that_another_scheduler_ended_meanwhile_is_not_ended_twice(tmp_path: Path) -> None:
+    """An append that loses folds in the other's event, which may be of the run that comes next."""
+    spec = make_spec(tmp_path, max_active_runs=2)
+    log, folder = Log(open_folder(spec)), open_folder(spec)
+    for key in (ONE, OTHER):
+        submit(spec, log, key)
+        write_outcome(folder, key, 1, Outcome(True, gpu_hours=1.0))
+    keeper = make_keeper(spec, Meddled(Log(folder)))
+    keeper.keep(0.0)
+    keeper.keep(0.0)
+    runs = Log(folder).catch_up().runs
+    assert {key: (run.state, run.gpu_hours) for key, run in runs.items()} == {
+        ONE: ("succeeded", 1.0),
+        OTHER: ("failed", 1.0),
+    }
+
+
+def test_an_earlier_failure_is_not_taken_for_the_end_of_what_is_asked_for_now(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path)
+    log = Log(open_folder(spec))
+    submit(spec, log, ONE)
+    assert log.append(Ended(ONE, "failed", "", 0.0, 0.0))
+    submit(spec, log, OTHER)  # so there is no room for it yet
+    assert ask(spec, [ONE]) == [ONE]
+    keeper = make_keeper(spec, Meddled(Log(open_folder(spec))), only=ONE)
+    keeper.keep(0.0)
+    assert not has_ended(keeper, ONE)
+
+
+def test_a_second_end_of_a_date_is_told_by_whoever_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One scheduler was there for the first end; another began the date again, ended it and died."""
+    monkeypatch.setattr("batchgen.pipelines.keeper.HOOK_GRACE_S", 0.0)
+    told = tmp_path / "told"
+    command = [sys.executable, "-c", f"open({str(told)!r}, 'a').write('x')"]
+    spec = make_spec(tmp_path, on_failure=[{"command": command}])
+    other, keeper = Log(open_folder(spec)), make_keeper(spec, None)
+    for number in range(2):
+        submit(spec, other, ONE)
+        assert other.append(Ended(ONE, "failed", "", 0.0, float(number)))
+        give_up_at = time.monotonic() + 20
+        while other.catch_up().runs[ONE].notified != (0,):
+            assert time.monotonic() < give_up_at
+            keeper.keep(0.0)
+            time.sleep(0.02)
+        assert told.read_text() == "x" * (number + 1)
+
+
+def test_gpu_hours_of_all_jobs_are_counted(tmp_path: Path) -> None:
+    def run(spec: Any) -> dict[str, Any]:
+        report = run_job(spec, QuietView())
+        report["run"]["gpu_hours"] = 1.5
+        return report
+
+    order = Order(spec=make_spec(tmp_path), key=ONE, attempt=1, previous=None, began_at=0.0, spent_gpu_hours=0.0)
+    outcome = execute(order, run, str)
+    assert (outcome.is_ok, outcome.gpu_hours) == (True, 3.0)
+
+
+RUN_ENDS = "2026-11-20T10:00:00+00:00"
+OWN = [
+    ("2026-11-20T10:30:00+01:00", True),
+    ("2026-11-20T09:30:00-01:00", False),
+    ("2026-11-20 09:59:00Z", True),
+    (None, False),
+]
+
+
+@pytest.mark.parametrize(("own", "is_kept"), OWN)
+def test_the_tighter_deadline_holds(own: str | None, is_kept: bool) -> None:
+    tree: dict[str, Any] = {"cluster": {} if own is None else {"deadline": own}}
+    assert with_limits(tree, RUN_ENDS, None)["cluster"]["deadline"] == (own if is_kept else RUN_ENDS)
+
+
+def test_a_filter_that_fails_on_a_row_does_not_quote_it(tmp_path: Path) -> None:
+    table = pa.table({"text": ["12", "the prompt of somebody"]})
+    Storage(str(tmp_path / "out")).create("data/shard-000000000.parquet", make_parquet(table))
+    with pytest.raises(InputError) as refused:
+        write_filtered("CAST(text AS INTEGER) > 3", "generate", str(tmp_path / "out"), str(tmp_path / "next"))
+    assert "somebody" not in f"{refused.value} {refused.value.__cause__} {refused.value.__context__}"
+    assert "ConversionException" in str(refused.value)
+    with pytest.raises(InputError, match="no_such_column"):
+        write_filtered("no_such_column > 3", "generate", str(tmp_path / "out"), str(tmp_path / "next"))
+
+
+def test_a_receiver_that_speaks_no_http_is_a_hook_that_failed() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(65_536)
+                connection.sendall(b"nonsense\r\n\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/"
+        with pytest.raises(HookFailed, match="BadStatusLine"):
+            tell(HookSpec(webhook=url), {"id": "x"})
+        thread.join()
+
+
+def test_what_a_command_leaves_behind_does_not_hold_it_up() -> None:
+    left = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(5)'])"
+    started = time.monotonic()
+    tell(HookSpec(command=(sys.executable, "-c", left), timeout=4.0), {"id": "x"})
+    assert time.monotonic() - started < 4.0
+
+
+def test_a_machine_that_can_start_no_process_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "no-folder").write_text(json.dumps({}))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "no-folder"))
+    submission = Submission(Storage(str(tmp_path)), "nightly", ONE, 1, "order")
+    with pytest.raises(SubmitterAway, match="can't be started here"):
+        LocalSubmitter(LifeSigns(time.monotonic)).submit(submission)
