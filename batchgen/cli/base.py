@@ -1,6 +1,7 @@
 """What every command of the command line shares: the app, the options, how a refusal is told."""
 
 import json
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
