@@ -65,6 +65,8 @@ class Duplicates:
         if sent is None or (sent.is_gone and not sent.waiting):
             self._sent[fingerprint] = Sent(shard, request)
             return True
+        if sent.shard is shard and sent.request.row_id == request.row_id:
+            return True  # another worker had it meanwhile
         if self._num_waiting_bytes + request.num_bytes > MAX_WAITING_BYTES:
             return True
         self._num_waiting_bytes += request.num_bytes
