@@ -113,6 +113,8 @@ class Meter:
     _num_looked_up: int = 0
 
     def note(self, result: Result) -> None:
+        if result.reused_from is not None:
+            return  # a copy of another request's answer: nothing was sent
         self._sums["batchgen_request_retries_total"] += max(0, result.num_attempts - 1)
         if result.failure is not None:
             self._errors[result.failure.error_type] += 1

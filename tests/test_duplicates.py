@@ -1,14 +1,20 @@
 """Exact duplicates inside a run: sent once a worker where that changes nothing, and every row there with its identity."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from jobs_util import Tree, check_output, make_tree, merge, read_stats, run, write_file
+from makers import make_job_spec, make_lease, make_ok, make_shard
 
 from batchgen.engines.simulated import read_calls
+from batchgen.records import Request, RowId, SamplingParams
+from batchgen.reuse.duplicates import make_duplicates
 from batchgen.storage import Storage
 from batchgen.verify.verify import verify
+from batchgen.worker.open_shard import OpenShard
+from batchgen.write import make_result_schema
 
 GREEDY: Tree = {"sampling": {"temperature": 0}, "cluster": {"workers": {"min": 1, "max": 1}}}
 
@@ -91,6 +97,30 @@ def test_a_first_attempt_that_fails_is_waited_for(tmp_path: Path) -> None:
     rows, num_calls = run_well(tmp_path, tree, 20)
     assert num_calls == 2
     assert sorted(row["num_attempts"] for row in rows) == [0] * 19 + [2]
+
+
+def test_one_that_comes_back_does_not_wait_for_itself() -> None:
+    """It was given to another worker and is read again before anybody saw that it had gone."""
+    shard = OpenShard(make_lease(make_shard(row_end=2)), 1, make_result_schema(make_job_spec()))
+    duplicates = make_duplicates(make_job_spec(**GREEDY), never)
+    assert duplicates is not None
+    first, second = (make_request(row, fingerprint=b"same") for row in range(2))
+    assert duplicates.admit(shard, first)
+    assert not duplicates.admit(shard, second)
+    shard.give([first.row_id.slot], "its share")
+    assert shard.take_back(["its share"]) == [first.row_id.slot]
+    again = replace(first)
+    assert duplicates.admit(shard, again)
+    duplicates.note_answer(shard, again, make_ok(0))
+    assert shard.is_finished(*second.row_id.slot)
+
+
+def make_request(row: int, fingerprint: bytes) -> Request:
+    return Request(RowId("/f", row, 0), (1,), SamplingParams(temperature=0), fingerprint=fingerprint)
+
+
+async def never(*_: object) -> None:
+    raise AssertionError("nothing has waited in vain")
 
 
 def test_rows_split_between_workers_all_end(tmp_path: Path) -> None:

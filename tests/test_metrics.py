@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ def test_all_requests_are_counted_once_and_latencies_are_a_bounded_draw() -> Non
     for number in range(5000):
         meter.note(make_answer(number, latency_s=float(number)))
     meter.note(Result(RowId("f", 1, 0), 1, Timing(), failure=Failure("timed_out", "no answer", True)))
+    meter.note(replace(make_answer(1), reused_from="its batch"))
     points = meter.take(BEAT, 8)
     sums: Counter[tuple[str, tuple[tuple[str, str], ...]]] = Counter()
     for point in points:

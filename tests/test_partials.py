@@ -53,7 +53,7 @@ def test_a_row_is_kept_until_it_is_answered() -> None:
 
 
 def test_the_longest_untouched_goes_first() -> None:
-    partials = Partials(max_tokens=5)
+    partials = Partials(max_values=5)
     partials.note(A, Partial((1, 2)), None)
     partials.note(B, Partial((1, 2)), None)
     partials.note(A, Partial((1, 2, 3)), None)
@@ -61,6 +61,16 @@ def test_the_longest_untouched_goes_first() -> None:
     partials.note(A, Partial((1, 2, 3, 4)), None)
     assert partials.get(B) is None
     assert [row_id for row_id, _ in partials.iter_all()] == [A]
+
+
+def test_logprobs_count_as_well() -> None:
+    top = ((1, -0.1), (2, -2.5))
+    partials = Partials(max_values=5)
+    partials.note(A, Partial((1,)), None)
+    partials.note(B, Partial((1,), (TokenLogprob(1, -0.1, top),)), None)
+    assert partials.get(A) is not None
+    partials.note(B, Partial((1, 2), (TokenLogprob(1, -0.1, top), TokenLogprob(2, -0.1, top))), None)
+    assert (partials.get(A), partials.get(B)) == (None, None), "8 values are too many for it alone"
 
 
 def test_what_grew_while_it_was_written_is_new_still() -> None:

@@ -1,8 +1,10 @@
 """Finished rows on their way: out of memory, merged, damaged, and always there again at the commit."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from jobs_util import (
@@ -20,9 +22,12 @@ from jobs_util import (
     write_prompts,
 )
 
-from batchgen.errors import OutputError
+from batchgen.errors import OutputError, StorageError
 from batchgen.journal import FOLDER
+from batchgen.records import JournalRef
+from batchgen.storage import Storage
 from batchgen.worker import spill
+from batchgen.worker.shard_files import ShardFiles
 
 SLOW = {"has_latency": True, "slots": 8, "max_inflight": 8, "decode_tokens_per_s": 200, "sigma": 0.3}
 Files = list[tuple[str, int]]
@@ -146,3 +151,49 @@ def test_a_crash_between_merging_and_deleting_leaves_rows_twice_and_commits_them
     run(tree)
     assert {row["status"] for row in check_output(tmp_path / "out", files)} == {"ok"}
     assert count_calls(tmp_path / "calls") == 150
+
+
+def test_a_flush_under_way_at_the_last_commit_leaves_no_segment(
+    tree: Tree, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the store takes a while: its news came when nobody listened any more."""
+    late: list[str] = []
+    write_segment = ShardFiles.write_segment
+
+    def write_late(self: ShardFiles, path: str, rows: dict[int, pa.Table]) -> dict[int, JournalRef]:
+        wait_for(lambda: list_output(tmp_path / "out", "data") != [], 30)
+        late.append(path)
+        return write_segment(self, path, rows)
+
+    monkeypatch.setattr(ShardFiles, "write_segment", write_late)
+    report, view = run(tree)
+    assert report["exit_code"] == 0, view.warned
+    assert late
+    assert list_segments(tmp_path) == []
+    check_output(tmp_path / "out", files)
+
+
+def test_a_segment_that_was_left_behind_goes_though_nothing_is_left_to_do(
+    tree: Tree, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store may fail, or the driver die, behind the last commit; and at the next start the store may fail again."""
+    delete_many = Storage.delete_many
+
+    def refuse(self: Storage, paths: Iterable[str]) -> None:
+        held = list(paths)
+        if any(path.startswith(FOLDER) for path in held):
+            raise StorageError("out of order")
+        delete_many(self, held)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "delete_many", refuse)
+        for _ in range(2):
+            report, view = run(tree)
+            assert report["exit_code"] == 0
+            assert any("were not deleted" in warning for warning in view.warned)
+            assert list_segments(tmp_path) != []
+    report, view = run(tree)
+    assert any("nothing left to do" in line for line in view.said)
+    assert view.warned == []
+    assert list_segments(tmp_path) == []
+    check_output(tmp_path / "out", files)

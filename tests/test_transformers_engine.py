@@ -225,6 +225,33 @@ def test_tokens_are_shown_as_they_come() -> None:
     use(work)
 
 
+def test_what_there_is_of_an_answer_is_the_beginning_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looked at whenever its thread may be interrupted: when a row has a token and is not yet in the batch, and later."""
+
+    async def work(engine: TransformersEngine) -> None:
+        request, seen = ask(engine, "12 + 30 = ?"), list[Generation | None]()
+
+        def look(name: str) -> None:
+            work = getattr(DecodeBatch, name)
+
+            def looking(*args: Any) -> Any:
+                seen.append(engine.peek(request.row_id))
+                return work(*args)
+
+            monkeypatch.setattr(DecodeBatch, name, looking)
+
+        look("_join")
+        look("step")
+        whole = await engine.generate(request)
+        found = [part for part in seen if part is not None]
+        assert found
+        for part in found:
+            assert part.token_ids == (whole.token_ids or ())[: part.usage.completion_tokens]
+            assert (part.ttft_s, part.queued_s) == (whole.ttft_s, whole.queued_s)
+
+    use(work)
+
+
 def test_an_urgent_request_overtakes_those_that_wait_and_changes_none(monkeypatch: pytest.MonkeyPatch) -> None:
     async def work(engine: TransformersEngine) -> None:
         alone, ends = await engine.generate(ask(engine, "12 + 30 = ?")), engine._eos_ids

@@ -92,9 +92,10 @@ class Dispatcher:
             self._give_up_silent()
             self._check_hopeless()
             self.on_progress(self.make_progress())
+        self.drain(0.0)  # else the news of a flush under way would reach nobody, and its segment stay
 
     def drain(self, timeout_s: float) -> None:
-        """After a RunStopped: let workers journal, and take in what they still committed."""
+        """At the end, or after a RunStopped: let workers journal, and take in what they still committed."""
         for event in self.pool.drain(timeout_s):
             if isinstance(event, JournalFlushed | ShardCommitted | WorkerWarned):
                 self._handle(event)
@@ -254,8 +255,7 @@ class Dispatcher:
     def _fail(self, event: ShardFailed) -> None:
         if event.is_fatal:
             raise RunStopped(event.reason)
-        lost = self.queue.fail(event.worker_id, event.batch_id, self.clock(), event.reason)
-        if lost is not None:
+        if (lost := self.queue.fail(event.worker_id, event.batch_id, self.clock(), event.reason)) is not None:
             self.on_warning(note_batch(event.batch_id, event.worker_id, event.reason))
             self._note_lost(lost)
             self.inquiry.note_failed(event.worker_id, event.batch_id)

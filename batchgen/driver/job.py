@@ -242,8 +242,8 @@ def freeze(job: Job) -> None:
 
 def load_journal(job: Job, on_warning: Callable[[str], None]) -> JournalIndex:
     """What earlier runs journaled; segments whose shards are all committed are deleted here, and handoffs, which mean
-    nothing to another run. A damaged segment costs the work in it, for which nobody need be woken; raises OutputError for
-    a file that somebody else put there."""
+    nothing to another run; what can't be deleted costs a few bytes. A damaged segment costs the work in it, for which
+    nobody need be woken; raises OutputError for a file that somebody else put there."""
     index = JournalIndex()
     todo = {queued.shard.number for queued in job.todo}
     for number, committed in job.committed.items():
@@ -253,11 +253,14 @@ def load_journal(job: Job, on_warning: Callable[[str], None]) -> JournalIndex:
             index.complete(number)
     segments = list_segments(job.storage)
     try:
-        for refs in read_indexes(job.storage, segments, job.spec.fingerprint(), on_warning):
-            job.storage.delete_many(index.add(refs))
+        found = read_indexes(job.storage, segments, job.spec.fingerprint(), on_warning)
     except Foreign as error:
         raise OutputError(str(error)) from error
-    job.storage.delete_many(list_handoffs(job.storage))
+    free = [path for refs in found for path in index.add(refs)]
+    try:
+        job.storage.delete_many([*free, *list_handoffs(job.storage)])
+    except StorageError as error:
+        on_warning(f"journal segments were not deleted: {error}")
     return index
 
 

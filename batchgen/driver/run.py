@@ -55,6 +55,7 @@ def run_job(
             view.warn(warning)
         if not todo:
             view.say("nothing left to do: every planned row is committed")
+            load_journal(job, view.warn)  # a driver that died behind its last commit left segments, and no run follows
             gates = GateWatch(job.spec, storage, job.wanted, view.say)
             return finish(job, None, hold, gates, is_trial=limit is not None)
         withdraw_success(storage)

@@ -109,7 +109,7 @@ class TransformersEngine:
     def peek(self, row_id: RowId) -> Generation | None:
         with self._lock:
             job = next((job for job in self._jobs.values() if job.request.row_id == row_id), None)
-        if job is None:
+        if job is None or not job.first_token_at:  # its first token may be there, but not yet the time of it
             return None
         row = job.row
         num_tokens = len(row.out) if row.sampling.logprobs is None else min(len(row.out), len(row.logprobs))

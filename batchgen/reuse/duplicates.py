@@ -17,11 +17,14 @@ from dataclasses import dataclass, field, replace
 from batchgen.records import TOKEN_BYTES, Request, Result, Timing
 from batchgen.reuse.fingerprint import is_greedy
 from batchgen.spec import JobSpec
+from batchgen.worker.answer import count_values
 from batchgen.worker.open_shard import OpenShard
 
 MAX_ANSWER_BYTES = 64 * 2**20
 MAX_WAITING_BYTES = 64 * 2**20
 LOOK_S = 0.5
+# A logprob, of which a token may have twenty, takes a pair with a float where a token id is an int.
+LOGPROB_IDS = 3
 
 Asked = tuple[OpenShard, Request]
 
@@ -62,6 +65,8 @@ class Duplicates:
         if sent is None or (sent.is_gone and not sent.waiting):
             self._sent[fingerprint] = Sent(shard, request)
             return True
+        if sent.shard is shard and sent.request.row_id == request.row_id:
+            return True  # another worker had it meanwhile
         if self._num_waiting_bytes + request.num_bytes > MAX_WAITING_BYTES:
             return True
         self._num_waiting_bytes += request.num_bytes
@@ -121,6 +126,7 @@ def make_copy(request: Request, batch_id: str, result: Result) -> Result:
 def count_bytes(result: Result) -> int:
     """Rough size in memory."""
     answer = result.generation
-    num_ids = len((answer and answer.token_ids) or ()) + 4 * len((answer and answer.logprobs) or ())
+    num_ids = len((answer and answer.token_ids) or ())
+    num_ids += LOGPROB_IDS * (count_values(answer) - num_ids)
     texts = (result.text, result.reasoning, answer and answer.text, answer and answer.tool_calls)
     return 400 + TOKEN_BYTES * num_ids + sum(2 * len(text) for text in texts if text)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from batchgen.errors import RowError
-from batchgen.records import Failure, Generation, Lease, Request, Result, RowId, Timing
+from batchgen.records import Failure, Generation, Lease, Partial, Request, Result, RowId, Timing
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,14 @@ def add_tool_calls(generation: Generation, tool_calls: str | None) -> Generation
         return generation
     finish_reason = "tool_calls" if generation.finish_reason == "stop" else generation.finish_reason
     return replace(generation, tool_calls=make_encodable(tool_calls), finish_reason=finish_reason)
+
+
+def count_values(answer: Generation | Partial | None) -> int:
+    """Token ids and logprobs of an answer: what packing it takes time for, and keeping it takes memory."""
+    if answer is None:
+        return 0
+    logprobs = answer.logprobs or ()
+    return len(answer.token_ids or ()) + len(logprobs) * (1 + len(logprobs[0].top) if logprobs else 1)
 
 
 def count_prompt(request: Request) -> int | None:

@@ -17,8 +17,8 @@ import pyarrow.compute as pc
 from batchgen.errors import BatchgenError
 from batchgen.records import JournalRef, Lease, Result, RowId, ShardProgress, Slot
 from batchgen.row_ranges import RowRanges, iter_rows
-from batchgen.worker.answer import make_quarantined
-from batchgen.worker.result_batch import count_values, make_storable_batch
+from batchgen.worker.answer import count_values, make_quarantined
+from batchgen.worker.result_batch import make_storable_batch
 from batchgen.worker.spilled import Finished, Parts, ReadBack, load_rows, split_carried
 from batchgen.write import make_output_table
 
@@ -123,7 +123,7 @@ class OpenShard:
         if result.failure is not None:
             self.error_types[result.failure.error_type] += 1
         self._buffer.append(result)
-        self._num_values += count_values(result)
+        self._num_values += count_values(result.generation)
         if len(self._buffer) >= BATCH_ROWS or self._num_values >= BATCH_VALUES:
             self._pack()
         self._check_ended()

@@ -10,9 +10,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from batchgen.records import Partial, RowId
+from batchgen.worker.answer import count_values
 
-# Tokens kept, all rows together: about 150 MB.
-MAX_KEPT_TOKENS = 2**22
+# Token ids and logprobs kept, all rows together: about 150 MB of the former, and three times that of the latter, of which
+# each token may have twenty.
+MAX_KEPT_VALUES = 2**22
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +30,9 @@ class Kept:
 class Partials:
     """See the module."""
 
-    def __init__(self, max_tokens: int = MAX_KEPT_TOKENS) -> None:
+    def __init__(self, max_values: int = MAX_KEPT_VALUES) -> None:
         self._kept: OrderedDict[RowId, Kept] = OrderedDict()
-        self._max_tokens, self._num_tokens = max_tokens, 0
+        self._max_values, self._num_values = max_values, 0
         self._new: dict[RowId, Partial] = {}
 
     def get(self, row_id: RowId) -> Kept | None:
@@ -52,8 +54,7 @@ class Partials:
     def forget(self, row_id: RowId) -> None:
         """The row is answered, or begins anew."""
         self._new.pop(row_id, None)
-        if (kept := self._kept.pop(row_id, None)) is not None:
-            self._num_tokens -= len(kept.partial.token_ids)
+        self._drop(row_id)
 
     def list_new(self) -> list[tuple[RowId, Partial]]:
         """What is not journaled yet."""
@@ -68,10 +69,12 @@ class Partials:
         return ((row_id, kept.partial) for row_id, kept in self._kept.items())
 
     def _put(self, row_id: RowId, kept: Kept) -> None:
-        new, self._new = self._new, {}
-        self.forget(row_id)
-        self._new = new
+        self._drop(row_id)
         self._kept[row_id] = kept
-        self._num_tokens += len(kept.partial.token_ids)
-        while self._num_tokens > self._max_tokens:
+        self._num_values += count_values(kept.partial)
+        while self._num_values > self._max_values:
             self.forget(next(iter(self._kept)))
+
+    def _drop(self, row_id: RowId) -> None:
+        if (kept := self._kept.pop(row_id, None)) is not None:
+            self._num_values -= count_values(kept.partial)

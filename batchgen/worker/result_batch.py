@@ -104,15 +104,6 @@ def make_status_columns(results: Sequence[Result]) -> dict[str, Sequence[object]
     }
 
 
-def count_values(result: Result) -> int:
-    """Token ids and logprobs of a result: what packing it takes time for."""
-    answer = result.generation
-    if answer is None:
-        return 0
-    logprobs = answer.logprobs or ()
-    return len(answer.token_ids or ()) + len(logprobs) * (1 + len(logprobs[0].top) if logprobs else 1)
-
-
 def make_logprobs(answers: Sequence[Sequence[TokenLogprob] | None]) -> pa.Array:
     """The column `logprobs`, from flat arrays; None is null."""
     tokens = list(chain.from_iterable(answer for answer in answers if answer))

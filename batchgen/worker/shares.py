@@ -19,7 +19,7 @@ import pyarrow as pa
 from batchgen.errors import Refusal, StorageError
 from batchgen.queue.events import PoolEvent, RowsGiven, ShareEnded
 from batchgen.queue.orders import DropShare, GiveRows, HelpShare, Order, TakeIn
-from batchgen.records import JournalRef, Share, Slot, WorkerInfo
+from batchgen.records import JournalRef, Result, Share, Slot, WorkerInfo
 from batchgen.stats import make_lost_stats
 from batchgen.worker.continuation import Continuation
 from batchgen.worker.open_shard import OpenShard
@@ -39,11 +39,12 @@ class Read(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """What a share needs of its worker: read and send, journal, tell the driver."""
+    """What a share needs of its worker: read and send, journal, tell the driver, count what ended."""
 
     read: Read
     flush: Callable[[], Awaitable[None]]
     emit: Callable[[PoolEvent], None]
+    note: Callable[[Result], None]
 
 
 def join_rows(tables: Iterable[tuple[int, pa.Table]]) -> dict[int, pa.Table]:
@@ -70,7 +71,7 @@ class WorkerShares:
     ) -> None:
         self._serving, self._moves_seeded = serving, moves_seeded
         self._info, self._files, self._sender, self._shards = info, files, sender, shards
-        self._read, self._flush, self._emit = hooks.read, hooks.flush, hooks.emit
+        self._read, self._flush, self._emit, self._note = hooks.read, hooks.flush, hooks.emit, hooks.note
         self._dropped: set[str] = set()
 
     async def obey(self, order: Order) -> None:
@@ -167,7 +168,7 @@ class WorkerShares:
         started_at, started = time.time(), time.monotonic()
         try:
             slots = await asyncio.to_thread(self._files.read_handoff, share)
-            shard = self._files.open_share(share, slots)
+            shard = self._files.open_share(share, slots, self._note)
             await self.load_begun(shard, share.lease.journal)
         except (StorageError, Refusal) as error:
             self._emit(ShareEnded(self._info.worker_id, share, None, str(error)))

@@ -106,7 +106,8 @@ class Worker:
             startup_s=time.monotonic() - started,
             can_move=continued is not None and spec.cluster.moves != "none",
         )
-        hooks, seeded = Hooks(self._feeder.feed, self._flush, self._emit), spec.cluster.moves == "all"
+        hooks = Hooks(self._feeder.feed, self._flush, self._emit, self.meter.note)
+        seeded = spec.cluster.moves == "all"
         self._shares = WorkerShares(self.info, self._files, self._sender, self._shards, hooks, continued, seeded)
         return self.info
 
