@@ -13,10 +13,10 @@ from itertools import count, islice
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from batchgen.batches import BatchStats
 from batchgen.errors import AlreadyExists
+from batchgen.parquet import read_table
 from batchgen.stats import LATENCY_FIELDS, SKETCH_FIELDS, parse_sketches
 from batchgen.storage import Storage
 from batchgen.verify.damage import RESTORE, refusing_damage
@@ -109,7 +109,7 @@ def read_stats_table(storage: Storage) -> pa.Table:
 
 def _read_stats_file(storage: Storage, path: str) -> pa.Table:
     with refusing_damage(storage.url(path), DAMAGED), storage.open_read(path) as source:
-        table = pq.read_table(source)
+        table = read_table(source)
         table.validate(full=True)  # text that is none shows here, not when somebody reads the value
         return _fill(table).cast(STATS_SCHEMA)
 

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchgen.errors import AlreadyExists, Damaged, Foreign, NotFound
+from batchgen.parquet import ParquetFile
 from batchgen.records import JournalRef
 from batchgen.storage import Storage
 from batchgen.verify.damage import refusing_damage
@@ -87,7 +88,7 @@ def read_index(storage: Storage, path: str, fingerprint: str) -> dict[int, Journ
     url = storage.url(path)
     with refusing_damage(url, "is damaged, or no journal segment; remove it", Damaged):
         with storage.open_read(path) as source:
-            metadata = pq.ParquetFile(source).schema_arrow.metadata or {}
+            metadata = ParquetFile(source).schema_arrow.metadata or {}
         if INDEX_KEY not in metadata:
             raise Foreign(f"{url}: was not written by batchgen; remove it")
         index = json.loads(metadata[INDEX_KEY])
@@ -168,7 +169,7 @@ def read_ref(storage: Storage, ref: JournalRef, schema: pa.Schema) -> pa.Table:
     """Rows of one shard from one segment; of columns only those of the schema. Raises Damaged, NotFound."""
     damage = refusing_damage(storage.url(ref.path), "is a damaged journal segment; remove it", Damaged)
     with damage, storage.open_read(ref.path) as source:
-        parquet = pq.ParquetFile(source, page_checksum_verification=True)
+        parquet = ParquetFile(source, page_checksums=True)
         rows = parquet.read_row_group(ref.row_group, columns=schema.names).cast(schema)
         rows.validate(full=True)  # text that is none would be found much later, by whoever reads the output
         return rows

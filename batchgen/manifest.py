@@ -21,6 +21,7 @@ from batchgen.batches import BatchStats, FileFooter
 from batchgen.driver.fence import Put
 from batchgen.errors import AlreadyExists, LeaseLost, NotFound, OutputError
 from batchgen.names import parse_batch_id
+from batchgen.parquet import ParquetFile, read_table
 from batchgen.records import InputFile, Shard
 from batchgen.stats import merge_stats
 from batchgen.storage import FileInfo, Storage
@@ -86,7 +87,7 @@ def _load_compacted(storage: Storage) -> dict[tuple[str, str], tuple[FileFooter,
     """What the copy holds; nothing where it is damaged, or of an earlier version: then the footers are read again."""
     try:
         with refusing_damage(storage.url(COMMITTED), "is damaged"), storage.open_read(COMMITTED) as source:
-            parts = pq.ParquetFile(source).iter_batches(COMMITTED_ROWS)
+            parts = ParquetFile(source).iter_batches(COMMITTED_ROWS)
             return {
                 (row["path"], row["version"]): (footer_from_json(row["footer"]), row["footer_sha256"])
                 for part in parts
@@ -164,7 +165,7 @@ def read_plan(storage: Storage) -> tuple[list[InputFile], pa.Schema, list[Shard]
     plan is damaged."""
     try:
         with refusing_damage(storage.url(PLAN_FILES), DAMAGED), storage.open_read(PLAN_FILES) as source:
-            table = pq.read_table(source)
+            table = read_table(source)
             files = [InputFile(**{**row, "row_group_rows": tuple(row["row_group_rows"])}) for row in table.to_pylist()]
             passthrough = pa.ipc.read_schema(pa.py_buffer(table.schema.metadata[b"passthrough"]))
     except NotFound:
@@ -175,7 +176,7 @@ def read_plan(storage: Storage) -> tuple[list[InputFile], pa.Schema, list[Shard]
             with refusing_damage(storage.url(info.path), DAMAGED), storage.open_read(info.path) as source:
                 shards += [
                     Shard(row["number"], files[row["file"]], row["row_start"], row["row_end"], *map(row.get, EXPECTED))
-                    for row in pq.read_table(source).to_pylist()
+                    for row in read_table(source).to_pylist()
                 ]
     return files, passthrough, shards
 

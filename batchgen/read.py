@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchgen.errors import BatchgenError, InputChanged, InputError
+from batchgen.parquet import ParquetFile
 from batchgen.prompt import BadCell
 from batchgen.records import InputFile, Shard
 from batchgen.storage import FileInfo, open_input
@@ -61,7 +62,7 @@ def read_footer(info: FileInfo, columns: Sequence[str] = ()) -> Footer:
         raise InputError(f"{info.path}: is empty (0 bytes), not Parquet; remove it or write it again")
     try:
         with open_input(info.path, info.version) as source:
-            parquet = pq.ParquetFile(source)
+            parquet = ParquetFile(source)
             metadata, schema = parquet.metadata, parquet.schema_arrow
             source.seek(info.num_bytes - 8)
             footer_bytes = int.from_bytes(source.read(4), "little")
@@ -117,7 +118,7 @@ def iter_shard(
     with open_input(shard.file.path, shard.file.version) as source:
         try:
             # Pages that have a checksum must match it: else flipped bits would go to the engine as a prompt.
-            parquet = pq.ParquetFile(source, pre_buffer="://" in shard.file.path, page_checksum_verification=True)
+            parquet = ParquetFile(source, page_checksums=True)
         except ARROW_ERRORS as error:
             if isinstance(error, MemoryError):
                 raise
@@ -145,7 +146,7 @@ def _groups_of(shard: Shard) -> tuple[list[int], int]:
     return list(range(first, last + 1)), borders[first - 1] if first else 0
 
 
-def _iter_groups(parquet: pq.ParquetFile, groups: list[int], columns: Sequence[str], max_rows: int) -> Iterator[Rows]:
+def _iter_groups(parquet: ParquetFile, groups: list[int], columns: Sequence[str], max_rows: int) -> Iterator[Rows]:
     """All rows of the groups. Behind a corrupt page the rest of its group is given up: pages can't be skipped."""
     for number in groups:
         group = parquet.metadata.row_group(number)

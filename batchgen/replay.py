@@ -10,7 +10,6 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from batchgen import manifest
@@ -18,6 +17,7 @@ from batchgen.engines import create_engine, create_tokenizer, list_refused
 from batchgen.engines.base import Tokenizer
 from batchgen.errors import OutputError, RowError
 from batchgen.names import make_data_path
+from batchgen.parquet import ParquetFile, read_table
 from batchgen.prompt import list_row_columns
 from batchgen.read import Unreadable, iter_shard
 from batchgen.records import InputFile, Request, Result, Shard
@@ -82,7 +82,7 @@ class Replay:
             refusing_damage(self._storage.url(path), f"is damaged; {RESTORE}"),
             self._storage.open_read(path) as source,
         ):
-            parquet = pq.ParquetFile(source)
+            parquet = ParquetFile(source)
             for number in range(parquet.num_row_groups):
                 size = parquet.metadata.row_group(number).num_rows
                 if place < size:
@@ -110,7 +110,7 @@ class Replay:
         for info in self._storage.list_files("data", suffix=".parquet"):
             with refusing_damage(self._storage.url(info.path), f"is damaged; {RESTORE}"):
                 with self._storage.open_read(info.path) as source:
-                    rows = pq.read_table(source, columns=KEYS)
+                    rows = read_table(source, columns=KEYS)
                 for row in rows.filter(pc.equal(rows["custom_id"], key)).to_pylist():
                     yield row["source_file"], row["source_row"]
 

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
 from batchgen.batches import BatchStats, FileFooter
+from batchgen.parquet import ParquetFile
 from batchgen.records import Lease
 from batchgen.spec import JobSpec
 from batchgen.worker.seal import write_sealed
@@ -151,7 +152,7 @@ def make_shard_file(table: pa.Table, footer: FileFooter, *, compression_level: i
     return write_sealed(table, row_group_rows=MAX_ROW_GROUP_ROWS, compression_level=compression_level)
 
 
-def read_file_footer(parquet: pq.ParquetFile) -> FileFooter | None:
+def read_file_footer(parquet: ParquetFile) -> FileFooter | None:
     """The footer of a shard file; None when the file is not one of batchgen's."""
     metadata = parquet.schema_arrow.metadata or {}
     return footer_from_json(metadata[FOOTER_KEY]) if FOOTER_KEY in metadata else None

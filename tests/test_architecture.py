@@ -21,7 +21,7 @@ MAX_FILE_LINES = 300
 
 LAYERS = [
     ["specs", "queue", "worker", "driver", "verify", "staging", "preflight", "chaos", "reuse", "gates"],
-    ["names", "row_ranges", "batches", "errors", "urls", "paths"],
+    ["names", "row_ranges", "batches", "errors", "urls", "paths", "parquet"],
     ["logs"],
     ["records", "queue.suspects"],
     ["specs.sections", "queue.orders", "worker.spilled"],
@@ -490,6 +490,13 @@ def test_a_vendor_is_imported_at_its_seam_only(module: str) -> None:
             assert module in allowed or (is_lazy and f"{module}()" in allowed), (
                 f"{module} imports {vendor}{'' if is_lazy else ' at its top'}; only {sorted(allowed)} may"
             )
+
+
+def test_parquet_is_read_through_its_one_door() -> None:
+    """`batchgen.parquet` says why."""
+    doors = {"pq.read_table", "pq.ParquetFile", "pq.ParquetDataset"}
+    calls = ((name, node) for name, tree in TREES.items() for node in ast.walk(tree) if isinstance(node, ast.Call))
+    assert {name for name, call in calls if ast.unparse(call.func) in doors} == {"parquet"}
 
 
 @every_module

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from batchgen.bench.inputs import ID_COLUMNS
 from batchgen.bench.oracle import find_saturation
@@ -25,6 +24,7 @@ from batchgen.bench.processes import MARK, CpuMeter, run_child
 from batchgen.bench.runs import Run
 from batchgen.bench.ways import Way
 from batchgen.bench.workload import Workload, count_right
+from batchgen.parquet import read_table
 
 IDLE_POLLS, IDLE_POLL_S = 300, 0.1
 
@@ -106,7 +106,7 @@ def add_output(run: Run, output: Path) -> Run:
     files = sorted((data if data.is_dir() else output).rglob("*.parquet"))
     if not files:
         return replace(run, num_right=0, failure="it wrote no output")
-    table = pa.concat_tables([pq.read_table(path) for path in files], promote_options="permissive")
+    table = pa.concat_tables([read_table(str(path)) for path in files], promote_options="permissive")
     ids = table[next(name for name in ID_COLUMNS if name in table.column_names)].to_pylist()
     if run.kind == "zero":
         num_right = len(set(ids)) if len(ids) == run.num_rows else 0

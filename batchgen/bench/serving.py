@@ -24,6 +24,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchgen.parquet import read_table
+
 CHAT, MODEL, PORT = "/v1/chat/completions", "sums", 8199
 CLUSTER = {"workers": {"min": 1, "max": 1}, "log_interval_s": 0.5}
 ENGINE = {"kind": "transformers"}
@@ -87,7 +89,8 @@ def time_run(folder: Path, num_rows: int) -> float:
 
 def read_window(out: Path) -> float:
     """Seconds from the first batch's begin to the last one's end."""
-    stats = pq.read_table(out / "batch_stats")
+    files = sorted((out / "batch_stats").rglob("*.parquet"))
+    stats = pa.concat_tables([read_table(str(path)) for path in files])
     ends = [
         (at.timestamp() if hasattr(at, "timestamp") else at, wall)
         for at, wall in zip(stats["started_at"].to_pylist(), stats["wall_s"].to_pylist(), strict=True)

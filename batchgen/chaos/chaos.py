@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from batchgen.chaos.faults import STEPS, WHENS, Fault, find_impossible
 from batchgen.driver.job import open_job
 from batchgen.engines.trtllm.keeper import is_alive, read_stat
 from batchgen.errors import OutputError, RunStopped
+from batchgen.parquet import ParquetFile
 from batchgen.spec import JobSpec, ModelSpec
 from batchgen.specs.engine import SimulatedEngineSpec
 from batchgen.storage import Storage
@@ -247,7 +247,7 @@ def read_keys(storage: Storage) -> pa.Table:
     tables = []
     for info in storage.list_files("data", suffix=".parquet"):
         with storage.open_read(info.path) as source:
-            tables.append(pq.ParquetFile(source).read(columns=[*KEYS, "status", "completion_tokens"]))
+            tables.append(ParquetFile(source).read(columns=[*KEYS, "status", "completion_tokens"]))
     if not tables:
         raise OutputError(f"{storage.root}: the job left no output")
     return pa.concat_tables(tables)

@@ -19,6 +19,7 @@ from batchgen.compact.digest import RowDigest
 from batchgen.compact.plan import Source, cut_parts
 from batchgen.errors import AlreadyExists, OutputError
 from batchgen.names import make_data_path
+from batchgen.parquet import ParquetFile, read_table
 from batchgen.storage import Storage
 from batchgen.verify.damage import RESTORE, refusing_damage
 from batchgen.worker.seal import digest_footer, seal_json
@@ -123,7 +124,7 @@ def _read_shard(out: Storage, source: Source) -> pa.Table:
     read_whole_file(data, out.url(path))
     if digest_footer(data) != source.footer_sha256:
         raise OutputError(f"{out.url(path)}: was changed since the compaction began; give a new folder")
-    return pq.read_table(pa.BufferReader(data)).replace_schema_metadata(None)
+    return read_table(pa.BufferReader(data)).replace_schema_metadata(None)
 
 
 def gather(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
@@ -150,7 +151,7 @@ def check_part(dest: Storage, path: str, part: list[Source]) -> None:
     """Read it back: its rows must be those that were taken from these shards, every one, in order."""
     url = dest.url(path)
     with refusing_damage(url, "is damaged; delete it and compact again"), dest.open_read(path) as source:
-        parquet = pq.ParquetFile(source)
+        parquet = ParquetFile(source)
         said = json.loads((parquet.metadata.metadata or {}).get(KEY, b"{}"))
         digest = RowDigest(parquet.schema_arrow)
         for number in range(parquet.num_row_groups):

@@ -11,7 +11,7 @@ from typing import Any
 
 from batchgen.errors import InputError
 from batchgen.evaluate.benchmarks import CARD
-from batchgen.evaluate.folder import SCORES, SUMMARY, read_table
+from batchgen.evaluate.folder import SCORES, SUMMARY, read_stored
 from batchgen.evaluate.statistics import Comparison, compare_scores, comparison_to_json
 from batchgen.manifest import read_json
 from batchgen.storage import Storage
@@ -68,7 +68,7 @@ def read_evaluation(storage: Storage) -> Evaluation:
         raise InputError(f"{storage.url(SUMMARY)}: lacks {missing[0]}; batchgen evaluate score OUT writes it again")
     rights: dict[str, list[bool]] = defaultdict(list)
     clusters = {}
-    for row in read_table(storage, SCORES, ["question", "cluster", "is_right"]).to_pylist():
+    for row in read_stored(storage, SCORES, ["question", "cluster", "is_right"]).to_pylist():
         if row["is_right"] is None:
             raise InputError(f"{storage.root}: its programs were not run; batchgen evaluate score OUT --run-code")
         rights[row["question"]].append(row["is_right"])

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from batchgen.errors import InputError
+from batchgen.parquet import read_table
 from batchgen.storage import list_inputs, open_input
 
 
@@ -42,7 +42,7 @@ def _read_rows(path: str, data: bytes) -> list[dict[str, Any]]:
 
 
 def _read_parquet(data: bytes) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = pq.read_table(pa.BufferReader(data)).to_pylist()
+    rows: list[dict[str, Any]] = read_table(pa.BufferReader(data)).to_pylist()
     return rows
 
 

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from batchgen.errors import NotFound, OutputError
 from batchgen.evaluate.benchmarks import Question
+from batchgen.parquet import read_table
 from batchgen.storage import Storage
 from batchgen.verify.damage import refusing_damage
 
@@ -117,7 +118,7 @@ def write_prompts(storage: Storage, number: int, asked: Sequence[Asked]) -> None
 def write_once(storage: Storage, path: str, table: pa.Table) -> None:
     """A file that is there must hold the very rows: a job's input never changes. Raises OutputError."""
     try:
-        found = read_table(storage, path)
+        found = read_stored(storage, path)
     except NotFound:
         storage.put(path, to_parquet(table))
         return
@@ -127,11 +128,11 @@ def write_once(storage: Storage, path: str, table: pa.Table) -> None:
         )
 
 
-def read_table(storage: Storage, path: str, columns: Sequence[str] | None = None) -> pa.Table:
+def read_stored(storage: Storage, path: str, columns: Sequence[str] | None = None) -> pa.Table:
     """Raises NotFound; OutputError for a file that is damaged."""
     damaged = "is damaged; remove it and run the evaluation again"
     with refusing_damage(storage.url(path), damaged), storage.open_read(path) as source:
-        return pq.read_table(source, columns=None if columns is None else list(columns))
+        return read_table(source, columns)
 
 
 def to_parquet(table: pa.Table) -> pa.Buffer:
@@ -142,7 +143,7 @@ def to_parquet(table: pa.Table) -> pa.Buffer:
 
 def read_questions(storage: Storage) -> list[Question]:
     """Without what the prompts were made of. Raises NotFound, OutputError."""
-    rows = read_table(storage, QUESTIONS).to_pylist()
+    rows = read_stored(storage, QUESTIONS).to_pylist()
     return [Question(row["id"], {}, row["expected"], row["cluster"], row["tests"]) for row in rows]
 
 
@@ -152,7 +153,7 @@ def list_rounds(storage: Storage) -> list[int]:
 
 
 def read_prompts(storage: Storage, number: int) -> list[Asked]:
-    return [Asked(**row) for row in read_table(storage, prompts_path(number)).to_pylist()]
+    return [Asked(**row) for row in read_stored(storage, prompts_path(number)).to_pylist()]
 
 
 def read_answers(storage: Storage, number: int) -> list[Answer]:
@@ -160,7 +161,7 @@ def read_answers(storage: Storage, number: int) -> list[Answer]:
     asked = {row.id: row for row in read_prompts(storage, number)}
     answers = []
     for info in storage.list_files(f"{round_folder(number)}/data", ".parquet"):
-        for row in read_table(storage, info.path, ANSWER_COLUMNS).to_pylist():
+        for row in read_stored(storage, info.path, ANSWER_COLUMNS).to_pylist():
             source = asked[row["custom_id"]]
             answers.append(
                 Answer(

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Iterator
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from batchgen.gates.decide import Counts, needs_rows
 from batchgen.manifest import CommittedShard
+from batchgen.parquet import ParquetFile
 from batchgen.spec import JobSpec
 from batchgen.specs.gates import FinalGate, RateLimits
 from batchgen.storage import Storage
@@ -136,7 +136,7 @@ def scan(
 def _iter_rows(storage: Storage, path: str, columns: list[str], max_rows: int) -> Iterator[pa.Table]:
     with storage.open_read(path) as source:
         with refusing_damage(storage.url(path), f"is damaged; {RESTORE}"):
-            parquet = pq.ParquetFile(source)
+            parquet = ParquetFile(source)
             batches = parquet.iter_batches(BATCH_ROWS, columns=columns)
         while max_rows > 0:
             with refusing_damage(storage.url(path), f"is damaged; {RESTORE}"):

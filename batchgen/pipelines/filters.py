@@ -10,9 +10,9 @@ from itertools import product
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from batchgen.errors import AlreadyExists, InputError, SpecError
+from batchgen.parquet import read_table
 from batchgen.pipelines.graph import FILTERED
 from batchgen.spec import JobSpec
 from batchgen.storage import Storage
@@ -103,7 +103,7 @@ def _filter_rows(table: pa.Table, expression: str, url: str) -> pa.Table:
 def _read_tables(storage: Storage) -> Iterator[tuple[str, pa.Table]]:
     for info in storage.list_files("data", suffix=".parquet"):
         with storage.open_read(info.path) as file:
-            yield info.path, pq.read_table(file).replace_schema_metadata(None)
+            yield info.path, read_table(file).replace_schema_metadata(None)
 
 
 def _create(storage: Storage, path: str, table: pa.Table) -> None:

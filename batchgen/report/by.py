@@ -12,11 +12,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from batchgen import manifest
 from batchgen.batch_stats import STATS_SCHEMA
 from batchgen.errors import InputError
+from batchgen.parquet import ParquetFile
 from batchgen.report.distributions import make_latency
 from batchgen.stats import SKETCH_FIELDS, count_rows, make_sketches, parse_sketches, total
 from batchgen.storage import Storage
@@ -100,7 +100,7 @@ _PART_SCHEMA = pa.schema(
 
 def _describe_file(storage: Storage, path: str, column: str) -> list[tuple[dict[str, Any], dict[str, str]]]:
     with refusing_damage(storage.url(path), f"is damaged; {RESTORE}"), storage.open_read(path) as source:
-        parquet = pq.ParquetFile(source)
+        parquet = ParquetFile(source)
         names = parquet.schema_arrow.names
         if column not in names:
             known = ", ".join(dict.fromkeys([*list_batch_columns(), *names]))
@@ -108,7 +108,7 @@ def _describe_file(storage: Storage, path: str, column: str) -> list[tuple[dict[
         return [part for rows, values in _iter_groups(parquet, column) for part in _describe_rows(rows, values, column)]
 
 
-def _iter_groups(parquet: pq.ParquetFile, column: str) -> Iterator[tuple[pa.Table, pa.ChunkedArray]]:
+def _iter_groups(parquet: ParquetFile, column: str) -> Iterator[tuple[pa.Table, pa.ChunkedArray]]:
     """Of each row group its figures, and the values that it is grouped by, as text."""
     names = [*ROW_COLUMNS, *([column] if column not in ROW_COLUMNS else [])]
     for number in range(parquet.num_row_groups):

@@ -8,9 +8,8 @@ import hashlib
 from collections.abc import Iterable
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from batchgen.manifest import CommittedShard
+from batchgen.parquet import ParquetFile
 from batchgen.storage import Storage
 from batchgen.verify.damage import RESTORE, refusing_damage
 
@@ -56,7 +55,7 @@ def read_samples(
 
 def _read_row(storage: Storage, path: str, row: int) -> dict[str, Any]:
     with refusing_damage(storage.url(path), f"is damaged; {RESTORE}"), storage.open_read(path) as source:
-        parquet = pq.ParquetFile(source)
+        parquet = ParquetFile(source)
         group = 0
         while row >= (size := parquet.metadata.row_group(group).num_rows):
             group, row = group + 1, row - size

@@ -12,11 +12,11 @@ from itertools import accumulate
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from batchgen.errors import InputError, StorageError
 from batchgen.manifest import SPEC, read_json
+from batchgen.parquet import ParquetFile, read_table
 from batchgen.reuse.index import Pairs, Place, build_index, make_pairs
 from batchgen.spec import JobSpec
 from batchgen.specs.saved import read_saved_spec
@@ -124,14 +124,14 @@ class EarlierOutputs:
             self._groups.popitem(last=False)
         return table
 
-    def _open(self, file_number: int) -> pq.ParquetFile:
+    def _open(self, file_number: int) -> ParquetFile:
         if file_number not in self._bytes:
             storage, info = self._files[file_number]
             self._bytes[file_number] = _read_sealed(storage, info)
             while len(self._bytes) > 1 and sum(map(len, self._bytes.values())) > MAX_FILE_BYTES:
                 self._bytes.popitem(last=False)
         self._bytes.move_to_end(file_number)
-        parquet = pq.ParquetFile(pa.BufferReader(self._bytes[file_number]))
+        parquet = ParquetFile(pa.BufferReader(self._bytes[file_number]))
         groups = (parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups))
         self._starts[file_number] = list(accumulate(groups, initial=0))[:-1]
         return parquet
@@ -139,7 +139,7 @@ class EarlierOutputs:
 
 def _read_scanned(storage: Storage, info: FileInfo) -> pa.Table:
     with storage.open_read(info.path) as source:
-        return pq.read_table(source, columns=SCANNED)
+        return read_table(source, columns=SCANNED)
 
 
 def _read_sealed(storage: Storage, info: FileInfo) -> bytes:

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from batchgen.errors import InputError
+from batchgen.parquet import read_table
 from batchgen.read import read_footers
 from batchgen.serve.batch_spec import CUSTOM_ID, PROMPT_COLUMNS, SAMPLING, TOOLS
 from batchgen.serve.records import BatchRecord, FileRecord, JobInput, make_result_file_id
@@ -75,7 +75,7 @@ def write_dataset_results(state: State, record: BatchRecord) -> Results:
         num_bytes += info.num_bytes
         with storage.open_read(info.path) as source:
             columns = ["status", "prompt_tokens", "completion_tokens", "cached_tokens", "reasoning"]
-            table = pq.read_table(source, columns=columns)
+            table = read_table(source, columns=columns)
         ok = table.filter(pc.equal(table["status"], "ok"))
         tally.completed += ok.num_rows
         tally.failed += table.num_rows - ok.num_rows

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-import pyarrow.parquet as pq
-
+from batchgen.parquet import ParquetFile
 from batchgen.serve.answers import Decode, from_row, make_body, make_row_error
 from batchgen.serve.batch_spec import PASSTHROUGH
 from batchgen.serve.ids import make_digest
@@ -132,7 +131,7 @@ def iter_rows(storage: Storage, extra: tuple[str, ...] = ()) -> Iterator[Json]:
     wanted |= {"error_message", "is_retryable", *extra}
     for info in storage.list_files("data", suffix=".parquet"):
         with storage.open_read(info.path) as source:
-            file = pq.ParquetFile(source)
+            file = ParquetFile(source)
             columns = [name for name in file.schema_arrow.names if name in wanted]
             for part in file.iter_batches(READ_ROWS, columns=columns):
                 yield from part.to_pylist()

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from batchgen.errors import InputError
 from batchgen.length_files import read_prior
+from batchgen.parquet import read_table
 from batchgen.simulate.workload import Lengths, make_histogram_lengths, make_lengths, make_lognormal
 from batchgen.spec import JobSpec
 
@@ -55,7 +56,7 @@ def read_lengths(path: str, prompt_tokens: int) -> Lengths:
         names = pq.read_schema(path).names
         if "completion_tokens" not in names:
             raise InputError(f"{path}: has no column completion_tokens; name it so (a run's data/*.parquet have it)")
-        table = pq.read_table(path, columns=[name for name in ("prompt_tokens", "completion_tokens") if name in names])
+        table = read_table(path, columns=[name for name in ("prompt_tokens", "completion_tokens") if name in names])
     except (OSError, pa.ArrowInvalid) as error:
         raise InputError(
             f"{path}: can't be read as Parquet ({type(error).__name__}); give a local Parquet file"

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from batchgen.batches import FileFooter
 from batchgen.errors import NotFound, OutputError
 from batchgen.names import make_batch_id
+from batchgen.parquet import ParquetFile
 from batchgen.records import Shard
 from batchgen.storage import FileInfo, Storage
 from batchgen.verify.damage import OF_DAMAGE
@@ -123,7 +123,7 @@ def _check_rows(data: memoryview, facts: FileFacts, expected: Expected) -> None:
     assert facts.footer is not None
     check = RowCheck(facts.shard, expected.n, expected.has_own_keys)
     try:
-        parquet = pq.ParquetFile(pa.BufferReader(pa.py_buffer(data)))
+        parquet = ParquetFile(pa.BufferReader(pa.py_buffer(data)))
         _check_fields(parquet.schema_arrow, expected)
         for number in range(parquet.num_row_groups):
             check.add(parquet.read_row_group(number, columns=list(CHECKED) if facts.is_sealed else None))

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from batchgen.batch_stats import STATS_FOLDER, read_stats_table
 from batchgen.driver.inventory import MANIFEST
 from batchgen.errors import InputError, OutputError
+from batchgen.parquet import read_table
 from batchgen.plan import list_changes
 from batchgen.preflight.tokenizer_files import digest_tokenizer
 from batchgen.spec import JobSpec
@@ -191,7 +191,7 @@ def _read_suspects(folder: Folder, facts: list[FileFacts], suspects: set[int]) -
     for fact in facts:
         url = folder.storage.url(fact.path)
         with folder.storage.open_read(fact.path) as source:
-            rows = pq.read_table(source, columns=["custom_id", "source_row", "sample_index"]).to_pylist()
+            rows = read_table(source, columns=["custom_id", "source_row", "sample_index"]).to_pylist()
         for row in rows:
             if row["sample_index"] == 0 and row["custom_id"] is not None and hash(row["custom_id"]) in suspects:
                 yield row["custom_id"], f"{url} row {row['source_row']}"

@@ -19,6 +19,8 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchgen.parquet import ParquetFile
+
 BODY_KEY = b"batchgen.body_sha256"
 MAGIC = b"PAR1"
 # The footer's length and the magic behind it.
@@ -85,12 +87,12 @@ def _read_from(source: BinaryIO, start: int) -> bytes:
     return source.read()
 
 
-def open_footer(footer: bytes | memoryview) -> pq.ParquetFile:
+def open_footer(footer: bytes | memoryview) -> ParquetFile:
     """The metadata of a file of which there is only the footer. Raises what Arrow raises of bytes that are none."""
-    return pq.ParquetFile(pa.BufferReader(bytes(footer)))
+    return ParquetFile(pa.BufferReader(bytes(footer)))
 
 
-def read_seal(footer: bytes | memoryview, parquet: pq.ParquetFile) -> Seal:
+def read_seal(footer: bytes | memoryview, parquet: ParquetFile) -> Seal:
     body = (parquet.metadata.metadata or {}).get(BODY_KEY)
     return Seal(digest(footer), None if body is None else body.decode(errors="replace"))
 

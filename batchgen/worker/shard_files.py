@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from batchgen import journal
 from batchgen.batches import BatchStats, FileFooter
 from batchgen.errors import AlreadyExists, Conflict, Damaged
 from batchgen.manifest import CommittedShard
 from batchgen.names import is_reused_id, make_reused_id, parse_batch_id
+from batchgen.parquet import read_table
 from batchgen.queue.events import ShardCommitted
 from batchgen.records import JournalRef, Lease, Partial, Result, RowId, Shard, Share, Slot, WorkerInfo
 from batchgen.spec import JobSpec
@@ -100,7 +100,7 @@ class ShardFiles:
         path = lease.shard.data_path
         data = self._storage.read_bytes(path)
         footer = read_whole_file(data, self._storage.url(path))
-        rows = pq.read_table(pa.BufferReader(data), columns=self.result_schema.names).cast(self.result_schema)
+        rows = read_table(pa.BufferReader(data), columns=self.result_schema.names).cast(self.result_schema)
         return rows.filter(pc.invert(find_again(rows, errors))), footer.epoch
 
     def write_segment(self, path: str, rows: dict[int, pa.Table]) -> dict[int, JournalRef]:
