@@ -22,11 +22,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--text", action="store_true", help="cpu: prompts are text and tokenised here")
+    parser.add_argument("--no-fingerprints", action="store_true", help="cpu: without output.row_fingerprints")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or temporary
         if options.what == "cpu":
-            found = measure_cpu(folder, options.rows, options.prompt_tokens, has_text=options.text)
+            found = measure_cpu(
+                folder,
+                options.rows,
+                options.prompt_tokens,
+                has_text=options.text,
+                row_fingerprints=not options.no_fingerprints,
+            )
         else:
             work = Workload(options.rows, options.slots, sigma=options.sigma, seed=options.seed)
             workers = {"min": options.workers, "max": options.workers}

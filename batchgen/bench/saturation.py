@@ -115,7 +115,9 @@ def measure_slots(folder: str, work: Workload, hints: str, *, shards: int, clust
 # ---- what a row costs ------------------------------------------------------------------------------------------------
 
 
-def measure_cpu(folder: str, num_rows: int, prompt_tokens: int, *, has_text: bool) -> dict[str, float]:
+def measure_cpu(
+    folder: str, num_rows: int, prompt_tokens: int, *, has_text: bool, row_fingerprints: bool = True
+) -> dict[str, float]:
     """CPU microseconds a row of a job with one worker, from Parquet to Parquet: all of this process, the engine alone, the
     tokenizer alone (0 where the input holds token ids), and the rest, which is ours."""
     rng = random.Random(0)
@@ -127,7 +129,12 @@ def measure_cpu(folder: str, num_rows: int, prompt_tokens: int, *, has_text: boo
             "input": {"paths": [f"{folder}/in.parquet"]},
             "prompt": {"column": "prompt", "chat": False} if has_text else {"prompt_token_ids": "prompt"},
             "engine": {"kind": "simulated", "has_latency": False, "mean_tokens": 32},
-            "output": {"path": f"{folder}/out", "rows_per_shard": 10_000, "journal_interval_s": 5},
+            "output": {
+                "path": f"{folder}/out",
+                "rows_per_shard": 10_000,
+                "journal_interval_s": 5,
+                "row_fingerprints": row_fingerprints,
+            },
             "cluster": {"pool": "inline"},
         }
     )
