@@ -23,7 +23,7 @@ from batchgen.serve.wire import CHAT, BatchError
 from batchgen.specs.sections import PromptForm
 from batchgen.write import make_parquet
 
-FILE_BYTES = 8 * 2**20
+FILE_BYTES = 4 * 2**20
 FILE_ROWS = 10_000
 
 
