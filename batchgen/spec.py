@@ -150,7 +150,7 @@ class WorkersSpec(Section):
     @model_validator(mode="after")
     def _ordered(self) -> "WorkersSpec":
         if self.min > self.max:
-            raise ValueError(f"min ({self.min}) is above max ({self.max})")
+            raise ValueError(f"min ({self.min}) is above max ({self.max}); raise max, or lower min")
         return self
 
 
@@ -249,7 +249,9 @@ class JobSpec(Section):
             self.sampling.guided is not None and self.sampling.guided.json_schema is not None
         )
         if self.gates.wants_schema and not has_schema:
-            raise ValueError("gates: max_schema_failure_rate needs gates.json_schema or sampling.guided.json_schema")
+            raise ValueError(
+                "gates: max_schema_failure_rate goes by a schema; give gates.json_schema or sampling.guided.json_schema"
+            )
         return self
 
     def fingerprint_fields(self) -> dict[str, Any]:

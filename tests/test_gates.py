@@ -228,7 +228,7 @@ def test_a_reference_of_a_schema_is_never_fetched_and_nothing_is_of_a_schema_wit
 
 BAD: list[tuple[Tree, str]] = [
     ({"canary": {"max_refusal_rate": 0.1}}, "give what a refusal looks like"),
-    ({"canary": {"max_schema_failure_rate": 0.1}}, "needs gates.json_schema or sampling.guided.json_schema"),
+    ({"canary": {"max_schema_failure_rate": 0.1}}, "give gates.json_schema or sampling.guided.json_schema"),
     ({"refusals": ["("]}, "is no regular expression"),
     ({"canary": {"max_error_rate": 2}}, "gates.canary.max_error_rate"),
     ({"final": {"rows": 3}}, "gates.final.rows"),
