@@ -154,8 +154,8 @@ LAYERS = [
     # what a job did
     ["report", "report.figures", "report.svg"],
     ["report.records"],
-    ["report.distributions", "report.waste", "report.lanes", "report.charts", "report.samples", "report.text"],
-    ["report.value", "report.page"],
+    ["report.distributions", "report.waste", "report.lanes", "report.charts", "report.generations", "report.gates"],
+    ["report.value", "report.page", "report.text"],
     ["report.by"],
     ["driver.run_record"],
     # an NVFP4 checkpoint
@@ -281,6 +281,7 @@ PURE |= {"queue.begun"}
 PURE |= {
     "queue.timeline",
     "report.waste",
+    "report.gates",
     "report.lanes",
     "report.distributions",
     "report.svg",

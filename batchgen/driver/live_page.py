@@ -125,5 +125,6 @@ class LivePage:
             message=None,
             made_at=time.time(),
             is_unique_checked=job.is_unique_checked,
+            gates=instant.gates,
         )
-        return make_html(report | {"gates": instant.gates})
+        return make_html(report)

@@ -20,6 +20,7 @@ from batchgen.report.charts import (
     show_tokens,
 )
 from batchgen.report.figures import UNKNOWN, divide, show, show_counts, show_moment, show_share, show_tile, show_time
+from batchgen.report.gates import show_check, tell_gate
 from batchgen.report.svg import clean, escape, make_table
 from batchgen.stats import LATENCIES, QUANTILES
 
@@ -37,13 +38,14 @@ WASTE = {
     "tail": "tail",
     "retries": "retries",
 }
+GATE_KINDS = {"passed": "passed", "failed": "failed", "not looked at": "unseen"}
 Section = dict[str, Any]
 
 
 def make_html(report: Mapping[str, Any]) -> str:
     template, css = load_template()
-    sections = [make_rows(report), make_time(report), make_workers(report), make_bill(report), make_latency(report),
-                make_lengths(report), make_errors(report), make_what(report)]  # fmt: skip
+    sections = [make_rows(report), *make_gates(report), make_time(report), make_workers(report), make_bill(report),
+                make_latency(report), make_lengths(report), make_errors(report), make_what(report)]  # fmt: skip
     html: str = template.render(
         css=css,
         title=find_name(report),
@@ -54,7 +56,7 @@ def make_html(report: Mapping[str, Any]) -> str:
         ),
         tiles=make_tiles(report),
         sections=sections,
-        samples=[make_sample(row) for row in report["samples"]],
+        generations=[make_generation(row) for row in report["generations"]],
         fingerprint=report["fingerprint"],
         spec=clean(json.dumps(report["spec"], indent=2, ensure_ascii=False)),
         footer=f"batchgen {report['version']}. Made of batch stats and run records, {show_moment(report['made_at'])}. "
@@ -125,6 +127,22 @@ def make_rows(report: Mapping[str, Any]) -> Section:
         ("custom_id", report["custom_id"]),
     ]
     return make_section("rows", "Every row", ("", [chart]), rows=facts)
+
+
+def make_gates(report: Mapping[str, Any]) -> list[Section]:
+    """None for a job without gates."""
+    checks, told = report["gate_checks"], report["gates"]
+    names = list(dict.fromkeys(check["gate"] for check in checks))
+    cards = []
+    for name in names:
+        verdict, looked = tell_gate(name, checks, told)
+        head = f"<h3>{escape(name)}: {escape(verdict)}<span>{escape(looked)}</span></h3>"
+        rows = [show_check(check) for check in checks if check["gate"] == name]
+        cards.append(
+            f'<div class="card {GATE_KINDS[verdict]}">{head}{make_table(["", "found", "limit", ""], rows)}</div>'
+        )
+    note = "The canary looks at the first rows of the job, the final gate at all of them; shares are of the rows looked at."
+    return [make_section("gates", "Gates", ("pair", cards), note=note)] if cards else []
 
 
 def make_time(report: Mapping[str, Any]) -> Section:
@@ -252,7 +270,7 @@ def make_what(report: Mapping[str, Any]) -> Section:
     return make_section("what", "What ran", rows=[(label, clean(value)) for label, value in rows])
 
 
-def make_sample(row: Mapping[str, Any]) -> dict[str, Any]:
+def make_generation(row: Mapping[str, Any]) -> dict[str, Any]:
     facts = f"{row['finish_reason'] or row['error_type'] or UNKNOWN}, {show(row['completion_tokens'])} tokens"
     label = row["custom_id"] or f"{row['source_file']}:{row['source_row']}"
     return {

@@ -15,6 +15,7 @@ from batchgen import __version__
 from batchgen.batches import FileFooter
 from batchgen.report.distributions import make_histograms, make_latency
 from batchgen.report.figures import RunRecord, divide
+from batchgen.report.gates import make_gate_checks
 from batchgen.report.lanes import make_lanes
 from batchgen.report.waste import LOSSES, make_waste
 from batchgen.spec import JobSpec
@@ -34,10 +35,12 @@ def make_report(
     message: str | None,
     made_at: float,
     is_unique_checked: bool | None,
-    samples: Sequence[dict[str, Any]] = (),
+    gates: dict[str, Any] | None = None,
+    generations: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     """`state`: finished, stopped, running, or killed (it ended without a word). `rows`: `make_row_counts`. `table`: all
-    batches that are known, of this and earlier runs (`batch_stats.STATS_SCHEMA`)."""
+    batches that are known, of this and earlier runs (`batch_stats.STATS_SCHEMA`). `gates`: what the run said of them, None
+    where it has not."""
     ours = table.filter(pc.equal(table["epoch"], epoch))
     record = next((found for found in records if found["epoch"] == epoch), None)
     runs = [make_run(found, table, is_settled=rows["is_complete"] or found["epoch"] != epoch) for found in records]
@@ -54,6 +57,8 @@ def make_report(
         "model": spec.model.path,
         "custom_id": "unique" if is_unique_checked else "not checked",
         "rows": rows,
+        "gates": gates,
+        "gate_checks": make_gate_checks(spec.model_dump(mode="json")["gates"], gates),
         "job": make_totals(table),
         "run": {
             **totals,
@@ -69,7 +74,7 @@ def make_report(
         "timeline": make_timeline(record) if record else None,
         "lanes": make_lanes(record, table) if record else None,
         "tail": make_tail(record, ours) if record else None,
-        "samples": list(samples),
+        "generations": list(generations),
         "spec": spec.model_dump(mode="json"),
     }
 
