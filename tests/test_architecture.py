@@ -155,7 +155,8 @@ LAYERS = [
     ["report", "report.figures", "report.svg"],
     ["report.records"],
     ["report.distributions", "report.waste", "report.lanes", "report.charts", "report.generations", "report.gates"],
-    ["report.value", "report.page", "report.text"],
+    ["report.tiles", "report.value", "report.text"],
+    ["report.page"],
     ["report.by"],
     ["driver.run_record"],
     # an NVFP4 checkpoint
@@ -282,6 +283,7 @@ PURE |= {
     "queue.timeline",
     "report.waste",
     "report.gates",
+    "report.tiles",
     "report.lanes",
     "report.distributions",
     "report.svg",

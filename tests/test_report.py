@@ -369,6 +369,24 @@ def test_a_report_made_of_stats_alone_says_the_same(job: tuple[Path, Tree]) -> N
     assert differing == {"made_at"}
 
 
+def test_a_run_that_had_nothing_to_do_shows_the_times_of_the_one_before(job: tuple[Path, Tree], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(job[0], out)
+    before = json.loads((out / "report.json").read_text())
+    tree = {**job[1], "output": {**job[1]["output"], "path": str(out)}}
+    report, _ = run(tree)
+    assert report["epoch"] == before["epoch"] + 1
+    assert report["run"]["elapsed_s"] is None
+    assert report["lanes"]["num_workers"] == before["lanes"]["num_workers"] > 0
+    for name in ("timeline", "tail", "runs", "bill"):
+        assert report[name]
+        assert report[name] == before[name]
+    page = (out / "report.html").read_text()
+    assert f"Of run {before['epoch']}: this one had nothing to do." in page
+    assert "<dd>nothing<small>was left to do" in page
+    assert "had nothing to do." not in (job[0] / "report.html").read_text()
+
+
 def unseal(value: dict[str, Any]) -> dict[str, Any]:
     return {name: held for name, held in value.items() if name not in ("is_sealed", "sha256")}
 

@@ -20,7 +20,7 @@ LABELS = {
     "max_mean_tokens": "mean completion, tokens",
     "max_duplicate_rate": "answers that another row has, too",
 }
-VERDICTS = {True: "met", False: "beyond the limit", None: "not looked at"}
+VERDICTS = {True: "met", False: "not met", None: "not looked at"}
 
 
 def make_gate_checks(gates: Mapping[str, Any], told: Mapping[str, Any] | None) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ def make_text_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         lines.append(("gates", ", ".join(f"{name} {tell_gate(name, checks, report['gates'])[0]}" for name in names)))
     lines += _make_bill_rows(report)
     for name in LATENCIES:
-        values = [show(job["latency"][f"{name}_{key}_s"], "s") for key in QUANTILES]
+        values = [show_time(job["latency"][f"{name}_{key}_s"]) for key in QUANTILES]
         lines.append((f"{name.replace('_', ' ')} {'/'.join(QUANTILES)}", ", ".join(values)))
     lines.append(("batches", ", ".join(f"{count} {name}" for name, count in job["batches"].items()) or "none"))
     lines.append(("finish reasons", show_counts(job["finish_reasons"])))
