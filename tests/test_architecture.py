@@ -108,6 +108,7 @@ LAYERS = [
     ["engines.decode", "engines.simulated"],
     ["engines.lanes"],
     ["engines.transformers", "engines.openai", "engines.tensorrt_llm"],
+    ["engines.table"],
     ["engines"],
     ["chaos.faults"],
     ["preflight.doctor"],
@@ -553,6 +554,8 @@ SHOW = "print(*sorted(m for m in {names} if m in sys.modules))"
         ("import batchgen.cli", HEAVY | {"pyarrow", "pydantic", "yaml"}),
         # All that a driver and a simulated worker on a local disk need.
         ("import batchgen.driver.run, batchgen.driver.inline_pool, batchgen.engines.simulated", HEAVY),
+        # It starts with each engine, beside a vendor that has enough to load.
+        ("import batchgen.engines.trtllm.child", HEAVY | {"pyarrow", "pydantic", "yaml"}),
     ],
 )
 def test_importing_loads_no_vendor_before_it_is_used(code: str, absent: set[str]) -> None:
