@@ -267,7 +267,7 @@ def test_a_ranks_failure_fails_its_requests_for_another_try(tmp_path: Path) -> N
         for number, rank in ((1, 0), (2, 0), (3, 1)):
             child.send(Submit(number, PROMPT, replace(LONG, max_tokens=60), rank))
         await until(lambda: len(child.read_requests()) == 3)
-        child.control(**SLOW, fail_active=1)
+        child.control(**{**SLOW, "token_s": 0.0}, fail_active=1)
         answers = {answer.number: answer for answer in [await child.read() for _ in range(3)]}
         assert [(answers[number].blame, answers[number].error_type) for number in (1, 2)] == [
             ("retry", "request_failed")
