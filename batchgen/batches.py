@@ -60,7 +60,8 @@ class GateCounts:
 
 @dataclass(frozen=True, slots=True)
 class FileFooter:
-    """What a shard file says of itself. `gates` is None in files of earlier versions."""
+    """What a shard file says of itself. `gates` is None in files of earlier versions; `templates` has the lengths of its
+    rows by template where a column names them (`lengths.make_template_lengths`)."""
 
     format_version: int
     fingerprint: str
@@ -73,3 +74,4 @@ class FileFooter:
     num_rows_retryable: int
     batches: tuple[BatchStats, ...]
     gates: GateCounts | None = None
+    templates: dict[str, str] | None = None

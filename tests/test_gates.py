@@ -93,7 +93,8 @@ def make_rows(texts: list[str]) -> pa.Table:
     same = {
         name: pa.array([value] * len(texts), pa.int64() if value == 1 else pa.string()) for name, value in names.items()
     }
-    return pa.table({**same, "text": pa.array(texts, pa.string())})
+    copied = pa.array(texts, pa.string_view())  # of a type that Arrow can't filter
+    return pa.table({**same, "text": pa.array(texts, pa.string()), "copied": copied})
 
 
 def test_what_a_refusal_and_a_misfit_are() -> None:

@@ -44,8 +44,8 @@ def is_match(pattern: str, text: str) -> bool:
 
 
 def find_schema_fault(schema: str) -> str | None:
-    """What of a JSON Schema (its text) could not be looked at in bounded time; None if nothing. Names the standard's keywords
-    only."""
+    """What of a JSON Schema (its text) could not be looked at in bounded time; None if nothing. Names keywords of the
+    standard only."""
     names: set[str] = set()
     for name, pattern in _iter_patterns(json.loads(schema), names):
         if find_pattern_fault(pattern) is not None:

@@ -16,6 +16,7 @@ from batchgen import journal
 from batchgen.batches import BatchStats, FileFooter
 from batchgen.errors import AlreadyExists, Conflict, Damaged
 from batchgen.gates.count import make_counter, make_rules
+from batchgen.lengths import make_template_lengths
 from batchgen.manifest import CommittedShard
 from batchgen.names import is_reused_id, make_reused_id, parse_batch_id
 from batchgen.parquet import read_table
@@ -126,6 +127,7 @@ class ShardFiles:
         """Publish the shard, all or nothing. Raises StorageError; then nothing is published, or our own file is."""
         started = time.monotonic()
         lease, parts = shard.lease, shard.make_parts(self._output_schema, self.read_back)
+        by = self._spec.input.length_template
         stats = make_batch_stats(
             lease,
             info,
@@ -148,6 +150,7 @@ class ShardFiles:
             **count_rows(parts.output),
             batches=(stats, *list_carried(lease, info, parts.carried), *self._list_earlier(shard, parts.recovered)),
             gates=self._count_for_gates(parts.output),
+            templates=None if by is None else make_template_lengths(parts.output, by),
         )
         data = make_shard_file(parts.output, footer, compression_level=self._spec.output.compression_level)
         standing = self._publish(lease, data, footer)
