@@ -26,6 +26,7 @@ LAYERS = [
     ["records", "queue.suspects"],
     ["specs.sections", "queue.orders", "worker.spilled"],
     ["specs.tensorrt_llm", "specs.sampling", "specs.retry", "specs.input"],
+    ["specs.patterns"],
     ["specs.gates"],
     ["specs.engine"],
     ["queue.lazy_heap", "queue.leases", "queue.tail"],
@@ -42,7 +43,8 @@ LAYERS = [
         "worker.seal",
     ],
     ["preflight.tokenizer_files", "specs.saved", "specs.reference"],
-    ["reuse.fingerprint", "gates.decide"],
+    ["reuse.fingerprint", "gates.decide", "gates.fit"],
+    ["gates.count"],
     # pure decisions
     ["prompt", "plan", "queue.backlog", "queue.scaling", "queue.governor", "lengths", "worker.answer", "verify.rows"],
     ["stats", "queue.work_queue", "queue.progress", "queue.roster", "queue.timeline"],
@@ -258,7 +260,7 @@ PURE = {
     "specs.tensorrt_llm",
 }
 PURE |= {"spec", "prompt", "plan", "specs.sampling", "batches", "engines.deepseek_turns", "engines.deepseek_v32"}
-PURE |= {"gates.decide", "specs.gates"}
+PURE |= {"gates.decide", "gates.count", "gates.fit", "specs.gates", "specs.patterns"}
 PURE |= {"reuse.fingerprint", "specs.saved", "specs.input"}
 PURE |= {"row_ranges", "queue.suspects", "queue.trial_queue", "specs.retry"}
 PURE |= {
@@ -358,9 +360,9 @@ VENDORS = {
     "botocore": {"stores.remote"},
     "pynvml": {"engines.trtllm.gpu()", "preflight.facts()"},
     "yaml": {"specs.load", "pipelines.load"},
-    "jsonschema": {"specs.sampling()", "gates.scan()"},
-    "referencing": {"gates.scan()"},
-    "numpy": {"evaluate.statistics", "evaluate.speed", "reuse.index"},
+    "jsonschema": {"specs.sampling()", "gates.fit()"},
+    "referencing": {"specs.sampling()", "gates.fit()"},
+    "numpy": {"evaluate.statistics", "evaluate.speed", "reuse.index", "gates.count", "gates.scan"},
     "fastapi": {
         "serve.routes_completions",
         "serve.deployment",

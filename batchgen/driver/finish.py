@@ -52,7 +52,8 @@ def finish(
     manifest.write_committed(fence.put, committed.values())
     write_lengths(storage, committed.values())
     wanted = [committed[shard.number] for shard in job.wanted if shard.number in committed]
-    gates.judge_end(own, job.committed, is_whole=message is None and len(wanted) == len(job.wanted) and not is_trial)
+    is_whole = message is None and len(wanted) == len(job.wanted) and not is_trial
+    message = gates.judge_end(own, job.committed, is_whole=is_whole) or message
     failed = tell(gates.failed) if gates.failed else None
     num_samples = job.spec.output.report_rows
     report = make_report(

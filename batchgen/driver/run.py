@@ -20,7 +20,7 @@ from batchgen.driver.run_record import RunRecorder
 from batchgen.driver.signals import stop_on_signal
 from batchgen.driver.view import View
 from batchgen.driver.watch import Watch
-from batchgen.errors import LeaseLost, RunStopped, StorageError
+from batchgen.errors import LeaseLost, OutputError, RunStopped, StorageError
 from batchgen.gates.watch import GateWatch
 from batchgen.logs import Note, in_run, log_event
 from batchgen.metrics import Point
@@ -138,7 +138,7 @@ def dispatch(dispatcher: Dispatcher, view: View) -> str | None:
         dispatcher.run()
     except LeaseLost:
         raise
-    except (RunStopped, StorageError) as stop:
+    except (RunStopped, StorageError, OutputError) as stop:  # a file of the output may be damaged while the run goes on
         view.warn(Note(f"stopping: {stop}", "run_stopping"))
         dispatcher.drain(dispatcher.spec.cluster.drain_s)
         return str(stop)
