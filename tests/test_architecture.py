@@ -157,8 +157,9 @@ LAYERS = [
     # what a job did
     ["report", "report.figures", "report.svg"],
     ["report.records"],
-    ["report.distributions", "report.waste", "report.lanes", "report.charts", "report.samples", "report.text"],
-    ["report.value", "report.page"],
+    ["report.distributions", "report.waste", "report.lanes", "report.charts", "report.generations", "report.gates"],
+    ["report.tiles", "report.value", "report.text"],
+    ["report.page"],
     ["report.by"],
     ["driver.run_record"],
     # an NVFP4 checkpoint
@@ -284,6 +285,8 @@ PURE |= {"queue.begun"}
 PURE |= {
     "queue.timeline",
     "report.waste",
+    "report.gates",
+    "report.tiles",
     "report.lanes",
     "report.distributions",
     "report.svg",
