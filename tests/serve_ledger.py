@@ -3,6 +3,7 @@
 import json
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from batchgen.engines.simulated import read_calls
@@ -92,9 +93,9 @@ class Ledger:
         return num_again
 
 
-def wait_for_calls(calls: str, num: int, timeout_s: float = 120) -> None:
-    """Until the engines were asked for so many more rows than now."""
+def wait_for_calls(calls: str, num: int, is_over: Callable[[], bool] = lambda: False, timeout_s: float = 120) -> None:
+    """Until the engines were asked for so many more rows than now; or it is over, and there are no more."""
     wanted, give_up_at = len(read_calls(calls)) + num, time.monotonic() + timeout_s
-    while len(read_calls(calls)) < wanted:
+    while len(read_calls(calls)) < wanted and not is_over():
         assert time.monotonic() < give_up_at
-        time.sleep(0.02)
+        time.sleep(0.05)
