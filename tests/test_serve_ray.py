@@ -191,9 +191,9 @@ def test_twenty_kills(served: Served) -> None:
 
 
 def kill_in_turn(served: Served, parts: list[str], *, num_rows: int, gap: int) -> None:
-    """Each kill meets the batch at another place, counted in rows (it may be over where restarts take long); then only what a kill put at risk is asked for again:
-    of an engine all that was not journaled yet, of a controller what was in flight (its engine journals the rest), of an
-    ingress nothing."""
+    """Each kill meets the batch at another place, counted in rows; where restarts take long it may be over before. Only
+    what a kill put at risk is asked for again: of an engine all that was not journaled yet, of a controller what was in
+    flight (its engine journals the rest), of an ingress nothing."""
     client, calls = served.client, str(served.folder / "calls")
     ledger = Ledger(State(str(served.folder / "store")), calls, LOCAL_TENANT)
     batch = start_batch(client, num_rows)

@@ -4,6 +4,7 @@
 nothing is written for it here, and whoever can't see the folder can't find it by its id.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from batchgen.serve.errors import ApiError
 from batchgen.serve.ids import is_dated_digest, make_dated_digest
 from batchgen.serve.wire import CHAT, COMPLETIONS, Batch, BatchError, BatchErrors, BatchStatus, RequestCounts
 from batchgen.storage import Storage
+
+log = logging.getLogger("batchgen.serve")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +101,13 @@ class Jobs:
         return self._prefix.url(f"{tenant}/{name}")
 
     def _open(self, tenant: str, name: str) -> OwnJob | None:
-        """None for what is no job of ours, or none that has begun."""
+        """None for what is no job of ours, or none that has begun; one that is damaged is told of, and hides no other."""
         storage = Storage(self._url(tenant, name))
         try:
             started_at = parse_holder(find_lock(storage).read_bytes(f"{FOLDER}/{1:09d}.json")).started_at
         except (NotFound, ValueError):
+            return None
+        except OutputError as error:
+            log.warning("a job is not shown: %s", error)
             return None
         return OwnJob(f"batch_{make_dated_digest(started_at, storage.root)}", name, storage, started_at)
