@@ -20,10 +20,10 @@ from store_kinds import sure
 from batchgen.driver.lease import acquire
 from batchgen.errors import InputChanged, LeaseHeld, OutputError, Refusal, SpecError, StorageError
 from batchgen.manifest import LOCK, SPEC
-from batchgen.serve import records
+from batchgen.serve import described, records
 from batchgen.serve.app import create_app
 from batchgen.serve.batch_spec import make_batch_spec
-from batchgen.serve.bodies import read_body
+from batchgen.serve.bodies import COMMON, INERT, ONLY_CHAT, ONLY_TEXT, read_body
 from batchgen.serve.body_sampling import Abilities
 from batchgen.serve.claims import Claims
 from batchgen.serve.door import BulkJob
@@ -232,6 +232,11 @@ def test_what_a_body_becomes() -> None:
         assert part in asked.rows[0]["sampling"]
 
 
+def test_the_description_names_every_field_that_a_body_may_hold() -> None:
+    assert set(described.CHAT_FIELDS) == COMMON | INERT | ONLY_CHAT
+    assert set(described.TEXT_FIELDS) == COMMON | INERT | ONLY_TEXT
+
+
 # ---- ranges, rates, pages, keys
 
 
@@ -361,7 +366,7 @@ def test_an_unknown_id_opens_no_job_and_a_lock_elsewhere_is_followed(
     assert jobs.find("acme", make_batch_id(0.0)) is None
     assert caplog.messages == []
     assert jobs.find("acme", job.id) is None
-    assert "is damaged" in caplog.text
+    assert "a job is not shown" in caplog.text
 
 
 def test_a_report_is_made_once_for_all_pages_that_are_open(tmp_path: Path) -> None:

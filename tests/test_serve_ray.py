@@ -1,7 +1,9 @@
 """`batchgen serve` on a real Ray: interactive requests beside batches on shared engines, and every part of it killed."""
 
+import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,8 +17,16 @@ from typing import Any
 
 import openai
 import pytest
+import schemathesis
 import yaml
+from hypothesis import HealthCheck, Phase, settings
 from ray_cluster import MARK, find_port, list_marked, stop_processes
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
 from serve_ledger import Ledger, wait_for_calls
 
 from batchgen.serve.keys import LOCAL_TENANT
@@ -32,6 +42,7 @@ ENGINE = {
     "mean_tokens": 20,
     "decode_tokens_per_s": 60,
 }
+CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 CHAT = "/v1/chat/completions"
 PARTS = ("ray::EngineActor", "ray::ServeReplica:batchgen:Controller", "ray::ServeReplica:batchgen:Ingress")
 
@@ -47,8 +58,12 @@ class Served:
     folder: Path
 
     @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    @property
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=8)
+        return openai.OpenAI(base_url=self.url, api_key="none", max_retries=8)
 
     def kill(self, part: str) -> None:
         found = list_marked(self.mark, part)
@@ -167,6 +182,79 @@ def test_what_it_cannot_do_is_refused_by_name(served: Served, fields: Any, error
     with pytest.raises(error) as caught:
         served.client.chat.completions.create(**{"model": "slow", "messages": messages, **fields})
     assert caught.value.param == param
+
+
+def test_the_async_client_is_answered_whole_and_streamed(served: Served) -> None:
+    """Both routes with `AsyncOpenAI`: its pieces make up the whole answer, and its errors are the sync client's."""
+
+    async def main() -> None:
+        async with openai.AsyncOpenAI(base_url=served.url, api_key="none", max_retries=8) as client:
+            messages: Any = [{"role": "user", "content": "tell me"}]
+            chat: Any = {"model": "slow", "messages": messages, "seed": 5}
+            whole = await client.chat.completions.create(**chat)
+            pieces = [piece async for piece in await client.chat.completions.create(**chat, stream=True)]
+            texts = [piece.choices[0].delta.content or "" for piece in pieces]
+            assert "".join(texts) == whole.choices[0].message.content
+            assert sum(bool(text) for text in texts) > 1
+            assert whole._request_id
+            text: Any = {"model": "slow", "prompt": ["one", "two"], "n": 2, "max_tokens": 5, "seed": 1}
+            found = await client.completions.create(**text)
+            assert [choice.index for choice in found.choices] == [0, 1, 2, 3]
+            usage = {"include_usage": True}
+            streamed = await client.completions.create(**text, stream=True, stream_options=usage)
+            parts = [part async for part in streamed]
+            for choice in found.choices:
+                own = [each.text for part in parts for each in part.choices if each.index == choice.index]
+                assert "".join(own) == choice.text
+            assert parts[-1].usage == found.usage
+            many = [client.chat.completions.create(**chat) for _ in range(20)]
+            answers = await asyncio.gather(*many)
+            assert {answer.choices[0].message.content for answer in answers} == {whole.choices[0].message.content}
+            with pytest.raises(openai.BadRequestError) as caught:
+                await client.chat.completions.create(**chat, stream=True, temperature=-1)
+            assert caught.value.param == "temperature"
+
+    asyncio.run(main())
+
+
+def test_an_answer_that_is_cut_off_leaves_no_work_behind(served: Served) -> None:
+    """A client that stops listening: its place is free again."""
+
+    def count_urgent() -> float:
+        text = served.client.get(f"{served.url[:-3]}/metrics", cast_to=str)
+        return sum(
+            float(line.split()[-1]) for line in text.splitlines() if re.match(r"batchgen_.*urgent|.*interactive", line)
+        )
+
+    with ask(served.client, "tell me", stream=True) as stream:
+        next(iter(stream))
+    give_up_at = time.monotonic() + 30
+    while count_urgent():
+        assert time.monotonic() < give_up_at
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def described(served: Served) -> Any:
+    schema = schemathesis.openapi.from_url(f"{served.url[:-3]}/openapi.json")
+    return schema.include(path_regex="completions$|metrics$")
+
+
+@schemathesis.pytest.from_fixture("described").parametrize()
+@settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+def test_every_interactive_answer_is_as_described(served: Served, case: schemathesis.Case) -> None:
+    if isinstance(case.body, dict) and case.body.get("model") not in (None, "slow") and len(str(case.body)) % 4:
+        case.body["model"] = "slow"  # else nearly all are of a model that is not there
+    if isinstance(case.body, dict) and case.body.get("stream") is True:
+        case.body["stream"] = False  # a stream is no JSON to be checked; the others look at those
+    case.call_and_validate(base_url=served.url[:-3], checks=CHECKS)
 
 
 def test_interactive_requests_and_the_earlier_deadline_go_before_bulk(served: Served) -> None:

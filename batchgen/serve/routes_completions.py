@@ -15,6 +15,7 @@ from batchgen.serve.answers import ChoiceResult, from_result, make_body, make_ro
 from batchgen.serve.bodies import Asked, read_body
 from batchgen.serve.body_sampling import Abilities
 from batchgen.serve.deltas import Delta
+from batchgen.serve.described import CHAT_ROUTE, TEXT_ROUTE
 from batchgen.serve.errors import ApiError, bad_request
 from batchgen.serve.interactive import Ask
 from batchgen.serve.wire import CHAT, COMPLETIONS, Json
@@ -52,12 +53,12 @@ def create_completions_router(
         first = await anext(events)  # what is refused is refused with its status, before the stream begins
         return StreamingResponse(join(first, events), media_type="text/event-stream")
 
-    @router.post(CHAT, tags=["completions"])
+    @router.post(CHAT, tags=["completions"], **CHAT_ROUTE)
     async def chat(body: JsonBody) -> Response:
         """OpenAI's chat completion; `stream: true` sends chunks."""
         return await complete(CHAT, body)
 
-    @router.post(COMPLETIONS, tags=["completions"])
+    @router.post(COMPLETIONS, tags=["completions"], **TEXT_ROUTE)
     async def text(body: JsonBody) -> Response:
         """OpenAI's completion; a list of prompts is answered in order."""
         return await complete(COMPLETIONS, body)
