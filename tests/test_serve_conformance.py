@@ -12,8 +12,7 @@ from typing import Any
 
 import openai
 import pytest
-from serve_process import CHAT, TERMINAL, Server, make_endpoint_tree, make_jsonl, make_line, running
-from test_serve_batches import Losing, end_window
+from serve_process import CHAT, TERMINAL, Losing, Server, end_window, make_endpoint_tree, make_jsonl, make_line, running
 
 from batchgen.serve.claims import Claims
 from batchgen.serve.ids import make_batch_id
@@ -303,6 +302,10 @@ def test_a_create_that_timed_out_makes_one_batch(sdk: Sdk) -> None:
         assert not proxy.loses_next
     listed = sdk.as_tenant("globex").list_all("batches.list", limit=100)
     assert [each.id for each in listed if each.input_file_id == file_id] == [batch.id]
+    again = sdk.as_tenant("globex").call(
+        "batches.create", input_file_id=file_id, endpoint=CHAT, completion_window="24h"
+    )
+    assert again.id != batch.id  # no repetition: it was meant
 
 
 def test_200_mb_go_through_without_being_held(sdk: Sdk, tmp_path: Path) -> None:

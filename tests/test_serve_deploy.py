@@ -1,4 +1,4 @@
-"""`serve deploy jobs/serve.yaml` on a running cluster: two models in one endpoint, engines that come as a batch needs them."""
+"""`serve deploy jobs/serve.yaml` on a running cluster: two models in one endpoint, engines that come as they are needed."""
 
 import json
 import subprocess

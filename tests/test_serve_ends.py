@@ -8,8 +8,17 @@ from typing import Any
 import openai
 import pytest
 import yaml
-from serve_process import Server, create, make_endpoint_tree, make_line, read_lines, wait_for, wait_over
-from test_serve_batches import check_left_over, end_window
+from serve_process import (
+    Server,
+    check_left_over,
+    create,
+    end_window,
+    make_endpoint_tree,
+    make_line,
+    read_lines,
+    wait_for,
+    wait_over,
+)
 
 from batchgen.serve.state import State
 from batchgen.storage import Storage
