@@ -220,7 +220,8 @@ LAYERS = [
     ["serve.app"],
     ["serve.plain"],
     # shared engines, and the endpoint on Ray Serve
-    ["serve.room", "serve.deltas"],
+    ["serve.room", "serve.growing"],
+    ["serve.deltas"],
     ["serve.places", "serve.interactive"],
     ["serve.host", "serve.routes_completions"],
     ["serve.exposition", "serve.engine_actor"],
@@ -307,7 +308,7 @@ PURE |= {
 }
 PURE |= {"compact.digest", "compact.plan"}
 PURE |= {"serve.errors", "serve.ids", "serve.rates", "serve.paging", "serve.ranges", "serve.wire", "serve.records"}
-PURE |= {"serve.room", "serve.deltas"}
+PURE |= {"serve.room", "serve.growing", "serve.deltas"}
 PURE |= {"serve.spec", "serve.batch_spec", "serve.bodies", "serve.body_sampling", "serve.lines", "serve.answers"}
 # What only does I/O: pure modules may not even import it from the standard library.
 EFFECTS = {
