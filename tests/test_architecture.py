@@ -106,7 +106,7 @@ LAYERS = [
     ["engines.nvfp4_model"],
     ["engines.hf_model"],
     ["engines.decode", "engines.simulated"],
-    ["engines.lanes"],
+    ["engines.lanes", "engines.replies"],
     ["engines.transformers", "engines.openai", "engines.tensorrt_llm"],
     ["engines"],
     ["chaos.faults"],
