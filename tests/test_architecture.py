@@ -226,6 +226,7 @@ LAYERS = [
     ["serve.host", "serve.routes_completions"],
     ["serve.exposition", "serve.engine_actor"],
     ["serve.ray_engines"],
+    ["serve.ray_shared_pool"],
     ["serve.gateway"],
     ["serve.deployment"],
     ["serve.local"],
@@ -337,6 +338,7 @@ VENDORS = {
         "pipelines.ray_jobs",
         "serve.engine_actor",
         "serve.ray_engines",
+        "serve.ray_shared_pool",
         "serve.gateway",
         "serve.deployment",
     }
@@ -515,6 +517,7 @@ def test_whoever_loads_a_heavy_vendor_at_its_top_is_itself_loaded_lazily() -> No
         "pipelines.ray_jobs",
         "serve.engine_actor",
         "serve.ray_engines",
+        "serve.ray_shared_pool",
         "serve.gateway",
         "serve.deployment",
         "serve.local",

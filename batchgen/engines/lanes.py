@@ -4,8 +4,8 @@ Each lane is a batch of its own, for a step of sixty-four rows takes three times
 urgent lane has work it gets the turns, but for one in `BULK_EVERY`, so that no other row ever stands still. An idle urgent
 lane costs nothing: neither turns nor cache. While it is not idle, the other lane keeps to what it leaves of the cache.
 
-A turn under way is never broken off, so whoever comes waits for what is left of it. Where something urgent came lately, more
-is about to come, and the other lane's prefills are kept about as short as its steps; one long prompt still is one turn.
+A turn under way is never broken off: whoever comes waits for the rest of it. Where something urgent came lately, more is
+about to come, and the other lane's prefills are kept about as short as its steps; one long prompt still is one turn.
 """
 
 import time
