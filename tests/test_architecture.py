@@ -108,7 +108,7 @@ LAYERS = [
     ["engines.nvfp4_model"],
     ["engines.hf_model"],
     ["engines.decode", "engines.simulated"],
-    ["engines.lanes"],
+    ["engines.lanes", "engines.replies"],
     ["engines.transformers", "engines.openai", "engines.tensorrt_llm"],
     ["engines.table"],
     ["engines"],
@@ -224,11 +224,13 @@ LAYERS = [
     ["serve.app"],
     ["serve.plain"],
     # shared engines, and the endpoint on Ray Serve
-    ["serve.room", "serve.deltas", "serve.described"],
+    ["serve.room", "serve.growing", "serve.described"],
+    ["serve.deltas"],
     ["serve.places", "serve.interactive"],
     ["serve.host", "serve.routes_completions"],
     ["serve.exposition", "serve.engine_actor"],
     ["serve.ray_engines"],
+    ["serve.ray_shared_pool"],
     ["serve.gateway"],
     ["serve.deployment"],
     ["serve.local"],
@@ -313,7 +315,7 @@ PURE |= {
 }
 PURE |= {"compact.digest", "compact.plan"}
 PURE |= {"serve.errors", "serve.ids", "serve.rates", "serve.paging", "serve.ranges", "serve.wire", "serve.records"}
-PURE |= {"serve.room", "serve.deltas", "serve.described"}
+PURE |= {"serve.room", "serve.growing", "serve.deltas", "serve.described"}
 PURE |= {"serve.spec", "serve.batch_spec", "serve.bodies", "serve.body_sampling", "serve.lines", "serve.answers"}
 # What only does I/O: pure modules may not even import it from the standard library.
 EFFECTS = {
@@ -342,6 +344,7 @@ VENDORS = {
         "pipelines.ray_jobs",
         "serve.engine_actor",
         "serve.ray_engines",
+        "serve.ray_shared_pool",
         "serve.gateway",
         "serve.deployment",
     }
@@ -520,6 +523,7 @@ def test_whoever_loads_a_heavy_vendor_at_its_top_is_itself_loaded_lazily() -> No
         "pipelines.ray_jobs",
         "serve.engine_actor",
         "serve.ray_engines",
+        "serve.ray_shared_pool",
         "serve.gateway",
         "serve.deployment",
         "serve.local",
