@@ -140,11 +140,13 @@ from batchgen.driver import run  # noqa: E402, I001
 from batchgen.driver import hold  # noqa: E402
 from batchgen.driver import lease as driver_lease  # noqa: E402
 from batchgen.stores.probe import StoreAbilities  # noqa: E402
+from batchgen.reuse import carrier  # noqa: E402
 from batchgen.worker import worker  # noqa: E402
 
 parquet.pq = types.SimpleNamespace(ParquetFile=CachedParquet)  # type: ignore[assignment]
 threads = Threading(get_kernel)
 hold.threading = threads  # type: ignore[assignment]
 driver_lease.threading = threads  # type: ignore[assignment]
+carrier.threading = threads  # type: ignore[assignment]
 hold.probe = lambda _: StoreAbilities(is_exclusive=True, can_replace=True, reason=None)
 __all__ = ["driver_lease", "enter", "get_kernel", "hold", "leave", "run", "worker"]
