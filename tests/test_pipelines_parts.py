@@ -18,12 +18,13 @@ from batchgen.driver.run import run_job
 from batchgen.driver.view import QuietView
 from batchgen.errors import InputError
 from batchgen.pipelines.decide import Outcome
-from batchgen.pipelines.events import Began, Ended, Submitted
+from batchgen.pipelines.events import Began, Ended, PartitionEnded, Submitted
 from batchgen.pipelines.execute import execute
 from batchgen.pipelines.filters import write_filtered
 from batchgen.pipelines.hooks import HookFailed, Teller, tell
 from batchgen.pipelines.keeper import Keeper
-from batchgen.pipelines.load import load_pipeline, with_limits
+from batchgen.pipelines.limits import with_limits
+from batchgen.pipelines.load import load_pipeline
 from batchgen.pipelines.log import Log
 from batchgen.pipelines.orders import Order, open_folder, write_order, write_outcome
 from batchgen.pipelines.spec import HookSpec, PipelineSpec
@@ -56,7 +57,8 @@ class Meddled:
         if not self._has_meddled:
             self._has_meddled = True
             self._other.catch_up()
-            assert self._other.append(Ended(OTHER, "failed", "", 1.0, 0.0))
+            assert self._other.append(PartitionEnded(OTHER, "", "failed", "", 1.0, 0.0))
+            assert self._other.append(Ended(OTHER, "failed", "", 0.0))
         return "ended"
 
     def stop(self, submission: Submission) -> None: ...
@@ -67,10 +69,16 @@ def make_keeper(spec: PipelineSpec, submitter: Any, only: str | None = None) -> 
 
 
 def submit(spec: PipelineSpec, log: Log, key: str) -> None:
-    order = Order(spec=spec, key=key, attempt=1, previous=None, began_at=0.0, spent_gpu_hours=0.0)
+    order = Order(spec=spec, key=key, attempt=1, previous=None, began_at=0.0)
     digest = write_order(open_folder(spec), order)
     assert log.append(Began(key, "asked", 0.0))
     assert log.append(Submitted(key, 1, digest, "local", 0.0))
+
+
+def end(log: Log, key: str, at: float = 0.0, *hooks: str) -> None:
+    """It failed."""
+    assert log.append(PartitionEnded(key, "", "failed", "", 0.0, at))
+    assert log.append(Ended(key, "failed", "", at, hooks))
 
 
 def test_a_run_that_another_scheduler_ended_meanwhile_is_not_ended_twice(tmp_path: Path) -> None:
@@ -79,7 +87,7 @@ def test_a_run_that_another_scheduler_ended_meanwhile_is_not_ended_twice(tmp_pat
     log, folder = Log(open_folder(spec)), open_folder(spec)
     for key in (ONE, OTHER):
         submit(spec, log, key)
-        write_outcome(folder, key, 1, Outcome(True, gpu_hours=1.0))
+        write_outcome(folder, key, "", 1, Outcome(True, gpu_hours=1.0))
     keeper = make_keeper(spec, Meddled(Log(folder)))
     keeper.keep(0.0)
     keeper.keep(0.0)
@@ -94,7 +102,7 @@ def test_an_earlier_failure_is_not_taken_for_the_end_of_what_is_asked_for_now(tm
     spec = make_spec(tmp_path)
     log = Log(open_folder(spec))
     submit(spec, log, ONE)
-    assert log.append(Ended(ONE, "failed", "", 0.0, 0.0))
+    end(log, ONE)
     submit(spec, log, OTHER)  # so there is no room for it yet
     assert ask(spec, [ONE]) == [ONE]
     keeper = make_keeper(spec, Meddled(Log(open_folder(spec))), only=ONE)
@@ -104,16 +112,16 @@ def test_an_earlier_failure_is_not_taken_for_the_end_of_what_is_asked_for_now(tm
 
 def test_a_second_end_of_a_date_is_told_by_whoever_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One scheduler was there for the first end; another began the date again, ended it and died."""
-    monkeypatch.setattr("batchgen.pipelines.keeper.HOOK_GRACE_S", 0.0)
+    monkeypatch.setattr("batchgen.pipelines.aftermath.HOOK_GRACE_S", 0.0)
     told = tmp_path / "told"
     command = [sys.executable, "-c", f"open({str(told)!r}, 'a').write('x')"]
     spec = make_spec(tmp_path, on_failure=[{"command": command}])
     other, keeper = Log(open_folder(spec)), make_keeper(spec, None)
     for number in range(2):
         submit(spec, other, ONE)
-        assert other.append(Ended(ONE, "failed", "", 0.0, float(number)))
+        end(other, ONE, float(number), spec.on_failure[0].id)
         give_up_at = time.monotonic() + 20
-        while other.catch_up().runs[ONE].notified != (0,):
+        while other.catch_up().runs[ONE].hooks_left:
             assert time.monotonic() < give_up_at
             keeper.keep(0.0)
             time.sleep(0.02)
@@ -126,7 +134,7 @@ def test_gpu_hours_of_all_jobs_are_counted(tmp_path: Path) -> None:
         report["run"]["gpu_hours"] = 1.5
         return report
 
-    order = Order(spec=make_spec(tmp_path), key=ONE, attempt=1, previous=None, began_at=0.0, spent_gpu_hours=0.0)
+    order = Order(spec=make_spec(tmp_path), key=ONE, attempt=1, previous=None, began_at=0.0)
     outcome = execute(order, run, str)
     assert (outcome.is_ok, outcome.gpu_hours) == (True, 3.0)
 
