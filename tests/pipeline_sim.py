@@ -187,6 +187,10 @@ class SimRay:
         if self.world.now < self.away_until:
             raise SubmitterAway("the head is away")
 
+    def list_at_work(self) -> set[str]:
+        """Dates of which a job was submitted that has not ended."""
+        return {job.submission.key for job in self.jobs.values() if not job.has_ended}
+
     def die(self) -> None:
         """With everything on it; another one comes and knows nothing."""
         self.jobs.clear()

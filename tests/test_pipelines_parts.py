@@ -5,6 +5,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,74 @@ def test_a_second_end_of_a_date_is_told_by_whoever_is_left(tmp_path: Path, monke
             keeper.keep(0.0)
             time.sleep(0.02)
         assert told.read_text() == "x" * (number + 1)
+
+
+def test_a_hook_that_is_new_is_told_of_no_old_end(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    command = [sys.executable, "-c", f"open({str(told)!r}, 'a').write('x')"]
+    spec = make_spec(tmp_path)
+    log = Log(open_folder(spec))
+    submit(spec, log, ONE)
+    end(log, ONE)
+    later = make_spec(tmp_path, on_failure=[{"command": command}])
+    keeper = make_keeper(later, None)
+    keeper.aftermath.own_ends.add(ONE)
+    keeper.keep(0.0)
+    assert has_ended(keeper, ONE), "nothing is left to be told"
+    submit(later, keeper.log, OTHER)
+    write_outcome(open_folder(later), OTHER, "", 1, Outcome(False, "it failed", can_retry=False))
+    keeper.submitter = OnlyEnds()
+    wait_until(lambda: keeper.keep(0.0) is None and has_ended(keeper, OTHER))
+    assert told.read_text() == "x"
+
+
+class OnlyEnds:
+    """A submitter that knows nothing but ends."""
+
+    kind = "local"
+
+    def submit(self, submission: Submission) -> None:
+        raise AssertionError(submission.id)
+
+    def get_status(self, submission: Submission) -> Status:
+        del submission
+        return "ended"
+
+    def stop(self, submission: Submission) -> None: ...
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    give_up_at = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < give_up_at
+        time.sleep(0.02)
+
+
+def test_a_keeper_forgets_runs_that_the_history_has_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batchgen.pipelines.history.KEPT_RUNS", 5)
+    spec = make_spec(tmp_path, wait_for=[{"marker": str(tmp_path / "in" / "rows.parquet")}])
+    keeper = make_keeper(spec, OnlyEnds())
+    for day in range(40):
+        key = f"2026-10-{day + 1:02d}T0100Z" if day < 31 else f"2026-11-{day - 30:02d}T0100Z"
+        submit(spec, keeper.log, key)
+        write_outcome(keeper.folder, key, "", 1, Outcome(True))
+        keeper.keep(0.0)
+    assert keeper.history.count("succeeded") == 40
+    held = [keeper.aftermath.own_ends, keeper.aftermath._told, keeper.aftermath._seen_ends, keeper.history.runs]
+    assert max(map(len, held)) <= 11
+    assert not keeper._silent_since
+    assert not keeper._arrivals
+
+
+def test_a_filter_that_leaves_nothing_is_not_tried_again(tmp_path: Path) -> None:
+    tree = make_pipeline(str(tmp_path))
+    tree["stages"][1]["input"]["filter"] = "score > 100"
+    write_prompts(tmp_path / "in" / "rows.parquet")
+    spec = load_pipeline(write_pipeline(tmp_path / "p.yaml", tree), datetime(2026, 11, 20, tzinfo=UTC)).spec
+    order = Order(spec=spec, key=ONE, attempt=1, previous=None, began_at=0.0)
+    outcome = execute(order, lambda job: run_job(job, QuietView()), str)
+    assert (outcome.is_ok, outcome.can_retry) == (False, False)
+    assert "the filter leaves none of its 20 rows" in outcome.message
 
 
 def test_gpu_hours_of_all_jobs_are_counted(tmp_path: Path) -> None:

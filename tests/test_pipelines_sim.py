@@ -1,5 +1,6 @@
 """Each logical date once: schedulers killed at store operations, two at a time, heads that forget, clocks that jump."""
 
+import json
 import time
 
 import pytest
@@ -87,15 +88,40 @@ def test_without_catchup_a_date_is_run_once_or_skipped() -> None:
     assert num_done > 300
 
 
+# Values that can't stand in a submission id as they are, four of them, of which two may be at work.
+PARTITIONED = {"partitions": {"lang": ["en", "zh Hant"], "size": ["s/m", "l"]}, "max_active_partitions": 2}
+
+
+def make_partitioned() -> dict[str, object]:
+    """With a folder for each."""
+    stages = make_spec().model_dump(mode="json")["stages"]
+    stages[0]["job"]["output"]["path"] = "memory://out/{{ logical_time }}/{{ lang }}-{{ size }}"
+    return {**PARTITIONED, "stages": stages}
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_every_partition_of_every_date_exactly_once(seed: int) -> None:
+    world = run_world(seed, 100, **make_partitioned())
+    check_each_date_once(world, 100)
+    assert world.client.num_kills > 5
+    assert len(world.ray.num_done) >= 400
+    published = json.loads(world.client.held["memory://published/latest.json"][0])
+    assert list(published["outputs"]) == [f"generate/{name}" for name in list_partitions(world.spec)]
+    standing = {name.split("/")[3] for name in world.client.held if name.startswith("memory://out/")}
+    assert len(standing - world.ray.list_at_work()) == 3
+
+
 @pytest.mark.soak
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("seed", range(3))
-def test_ten_thousand_days(seed: int) -> None:
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("is_partitioned", [False, True])
+@pytest.mark.parametrize("seed", range(5))
+def test_ten_thousand_days(seed: int, is_partitioned: bool) -> None:
     started = time.monotonic()
-    world = run_world(seed, 10_000)
+    world = run_world(seed, 10_000, **(make_partitioned() if is_partitioned else {}))
     took_s = time.monotonic() - started
     check_each_date_once(world, 10_000)
+    kind = " of four partitions" if is_partitioned else ""
     print(
-        f"\n10,000 days, seed {seed}: {took_s:.1f} s, {world.client.num_operations:,} store operations, "
+        f"\n10,000 days{kind}, seed {seed}: {took_s:.1f} s, {world.client.num_operations:,} store operations, "
         f"{world.client.num_kills} kills, {world.num_starts} starts of two schedulers"
     )

@@ -18,6 +18,7 @@ from batchgen.pipelines.graph import (
     find_overlap,
     list_outputs,
     make_date_values,
+    make_job_name,
     make_jobs,
 )
 from batchgen.pipelines.limits import with_limits
@@ -101,7 +102,7 @@ def _check_filter(pipeline: Pipeline, job: StageJob, specs: Mapping[str, JobSpec
         return
     from batchgen.pipelines.filters import check_filter
 
-    source = specs["/".join([read.stage, *job.partition.values()])]
+    source = specs[make_job_name(read.stage, job.partition)]
     try:
         check_filter(read.filter, source)
     except ValueError as error:

@@ -116,7 +116,8 @@ class Attempt:
         if not is_done(spec):
             raise JobFailed(f"{job.name}: it ended without _SUCCESS in {spec.output.path}", can_retry=True)
         rows = report["rows"]
-        return {"path": Storage(spec.output.path).root, "rows_ok": rows["ok"], "rows_error": rows["error"]}
+        found = {"path": Storage(spec.output.path).root, "rows_ok": rows["ok"], "rows_error": rows["error"]}
+        return {**found, "partition": dict(job.partition)} if job.partition else found
 
     def _filter(self, job: StageJob, stage: str, expression: str, source: str, output: str) -> int:
         """How many rows go on. Raises JobFailed where none do, or the expression fails: the same rows fail again."""

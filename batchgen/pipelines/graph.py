@@ -13,7 +13,7 @@ from math import prod
 from typing import Any
 
 from batchgen.pipelines.calendar import make_key
-from batchgen.pipelines.partitions import Partition, list_partitions
+from batchgen.pipelines.partitions import Partition, list_partitions, make_partition_name
 from batchgen.pipelines.spec import PipelineSpec, StageSpec
 from batchgen.pipelines.template import Path, TemplateError, list_names, render
 
@@ -48,7 +48,11 @@ class StageJob:
     @property
     def name(self) -> str:
         """Unique in a run."""
-        return "/".join([self.stage.name, *self.partition.values()])
+        return make_job_name(self.stage.name, self.partition)
+
+
+def make_job_name(stage: str, partition: Partition) -> str:
+    return "/".join(filter(None, [stage, make_partition_name(list(partition.values()))]))
 
 
 def check_names(spec: PipelineSpec) -> None:
@@ -136,8 +140,7 @@ def make_jobs(
             continue
         values = make_date_values(spec, date, partition)
         for stage in spec.stages:
-            name = "/".join([stage.name, *partition.values()])
-            values[f"previous.{stage.name}"] = previous.get(name) if previous else None
+            values[f"previous.{stage.name}"] = previous.get(make_job_name(stage.name, partition)) if previous else None
         for number in order:
             job = _make_job(spec, number, partition, values, only_outputs)
             values[f"stages.{job.stage.name}.output"] = job.output

@@ -23,7 +23,9 @@ def list_partitions(spec: PipelineSpec) -> dict[str, dict[str, str]]:
 
 
 def make_partition_name(values: Sequence[str]) -> str:
-    """Unlike that of any other values."""
+    """Unlike that of any other values; '' of none."""
+    if not values:
+        return ""
     plain = ".".join(values)
     if len(plain) <= _MAX_PLAIN and all(_PLAIN.fullmatch(value) for value in values):
         return plain
