@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -116,11 +116,19 @@ def two_schedulers(spec: PipelineSpec) -> Iterator[ThreadSubmitter]:
             future.result(60)
 
 
+def open_log(spec: PipelineSpec) -> Log:
+    while True:
+        with suppress(BatchgenError):
+            return Log(open_folder(spec))
+
+
 def wait_until_done(spec: PipelineSpec, timeout_s: float = 150) -> None:
     """All dates made, all but the newest deleted."""
-    log, give_up_at = Log(open_folder(spec)), time.monotonic() + timeout_s
+    log, give_up_at = open_log(spec), time.monotonic() + timeout_s
     while True:
-        history = log.catch_up()
+        with suppress(BatchgenError):  # the store fails for us, too
+            log.catch_up()
+        history = log.history
         runs = [history.runs[key] for key in DATES if key in history.runs]
         if [run.end for run in runs] == ["succeeded"] * 3 and [run.is_deleted for run in runs] == [True, True, False]:
             return
