@@ -220,7 +220,9 @@ def test_a_misspelt_required_field_is_named_before_the_missing_one() -> None:
 
 
 def test_missing_sections_are_counted() -> None:
-    with pytest.raises(SpecError, match=r"^here: input: is required; add it \(and 3 more\)$"):
+    with pytest.raises(
+        SpecError, match=r"^here: input: is required; add it, e.g. input: {paths: prompts.parquet} \(and 3 more\)$"
+    ):
         make_spec({}, source="here")
 
 

@@ -25,6 +25,13 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 # PyYAML's own, and what it lets through for a value such as 2024-13-45, which looks like a date and is none.
 YAML_ERRORS = (yaml.YAMLError, ValueError, AttributeError)
+# The least that a job's required sections can be.
+LEAST = {
+    "input": "{paths: prompts.parquet}",
+    "prompt": "{column: prompt}",
+    "engine": "{kind: transformers}",
+    "output": "{path: out}",
+}
 
 
 def load_spec(url: str, overrides: Sequence[str] = ()) -> JobSpec:
@@ -108,7 +115,8 @@ def _describe_one(error: ErrorDetails, root: type[BaseModel]) -> str:
         mend = f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(sorted(names))}"
         return f"{where}: unknown field; {mend}"
     if error["type"] == "missing":
-        return f"{where}: is required; add it"
+        least = LEAST.get(where) if root is JobSpec else None
+        return f"{where}: is required; add it" + (f", e.g. {where}: {least}" if least else "")
     return f"{where}: {error['msg'].removeprefix('Value error, ')}"
 
 
