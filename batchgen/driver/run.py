@@ -77,7 +77,8 @@ def run_job(
                 message = dispatch(dispatcher, view)
             recorder.close(dispatcher, message)
         report = finish(job, dispatcher, hold, gates, message=message, is_trial=limit is not None)
-        log_event("run_ended", **{name: report[name] for name in ("state", "exit_code", "rows", "run", "output")})
+        told = {name: report[name] for name in ("state", "exit_code", "rows", "run", "output")}
+        log_event("run_ended", report["message"] or "", **told)
         return report
 
 
