@@ -136,7 +136,7 @@ acero._group_by = _group_by_in_this_thread
 
 from batchgen import parquet  # noqa: E402, I001
 
-from batchgen.driver import run  # noqa: E402, I001
+from batchgen.driver import run  # noqa: E402
 from batchgen.driver import hold  # noqa: E402
 from batchgen.driver import lease as driver_lease  # noqa: E402
 from batchgen.stores.probe import StoreAbilities  # noqa: E402
