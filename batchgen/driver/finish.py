@@ -54,17 +54,19 @@ def finish(
     manifest.write_committed(fence.put, committed.values())
     write_lengths(storage, committed.values())
     wanted = [committed[shard.number] for shard in job.wanted if shard.number in committed]
-    gates.judge_end(own, job.committed, is_whole=message is None and len(wanted) == len(job.wanted) and not is_trial)
+    is_whole = message is None and len(wanted) == len(job.wanted) and not is_trial
+    message = gates.judge_end(own, job.committed, is_whole=is_whole) or message
     failed = tell(gates.failed) if gates.failed else None
     num_generations = job.spec.output.report_rows
+    counts = make_row_counts(job.spec, [shard.footer for shard in wanted], job.num_wanted_rows)
     report = make_report(
         job.spec,
-        make_row_counts(job.spec, [shard.footer for shard in wanted], job.num_wanted_rows),
+        counts,
         make_stats_table(batches.values()),
         read_records(storage),
         epoch=hold.epoch,
         state="gate_failed" if failed else "stopped" if message else "finished",
-        message=failed or message,
+        message=failed or message or tell_errors(counts, job.spec.retry.max_error_rate),
         made_at=time.time(),
         is_unique_checked=job.is_unique_checked,
         gates=make_gate_report(job.spec.gates, gates.failed, gates.seen),
@@ -116,11 +118,25 @@ def withdraw_success(storage: Storage) -> None:
         storage.delete(manifest.SUCCESS)
 
 
+def tell_errors(rows: Mapping[str, Any], max_error_rate: float) -> str | None:
+    """Why a run that got to its end is no success; None where it is one."""
+    if not has_too_many_errors(rows, max_error_rate):
+        return None
+    return (
+        f"{rows['error']:,} of {rows['output']:,} rows are errors, more than retry.max_error_rate "
+        f"({max_error_rate:g}) allows: no _SUCCESS, exit code 1; each row's error_message says why; where that is as "
+        "it should be, raise the rate and run again"
+    )
+
+
+def has_too_many_errors(rows: Mapping[str, Any], max_error_rate: float) -> bool:
+    return rows["error_rate"] is not None and rows["error_rate"] > max_error_rate
+
+
 def choose_exit_code(report: dict[str, Any], max_error_rate: float) -> int:
     """0 done within the error rate, 1 done with too many errors, 3 stopped and resumable, 4 a gate failed."""
     if report["state"] == "gate_failed":
         return EXIT_CODE
     if report["state"] == "stopped":
         return 3
-    rate = report["rows"]["error_rate"]
-    return 1 if rate is not None and rate > max_error_rate else 0
+    return 1 if has_too_many_errors(report["rows"], max_error_rate) else 0

@@ -20,7 +20,7 @@ from batchgen.driver.run_record import RunRecorder
 from batchgen.driver.signals import stop_on_signal
 from batchgen.driver.view import View
 from batchgen.driver.watch import Watch
-from batchgen.errors import LeaseLost, RunStopped, StorageError
+from batchgen.errors import LeaseLost, OutputError, RunStopped, StorageError
 from batchgen.gates.watch import GateWatch
 from batchgen.logs import Note, in_run, log_event
 from batchgen.metrics import Point
@@ -78,7 +78,8 @@ def run_job(
             recorder.close(dispatcher, message)
             last = watch.sum_up(dispatcher)
         report = finish(job, dispatcher, hold, gates, message=message, is_trial=limit is not None, last=last)
-        log_event("run_ended", **{name: report[name] for name in ("state", "exit_code", "rows", "run", "output")})
+        told = {name: report[name] for name in ("state", "exit_code", "rows", "run", "output")}
+        log_event("run_ended", report["message"] or "", **told)
         return report
 
 
@@ -140,7 +141,7 @@ def dispatch(dispatcher: Dispatcher, view: View) -> str | None:
         dispatcher.run()
     except LeaseLost:
         raise
-    except (RunStopped, StorageError) as stop:
+    except (RunStopped, StorageError, OutputError) as stop:  # a file of the output may be damaged while the run goes on
         view.warn(Note(f"stopping: {stop}", "run_stopping"))
         dispatcher.drain(dispatcher.spec.cluster.drain_s)
         return str(stop)
