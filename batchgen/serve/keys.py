@@ -1,7 +1,7 @@
 """API keys: which tenant a key is of. Only their SHA-256 is ever written down; the keys are random, so that is enough.
 
 One line a key, `TENANT sha256:HEX`, in a file or in the environment variable BATCHGEN_API_KEYS; several keys of one tenant
-are how they are changed. `python -m batchgen.serve.keys TENANT >> FILE` makes one: it shows the key, the file gets its line.
+are how they are changed. `python -m batchgen.serve.keys TENANT >> FILE` makes one and shows it; the file gets its line.
 """
 
 import hashlib
