@@ -54,6 +54,7 @@ def test_a_good_one_passes(tmp_path: Path) -> None:
         ("made/{{ logical_time }}", "made/{{ previous.generate }}", "previous", "no value on the first run"),
         ("made/{{ logical_time }}", "made", "bucket/made", "would write to one folder"),
         ("judged/{{ logical_time }}", "made/{{ logical_time }}", "XX", "generate and judge would write to one folder"),
+        ("made/{{ logical_time }}", "judged/{{ logical_time }}.input", "XX", "would write to one folder"),
         ("judged/{{ logical_time }}", "made/{{ logical_time }}/x", "logical_time }}/x", "would write to one folder"),
         ("stage: generate", "stage: judge", "stage: judge", "need each other in a circle"),
         ("stage: generate", "stage: produce", "produce", "no stage 'produce'"),

@@ -190,5 +190,7 @@ def find_overlap(outputs: Sequence[tuple[str, Any]]) -> tuple[Any, Any] | None:
 
 
 def list_outputs(spec: PipelineSpec, dates: Iterable[datetime]) -> list[tuple[str, tuple[datetime, StageJob]]]:
-    """(output folder, who writes it) of every job on these dates."""
-    return [(job.output, (date, job)) for date in dates for job in make_jobs(spec, date, None, only_outputs=True)]
+    """(output folder, who writes it) of every job on these dates, and of what its filter lets through."""
+    jobs = [(date, job) for date in dates for job in make_jobs(spec, date, None, only_outputs=True)]
+    filtered = [(f"{job.output.rstrip('/')}{FILTERED}", (date, job)) for date, job in jobs if job.filter is not None]
+    return [*((job.output, (date, job)) for date, job in jobs), *filtered]
