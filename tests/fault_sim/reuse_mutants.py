@@ -1,13 +1,11 @@
 """Ways to break reuse and duplicates, as `mutants` has them of other promises. Only worlds that reuse can find them."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from . import patches  # isort: skip  # noqa: F401 - before anything of batchgen
 import pytest
 
-from batchgen.reuse import duplicates
 from batchgen.reuse.carrier import Carrier
 from batchgen.reuse.fingerprint import Fingerprinter
 from batchgen.reuse.outputs import EarlierOutputs
@@ -46,11 +44,6 @@ def fingerprints_forget_the_prompt(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Fingerprinter, "make", blur)
 
 
-def copies_keep_their_place(patch: pytest.MonkeyPatch) -> None:
-    """A copy stands in the row it was copied from."""
-    patch.setattr(duplicates, "make_copy", lambda _, batch_id, result: replace(result, reused_from=batch_id))
-
-
 def carried_rows_are_not_kept(patch: pytest.MonkeyPatch) -> None:
     """What was taken over counts as finished, and is in no journal and no file."""
     carry = OpenShard.carry
@@ -67,6 +60,5 @@ REUSE_MUTANTS: list[Callable[[pytest.MonkeyPatch], None]] = [
     known_rows_are_sent,
     other_rows_are_taken,
     fingerprints_forget_the_prompt,
-    copies_keep_their_place,
     carried_rows_are_not_kept,
 ]
