@@ -151,7 +151,7 @@ class WorkersSpec(Section):
     @model_validator(mode="after")
     def _ordered(self) -> "WorkersSpec":
         if self.min > self.max:
-            raise ValueError(f"min ({self.min}) is above max ({self.max})")
+            raise ValueError(f"min ({self.min}) is above max ({self.max}); raise max, or lower min")
         return self
 
 
@@ -249,7 +249,9 @@ class JobSpec(Section):
         if not self.gates.wants_schema:
             return self
         if (schema := self.gate_schema) is None:
-            raise ValueError("gates: max_schema_failure_rate needs gates.json_schema or sampling.guided.json_schema")
+            raise ValueError(
+                "gates: max_schema_failure_rate goes by a schema; give gates.json_schema or sampling.guided.json_schema"
+            )
         if (fault := find_schema_fault(schema)) is not None:
             raise ValueError(
                 f"gates: max_schema_failure_rate: of the schema, {fault}; give gates.json_schema without that"

@@ -108,8 +108,9 @@ LAYERS = [
     ["engines.nvfp4_model"],
     ["engines.hf_model"],
     ["engines.decode", "engines.simulated"],
-    ["engines.lanes"],
+    ["engines.lanes", "engines.replies"],
     ["engines.transformers", "engines.openai", "engines.tensorrt_llm"],
+    ["engines.table"],
     ["engines"],
     ["chaos.faults"],
     ["preflight.doctor"],
@@ -156,8 +157,9 @@ LAYERS = [
     # what a job did
     ["report", "report.figures", "report.svg"],
     ["report.records"],
-    ["report.distributions", "report.waste", "report.lanes", "report.charts", "report.samples", "report.text"],
-    ["report.value", "report.page"],
+    ["report.distributions", "report.waste", "report.lanes", "report.charts", "report.generations", "report.gates"],
+    ["report.tiles", "report.value", "report.text"],
+    ["report.page"],
     ["report.by"],
     ["driver.run_record"],
     # an NVFP4 checkpoint
@@ -170,11 +172,15 @@ LAYERS = [
     ["driver.run", "verify.verify", "report.reading"],
     # pipelines: decisions, then what carries them out
     ["pipelines", "pipelines.calendar", "pipelines.template", "pipelines.events", "pipelines.publish"],
-    ["pipelines.spec", "pipelines.log"],
-    ["pipelines.graph", "pipelines.decide"],
+    ["pipelines.past", "pipelines.spec"],
+    ["pipelines.partitions", "pipelines.history"],
+    ["pipelines.graph", "pipelines.decide", "pipelines.log"],
     ["pipelines.cleanup", "pipelines.filters", "pipelines.arrival", "pipelines.orders", "pipelines.overview"],
-    ["pipelines.load", "pipelines.hooks", "pipelines.submit"],
-    ["pipelines.execute", "pipelines.ray_jobs", "pipelines.keeper"],
+    ["pipelines.limits", "pipelines.source"],
+    ["pipelines.check", "pipelines.hooks", "pipelines.submit"],
+    ["pipelines.load"],
+    ["pipelines.execute", "pipelines.ray_jobs", "pipelines.aftermath"],
+    ["pipelines.keeper"],
     ["pipelines.scheduler"],
     ["chaos.chaos", "chaos.child", "library"],
     ["demo", "bench.decode", "bench.queue", "bench.placement", "bench.memory", "bench.endpoint"],
@@ -222,11 +228,13 @@ LAYERS = [
     ["serve.app"],
     ["serve.plain"],
     # shared engines, and the endpoint on Ray Serve
-    ["serve.room", "serve.deltas"],
+    ["serve.room", "serve.growing", "serve.described"],
+    ["serve.deltas"],
     ["serve.places", "serve.interactive"],
     ["serve.host", "serve.routes_completions"],
     ["serve.exposition", "serve.engine_actor"],
     ["serve.ray_engines"],
+    ["serve.ray_shared_pool"],
     ["serve.gateway"],
     ["serve.deployment"],
     ["serve.local"],
@@ -283,6 +291,8 @@ PURE |= {"queue.begun"}
 PURE |= {
     "queue.timeline",
     "report.waste",
+    "report.gates",
+    "report.tiles",
     "report.lanes",
     "report.distributions",
     "report.svg",
@@ -297,7 +307,8 @@ PURE |= {"quantize.recipe", "quantize.architecture", "quantize.weigh"}
 PURE |= {"evaluate.extract", "evaluate.templates", "evaluate.statistics", "evaluate.speed"}
 PURE |= {"bench.oracle", "bench.runs"}
 PURE |= {"pipelines", "pipelines.calendar", "pipelines.template", "pipelines.events", "pipelines.spec"}
-PURE |= {"pipelines.graph", "pipelines.decide"}
+PURE |= {"pipelines.graph", "pipelines.decide", "pipelines.past", "pipelines.partitions", "pipelines.history"}
+PURE |= {"pipelines.limits"}
 PURE |= {"engines.trtllm.sampling", "engines.trtllm.env", "engines.trtllm.args", "engines.trtllm.health"}
 PURE |= {
     "simulate",
@@ -309,7 +320,7 @@ PURE |= {
 }
 PURE |= {"compact.digest", "compact.plan"}
 PURE |= {"serve.errors", "serve.ids", "serve.rates", "serve.paging", "serve.ranges", "serve.wire", "serve.records"}
-PURE |= {"serve.room", "serve.deltas"}
+PURE |= {"serve.room", "serve.growing", "serve.deltas", "serve.described"}
 PURE |= {"serve.spec", "serve.batch_spec", "serve.bodies", "serve.body_sampling", "serve.lines", "serve.answers"}
 # What only does I/O: pure modules may not even import it from the standard library.
 EFFECTS = {
@@ -338,6 +349,7 @@ VENDORS = {
         "pipelines.ray_jobs",
         "serve.engine_actor",
         "serve.ray_engines",
+        "serve.ray_shared_pool",
         "serve.gateway",
         "serve.deployment",
     }
@@ -358,7 +370,7 @@ VENDORS = {
     "aiohttp": {"stores.remote", "engines.openai", "engines.openai_http", "bench.server()"},
     "botocore": {"stores.remote"},
     "pynvml": {"engines.trtllm.gpu()", "preflight.facts()"},
-    "yaml": {"specs.load", "pipelines.load"},
+    "yaml": {"specs.load", "pipelines.source"},
     "jsonschema": {"specs.sampling()", "gates.fit()"},
     "referencing": {"specs.sampling()", "gates.fit()"},
     "numpy": {"evaluate.statistics", "evaluate.speed", "reuse.index", "gates.count", "gates.scan"},
@@ -516,6 +528,7 @@ def test_whoever_loads_a_heavy_vendor_at_its_top_is_itself_loaded_lazily() -> No
         "pipelines.ray_jobs",
         "serve.engine_actor",
         "serve.ray_engines",
+        "serve.ray_shared_pool",
         "serve.gateway",
         "serve.deployment",
         "serve.local",
@@ -555,6 +568,8 @@ SHOW = "print(*sorted(m for m in {names} if m in sys.modules))"
         ("import batchgen.cli", HEAVY | {"pyarrow", "pydantic", "yaml"}),
         # All that a driver and a simulated worker on a local disk need.
         ("import batchgen.driver.run, batchgen.driver.inline_pool, batchgen.engines.simulated", HEAVY),
+        # It starts with each engine, beside a vendor that has enough to load.
+        ("import batchgen.engines.trtllm.child", HEAVY | {"pyarrow", "pydantic", "yaml"}),
     ],
 )
 def test_importing_loads_no_vendor_before_it_is_used(code: str, absent: set[str]) -> None:

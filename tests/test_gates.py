@@ -365,7 +365,7 @@ def test_a_canary_that_can_not_be_read_stops_the_run(tmp_path: Path) -> None:
 
 BAD: list[tuple[Tree, str]] = [
     ({"canary": {"max_refusal_rate": 0.1}}, "give what a refusal looks like"),
-    ({"canary": {"max_schema_failure_rate": 0.1}}, "needs gates.json_schema or sampling.guided.json_schema"),
+    ({"canary": {"max_schema_failure_rate": 0.1}}, "give gates.json_schema or sampling.guided.json_schema"),
     ({"refusals": ["("]}, "is no regular expression of RE2 (missing ); lookaround"),
     ({"refusals": ["a", "(?!x)"]}, "gates.refusals: number 1 is no regular expression of RE2"),
     (

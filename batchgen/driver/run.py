@@ -72,11 +72,13 @@ def run_job(
 
             recorder = RunRecorder(storage, job.spec, hold.epoch)
             watch = make_watch(job, hold, view, create_publisher(setup))
-            dispatcher = make_dispatcher(job, hold, pool, view, check_all, recorder, gates, watch)
-            message = dispatch(dispatcher, view)
+            with closing(LivePage(job, hold, recorder, gates)) as page:
+                dispatcher = make_dispatcher(job, hold, pool, view, check_all, recorder, gates, watch, page)
+                message = dispatch(dispatcher, view)
             recorder.close(dispatcher, message)
         report = finish(job, dispatcher, hold, gates, message=message, is_trial=limit is not None)
-        log_event("run_ended", **{name: report[name] for name in ("state", "exit_code", "rows", "run", "output")})
+        told = {name: report[name] for name in ("state", "exit_code", "rows", "run", "output")}
+        log_event("run_ended", report["message"] or "", **told)
         return report
 
 
@@ -96,10 +98,10 @@ def make_dispatcher(
     recorder: RunRecorder,
     gates: GateWatch,
     watch: Watch,
+    page: LivePage,
 ) -> Dispatcher:
     """The loop and everything it works with."""
     spec, todo = job.spec, job.todo
-    page = LivePage(job, hold, recorder)
 
     def check() -> None:
         hold.check()

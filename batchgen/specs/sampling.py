@@ -85,7 +85,7 @@ def make_schema_text(value: Any) -> str:
     except (TypeError, ValueError, RecursionError):
         raise ValueError("is not JSON; write a JSON Schema, as a mapping or as JSON text") from None
     if not isinstance(schema, dict):
-        raise ValueError("must be a JSON Schema object, as in {type: object}")
+        raise ValueError("must be a JSON Schema object; write it as in {type: object}")
     if (fault := find_fault(text)) is not None:
         raise ValueError(fault)
     return text

@@ -18,6 +18,7 @@ from batchgen.errors import BadRow, InputError, SpecError
 from batchgen.lengths import BYTES_PER_TOKEN, LengthPrior, expect_tokens
 from batchgen.prompt import (
     Row,
+    get_cell,
     list_prompt_columns,
     list_row_columns,
     make_custom_id,
@@ -121,11 +122,12 @@ class Preparer:
         ]
 
     def _make_sampling(self, row: Row) -> SamplingParams:
-        if self._spec.prompt.sampling is None:
+        column = self._spec.prompt.sampling
+        if column is None or get_cell(row, column) is None:
             return self._sampling
         sampling = make_row_sampling(row, self._spec, self._refused)
         if sampling.thinking and self._tokenizer is not None and self._tokenizer.think_end is None:
-            raise BadRow("bad_sampling", f"column '{self._spec.prompt.sampling}': thinking: {NO_MARKS}")
+            raise BadRow("bad_sampling", f"column '{column}': thinking: {NO_MARKS}")
         return sampling
 
     def _expect(self, row: Row, prompt_tokens: int | None, max_tokens: int) -> float | None:
