@@ -13,6 +13,7 @@ import pytest
 
 from .world import Outcome, run_world  # isort: skip  # before anything of batchgen
 from .mutants import MUTANTS
+from .reuse_mutants import REUSE_MUTANTS
 
 MAX_SEEDS = 1000
 
@@ -26,7 +27,7 @@ def main() -> int:
     first, _, end = arguments.seeds.partition(":")
     quieten()
     if arguments.mutants:
-        return int(False in [find(mutant, int(first)) for mutant in MUTANTS])
+        return int(False in [find(mutant, int(first)) for mutant in [*MUTANTS, *REUSE_MUTANTS]])
     started, totals, strikes, num_failed = time.perf_counter(), Counter[str](), Counter[str](), 0
     seeds = range(int(first), int(end or int(first) + 1))
     for number, seed in enumerate(seeds, 1):
