@@ -217,6 +217,24 @@ def test_the_async_client_is_answered_whole_and_streamed(served: Served) -> None
     asyncio.run(main())
 
 
+def test_a_thousand_requests_at_once_are_answered_or_told_to_wait(served: Served) -> None:
+    """No error but 429, which says when to come again."""
+
+    async def main() -> tuple[int, int]:
+        async with openai.AsyncOpenAI(base_url=served.url, api_key="none", max_retries=0, timeout=200) as client:
+            messages: Any = [{"role": "user", "content": "x"}]
+            asked = [client.chat.completions.create(model="slow", messages=messages, max_tokens=2) for _ in range(1000)]
+            found = await asyncio.gather(*asked, return_exceptions=True)
+        refused = [each for each in found if isinstance(each, openai.RateLimitError)]
+        assert all(int(error.response.headers["retry-after"]) > 0 for error in refused)
+        answers = [each for each in found if isinstance(each, openai.types.chat.ChatCompletion)]
+        assert len(answers) + len(refused) == 1000, {type(each) for each in found}
+        return len(answers), len(refused)
+
+    num_answered, _ = asyncio.run(main())
+    assert num_answered >= 2 * ENGINE["max_inflight"]  # as many as one engine takes at a time
+
+
 def test_an_answer_that_is_cut_off_leaves_no_work_behind(served: Served) -> None:
     """A client that stops listening: its place is free again."""
 
