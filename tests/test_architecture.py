@@ -26,6 +26,7 @@ LAYERS = [
     ["records", "queue.suspects"],
     ["specs.sections", "queue.orders", "worker.spilled"],
     ["specs.tensorrt_llm", "specs.sampling", "specs.retry", "specs.input"],
+    ["specs.patterns"],
     ["specs.gates"],
     ["specs.engine"],
     ["queue.lazy_heap", "queue.leases", "queue.tail"],
@@ -42,7 +43,8 @@ LAYERS = [
         "worker.seal",
     ],
     ["preflight.tokenizer_files", "specs.saved", "specs.reference"],
-    ["reuse.fingerprint", "gates.decide"],
+    ["reuse.fingerprint", "gates.decide", "gates.fit"],
+    ["gates.count"],
     # pure decisions
     ["prompt", "plan", "queue.backlog", "queue.scaling", "queue.governor", "lengths", "worker.answer", "verify.rows"],
     ["stats", "queue.work_queue", "queue.progress", "queue.roster", "queue.timeline"],
@@ -106,8 +108,9 @@ LAYERS = [
     ["engines.nvfp4_model"],
     ["engines.hf_model"],
     ["engines.decode", "engines.simulated"],
-    ["engines.lanes"],
+    ["engines.lanes", "engines.replies"],
     ["engines.transformers", "engines.openai", "engines.tensorrt_llm"],
+    ["engines.table"],
     ["engines"],
     ["chaos.faults"],
     ["preflight.doctor"],
@@ -154,8 +157,9 @@ LAYERS = [
     # what a job did
     ["report", "report.figures", "report.svg"],
     ["report.records"],
-    ["report.distributions", "report.waste", "report.lanes", "report.charts", "report.samples", "report.text"],
-    ["report.value", "report.page"],
+    ["report.distributions", "report.waste", "report.lanes", "report.charts", "report.generations", "report.gates"],
+    ["report.tiles", "report.value", "report.text"],
+    ["report.page"],
     ["report.by"],
     ["driver.run_record"],
     # an NVFP4 checkpoint
@@ -220,11 +224,13 @@ LAYERS = [
     ["serve.app"],
     ["serve.plain"],
     # shared engines, and the endpoint on Ray Serve
-    ["serve.room", "serve.deltas", "serve.described"],
+    ["serve.room", "serve.growing", "serve.described"],
+    ["serve.deltas"],
     ["serve.places", "serve.interactive"],
     ["serve.host", "serve.routes_completions"],
     ["serve.exposition", "serve.engine_actor"],
     ["serve.ray_engines"],
+    ["serve.ray_shared_pool"],
     ["serve.gateway"],
     ["serve.deployment"],
     ["serve.local"],
@@ -257,7 +263,7 @@ PURE = {
     "specs.tensorrt_llm",
 }
 PURE |= {"spec", "prompt", "plan", "specs.sampling", "batches", "engines.deepseek_turns", "engines.deepseek_v32"}
-PURE |= {"gates.decide", "specs.gates"}
+PURE |= {"gates.decide", "gates.count", "gates.fit", "specs.gates", "specs.patterns"}
 PURE |= {"reuse.fingerprint", "specs.saved", "specs.input"}
 PURE |= {"row_ranges", "queue.suspects", "queue.trial_queue", "specs.retry"}
 PURE |= {
@@ -281,6 +287,8 @@ PURE |= {"queue.begun"}
 PURE |= {
     "queue.timeline",
     "report.waste",
+    "report.gates",
+    "report.tiles",
     "report.lanes",
     "report.distributions",
     "report.svg",
@@ -307,7 +315,7 @@ PURE |= {
 }
 PURE |= {"compact.digest", "compact.plan"}
 PURE |= {"serve.errors", "serve.ids", "serve.rates", "serve.paging", "serve.ranges", "serve.wire", "serve.records"}
-PURE |= {"serve.room", "serve.deltas", "serve.described"}
+PURE |= {"serve.room", "serve.growing", "serve.deltas", "serve.described"}
 PURE |= {"serve.spec", "serve.batch_spec", "serve.bodies", "serve.body_sampling", "serve.lines", "serve.answers"}
 # What only does I/O: pure modules may not even import it from the standard library.
 EFFECTS = {
@@ -336,6 +344,7 @@ VENDORS = {
         "pipelines.ray_jobs",
         "serve.engine_actor",
         "serve.ray_engines",
+        "serve.ray_shared_pool",
         "serve.gateway",
         "serve.deployment",
     }
@@ -357,9 +366,9 @@ VENDORS = {
     "botocore": {"stores.remote"},
     "pynvml": {"engines.trtllm.gpu()", "preflight.facts()"},
     "yaml": {"specs.load", "pipelines.load"},
-    "jsonschema": {"specs.sampling()", "gates.scan()"},
-    "referencing": {"gates.scan()"},
-    "numpy": {"evaluate.statistics", "evaluate.speed", "reuse.index"},
+    "jsonschema": {"specs.sampling()", "gates.fit()"},
+    "referencing": {"specs.sampling()", "gates.fit()"},
+    "numpy": {"evaluate.statistics", "evaluate.speed", "reuse.index", "gates.count", "gates.scan"},
     "fastapi": {
         "serve.routes_completions",
         "serve.deployment",
@@ -514,6 +523,7 @@ def test_whoever_loads_a_heavy_vendor_at_its_top_is_itself_loaded_lazily() -> No
         "pipelines.ray_jobs",
         "serve.engine_actor",
         "serve.ray_engines",
+        "serve.ray_shared_pool",
         "serve.gateway",
         "serve.deployment",
         "serve.local",
@@ -553,6 +563,8 @@ SHOW = "print(*sorted(m for m in {names} if m in sys.modules))"
         ("import batchgen.cli", HEAVY | {"pyarrow", "pydantic", "yaml"}),
         # All that a driver and a simulated worker on a local disk need.
         ("import batchgen.driver.run, batchgen.driver.inline_pool, batchgen.engines.simulated", HEAVY),
+        # It starts with each engine, beside a vendor that has enough to load.
+        ("import batchgen.engines.trtllm.child", HEAVY | {"pyarrow", "pydantic", "yaml"}),
     ],
 )
 def test_importing_loads_no_vendor_before_it_is_used(code: str, absent: set[str]) -> None:

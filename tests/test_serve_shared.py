@@ -151,11 +151,7 @@ def test_all_pieces_together_are_the_answer(text: str, size: int, thinking: bool
     parsed = tokenizer.parse(final, thinking=thinking)
     stop = () if thinking else ("STOP",)
 
-    def split(so_far: str) -> tuple[str, str | None]:
-        found = tokenizer.parse(so_far, thinking=thinking)
-        return found.text, found.reasoning
-
-    deltas = Deltas(0, tokenizer.decode, split, (*stop, "</think>"), stop)
+    deltas = Deltas(0, tokenizer.decode, "</think>" if thinking else None, stop)
     ids = tokenizer.encode(whole)
     pieces = [deltas.add(ids[start : start + size]) for start in range(0, len(ids), size)]
     generation = Generation(final, tuple(ids), "stop", Usage())

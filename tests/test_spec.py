@@ -104,7 +104,10 @@ def openai(**fields: Any) -> dict[str, Any]:
         ({"engine": {"kind": "simulatd"}}, "spec: engine: unknown kind 'simulatd'; did you mean 'simulated'?"),
         ({"engine": {"kind": "openai"}}, "spec: engine.base_urls: is required; add it"),
         (openai(base_urls=[]), "spec: engine.base_urls: "),
-        (openai(base_urls="node:8000"), "spec: engine.base_urls: each must be a URL as in http://host:8000/v1"),
+        (
+            openai(base_urls="node:8000"),
+            "spec: engine.base_urls: each must be a URL; write it as in http://host:8000/v1",
+        ),
         (
             openai(base_urls="http://me:pass@node/v1"),
             "engine.base_urls: no user, password or query belongs in a base URL",

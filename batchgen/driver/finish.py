@@ -22,9 +22,9 @@ from batchgen.gates.decide import EXIT_CODE, make_gate_report
 from batchgen.gates.watch import GateWatch, tell
 from batchgen.length_files import write_lengths
 from batchgen.manifest import CommittedShard
+from batchgen.report.generations import read_generations
 from batchgen.report.page import make_html
 from batchgen.report.records import REPORT_HTML, REPORT_JSON, read_records
-from batchgen.report.samples import read_samples
 from batchgen.report.value import make_report, make_row_counts
 from batchgen.storage import Storage
 from batchgen.worker.seal import seal_json
@@ -52,9 +52,10 @@ def finish(
     manifest.write_committed(fence.put, committed.values())
     write_lengths(storage, committed.values())
     wanted = [committed[shard.number] for shard in job.wanted if shard.number in committed]
-    gates.judge_end(own, job.committed, is_whole=message is None and len(wanted) == len(job.wanted) and not is_trial)
+    is_whole = message is None and len(wanted) == len(job.wanted) and not is_trial
+    message = gates.judge_end(own, job.committed, is_whole=is_whole) or message
     failed = tell(gates.failed) if gates.failed else None
-    num_samples = job.spec.output.report_rows
+    num_generations = job.spec.output.report_rows
     report = make_report(
         job.spec,
         make_row_counts(job.spec, [shard.footer for shard in wanted], job.num_wanted_rows),
@@ -65,9 +66,11 @@ def finish(
         message=failed or message,
         made_at=time.time(),
         is_unique_checked=job.is_unique_checked,
-        samples=read_samples(storage, wanted, job.spec.fingerprint(), num_samples) if num_samples else (),
+        gates=make_gate_report(job.spec.gates, gates.failed, gates.seen),
+        generations=read_generations(storage, wanted, job.spec.fingerprint(), num_generations)
+        if num_generations
+        else (),
     )
-    report["gates"] = make_gate_report(job.spec.gates, gates.failed, gates.seen)
     report["exit_code"] = choose_exit_code(report, job.spec.retry.max_error_rate)
     report["output"] = storage.root
     if gates.seen or fence.has(GATES):  # what an earlier run wrote there is not true of this one

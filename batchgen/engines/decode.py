@@ -43,8 +43,9 @@ class DecodeBatch:
     def __init__(self, model: Any, decode: Decode, *, max_rows: int, max_cells: int, can_join: bool) -> None:
         self._model = model
         self._decode = decode
-        self._max_rows = max_rows
+        self.max_rows = max_rows
         self.max_cells = max_cells
+        self.max_prefill: int | None = None
         self._can_join = can_join
         self._max_scores = MAX_SCORE_BYTES // (4 * count_heads(model))
         self._cache: Any = None
@@ -57,16 +58,16 @@ class DecodeBatch:
     def make_like(self) -> "DecodeBatch":
         """An empty batch over the same model."""
         return DecodeBatch(
-            self._model, self._decode, max_rows=self._max_rows, max_cells=self.max_cells, can_join=self._can_join
+            self._model, self._decode, max_rows=self.max_rows, max_cells=self.max_cells, can_join=self._can_join
         )
 
     def pick(self, waiting: deque[Row]) -> list[Row]:
         """Takes from the front of `waiting` the rows to admit now: none, or one prefill's worth."""
         group: list[Row] = []
         longest = 0
-        while waiting and (group or self._is_time_to_admit()) and len(self.rows) + len(group) < self._max_rows:
+        while waiting and (group or self._is_time_to_admit()) and len(self.rows) + len(group) < self.max_rows:
             longest = max(longest, len(waiting[0].token_ids) + len(waiting[0].out))
-            if group and (len(group) + 1) * longest**2 > self._max_scores:
+            if group and self._is_too_much(len(group) + 1, longest):
                 break
             if (self.rows or group) and not self._has_room(len(group) + 1, longest):
                 break
@@ -127,8 +128,13 @@ class DecodeBatch:
     def _is_time_to_admit(self) -> bool:
         if not self.rows:
             return True
-        num_free = self._max_rows - len(self.rows)
-        return self._can_join and (4 * num_free >= self._max_rows or self._steps_since_admission >= ADMIT_EVERY_STEPS)
+        num_free = self.max_rows - len(self.rows)
+        return self._can_join and (4 * num_free >= self.max_rows or self._steps_since_admission >= ADMIT_EVERY_STEPS)
+
+    def _is_too_much(self, num_rows: int, longest: int) -> bool:
+        """For one prefill. Where rows can't join later, those that are left out would wait for the whole batch."""
+        is_long = self.max_prefill is not None and self._can_join and num_rows * longest > self.max_prefill
+        return is_long or num_rows * longest**2 > self._max_scores
 
     def _width(self) -> int:
         return 0 if self._mask is None else int(self._mask.shape[1])

@@ -3,9 +3,14 @@
 Each lane is a batch of its own, for a step of sixty-four rows takes three times as long as a step of one. While the
 urgent lane has work it gets the turns, but for one in `BULK_EVERY`, so that no other row ever stands still. An idle urgent
 lane costs nothing: neither turns nor cache. While it is not idle, the other lane keeps to what it leaves of the cache.
+
+A turn under way is never broken off: whoever comes waits for the rest of it. Where something urgent came lately, more is
+about to come, and the other lane's prefills are kept about as short as its steps; one long prompt still is one turn.
 """
 
+import time
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,6 +21,10 @@ if TYPE_CHECKING:
 BULK_EVERY = 32
 # Of the cache, while something is urgent.
 URGENT_SHARE = 0.25
+# So long after something urgent the other lane's prefills stay short, and are of so many tokens for each row of a full
+# batch: measured with the embedded model, 64 rows of 14 tokens took 22 ms, 9 of them 3 ms, and a step of 64 rows 3.7 ms.
+URGENT_MEMORY_S = 30.0
+SHORT_PREFILL_TOKENS = 2
 
 
 class Lane:
@@ -39,8 +48,15 @@ class Lane:
 class Lanes:
     """`max_row_cells`: what one row may need of the cache alone, which each lane can always give."""
 
-    def __init__(self, urgent: "DecodeBatch", bulk: "DecodeBatch", max_row_cells: int) -> None:
-        self._urgent, self._bulk = Lane(urgent), Lane(bulk)
+    def __init__(
+        self,
+        urgent: "DecodeBatch",
+        bulk: "DecodeBatch",
+        max_row_cells: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._urgent, self._bulk, self._clock = Lane(urgent), Lane(bulk), clock
+        self._short_until = float("-inf")
         self._max_cells, self._max_row_cells = bulk.max_cells, max_row_cells
         urgent.max_cells = max(max_row_cells, int(URGENT_SHARE * self._max_cells))
         self._num_urgent_turns = 0
@@ -58,6 +74,11 @@ class Lanes:
 
     def turn(self) -> "tuple[list[Row], list[Row]]":
         """(who began or came back, who ended) of the lane whose turn it is. A no-op when idle."""
+        now = self._clock()
+        if not self._urgent.is_idle:
+            self._short_until = now + URGENT_MEMORY_S
+        is_short = now < self._short_until
+        self._bulk.batch.max_prefill = SHORT_PREFILL_TOKENS * self._bulk.batch.max_rows if is_short else None
         if self._urgent.is_idle:
             self._bulk.batch.max_cells, self._num_urgent_turns = self._max_cells, 0
             return self._bulk.turn()

@@ -10,14 +10,12 @@ end-of-text token, `token_ids` does not.
 """
 
 import asyncio
-import contextlib
 import importlib.util
 import logging
 import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +23,8 @@ from batchgen.engines.base import Tokenizer
 from batchgen.engines.hf_model import find_cache_bytes, find_max_model_len, list_eos_ids, load_model
 from batchgen.engines.hf_tokenizer import HFTokenizer
 from batchgen.engines.lanes import Lanes
-from batchgen.errors import BatchgenError, EngineDied, RequestFailed, RequestRejected, SpecError
+from batchgen.engines.replies import Job, answer, make_answer, tell
+from batchgen.errors import EngineDied, RequestRejected, SpecError
 from batchgen.records import Generation, Request, RowId, Usage
 from batchgen.spec import ModelSpec
 from batchgen.specs.engine import TransformersEngineSpec
@@ -36,22 +35,6 @@ if TYPE_CHECKING:
     from batchgen.worker.stops import Decode
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """A request on its way through the thread, and whom to tell. Times are of the monotonic clock. `on_tokens` hears of
-    tokens as they come, `num_told` of them so far."""
-
-    request: Request
-    row: "Row"
-    loop: asyncio.AbstractEventLoop
-    future: asyncio.Future[Generation]
-    arrived_at: float
-    admitted_at: float = 0.0
-    first_token_at: float = 0.0
-    on_tokens: Callable[[Sequence[int]], None] | None = None
-    num_told: int = 0
 
 
 class TransformersEngine:
@@ -210,8 +193,7 @@ class TransformersEngine:
                 job.admitted_at, job.first_token_at = started_at, now
         for job in self._list_watched():
             tell(job)
-        for job in self._list_jobs(ended):
-            answer(job, make_answer(job))
+        answer([(job, make_answer(job)) for job in self._list_jobs(ended)])
 
     def _list_watched(self) -> list[Job]:
         """Those whose tokens somebody wants to see as they come: few, if any."""
@@ -227,8 +209,7 @@ class TransformersEngine:
         with self._lock:
             self._death = reason
             jobs = list(self._jobs.values())
-        for job in jobs:
-            answer(job, EngineDied(reason))
+        answer([(job, EngineDied(reason)) for job in jobs])
 
 
 def make_batch(model_spec: ModelSpec, engine: TransformersEngineSpec, model: Any, decode: "Decode") -> "DecodeBatch":
@@ -255,44 +236,3 @@ def check_room(max_cells: int, max_model_len: int) -> None:
             f"engine.cache_gib: the KV cache has room for {max_cells} tokens, and one row may have {max_model_len} "
             f"(model.max_model_len); give it more memory, or set model.max_model_len to {max(2, max_cells)} or less"
         )
-
-
-def make_answer(job: Job) -> "Generation | BatchgenError":
-    row = job.row
-    if row.finish_reason is None:
-        return RequestFailed("cancelled", "the request was cancelled")
-    if row.finish_reason == "failed":
-        return RequestFailed("bad_logits", "the model's output was not finite")
-    return Generation(
-        text=row.text,
-        token_ids=tuple(row.kept),
-        finish_reason=row.finish_reason,
-        usage=Usage(len(row.token_ids), len(row.out), 0),
-        ttft_s=job.first_token_at - job.arrived_at,
-        queued_s=job.admitted_at - job.arrived_at,
-        logprobs=tuple(row.logprobs) if row.sampling.logprobs is not None else None,
-    )
-
-
-def tell(job: Job) -> None:
-    """Hands new tokens to whoever wants to see them, in the caller's loop; one that is closed has no caller left."""
-    new = tuple(job.row.kept[job.num_told :])
-    if new and job.on_tokens is not None:
-        job.num_told += len(new)
-        with contextlib.suppress(RuntimeError):
-            job.loop.call_soon_threadsafe(job.on_tokens, new)
-
-
-def answer(job: Job, value: "Generation | BatchgenError") -> None:
-    """Hands the value to the caller's loop. A loop that is closed has no caller left."""
-    with contextlib.suppress(RuntimeError):
-        job.loop.call_soon_threadsafe(settle, job.future, value)
-
-
-def settle(future: asyncio.Future[Generation], value: "Generation | BatchgenError") -> None:
-    if future.done():  # cancelled meanwhile
-        return
-    if isinstance(value, BatchgenError):
-        future.set_exception(value)
-    else:
-        future.set_result(value)

@@ -79,7 +79,9 @@ def list_dates(spec: PipelineSpec, first: str, last: str, now: datetime) -> list
         raise SpecError(f"{spec.name}: {error}") from error
     keys = list(_iterate(spec, start, end))
     if not keys:
-        raise SpecError(f"{spec.name}: the schedule ({spec.schedule.cron}) has no date from {first} to {last}")
+        raise SpecError(
+            f"{spec.name}: the schedule ({spec.schedule.cron}) has no date from {first} to {last}; ask for others"
+        )
     if len(keys) > MAX_BACKFILL:
         raise SpecError(f"{spec.name}: more than {MAX_BACKFILL:,} dates from {first} to {last}; ask for fewer at once")
     if parse_key(keys[-1]) > now:

@@ -105,7 +105,7 @@ class HookSpec(Section):
         if sum(value is not None for value in (self.webhook, self.webhook_env, self.command)) != 1:
             raise ValueError("give webhook, webhook_env or command, one of them")
         if self.webhook is not None and urlsplit(self.webhook).scheme not in ("http", "https"):
-            raise ValueError("webhook is an http:// or https:// address")
+            raise ValueError("webhook is an http:// or https:// address; write one")
         return self
 
 

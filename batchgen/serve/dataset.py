@@ -68,7 +68,7 @@ def check_links(infos: Sequence[FileInfo], prefixes: tuple[str, ...]) -> None:
     roots = [Path(prefix.removeprefix("file://")).resolve() for prefix in prefixes]
     for info in infos:
         if "://" not in info.path and not any(Path(info.path).resolve().is_relative_to(root) for root in roots):
-            raise InputError(f"{info.path}: leads to a file that is not below your prefixes")
+            raise InputError(f"{info.path}: leads to a file that is not below your prefixes; copy it there")
 
 
 def write_dataset_results(state: State, record: BatchRecord) -> Results:

@@ -1,17 +1,16 @@
 """The text of a growing answer, piece by piece. Pure; `decode` turns token ids into text.
 
 All pieces together are the answer: held back is what may yet turn out otherwise, that is half a character, the beginning of
-a stop string or of the mark that ends the reasoning, and everything where the answer may call tools.
+a stop string or of the mark that ends the reasoning, and everything where the answer may call tools. A token costs the same
+however long the answer is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from batchgen.records import Result
-from batchgen.worker.stops import CUT_CHARACTER, Decode
-
-# (text, reasoning) of an answer so far.
-Split = Callable[[str], tuple[str, str | None]]
+from batchgen.serve.growing import GrowingText
+from batchgen.worker.stops import Decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,32 +23,67 @@ class Delta:
 
 
 class Deltas:
-    """Of one row. `marks`: strings whose beginning is held back; `stop` of them end the answer."""
+    """Of one row. `stop` strings end the answer; `think_end` the reasoning that it begins with, None where it has none."""
 
-    def __init__(self, row: int, decode: Decode, split: Split, marks: Sequence[str], stop: Sequence[str]) -> None:
-        self._row, self._decode, self._split = row, decode, split
-        self._marks, self._stop = marks, stop
-        self._ids: list[int] = []
-        self._text = self._reasoning = ""
+    def __init__(self, row: int, decode: Decode, think_end: str | None, stop: Sequence[str]) -> None:
+        self._row, self._stop, self._think_end = row, [mark for mark in stop if mark], think_end or None
+        self._growing = GrowingText(decode)
+        self._held = ""  # sure characters that a mark may begin with
+        self._is_stopped = False
+        self._given_text: list[str] = []
+        self._given_reasoning: list[str] = []
 
     def add(self, token_ids: Sequence[int]) -> Delta | None:
         """None: nothing that is sure."""
-        self._ids += token_ids
-        text = self._decode(self._ids).rstrip(CUT_CHARACTER)
-        for mark in self._stop:
-            text = text.partition(mark)[0]
-        return self._advance(*self._split(hold_back(text, self._marks)))
+        new = self._growing.add(token_ids)
+        if self._is_stopped:
+            return None
+        self._held += new
+        if (end := find_first(self._held, self._stop)) is not None:
+            self._held, self._is_stopped = self._held[:end], True
+        reasoning = ""
+        if self._think_end is not None:
+            before, mark, _ = self._held[: self._count_sure()].partition(self._think_end)
+            reasoning = self._take(len(before))
+            if not mark:
+                return self._give("", reasoning)
+            self._take(len(mark))
+            self._think_end = None
+        return self._give(self._take(self._count_sure()), reasoning)
 
     def finish(self, result: Result) -> Delta | None:
         """The rest, from the whole answer."""
-        return self._advance(result.text or "", result.reasoning)
+        text, reasoning = "".join(self._given_text), "".join(self._given_reasoning)
+        whole, thought = result.text or "", result.reasoning or ""
+        return self._give(
+            whole[len(text) :] if whole.startswith(text) else "",
+            thought[len(reasoning) :] if thought.startswith(reasoning) else "",
+        )
 
-    def _advance(self, text: str, reasoning: str | None) -> Delta | None:
-        more = text[len(self._text) :] if text.startswith(self._text) else ""
-        thought = reasoning or ""
-        more_thought = thought[len(self._reasoning) :] if thought.startswith(self._reasoning) else ""
-        self._text, self._reasoning = self._text + more, self._reasoning + more_thought
-        return Delta(self._row, more, more_thought) if more or more_thought else None
+    def _count_sure(self) -> int:
+        """Of the held characters, those that are part of no mark any more, or of a whole end of reasoning."""
+        if self._think_end is None:
+            return len(hold_back(self._held, self._stop))
+        sure = len(hold_back(self._held, [*self._stop, self._think_end]))
+        place = self._held.find(self._think_end)
+        # A stop string may yet begin inside the mark, and then the mark was none.
+        return place if 0 <= place < sure < place + len(self._think_end) else sure
+
+    def _take(self, num: int) -> str:
+        taken, self._held = self._held[:num], self._held[num:]
+        return taken
+
+    def _give(self, text: str, reasoning: str) -> Delta | None:
+        if not text and not reasoning:
+            return None
+        self._given_text.append(text)
+        self._given_reasoning.append(reasoning)
+        return Delta(self._row, text, reasoning)
+
+
+def find_first(text: str, marks: Sequence[str]) -> int | None:
+    """Where the first of the marks begins."""
+    return min((place for mark in marks if (place := text.find(mark)) >= 0), default=None)
 
 
 def hold_back(text: str, marks: Sequence[str]) -> str:

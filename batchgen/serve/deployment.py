@@ -28,7 +28,8 @@ from batchgen.serve.gateway import Gateway
 from batchgen.serve.host import HostReport
 from batchgen.serve.keys import load_keys
 from batchgen.serve.load import check_models, load_endpoint
-from batchgen.serve.ray_engines import SharedEngines, SharedPool
+from batchgen.serve.ray_engines import SharedEngines
+from batchgen.serve.ray_shared_pool import SharedPool
 from batchgen.serve.routes_completions import create_completions_router
 from batchgen.serve.spec import EndpointSpec
 from batchgen.serve.state import State

@@ -136,11 +136,5 @@ class Interactive:
         tokenizer = self._engine.tokenizer
         if isinstance(prepared, Result) or not self._is_streaming or tokenizer is None or prepared.has_tools:
             return None
-        thinking, stop = prepared.sampling.thinking, prepared.sampling.stop
-
-        def split(text: str) -> tuple[str, str | None]:
-            parsed = tokenizer.parse(text, thinking=thinking)
-            return parsed.text, parsed.reasoning
-
-        marks = (*stop, *([tokenizer.think_end] if thinking and tokenizer.think_end else ()))
-        return Deltas(number, tokenizer.decode, split, marks, stop)
+        sampling = prepared.sampling
+        return Deltas(number, tokenizer.decode, tokenizer.think_end if sampling.thinking else None, sampling.stop)

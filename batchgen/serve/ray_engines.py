@@ -1,4 +1,4 @@
-"""The shared engines of one served model, as a controller holds them, and a run's pool of workers on them.
+"""The shared engines of one served model, as a controller holds them.
 
 Engines are detached actors with names that follow from the endpoint's store, the model and a number: a controller that
 starts finds those of the last one, warm. Their number follows the runs' own queues: a run asks for workers as it would of a
@@ -11,26 +11,24 @@ import logging
 import threading
 import time
 from collections.abc import Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import RayError
 
 from batchgen.build import build_id
-from batchgen.queue.events import PoolEvent, WorkerStartFailed
-from batchgen.ray_pool import RayPool, describe_error
+from batchgen.ray_pool import describe_error
 from batchgen.serve.engine_actor import EngineActor
 from batchgen.serve.host import HostReport
 from batchgen.serve.spec import ServedModel
-from batchgen.worker.setup import WorkerSetup
 
 log = logging.getLogger("batchgen.serve")
 NAMESPACE = "batchgen-serve"
-# A worker that does not let go in this time sits on an engine that hangs.
-DETACH_S = 15.0
 CALL_S = 10.0
+# How long one look waits for reports: an engine that waits for room must not hold up those that are up.
+LISTEN_S = 0.5
 # Between starts of engines that fail; doubles.
 MAX_BACKOFF_S = 60.0
 # An idle engine above the least number stays this many looks: a batch may follow.
@@ -39,7 +37,7 @@ IDLE_LOOKS = 60
 
 @dataclass(slots=True)
 class HeldEngine:
-    """`opening` is there until it is up."""
+    """`opening` is there until it is up; `hearing` while it is asked for a report, since `hearing_since`."""
 
     name: str
     actor: ActorHandle
@@ -47,6 +45,8 @@ class HeldEngine:
     report: HostReport | None = None
     num_idle: int = 0
     asked_at: float = field(default_factory=time.monotonic)
+    hearing: Any = None
+    hearing_since: float = 0.0
     users: set[str] = field(default_factory=set)
 
 
@@ -66,11 +66,16 @@ class SharedEngines:
         """Hear what every engine does; replace the dead, start up to the least number, let go of the idle."""
         with self._lock:
             engines = list(self._engines.values())
-        refs = {engine.name: engine.actor.report.remote() for engine in engines}
-        if refs:
-            ray.wait(list(refs.values()), num_returns=len(refs), timeout=CALL_S)
         for engine in engines:
-            self._hear(engine, refs[engine.name])
+            if engine.hearing is None:
+                engine.hearing, engine.hearing_since = engine.actor.report.remote(), time.monotonic()
+        calls = [engine.hearing for engine in engines]
+        told = set(ray.wait(calls, num_returns=len(calls), timeout=LISTEN_S)[0]) if calls else set()
+        for engine in engines:
+            if engine.hearing in told:
+                self._hear(engine)
+            else:
+                self._check_silent(engine)
         with self._lock:
             while len(self._engines) < self.served.cluster.workers.min and time.monotonic() >= self._not_before:
                 self._start()
@@ -112,16 +117,13 @@ class SharedEngines:
             up = [engine for engine in self._engines.values() if engine.opening is None]
             return {engine.name: engine.report for engine in up if engine.report is not None}
 
-    def _hear(self, engine: HeldEngine, ref: Any) -> None:
+    def _hear(self, engine: HeldEngine) -> None:
+        ref, engine.hearing = engine.hearing, None
         try:
-            report = engine.report = ray.get(ref, timeout=0.1)
+            report = engine.report = ray.get(ref)
             if engine.opening is not None and ray.wait([engine.opening], timeout=0)[0]:
                 ray.get(engine.opening)
                 engine.opening, self._num_failures = None, 0
-        except GetTimeoutError:
-            waits = engine.opening is not None  # for room, or for its weights
-            if not waits or time.monotonic() - engine.asked_at > self.served.cluster.start_timeout_s:
-                self._fail(engine, "it does not answer")
         except RayError as error:
             self._fail(engine, describe_error(error))
         else:
@@ -129,6 +131,13 @@ class SharedEngines:
             engine.num_idle = engine.num_idle + 1 if is_idle else 0
             if report.death is not None:
                 self._fail(engine, report.death)
+
+    def _check_silent(self, engine: HeldEngine) -> None:
+        """One that is not up waits for room, or for its weights, and may for longer."""
+        now, waits = time.monotonic(), engine.opening is not None
+        limit_s = self.served.cluster.start_timeout_s if waits else CALL_S
+        if now - (engine.asked_at if waits else engine.hearing_since) > limit_s:
+            self._fail(engine, "it does not answer")
 
     def _fail(self, engine: HeldEngine, reason: str) -> None:
         """One that was up is replaced at once; those that never come up are not started for ever in a row."""
@@ -185,70 +194,3 @@ class SharedEngines:
 
 def make_prefix(root: str, model: str) -> str:
     return f"batchgen-engine-{hashlib.sha256(f'{root}|{model}'.encode()).hexdigest()[:16]}"
-
-
-class _Call:
-    """One method of a worker on a shared engine, called as an actor's own would be."""
-
-    def __init__(self, method: Any, worker_id: str) -> None:
-        self._method, self._worker_id = method, worker_id
-
-    def remote(self, *args: Any) -> Any:
-        return self._method.remote(self._worker_id, *args)
-
-
-class _OnShared:
-    """A worker on a shared engine, as `RayPool` calls an actor of its own."""
-
-    def __init__(self, engine: HeldEngine, worker_id: str) -> None:
-        self.engine, self.worker_id = engine, worker_id
-
-    def __getattr__(self, name: str) -> _Call:
-        return _Call(getattr(self.engine.actor, name), self.worker_id)
-
-
-class SharedPool(RayPool):
-    """The workers of one run, each on a shared engine; never two on one."""
-
-    def __init__(self, setup: WorkerSetup, engines: SharedEngines, user: str, deadline: float) -> None:
-        super().__init__(setup)
-        self._engines, self._user, self._deadline = engines, user, deadline
-        self._refused: list[PoolEvent] = []
-
-    def start_worker(self, worker_id: str) -> None:
-        used = {on.engine.name for on in self._actors.values()}
-        engine = self._engines.take(self._user, used)
-        if engine is None:
-            self._refused.append(WorkerStartFailed(worker_id, "no shared engine is free for it"))
-            return
-        # Epochs and worker ids of two jobs may be alike; on the engine they must not be.
-        setup = replace(self._setup, worker_id=worker_id)
-        on = self._actors[worker_id] = _OnShared(engine, f"{self._user}/{setup.epoch}/{worker_id}")
-        self._wait_for(worker_id, "open", on.attach.remote(setup, self._deadline))
-
-    def poll(self, timeout_s: float) -> list[PoolEvent]:
-        refused, self._refused = self._refused, []
-        return [*refused, *super().poll(0.0 if refused else timeout_s)]
-
-    def kill(self, worker_id: str) -> None:
-        """One that was at work is given up: its engine may hang."""
-        on = self._actors.get(worker_id)
-        if self._end_worker(worker_id) == "busy" and on is not None:
-            self._engines.retire(on.engine)
-
-    def _forget(self, worker_id: str) -> None:
-        self._end_worker(worker_id)
-
-    def _end_worker(self, worker_id: str) -> str | None:
-        """What it was doing when it was let go."""
-        on = self._drop(worker_id)
-        if on is None:
-            return None
-        self._engines.give_back(on.engine, self._user)
-        try:
-            left: str = ray.get(on.detach.remote(), timeout=DETACH_S)
-        except (RayError, GetTimeoutError):
-            left = "dead"
-        if left == "dead" and on.engine.opening is None:
-            self._engines.retire(on.engine)
-        return left

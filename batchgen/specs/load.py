@@ -84,7 +84,7 @@ def _set(tree: dict[str, Any], override: str) -> None:
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
-            raise SpecError(f"--set {override}: {section} is not a section")
+            raise SpecError(f"--set {override}: {section} is not a section; batchgen schema names them")
     try:
         tree[name] = yaml.safe_load(value)
     except YAML_ERRORS as error:
