@@ -21,7 +21,7 @@ from batchgen.serve.records import BatchRecord, FileRecord, JobInput, make_resul
 from batchgen.serve.results import LineMaker, Results, Tally, dump_line, iter_rows
 from batchgen.serve.spec import EndpointSpec
 from batchgen.serve.state import State
-from batchgen.serve.wire import CHAT, RequestCounts
+from batchgen.serve.wire import CHAT
 from batchgen.specs.sections import PromptForm
 from batchgen.storage import FileInfo, Storage, list_inputs
 
@@ -89,18 +89,15 @@ def write_dataset_results(state: State, record: BatchRecord) -> Results:
         cached = None if ok["cached_tokens"].null_count else pc.sum(ok["cached_tokens"]).as_py() or 0
         tally.cached_tokens = None if cached is None or tally.cached_tokens is None else tally.cached_tokens + cached
         tally.has_reasoning = tally.has_reasoning or ok["reasoning"].null_count < ok.num_rows
-    counts = tally.make_counts(record.batch.request_counts.total)
     return Results(
-        counts,
+        tally.make_counts(record.batch.request_counts.total),
         tally.make_usage(),
-        _create(state, record, num_bytes, counts, is_ok=True),
-        _create(state, record, num_bytes, counts, is_ok=False),
+        _create(state, record, num_bytes, is_ok=True) if tally.completed else None,
+        _create(state, record, num_bytes, is_ok=False) if tally.failed else None,
     )
 
 
-def _create(state: State, record: BatchRecord, num_bytes: int, counts: RequestCounts, *, is_ok: bool) -> str | None:
-    if (counts.completed if is_ok else counts.failed) == 0:
-        return None
+def _create(state: State, record: BatchRecord, num_bytes: int, *, is_ok: bool) -> str:
     file_id = make_result_file_id(record, "output" if is_ok else "error")
     made_at = record.batch.finalizing_at or record.batch.cancelling_at or record.batch.created_at
     state.create_file(
