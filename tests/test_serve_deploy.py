@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from ray_cluster import RAY, REPO, RayCluster, find_port, run_ray_cluster
+from ray_cluster import MARK, RAY, REPO, RayCluster, find_port, list_marked, run_ray_cluster
 
 from batchgen.serve.keys import make_key
 
@@ -82,9 +82,19 @@ class Deployed:
         made = self.client.chat.completions.create(model=model, messages=messages, temperature=0)
         return made.choices[0].message.content or ""
 
-    def create(self, model: str, num_rows: int) -> str:
+    def read_peaks(self) -> dict[str, int]:
+        """MB of memory that each part ever had."""
+        found = {}
+        for part in ("ServeReplica:batchgen:Ingress", "ServeReplica:batchgen:Controller", "ProxyActor"):
+            for pid in list_marked(self._cluster.env[MARK], f"ray::{part}"):
+                lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+                found[part.rpartition(":")[2]] = next(int(x.split()[1]) for x in lines if x.startswith("VmHWM")) // 1000
+        return found
+
+    def create(self, model: str, num_rows: int, text: str = "") -> str:
         def make(row: int) -> str:
-            body = {"model": model, "temperature": 0, "messages": [{"role": "user", "content": f"{row % 50} + 7 = ?"}]}
+            messages = [{"role": "user", "content": f"{text}{row % 50} + 7 = ?"}]
+            body = {"model": model, "temperature": 0, "messages": messages}
             return json.dumps({"custom_id": f"r{row}", "method": "POST", "url": CHAT, "body": body})
 
         content = "".join(f"{make(row)}\n" for row in range(num_rows)).encode()
@@ -148,6 +158,23 @@ def test_a_datasets_logprobs_are_told_in_its_lines(deployed: Deployed) -> None:
     choices = [line["response"]["body"]["choices"][0] for line in lines]
     assert [choice["logprobs"] is not None for choice in choices] == [True, False, False]
     assert "".join(token["token"] for token in choices[0]["logprobs"]["content"]).startswith("7")
+
+
+@pytest.mark.soak
+def test_50000_lines_are_accepted_and_never_held(deployed: Deployed) -> None:
+    """186 MB through Serve's proxy and the ingress."""
+    before = deployed.read_peaks()
+    client, started = deployed.client, time.monotonic()
+    batch_id = deployed.create("bulk", 50_000, text="y" * 3_600)
+    while client.batches.retrieve(batch_id).status == "validating":
+        time.sleep(0.1)
+    seconds, after = time.monotonic() - started, deployed.read_peaks()
+    assert client.batches.retrieve(batch_id).status == "in_progress"
+    client.batches.cancel(batch_id)
+    print(f"50,000 lines made, sent and accepted in {seconds:.1f} s; peaks in MB before {before}, after {after}")
+    assert after["Ingress"] < 300
+    while client.batches.retrieve(batch_id).status != "cancelled":
+        time.sleep(0.5)
 
 
 @pytest.mark.soak
