@@ -305,6 +305,15 @@ def test_interactive_requests_and_the_earlier_deadline_go_before_bulk(served: Se
     check_whole(client, wait_ended(client, late.id), 200)
 
 
+def test_interactive_requests_go_on_while_the_controller_is_away(served: Served) -> None:
+    client = served.client.with_options(max_retries=0)
+    ask(client, "hello")  # the ingress knows the engine
+    served.kill(PARTS[1])
+    for _ in range(5):
+        assert ask(client, "hello").choices[0].message.content
+    served.wait_up()
+
+
 def test_each_part_is_killed_and_nothing_is_lost_or_there_twice(served: Served) -> None:
     kill_in_turn(served, list(PARTS), num_rows=260, gap=30)
 
