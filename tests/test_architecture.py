@@ -224,7 +224,7 @@ LAYERS = [
     ["serve.deltas"],
     ["serve.places", "serve.interactive"],
     ["serve.host", "serve.routes_completions"],
-    ["serve.switching"],
+    ["serve.interpreter"],
     ["serve.exposition", "serve.engine_actor"],
     ["serve.ray_engines"],
     ["serve.ray_shared_pool"],

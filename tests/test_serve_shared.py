@@ -22,10 +22,10 @@ from batchgen.serve.engine_actor import EngineActor
 from batchgen.serve.errors import ApiError
 from batchgen.serve.host import EngineHost
 from batchgen.serve.interactive import Ask
+from batchgen.serve.interpreter import SWITCH_MEMORY_S, SWITCH_S, Switching
 from batchgen.serve.places import Places
 from batchgen.serve.room import MEMORY_S, Peak, count_bulk_room
 from batchgen.serve.spec import ServedModel
-from batchgen.serve.switching import SWITCH_MEMORY_S, SWITCH_S, Switching
 from batchgen.storage import Storage
 from batchgen.worker.setup import WorkerSetup
 

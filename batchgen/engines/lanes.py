@@ -67,6 +67,11 @@ class Lanes:
         return self._urgent.is_idle and self._bulk.is_idle
 
     @property
+    def is_urgent(self) -> bool:
+        """Is there anything urgent?"""
+        return not self._urgent.is_idle
+
+    @property
     def num_tokens(self) -> int:
         return self._urgent.batch.num_tokens + self._bulk.batch.num_tokens
 

@@ -19,8 +19,8 @@ from batchgen.serve.deltas import Delta
 from batchgen.serve.errors import ApiError
 from batchgen.serve.host import EngineHost, HostReport, Left
 from batchgen.serve.interactive import Ask
+from batchgen.serve.interpreter import Switching, freeze_loaded
 from batchgen.serve.spec import ServedModel
-from batchgen.serve.switching import Switching
 from batchgen.worker.setup import WorkerSetup
 
 LEASH_S = 120.0
@@ -40,9 +40,13 @@ class EngineActor:
 
     async def open(self) -> None:
         if self._opened is None:
-            self._opened = asyncio.ensure_future(self._host.open())
+            self._opened = asyncio.ensure_future(self._load())
             self._leash = asyncio.ensure_future(self._watch())
         await asyncio.shield(self._opened)
+
+    async def _load(self) -> None:
+        await self._host.open()
+        freeze_loaded()
 
     async def get_identity(self) -> tuple[str, int]:
         """(identity, process id)."""
