@@ -46,8 +46,22 @@ class BatchStats:
 
 
 @dataclass(frozen=True, slots=True)
+class GateCounts:
+    """What gates ask of a file's answers, as its maker counted them: cut off by max_tokens, their tokens, those that look
+    like a refusal, those that are not of the schema. `rules`: which refusals and schema (`gates.count.Rules`); None: not
+    looked for."""
+
+    rules: str
+    truncated: int
+    tokens: int
+    refused: int | None = None
+    unfit: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class FileFooter:
-    """What a shard file says of itself."""
+    """What a shard file says of itself. `gates` is None in files of earlier versions; `templates` has the lengths of its
+    rows by template where a column names them (`lengths.make_template_lengths`)."""
 
     format_version: int
     fingerprint: str
@@ -59,3 +73,5 @@ class FileFooter:
     num_rows_error: int
     num_rows_retryable: int
     batches: tuple[BatchStats, ...]
+    gates: GateCounts | None = None
+    templates: dict[str, str] | None = None

@@ -1,19 +1,23 @@
 """Expected completion tokens: of a row, of a shard, and as a run has measured them. Pure: Arrow and numbers in, values out.
 
 Best first: the row's hint (`input.length_hint`), what an earlier run measured for prompts of that length
-(`input.length_prior`), else nothing is expected (None) and the prompt's length stands in where something must be ordered.
+(`input.length_prior`) and, where a column names it, of that template (`input.length_template`), else nothing is expected
+(None) and the prompt's length stands in where something must be ordered.
 An expectation decides order, split and scale, never what a row becomes; a wrong one costs time at the tail and no more.
 
 Measured lengths are counts of rows by (prompt bucket, completion bucket): prompts by octave, completions by quarter
-octave, so that those of any batches add up. As text, 'prompt.completion:rows' pairs, they ride in a batch's stats.
+octave, so that those of any batches add up. As text, 'prompt.completion:rows' pairs, they ride in a batch's stats, and
+those of each template in the footer of a shard file.
 """
 
+import hashlib
 import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,6 +29,12 @@ STEPS_PER_OCTAVE = 4
 MIN_ROWS = 16
 # Rough size of a token in a prompt column; it decides an order, nothing else.
 BYTES_PER_TOKEN = 4.5
+
+# A footer holds the lengths of so many templates at most, a run's of so many; rows of others count for all alike.
+MAX_FILE_TEMPLATES = 64
+MAX_TEMPLATES = 1024
+# A longer name is known by its digest.
+MAX_NAME_CHARS = 64
 
 # Rows by (prompt bucket, completion bucket); the prompt bucket is None where nobody counted prompt tokens.
 LengthCounts = Counter[tuple[int | None, int]]
@@ -44,14 +54,54 @@ def bucket_middle(bucket: int) -> float:
 
 def make_lengths(rows: pa.Table) -> str:
     """Lengths of the generations among result rows; '' where none is known."""
-    known = rows.filter(pc.is_valid(rows["completion_tokens"]))
+    return format_lengths(Counter({(prompt, length): number for prompt, length, number in _count_lengths(rows, [])}))
+
+
+def make_template_lengths(rows: pa.Table, column: str) -> dict[str, str]:
+    """The same of each template that the column names, those with the most rows."""
+    found: dict[str, LengthCounts] = {}
+    for prompt, length, value, number in _count_lengths(rows, [column]):
+        if (name := name_template(value)) is not None:
+            found.setdefault(name, Counter())[prompt, length] += number
+    return {name: format_lengths(counts) for name, counts in keep_largest(found, MAX_FILE_TEMPLATES).items()}
+
+
+def _count_lengths(rows: pa.Table, columns: list[str]) -> list[tuple[Any, ...]]:
+    """(prompt bucket, completion bucket, values of the columns, rows)."""
+    plain = {f"key_{place}": to_plain(rows[name]) for place, name in enumerate(columns)}
+    known = pa.table({**{name: rows[name] for name in ("prompt_tokens", "completion_tokens")}, **plain})
+    known = known.filter(pc.is_valid(known["completion_tokens"]))
     tokens = pc.cast(pc.max_element_wise(known["completion_tokens"], 1), pa.float64())
     lengths = pc.cast(pc.ceil(pc.multiply(pc.log2(tokens), STEPS_PER_OCTAVE)), pa.int64())
     prompts = pc.cast(pc.ceil(pc.log2(pc.cast(pc.add(known["prompt_tokens"], 1), pa.float64()))), pa.int64())
-    counts = (
-        pa.table({"prompt": prompts, "length": lengths}).group_by(["prompt", "length"]).aggregate([([], "count_all")])
-    )
-    return format_lengths(Counter({(row["prompt"], row["length"]): row["count_all"] for row in counts.to_pylist()}))
+    keys = {"prompt": prompts, "length": lengths, **{name: known[name] for name in plain}}
+    names = list(keys)
+    counts = pa.table(keys).group_by(names).aggregate([([], "count_all")])
+    return list(zip(*(counts[name].to_pylist() for name in [*names, "count_all"]), strict=True))
+
+
+def to_plain(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """A column of names as one that can be grouped and counted; text as bytes, for it may be no text."""
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    return column.cast(kind if pa.types.is_integer(kind) or pa.types.is_null(kind) else pa.large_binary())
+
+
+def name_template(value: object) -> str | None:
+    """What a template is called by whom its rows' column says so; None where it says nothing."""
+    if isinstance(value, bytes):
+        value = value.decode(errors="replace")
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        return None
+    name = str(value)
+    if len(name) <= MAX_NAME_CHARS:
+        return name
+    return hashlib.blake2b(name.encode(errors="replace"), digest_size=16).hexdigest()
+
+
+def keep_largest(found: Mapping[str, LengthCounts], most: int) -> dict[str, LengthCounts]:
+    """Those with the most rows, by name."""
+    largest = sorted(found, key=lambda name: (-found[name].total(), name))[:most]
+    return {name: found[name] for name in sorted(largest)}
 
 
 def format_lengths(counts: LengthCounts) -> str:
@@ -72,19 +122,30 @@ def merge_lengths(texts: Iterable[str | None]) -> LengthCounts:
 
 @dataclass(frozen=True, slots=True)
 class LengthPrior:
-    """What an earlier run measured. `mean_tokens` is over all its rows."""
+    """What an earlier run measured. `mean_tokens` is over all its rows; `templates` has those of each by itself."""
 
     counts: Mapping[tuple[int | None, int], int]
     mean_tokens: float
     _means: Mapping[int | None, float] = field(repr=False)
+    templates: Mapping[str, "LengthPrior"] = field(default_factory=dict)
 
-    def expect(self, prompt_tokens: float | None) -> float:
-        """Mean completion tokens of prompts of about this length; of all where there were none."""
+    def expect(self, prompt_tokens: float | None, template: str | None = None) -> float:
+        """Mean completion tokens of prompts of this template and about this length; of all where there were none."""
+        if template is not None and (own := self.templates.get(template)) is not None:
+            return own.expect(prompt_tokens)
         return self._means.get(choose_prompt_bucket(prompt_tokens), self.mean_tokens)
 
 
-def make_prior(counts: LengthCounts) -> LengthPrior | None:
+def make_prior(counts: LengthCounts, templates: Mapping[str, LengthCounts] | None = None) -> LengthPrior | None:
     """None where nothing was measured."""
+    if (prior := _make_one(counts, None)) is None:
+        return None
+    made = {name: _make_one(own, prior.mean_tokens) for name, own in (templates or {}).items()}
+    return replace(prior, templates={name: own for name, own in made.items() if own is not None})
+
+
+def _make_one(counts: LengthCounts, mean_of_all: float | None) -> LengthPrior | None:
+    """Few rows lean on `mean_of_all`."""
     rows: Counter[int | None] = Counter()
     tokens: dict[int | None, float] = {}
     for (prompt, length), number in counts.items():
@@ -93,6 +154,8 @@ def make_prior(counts: LengthCounts) -> LengthPrior | None:
     if not rows.total():
         return None
     mean = sum(tokens.values()) / rows.total()
+    if mean_of_all is not None:
+        mean = _lean(sum(tokens.values()), rows.total(), mean_of_all)
     means = {prompt: _lean(tokens[prompt], number, mean) for prompt, number in rows.items()}
     return LengthPrior(dict(counts), mean, means)
 
@@ -122,12 +185,12 @@ def is_hint(value: object) -> bool:
 
 
 def expect_tokens(
-    hint: object, *, prompt_tokens: int | None, max_tokens: int, prior: LengthPrior | None
+    hint: object, *, prompt_tokens: int | None, max_tokens: int, prior: LengthPrior | None, template: object = None
 ) -> float | None:
-    """Expected completion tokens of one request. None: nothing is known."""
+    """Expected completion tokens of one request. `template`: what its column says. None: nothing is known."""
     if isinstance(hint, int | float) and is_hint(hint):
         return float(min(max(1.0, hint), max_tokens))
-    return None if prior is None else min(prior.expect(prompt_tokens), float(max_tokens))
+    return None if prior is None else min(prior.expect(prompt_tokens, name_template(template)), float(max_tokens))
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +222,18 @@ def total_hints(values: pa.Array | pa.ChunkedArray, max_tokens: int | None) -> H
     if max_tokens is not None:
         known = pc.min_element_wise(known, float(max_tokens))
     return HintTotals(len(known), pc.sum(known).as_py(), pc.max(known).as_py())
+
+
+def total_templates(
+    values: pa.Array | pa.ChunkedArray, prior: LengthPrior, prompt_tokens: float | None, max_tokens: int | None
+) -> HintTotals:
+    """Of a column of templates' names, as if what the prior says of each were a hint."""
+    total = HintTotals()
+    for each in to_plain(values).value_counts().to_pylist():
+        one, num = prior.expect(prompt_tokens, name_template(each["values"])), each["counts"]
+        one = one if max_tokens is None else min(one, float(max_tokens))
+        total = total.add(HintTotals(num, num * one, one))
+    return total
 
 
 def choose_work(

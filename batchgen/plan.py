@@ -53,18 +53,20 @@ class Plan:
         return sum(shard.num_rows for shard in self.shards)
 
 
-def expected_tokens(spec: JobSpec) -> float:
-    """Expected completion tokens of one row, its n samples together."""
+def expected_tokens(spec: JobSpec, mean_tokens: float | None = None) -> float:
+    """Expected completion tokens of one row, its n samples together. `mean_tokens`: of an answer, where it was measured."""
     one = min(max(1.0, spec.sampling.max_tokens * EXPECTED_SHARE), EXPECTED_TOKENS)
+    if mean_tokens is not None:
+        one = min(max(1.0, mean_tokens), spec.sampling.max_tokens)
     return one * spec.sampling.n
 
 
-def choose_rows_per_shard(spec: JobSpec, num_rows: int) -> int:
+def choose_rows_per_shard(spec: JobSpec, num_rows: int, mean_tokens: float | None = None) -> int:
     """Rows a shard should have: by bytes and minutes, at least 4 a worker, at most 200,000 a job."""
     if spec.output.rows_per_shard is not None:
         wanted = spec.output.rows_per_shard
     else:
-        tokens = expected_tokens(spec)
+        tokens = expected_tokens(spec, mean_tokens)
         by_bytes = TARGET_BYTES / (tokens * BYTES_PER_TOKEN)
         by_time = TARGET_S * ENGINE_TOKENS_PER_S.get(spec.engine.kind, OTHER_TOKENS_PER_S) / tokens
         by_workers = num_rows // (SHARDS_PER_WORKER * spec.cluster.workers.max)
@@ -72,7 +74,7 @@ def choose_rows_per_shard(spec: JobSpec, num_rows: int) -> int:
     return max(wanted, math.ceil(num_rows / MAX_SHARDS))
 
 
-def choose_min_rows(spec: JobSpec, num_rows: int, group_rows: int) -> int:
+def choose_min_rows(spec: JobSpec, num_rows: int, group_rows: int, mean_tokens: float | None = None) -> int:
     """Rows that a shard within a row group of `group_rows` has at least, of a job of `num_rows`.
 
     A quarter of the row group, which bounds read amplification at about 4. That gives up on 4 shards a worker, never
@@ -87,7 +89,7 @@ def choose_min_rows(spec: JobSpec, num_rows: int, group_rows: int) -> int:
         rows = math.ceil(group_rows / PIECES_PER_GROUP)
     else:
         rows = _share(num_rows, max(1, shards_each) * workers)
-    return min(rows, int(MAX_BYTES / (expected_tokens(spec) * BYTES_PER_TOKEN)))
+    return min(rows, int(MAX_BYTES / (expected_tokens(spec, mean_tokens) * BYTES_PER_TOKEN)))
 
 
 def _share(num_rows: int, num_shards: int) -> int:
@@ -123,20 +125,22 @@ def make_plan(
     files: Sequence[InputFile],
     planned: Sequence[Shard] = (),
     group_bytes: Mapping[str, Sequence[int]] | None = None,
+    mean_tokens: float | None = None,
 ) -> Plan:
     """The plan for the first `input.limit` rows (all without one), keeping the shards planned before. `group_bytes`: what
-    the prompts of each row group of a file take, by its path, where known.
+    the prompts of each row group of a file take, by its path, where known. `mean_tokens`: of an answer, where an
+    earlier run measured it.
 
     Raises InputError when the input holds no rows, or more files than a job may have shards.
     """
     num_rows = sum(file.num_rows for file in files)
     if num_rows == 0:
         raise InputError(f"input.paths: {len(files)} files with no rows; nothing to generate")
-    wanted = choose_rows_per_shard(spec, num_rows)
+    wanted = choose_rows_per_shard(spec, num_rows, mean_tokens)
     limit = num_rows if spec.input.limit is None else min(spec.input.limit, num_rows)
 
     def min_rows(group_rows: int) -> int:
-        return choose_min_rows(spec, num_rows, group_rows)
+        return choose_min_rows(spec, num_rows, group_rows, mean_tokens)
 
     # The rows of a canary are shards of their own, so that they are committed, and looked at, soon.
     first = min(limit, spec.gates.canary.rows) if spec.gates.canary is not None and not planned else 0

@@ -55,10 +55,10 @@ def list_prompt_columns(prompt: PromptSpec) -> tuple[str, ...]:
 
 
 def list_row_columns(spec: JobSpec) -> tuple[str, ...]:
-    """Columns read as Python values: the prompt's, custom_id, per-row sampling, tools, length hint. Each once, in that
-    order."""
-    own = (spec.input.custom_id, spec.prompt.sampling, spec.prompt.tools, spec.input.length_hint)
-    names = [*list_prompt_columns(spec.prompt), *own]
+    """Columns read as Python values: the prompt's, custom_id, per-row sampling, tools, what lengths are expected by. Each
+    once, in that order."""
+    own = (spec.input.custom_id, spec.prompt.sampling, spec.prompt.tools)
+    names = [*list_prompt_columns(spec.prompt), *own, spec.input.length_hint, spec.input.length_template]
     return tuple(dict.fromkeys(name for name in names if name is not None))
 
 

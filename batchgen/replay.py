@@ -51,7 +51,7 @@ class Replay:
         files, _, self._shards = saved
         if not 0 <= sample_index < self.spec.sampling.n:
             raise OutputError(
-                f"--sample {sample_index}: the job has samples 0 to {self.spec.sampling.n - 1} of each row"
+                f"--sample {sample_index}: the job has samples 0 to {self.spec.sampling.n - 1} of each row; ask for one"
             )
         self._file, self._row = self._find(row, files)
         self._sample = sample_index
@@ -99,7 +99,7 @@ class Replay:
         if name in by_path and number.isdigit():
             if int(number) < by_path[name].num_rows:
                 return by_path[name], int(number)
-            raise OutputError(f"--row {row}: the file has rows 0 to {by_path[name].num_rows - 1}")
+            raise OutputError(f"--row {row}: the file has rows 0 to {by_path[name].num_rows - 1}; ask for one")
         found = sorted(set(self._find_keys(row)))
         if len(found) != 1:
             what = "no committed row has this custom_id" if not found else f"{len(found)} rows have this custom_id"

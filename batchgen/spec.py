@@ -15,6 +15,7 @@ from pydantic import AwareDatetime, Field, model_validator
 from batchgen.specs.engine import EngineSpec
 from batchgen.specs.gates import GatesSpec
 from batchgen.specs.input import InputSpec as InputSpec
+from batchgen.specs.patterns import find_schema_fault
 from batchgen.specs.retry import RetrySpec as RetrySpec  # a section like the others
 from batchgen.specs.sampling import SamplingSpec
 from batchgen.specs.sections import PromptForm, Section
@@ -150,7 +151,7 @@ class WorkersSpec(Section):
     @model_validator(mode="after")
     def _ordered(self) -> "WorkersSpec":
         if self.min > self.max:
-            raise ValueError(f"min ({self.min}) is above max ({self.max})")
+            raise ValueError(f"min ({self.min}) is above max ({self.max}); raise max, or lower min")
         return self
 
 
@@ -245,12 +246,24 @@ class JobSpec(Section):
 
     @model_validator(mode="after")
     def _has_schema(self) -> "JobSpec":
-        has_schema = self.gates.json_schema is not None or (
-            self.sampling.guided is not None and self.sampling.guided.json_schema is not None
-        )
-        if self.gates.wants_schema and not has_schema:
-            raise ValueError("gates: max_schema_failure_rate needs gates.json_schema or sampling.guided.json_schema")
+        if not self.gates.wants_schema:
+            return self
+        if (schema := self.gate_schema) is None:
+            raise ValueError(
+                "gates: max_schema_failure_rate goes by a schema; give gates.json_schema or sampling.guided.json_schema"
+            )
+        if (fault := find_schema_fault(schema)) is not None:
+            raise ValueError(
+                f"gates: max_schema_failure_rate: of the schema, {fault}; give gates.json_schema without that"
+            )
         return self
+
+    @property
+    def gate_schema(self) -> str | None:
+        """What gates hold answers to, as JSON text."""
+        own, guided = self.gates.json_schema, self.sampling.guided
+        found = own if own is not None else guided.json_schema if guided is not None else None
+        return None if found is None else str(found)
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """What makes the data, section by section, as plain JSON values."""

@@ -138,7 +138,8 @@ def stats_from_json(fields: Mapping[str, Any]) -> BatchStats:
 
 def footer_to_json(footer: FileFooter) -> str:
     fields = {field.name: getattr(footer, field.name) for field in dataclasses.fields(footer)}
-    return json.dumps({**fields, "batches": [stats_to_json(batch) for batch in footer.batches]})
+    gates = None if footer.gates is None else dataclasses.asdict(footer.gates)
+    return json.dumps({**fields, "batches": [stats_to_json(batch) for batch in footer.batches], "gates": gates})
 
 
 def footer_from_json(text: str | bytes) -> FileFooter:

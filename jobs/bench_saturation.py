@@ -12,28 +12,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["slots", "cpu"])
     parser.add_argument("--folder", help="where input and output go, new: local or s3://; else a temporary one")
-    parser.add_argument("--rows", type=int, default=3000)
+    for name, default in (("rows", 3000), ("workers", 1), ("shards", 24), ("seed", 7), ("prompt-tokens", 32)):
+        parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--slots", type=int, default=64, help="of each worker; 1.25 times as many are in flight")
-    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--pool", choices=["inline", "ray"], default="inline")
-    parser.add_argument("--shards", type=int, default=24)
     parser.add_argument("--sigma", type=float, default=0.8, help="of the lognormal service times, mean 0.5 s")
     parser.add_argument("--hints", choices=HINTS, default="none")
-    parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--text", action="store_true", help="cpu: prompts are text and tokenised here")
     parser.add_argument("--no-fingerprints", action="store_true", help="cpu: without output.row_fingerprints")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or temporary
         if options.what == "cpu":
-            found = measure_cpu(
-                folder,
-                options.rows,
-                options.prompt_tokens,
-                has_text=options.text,
-                row_fingerprints=not options.no_fingerprints,
-            )
+            has = {"has_text": options.text, "row_fingerprints": not options.no_fingerprints}
+            found = measure_cpu(folder, options.rows, options.prompt_tokens, **has)
         else:
             work = Workload(options.rows, options.slots, sigma=options.sigma, seed=options.seed)
             workers = {"min": options.workers, "max": options.workers}

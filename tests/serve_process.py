@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import openai
 import yaml
 
 from batchgen.serve.keys import make_key
+from batchgen.serve.records import BatchRecord
 
 TERMINAL = {"completed", "failed", "expired", "cancelled"}
 CHAT = "/v1/chat/completions"
@@ -173,3 +175,54 @@ def read_lines(client: openai.OpenAI, file_id: str | None) -> dict[str, dict[str
     found = {line["custom_id"]: line for line in lines}
     assert len(found) == len(lines)
     return found
+
+
+def check_left_over(client: openai.OpenAI, done: openai.types.Batch, code: str) -> None:
+    answers, errors = read_lines(client, done.output_file_id), read_lines(client, done.error_file_id)
+    assert done.request_counts is not None
+    assert (len(answers), len(errors)) == (done.request_counts.completed, done.request_counts.failed)
+    assert not answers.keys() & errors.keys()
+    assert {line["error"]["code"] for line in errors.values()} == {code}
+    assert all(line["response"] is None for line in errors.values())
+
+
+def end_window(record: BatchRecord) -> BatchRecord:
+    return record.model_copy(update={"batch": record.batch.model_copy(update={"expires_at": int(time.time())})})
+
+
+class Losing:
+    """A TCP proxy that, once, passes a request on and cuts the connection when the reply comes."""
+
+    def __init__(self, target: int) -> None:
+        self._target, self.loses_next = target, False
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._server.getsockname()[1])
+
+    def __enter__(self) -> "Losing":
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # closed: the end
+            while True:
+                inner, _ = self._server.accept()
+                threading.Thread(target=self._serve, args=(inner,), daemon=True).start()
+
+    def _serve(self, inner: socket.socket) -> None:
+        outer = socket.create_connection(("127.0.0.1", self._target))
+        threading.Thread(target=self._pump, args=(inner, outer), daemon=True).start()
+        with inner, outer, contextlib.suppress(OSError):
+            while (data := outer.recv(65536)) and not self.loses_next:
+                inner.sendall(data)
+            if data:
+                self.loses_next = False
+            for side in (inner, outer):  # closing alone would not wake the other thread
+                side.shutdown(socket.SHUT_RDWR)
+
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)

@@ -26,6 +26,7 @@ LAYERS = [
     ["records", "queue.suspects"],
     ["specs.sections", "queue.orders", "worker.spilled"],
     ["specs.tensorrt_llm", "specs.sampling", "specs.retry", "specs.input"],
+    ["specs.patterns"],
     ["specs.gates"],
     ["specs.engine"],
     ["queue.lazy_heap", "queue.leases", "queue.tail"],
@@ -42,7 +43,8 @@ LAYERS = [
         "worker.seal",
     ],
     ["preflight.tokenizer_files", "specs.saved", "specs.reference"],
-    ["reuse.fingerprint", "gates.decide"],
+    ["reuse.fingerprint", "gates.decide", "gates.fit"],
+    ["gates.count"],
     # pure decisions
     ["prompt", "plan", "queue.backlog", "queue.scaling", "queue.governor", "lengths", "worker.answer", "verify.rows"],
     ["stats", "queue.work_queue", "queue.progress", "queue.roster", "queue.timeline"],
@@ -108,6 +110,7 @@ LAYERS = [
     ["engines.decode", "engines.simulated"],
     ["engines.lanes", "engines.replies"],
     ["engines.transformers", "engines.openai", "engines.tensorrt_llm"],
+    ["engines.table"],
     ["engines"],
     ["chaos.faults"],
     ["preflight.doctor"],
@@ -154,8 +157,9 @@ LAYERS = [
     # what a job did
     ["report", "report.figures", "report.svg"],
     ["report.records"],
-    ["report.distributions", "report.waste", "report.lanes", "report.charts", "report.samples", "report.text"],
-    ["report.value", "report.page"],
+    ["report.distributions", "report.waste", "report.lanes", "report.charts", "report.generations", "report.gates"],
+    ["report.tiles", "report.value", "report.text"],
+    ["report.page"],
     ["report.by"],
     ["driver.run_record"],
     # an NVFP4 checkpoint
@@ -168,11 +172,15 @@ LAYERS = [
     ["driver.run", "verify.verify", "report.reading"],
     # pipelines: decisions, then what carries them out
     ["pipelines", "pipelines.calendar", "pipelines.template", "pipelines.events", "pipelines.publish"],
-    ["pipelines.spec", "pipelines.log"],
-    ["pipelines.graph", "pipelines.decide"],
+    ["pipelines.past", "pipelines.spec"],
+    ["pipelines.partitions", "pipelines.history"],
+    ["pipelines.graph", "pipelines.decide", "pipelines.log"],
     ["pipelines.cleanup", "pipelines.filters", "pipelines.arrival", "pipelines.orders", "pipelines.overview"],
-    ["pipelines.load", "pipelines.hooks", "pipelines.submit"],
-    ["pipelines.execute", "pipelines.ray_jobs", "pipelines.keeper"],
+    ["pipelines.limits", "pipelines.source"],
+    ["pipelines.check", "pipelines.hooks", "pipelines.submit"],
+    ["pipelines.load"],
+    ["pipelines.execute", "pipelines.ray_jobs", "pipelines.aftermath"],
+    ["pipelines.keeper"],
     ["pipelines.scheduler"],
     ["chaos.chaos", "chaos.child", "library"],
     ["demo", "bench.decode", "bench.queue", "bench.placement", "bench.memory", "bench.endpoint"],
@@ -220,7 +228,7 @@ LAYERS = [
     ["serve.app"],
     ["serve.plain"],
     # shared engines, and the endpoint on Ray Serve
-    ["serve.room", "serve.growing"],
+    ["serve.room", "serve.growing", "serve.described"],
     ["serve.deltas"],
     ["serve.places", "serve.interactive"],
     ["serve.host", "serve.routes_completions"],
@@ -260,7 +268,7 @@ PURE = {
     "specs.tensorrt_llm",
 }
 PURE |= {"spec", "prompt", "plan", "specs.sampling", "batches", "engines.deepseek_turns", "engines.deepseek_v32"}
-PURE |= {"gates.decide", "specs.gates"}
+PURE |= {"gates.decide", "gates.count", "gates.fit", "specs.gates", "specs.patterns"}
 PURE |= {"reuse.fingerprint", "specs.saved", "specs.input"}
 PURE |= {"row_ranges", "queue.suspects", "queue.trial_queue", "specs.retry"}
 PURE |= {
@@ -284,6 +292,8 @@ PURE |= {"queue.begun"}
 PURE |= {
     "queue.timeline",
     "report.waste",
+    "report.gates",
+    "report.tiles",
     "report.lanes",
     "report.distributions",
     "report.svg",
@@ -298,7 +308,8 @@ PURE |= {"quantize.recipe", "quantize.architecture", "quantize.weigh"}
 PURE |= {"evaluate.extract", "evaluate.templates", "evaluate.statistics", "evaluate.speed"}
 PURE |= {"bench.oracle", "bench.runs"}
 PURE |= {"pipelines", "pipelines.calendar", "pipelines.template", "pipelines.events", "pipelines.spec"}
-PURE |= {"pipelines.graph", "pipelines.decide"}
+PURE |= {"pipelines.graph", "pipelines.decide", "pipelines.past", "pipelines.partitions", "pipelines.history"}
+PURE |= {"pipelines.limits"}
 PURE |= {"engines.trtllm.sampling", "engines.trtllm.env", "engines.trtllm.args", "engines.trtllm.health"}
 PURE |= {
     "simulate",
@@ -310,7 +321,7 @@ PURE |= {
 }
 PURE |= {"compact.digest", "compact.plan"}
 PURE |= {"serve.errors", "serve.ids", "serve.rates", "serve.paging", "serve.ranges", "serve.wire", "serve.records"}
-PURE |= {"serve.room", "serve.growing", "serve.deltas"}
+PURE |= {"serve.room", "serve.growing", "serve.deltas", "serve.described"}
 PURE |= {"serve.spec", "serve.batch_spec", "serve.bodies", "serve.body_sampling", "serve.lines", "serve.answers"}
 # What only does I/O: pure modules may not even import it from the standard library.
 EFFECTS = {
@@ -360,10 +371,10 @@ VENDORS = {
     "aiohttp": {"stores.remote", "engines.openai", "engines.openai_http", "bench.server()"},
     "botocore": {"stores.remote"},
     "pynvml": {"engines.trtllm.gpu()", "preflight.facts()"},
-    "yaml": {"specs.load", "pipelines.load"},
-    "jsonschema": {"specs.sampling()", "gates.scan()"},
-    "referencing": {"gates.scan()"},
-    "numpy": {"evaluate.statistics", "evaluate.speed", "reuse.index"},
+    "yaml": {"specs.load", "pipelines.source"},
+    "jsonschema": {"specs.sampling()", "gates.fit()"},
+    "referencing": {"specs.sampling()", "gates.fit()"},
+    "numpy": {"evaluate.statistics", "evaluate.speed", "reuse.index", "gates.count", "gates.scan"},
     "fastapi": {
         "serve.routes_completions",
         "serve.deployment",
@@ -558,6 +569,8 @@ SHOW = "print(*sorted(m for m in {names} if m in sys.modules))"
         ("import batchgen.cli", HEAVY | {"pyarrow", "pydantic", "yaml"}),
         # All that a driver and a simulated worker on a local disk need.
         ("import batchgen.driver.run, batchgen.driver.inline_pool, batchgen.engines.simulated", HEAVY),
+        # It starts with each engine, beside a vendor that has enough to load.
+        ("import batchgen.engines.trtllm.child", HEAVY | {"pyarrow", "pydantic", "yaml"}),
     ],
 )
 def test_importing_loads_no_vendor_before_it_is_used(code: str, absent: set[str]) -> None:

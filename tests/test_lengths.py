@@ -1,6 +1,7 @@
 """What is expected of lengths: hints, priors, sums, costs; and that none of it ever changes a row."""
 
 import heapq
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,15 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jobs_util import check_output, list_output, make_tree, read_rows, run, to_parquet
+from jobs_util import check_output, list_output, make_tree, merge, read_rows, run, to_parquet
 from makers import make_error, make_file, make_job_spec, make_ok, make_rows
 
 from batchgen.driver.job import open_job
-from batchgen.errors import InputError, Refusal
+from batchgen.engines.simulated import read_calls
+from batchgen.errors import InputError, Refusal, SpecError
 from batchgen.length_files import LENGTHS, measure_shards, read_prior
 from batchgen.lengths import (
+    MAX_FILE_TEMPLATES,
     LengthCounts,
     choose_cost,
     choose_prompt_bucket,
@@ -24,11 +27,12 @@ from batchgen.lengths import (
     format_lengths,
     make_lengths,
     make_prior,
+    make_template_lengths,
     merge_lengths,
     total_hints,
 )
 from batchgen.manifest import read_json, read_plan, write_plan_files, write_plan_shards
-from batchgen.plan import add_prompt_bytes
+from batchgen.plan import add_prompt_bytes, make_plan
 from batchgen.records import Generation, Shard, Usage
 from batchgen.specs.load import make_spec
 from batchgen.storage import Storage
@@ -153,6 +157,67 @@ def test_useless_hints_cost_nothing_against_input_order() -> None:
     assert best < 0.95 * fifo
 
 
+def test_a_template_is_told_by_its_name_and_few_rows_of_one_lean_on_all() -> None:
+    long, short, rare = LengthCounts({(5, 40): 100}), LengthCounts({(5, 12): 100}), LengthCounts({(5, 12): 4})
+    prior = make_prior(long + short + rare, {"long": long, "short": short, "rare": rare})
+    assert prior is not None
+    assert prior.expect(20, "long") == pytest.approx(939, rel=0.01)
+    assert prior.expect(20, "short") == pytest.approx(7.3, rel=0.01)
+    assert prior.expect(20) == prior.expect(20, "unheard of") == prior.mean_tokens
+    assert prior.expect(20, "short") < prior.expect(20, "rare") < prior.mean_tokens
+    told = {
+        value: expect_tokens(None, prompt_tokens=20, max_tokens=500, prior=prior, template=value)
+        for value in ("long", "short", None, 3)
+    }
+    assert told == {"long": 500.0, "short": prior.expect(20, "short"), None: prior.mean_tokens, 3: prior.mean_tokens}
+    assert make_prior(LengthCounts(), {"a": LengthCounts()}) is None
+
+
+CODED = pa.dictionary(pa.int32(), pa.string())
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), CODED], ids=str)
+def test_templates_of_rows_are_counted_apart_whatever_holds_their_names(kind: pa.DataType) -> None:
+    rows = pa.table({"prompt_tokens": [20] * 8, "completion_tokens": [8, 500] * 4})
+    names = pa.array(["a", "b"] * 3 + [None, "x" * 65]).cast(kind)
+    found = make_template_lengths(rows.append_column("task", names), "task")
+    (digest,) = found.keys() - {"a", "b"}
+    assert len(digest) == 32
+    assert found == {"a": "5.12:3", "b": "5.36:3", digest: "5.36:1"}
+    numbers = rows.append_column("task", pa.array([1, 2] * 4, pa.int8()))
+    assert make_template_lengths(numbers, "task") == {"1": "5.12:4", "2": "5.36:4"}
+    many = pa.concat_tables([rows] * 20).append_column("task", pa.array([str(min(row, 99)) for row in range(160)]))
+    assert len(kept := make_template_lengths(many, "task")) == MAX_FILE_TEMPLATES
+    assert "99" in kept
+
+
+def test_lengths_by_template_order_better_than_without() -> None:
+    """Two tasks with prompts of one length: what the last run measured of each brings the long ones first."""
+    blind = told = best = 0.0
+    for seed in range(40):
+        draw = random.Random(seed)
+
+        def make_day(draw: random.Random = draw) -> list[tuple[str, float]]:
+            tasks = draw.choices(["label", "essay"], [9, 1], k=2000)
+            return [(task, draw.lognormvariate(3 if task == "label" else 6, 0.5)) for task in tasks]
+
+        measured = {task: LengthCounts() for task in ("label", "essay")}
+        for task, tokens in make_day():
+            measured[task][5, round(4 * math.log2(tokens))] += 1
+        all_rows = measured["label"] + measured["essay"]
+        today = make_day()
+        lengths = [tokens for _, tokens in today]
+        for prior, is_told in ((make_prior(all_rows), False), (make_prior(all_rows, measured), True)):
+            assert prior is not None
+            expected = [prior.expect(20, task) for task, _ in today]
+            order = sorted(range(len(today)), key=lambda row: -expected[row])
+            makespan = drain(lengths, order, 64)
+            told, blind = (told + makespan, blind) if is_told else (told, blind + makespan)
+        best += drain(lengths, sorted(range(len(today)), key=lambda row: -lengths[row]), 64)
+    assert told < 0.85 * blind
+    assert told < 1.12 * best
+
+
 # ---- the plan, and a run ---------------------------------------------------------------------------------------------
 
 
@@ -214,6 +279,80 @@ def test_a_run_leaves_its_lengths_for_the_next_job(tmp_path: Path) -> None:
     report, _ = run(later)
     assert report["exit_code"] == 0
     check_output(tmp_path / "later", [(str(tmp_path / "in/a.parquet"), num_rows)])
+
+
+def write_tasks(folder: Path, num_rows: int) -> None:
+    """The second half are essays; prompts tell nothing, and answers are as long as a row's own max_tokens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    is_long = [row >= num_rows // 2 for row in range(num_rows)]
+    table = pa.table(
+        {
+            "prompt": [f"question {row:04d}" for row in range(num_rows)],
+            "task": ["essay" if long else "label" for long in is_long],
+            "own": [{"max_tokens": 60 if long else 3} for long in is_long],
+        }
+    )
+    (folder / "a.parquet").write_bytes(to_parquet(table, row_group_size=20))
+
+
+def test_the_next_run_plans_and_sends_by_template(tmp_path: Path) -> None:
+    """The long task's shards go first, and no row becomes another one for it."""
+    write_tasks(tmp_path / "in", 120)
+    over = {
+        "input": {"passthrough": ["task"], "length_template": "task"},
+        "prompt": {"sampling": "own"},
+        "engine": {"mean_tokens": 500, "slots": 2, "max_inflight": 2},
+        "output": {"rows_per_shard": 20},
+        "cluster": {"workers": {"min": 1, "max": 1}},
+    }
+    first = make_tree(tmp_path / "in", tmp_path / "out", tmp_path / "calls", **over)
+    run(first)
+    facts = read_json(Storage(str(tmp_path / "out")), LENGTHS)
+    assert facts is not None
+    assert merge_lengths(facts["templates"].values()) == merge_lengths([facts["lengths"]])
+    assert {name: merge_lengths([text]).total() for name, text in facts["templates"].items()} == {
+        "essay": 60,
+        "label": 60,
+    }
+    later = merge(
+        make_tree(tmp_path / "in", tmp_path / "later", tmp_path / "calls-later", **over),
+        {"input": {"length_prior": str(tmp_path / "out")}},
+    )
+    spec = make_spec(later)
+    job = open_job(spec, Storage(spec.output.path))
+    half = len(job.plan.shards) // 2
+    tokens = [shard.expected_tokens for shard in job.plan.shards]
+    assert all(
+        few is not None and many is not None and few < many / 5 for few in tokens[:half] for many in tokens[half:]
+    )
+    assert [shard.max_expected_tokens for shard in job.plan.shards][-1] == pytest.approx(60, rel=0.1)
+    assert min(queued.cost for queued in job.todo[half:]) > max(queued.cost for queued in job.todo[:half])
+    report, _ = run(later)
+    assert report["exit_code"] == 0
+    sent = [row for _, row, _, _ in read_calls(str(tmp_path / "calls-later"))]
+    assert sum(row >= 60 for row in sent[:60]) > 50
+    texts = [[row["text"] for row in read_rows(tmp_path / name)] for name in ("out", "later")]
+    assert texts[0] == texts[1]
+    # A plan that stands keeps what it was made with; without the prior nothing is expected.
+    assert open_job(spec, Storage(spec.output.path)).plan.shards == job.plan.shards
+    plain = make_spec(make_tree(tmp_path / "in", tmp_path / "plain", **over))
+    assert {s.expected_tokens for s in open_job(plain, Storage(plain.output.path)).plan.shards} == {None}
+
+
+def test_a_prior_sizes_the_shards() -> None:
+    spec = make_job_spec(sampling={"max_tokens": 64_000}, cluster={"workers": {"min": 1, "max": 1}})
+    file = make_file(row_group_rows=(100,) * 1000)
+    guessed, short, longest = (len(make_plan(spec, [file], mean_tokens=mean).shards) for mean in (None, 40.0, 20_000.0))
+    assert short < guessed < longest
+
+
+def test_a_template_column_is_one_that_the_output_has(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="name it in passthrough, too"):
+        make_spec(make_tree(tmp_path / "in", tmp_path / "out", input={"length_template": "task"}))
+    write_hinted(tmp_path / "in", [1.0])
+    for name, reason in [("nope", "has no column 'nope'"), ("hint", "it must be text or integers")]:
+        with pytest.raises(Refusal, match=reason):
+            run(make_tree(tmp_path / "in", tmp_path / "out", input={"length_template": name, "passthrough": [name]}))
 
 
 def test_hints_of_any_kind_change_no_row(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from pipeline_util import make_pipeline, write_pipeline, write_prompts
 from ray_cluster import REPO, RayCluster, find_port, run_ray_cluster
 
 from batchgen.pipelines.calendar import parse_key
+from batchgen.pipelines.partitions import make_partition_name
 from batchgen.pipelines.ray_jobs import RaySubmitter
 from batchgen.pipelines.submit import Submission, SubmitterAway
 from batchgen.storage import Storage
@@ -71,7 +72,11 @@ def list_jobs(cluster: RayCluster) -> list[str]:
 
 def test_two_schedulers_and_a_killed_one_submit_each_date_once(cluster: RayCluster, tmp_path: Path) -> None:
     write_prompts(tmp_path / "in" / "rows.parquet")
-    file = write_pipeline(tmp_path / "p.yaml", make_pipeline(str(tmp_path), max_active_runs=2))
+    tree = make_pipeline(str(tmp_path), max_active_runs=2, max_active_partitions=2)
+    tree["partitions"] = {"lang": ["en", "zh Hant"]}
+    for stage in tree["stages"]:
+        stage["job"]["output"]["path"] += "/{{ lang }}"
+    file = write_pipeline(tmp_path / "p.yaml", tree)
     backfill = ["pipelines", "backfill", file, "--from", "2026-11-18", "--to", "2026-11-19"]
     subprocess.run([sys.executable, "-m", "batchgen.cli", *backfill], check=True)
     with scheduling(cluster, file):
@@ -79,10 +84,14 @@ def test_two_schedulers_and_a_killed_one_submit_each_date_once(cluster: RayClust
     with scheduling(cluster, file), scheduling(cluster, file):
         runs = wait_for_states(file, ["succeeded", "succeeded"], 150)
     assert [run["attempt"] for run in runs] == [1, 1]
-    assert list_jobs(cluster) == [f"batchgen-nightly-{run['key']}-1" for run in runs]
+    names = [make_partition_name(["en"]), make_partition_name(["zh Hant"])]
+    assert list_jobs(cluster) == [f"batchgen-nightly-{run['key']}-{name}-1" for run in runs for name in names]
     latest = json.loads((tmp_path / "published" / "latest.json").read_text())
     assert latest["run"] == runs[-1]["key"]
-    assert pq.read_table(f"{latest['outputs']['judge']['path']}/data").num_rows == 10
+    for value in ("en", "zh Hant"):
+        output = latest["outputs"][f"judge/{make_partition_name([value])}"]
+        assert output["partition"] == {"lang": value}
+        assert pq.read_table(f"{output['path']}/data").num_rows == 10
 
 
 def test_a_head_that_is_not_there_is_away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -19,17 +19,21 @@ from makers import make_error, make_job_spec, make_ok, make_rows
 
 from batchgen.batch_stats import STATS_SCHEMA, make_stats_table, read_stats_table
 from batchgen.batches import BatchStats
+from batchgen.gates.decide import Counts, judge_canary, judge_final, make_gate_report
 from batchgen.queue.timeline import MAX_BINS, SPAN_FIELDS, Moment, Timeline
 from batchgen.report.by import group_rows
 from batchgen.report.distributions import make_bars
 from batchgen.report.figures import show, show_share, show_short, show_time
+from batchgen.report.gates import LABELS, make_gate_checks, show_check
+from batchgen.report.generations import choose_rows
 from batchgen.report.lanes import MAX_LANES, make_lanes, merge_intervals
 from batchgen.report.page import make_html
 from batchgen.report.reading import find_report, read_report
 from batchgen.report.records import make_record_path, read_records
-from batchgen.report.samples import choose_rows
+from batchgen.report.text import make_text_rows
 from batchgen.report.value import make_report, make_timeline
 from batchgen.report.waste import LOSSES, make_waste
+from batchgen.specs.gates import GatesSpec
 from batchgen.stats import make_sketch, parse_sketches
 from batchgen.storage import Storage
 from batchgen.worker.seal import seal_json
@@ -124,7 +128,9 @@ def make_value(**over: Any) -> dict[str, Any]:
     }
     records = over.pop("records", [make_record()])
     table = over.pop("table", STATS_SCHEMA.empty_table())
-    return make_report(make_job_spec(), {**rows, "is_complete": True}, table, records, **{**facts, **over})
+    return make_report(
+        over.pop("spec", None) or make_job_spec(), {**rows, "is_complete": True}, table, records, **{**facts, **over}
+    )
 
 
 def test_the_bill_is_of_all_runs_and_unknown_where_one_has_no_price() -> None:
@@ -237,6 +243,76 @@ def test_chosen_rows_are_there_and_each_once(sizes: list[int], count: int) -> No
     assert chosen == choose_rows("fingerprint", sizes, count)
 
 
+# ---- gates -----------------------------------------------------------------------------------------------------------
+
+COUNT = st.integers(0, 50)
+LIMIT = st.none() | st.sampled_from([0.0, 0.1, 0.5, 1.0])
+
+
+@st.composite
+def draw_gates(draw: st.DrawFn) -> tuple[GatesSpec, dict[str, Counts]]:
+    rates = [name for name in LABELS if name.endswith("_rate")]
+    canary = {name: draw(LIMIT) for name in rates if name != "max_duplicate_rate"}
+    means = {
+        name: draw(st.none() | st.sampled_from([0.0, 1.0, 9.5])) for name in ("min_mean_tokens", "max_mean_tokens")
+    }
+    final = {**{name: draw(LIMIT) for name in rates}, **means, "min_rows_ok": draw(st.none() | COUNT)}
+    spec = GatesSpec.model_validate({"canary": canary, "final": final, "refusals": ["no"], "json_schema": "{}"})
+
+    def draw_counts() -> Counts:
+        rows = draw(COUNT)
+        ok = draw(st.integers(0, rows))
+        answers = st.integers(0, ok)
+        return Counts(rows, rows - ok, draw(answers), draw(answers), draw(answers), draw(COUNT), ok, draw(answers))
+
+    return spec, {name: draw_counts() for name in draw(st.sets(st.sampled_from(["canary", "final"])))}
+
+
+@given(draw_gates())
+def test_every_limit_of_a_gate_is_told_as_the_gate_itself_judges(drawn: tuple[GatesSpec, dict[str, Counts]]) -> None:
+    spec, seen = drawn
+    failed = [
+        one
+        for name, counts in seen.items()
+        for one in {"canary": judge_canary, "final": judge_final}[name](getattr(spec, name), counts)
+    ]
+    checks = make_gate_checks(spec.model_dump(mode="json"), make_gate_report(spec, failed, seen))
+    limits = {
+        (name, what)
+        for name in ("canary", "final")
+        for what in LABELS
+        if getattr(getattr(spec, name), what, None) is not None
+    }
+    assert {(check["gate"], check["what"]) for check in checks} == limits
+    assert {(c["gate"], c["what"], c["limit"], c["found"]) for c in checks if c["is_met"] is False} == {
+        (one.gate, one.what, one.limit, one.found) for one in failed
+    }
+    assert all((check["is_met"] is None) == (check["gate"] not in seen) for check in checks)
+    assert all(len(show_check(check)) == 4 for check in checks)
+
+
+def test_a_report_shows_its_gates_and_one_without_has_no_section() -> None:
+    gates = {"canary": {"max_error_rate": 0.01}, "final": {"min_mean_tokens": 50, "min_rows_ok": 3}}
+    counts = {"rows": 500, "errors": 20, "truncated": None, "refused": None, "unfit": None, "tokens": None}
+    failed = [{"gate": "canary", "what": "max_error_rate", "limit": 0.01, "found": 0.04, "told": "told"}]
+    spec = make_job_spec(gates=gates)
+    report = make_value(spec=spec, gates={"failed": failed, "seen": {"canary": counts}})
+    assert [check["is_met"] for check in report["gate_checks"]] == [False, None, None]
+    shown = make_html(report)
+    for words in (
+        "canary: failed",
+        "500 output rows looked at",
+        ">4 %<",
+        "at most 1 %",
+        "final: not looked at",
+        "at least 50",
+    ):
+        assert words in shown, words
+    assert dict(make_text_rows(report))["gates"] == "canary failed, final not looked at"
+    assert make_html(make_value(spec=spec)).count("not looked at") == 5, "a run that goes on has said nothing yet"
+    assert 'id="gates"' not in make_html(make_value())
+
+
 # ---- real runs -------------------------------------------------------------------------------------------------------
 
 
@@ -281,16 +357,34 @@ def test_errors_have_a_message_of_ours_and_rows_are_shown_because_asked(job: tup
     assert {error["error_type"] for error in report["errors"]} == kinds != set()
     assert all(error["example"] for error in report["errors"])
     by_key = {row["custom_id"]: row for row in read_rows(out)}
-    assert len(report["samples"]) == 3
-    assert all(by_key[row["custom_id"]]["text"] == row["text"] for row in report["samples"])
+    assert len(report["generations"]) == 3
+    assert all(by_key[row["custom_id"]]["text"] == row["text"] for row in report["generations"])
 
 
 def test_a_report_made_of_stats_alone_says_the_same(job: tuple[Path, Tree]) -> None:
     out, _ = job
     saved = json.loads((out / "report.json").read_text())
-    made = json.loads(json.dumps(read_report(Storage(str(out)), num_samples=3)))
+    made = json.loads(json.dumps(read_report(Storage(str(out)), num_generations=3)))
     differing = {name for name in saved if made[name] != saved[name]}
     assert differing == {"made_at"}
+
+
+def test_a_run_that_had_nothing_to_do_shows_the_times_of_the_one_before(job: tuple[Path, Tree], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(job[0], out)
+    before = json.loads((out / "report.json").read_text())
+    tree = {**job[1], "output": {**job[1]["output"], "path": str(out)}}
+    report, _ = run(tree)
+    assert report["epoch"] == before["epoch"] + 1
+    assert report["run"]["elapsed_s"] is None
+    assert report["lanes"]["num_workers"] == before["lanes"]["num_workers"] > 0
+    for name in ("timeline", "tail", "runs", "bill"):
+        assert report[name]
+        assert report[name] == before[name]
+    page = (out / "report.html").read_text()
+    assert f"Of run {before['epoch']}: this one had nothing to do." in page
+    assert "<dd>nothing<small>was left to do" in page
+    assert "had nothing to do." not in (job[0] / "report.html").read_text()
 
 
 def unseal(value: dict[str, Any]) -> dict[str, Any]:
@@ -433,7 +527,7 @@ def test_a_browser_opens_the_page_without_a_request_or_a_complaint(
     assert (said, asked) == ([], [url])
     assert page.evaluate("[...document.querySelectorAll('section')].map(s => s.id)") == [
         *SECTIONS[:-1],
-        "samples",
+        "generations",
         "spec",
     ]
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page must not scroll sideways"
@@ -451,7 +545,7 @@ def test_a_generation_is_never_more_than_text(browser: Any, tmp_path: Path) -> N
     batch = make_batch(0, EVIL[:20], 10, 20, node=EVIL.replace("\ud800", ""), engine_version="<b>",
                        error_types={"<i>": 1}, error_examples={"<i>": "<script>1</script>"})  # fmt: skip
     record = make_record(workers=[make_life(EVIL, 0, 10, 100, "lost")])
-    report = make_value(samples=[row], message=EVIL, records=[record], table=make_stats_table([batch]))
+    report = make_value(generations=[row], message=EVIL, records=[record], table=make_stats_table([batch]))
     path = tmp_path / "page.html"
     path.write_text(make_html(report), encoding="utf-8")
     page, said = browser.new_page(), []

@@ -1,9 +1,6 @@
 """The Batches API as the `openai` package sees it, over a real process: on a local folder and on the S3 protocol."""
 
 import contextlib
-import json
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +11,9 @@ from s3_server import S3Server
 from serve_process import (
     CHAT,
     Server,
+    check_left_over,
     create,
+    end_window,
     make_endpoint_tree,
     make_jsonl,
     make_line,
@@ -24,7 +23,6 @@ from serve_process import (
     wait_over,
 )
 
-from batchgen.serve.records import BatchRecord
 from batchgen.serve.state import State
 from batchgen.storage import Storage
 from batchgen.verify.verify import verify
@@ -214,16 +212,6 @@ def test_blank_last_line_crlf_and_bom_are_fine(client: openai.OpenAI) -> None:
     assert done.status == "completed"
 
 
-def test_50001_lines_are_too_many(client: openai.OpenAI) -> None:
-    body = b'","method":"POST","url":"/v1/chat/completions","body":{"model":"fast"}}\n'
-    text = b"".join(b'{"custom_id":"%d%s' % (number, body) for number in range(50_001))
-    done = wait_over(client, create(client, text).id)
-    assert done.status == "failed"
-    assert done.errors is not None
-    assert done.errors.data
-    assert (done.errors.data[0].code, done.errors.data[0].line) == ("too_many_requests", 50_001)
-
-
 # ---- states
 
 
@@ -255,15 +243,6 @@ def test_cancel_keeps_finished_rows_and_accounts_for_the_others(client: openai.O
     check_left_over(client, done, "batch_cancelled")
 
 
-def check_left_over(client: openai.OpenAI, done: openai.types.Batch, code: str) -> None:
-    answers, errors = read_lines(client, done.output_file_id), read_lines(client, done.error_file_id)
-    assert done.request_counts is not None
-    assert (len(answers), len(errors)) == (done.request_counts.completed, done.request_counts.failed)
-    assert not answers.keys() & errors.keys()
-    assert {line["error"]["code"] for line in errors.values()} == {code}
-    assert all(line["response"] is None for line in errors.values())
-
-
 @every_store
 def test_an_expired_batch_keeps_what_was_finished(
     server: Server, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
@@ -285,10 +264,6 @@ def test_an_expired_batch_keeps_what_was_finished(
     assert 8 <= done.request_counts.completed < 400
     check_left_over(client, done, "batch_expired")
     assert verify(Storage(state.job_url("acme", batch.id))).findings == []
-
-
-def end_window(record: BatchRecord) -> BatchRecord:
-    return record.model_copy(update={"batch": record.batch.model_copy(update={"expires_at": int(time.time())})})
 
 
 def test_a_window_that_is_over_before_a_row_is_done(client: openai.OpenAI) -> None:
@@ -393,58 +368,6 @@ def test_bad_creates_are_told_at_once(client: openai.OpenAI) -> None:
         client.batches.create(**{**good, "input_file_id": not_for_batches})  # type: ignore[arg-type]
 
 
-def test_a_create_whose_reply_was_lost_makes_one_batch(server: Server) -> None:
-    """The SDK's own retry, after a proxy lost the first reply."""
-    with Losing(server.port) as proxy:
-        client = server.client("globex", base_url=f"http://127.0.0.1:{proxy.port}/v1", max_retries=2)
-        file_id = upload(client, make_jsonl([make_line("once")])).id
-        proxy.loses_next = True
-        batch = client.batches.create(input_file_id=file_id, endpoint=CHAT, completion_window="24h")
-        assert not proxy.loses_next
-    mine = server.client("globex")
-    assert [each.id for each in mine.batches.list(limit=100) if each.input_file_id == file_id] == [batch.id]
-    again = mine.batches.create(input_file_id=file_id, endpoint=CHAT, completion_window="24h")
-    assert again.id != batch.id  # not a repetition: it was meant
-
-
-class Losing:
-    """A TCP proxy that, once, passes a request on and cuts the connection when the reply comes."""
-
-    def __init__(self, target: int) -> None:
-        self._target, self.loses_next = target, False
-        self._server = socket.create_server(("127.0.0.1", 0))
-        self.port = int(self._server.getsockname()[1])
-
-    def __enter__(self) -> "Losing":
-        threading.Thread(target=self._accept, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.close()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):  # closed: the end
-            while True:
-                inner, _ = self._server.accept()
-                threading.Thread(target=self._serve, args=(inner,), daemon=True).start()
-
-    def _serve(self, inner: socket.socket) -> None:
-        outer = socket.create_connection(("127.0.0.1", self._target))
-        threading.Thread(target=self._pump, args=(inner, outer), daemon=True).start()
-        with inner, outer, contextlib.suppress(OSError):
-            while (data := outer.recv(65536)) and not self.loses_next:
-                inner.sendall(data)
-            if data:
-                self.loses_next = False
-            for side in (inner, outer):  # closing alone would not wake the other thread
-                side.shutdown(socket.SHUT_RDWR)
-
-    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                sink.sendall(data)
-
-
 @every_store
 def test_an_idempotency_key_makes_one_batch(client: openai.OpenAI) -> None:
     file_id = upload(client, make_jsonl([make_line("a")])).id
@@ -456,32 +379,3 @@ def test_an_idempotency_key_makes_one_batch(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.batches.create(**{**asked, "completion_window": "23h"}, extra_headers=headers)  # type: ignore[arg-type]
     assert caught.value.code == "idempotency_key_reused"
-
-
-# ---- the other client
-
-
-def test_the_async_client_too(server: Server) -> None:
-    import asyncio
-
-    async def main() -> None:
-        async with server.async_client() as client:
-            content = make_jsonl([make_line(f"r{number}") for number in range(20)])
-            file = await client.files.create(file=("a.jsonl", content), purpose="batch")
-            batch = await client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
-            assert batch._request_id
-            while batch.status != "completed":
-                batch = await client.batches.retrieve(batch.id)
-                await asyncio.sleep(0.05)
-            assert batch.output_file_id is not None
-            async with client.files.with_streaming_response.content(batch.output_file_id) as response:
-                lines = [json.loads(line) async for line in response.iter_lines() if line]
-            assert {line["custom_id"] for line in lines} == {f"r{number}" for number in range(20)}
-            assert batch.id in [each.id async for each in client.batches.list(limit=2)]
-            with pytest.raises(openai.ConflictError):
-                await client.batches.cancel(batch.id)
-            assert (await client.files.delete(file.id)).deleted
-            with pytest.raises(openai.NotFoundError):
-                await client.files.retrieve(file.id)
-
-    asyncio.run(main())

@@ -1,6 +1,5 @@
 """The Files API as the `openai` package sees it, and what is at its door: keys, tenants, sizes, rates."""
 
-import hashlib
 import json
 import socket
 import time
@@ -83,29 +82,6 @@ def test_a_file_that_has_expired_is_gone(client: openai.OpenAI) -> None:
     assert file.expires_at == file.created_at + 3600
     with pytest.raises(openai.BadRequestError):
         upload(client, b"x", expires_after={"anchor": "created_at", "seconds": 60})
-
-
-def test_200_mb_go_through_without_being_held(server: Server, client: openai.OpenAI, tmp_path: Path) -> None:
-    """Up and down, the whole limit; the process grows by less than a tenth of it."""
-    line = json.dumps(make_line("x", user="y" * 10_000)).encode() + b"\n"
-    whole, path = 200 * 10**6 // len(line), tmp_path / "big.jsonl"
-    with path.open("wb") as file:
-        for _ in range(whole):
-            file.write(line)
-    before = server.read_peak_rss()
-    with path.open("rb") as file:
-        big = client.files.create(file=file, purpose="batch")
-    assert big.bytes == whole * len(line)
-    digest, num_bytes = hashlib.sha256(), 0
-    with client.files.with_streaming_response.content(big.id) as response:
-        for piece in response.iter_bytes(MIB):
-            digest.update(piece)
-            num_bytes += len(piece)
-    assert num_bytes == big.bytes
-    with path.open("rb") as file:
-        assert digest.hexdigest() == hashlib.file_digest(file, "sha256").hexdigest()
-    assert server.read_peak_rss() - before < 60 * MIB
-    client.files.delete(big.id)
 
 
 # ---- ranges

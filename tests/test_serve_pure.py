@@ -17,16 +17,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from store_kinds import sure
 
-from batchgen.errors import OutputError, SpecError, StorageError
-from batchgen.serve import records
+from batchgen.driver.lease import acquire
+from batchgen.errors import InputChanged, LeaseHeld, OutputError, Refusal, SpecError, StorageError
+from batchgen.manifest import LOCK, SPEC
+from batchgen.serve import described, records
 from batchgen.serve.app import create_app
-from batchgen.serve.bodies import read_body
+from batchgen.serve.batch_spec import make_batch_spec
+from batchgen.serve.bodies import COMMON, INERT, ONLY_CHAT, ONLY_TEXT, read_body
 from batchgen.serve.body_sampling import Abilities
 from batchgen.serve.claims import Claims
 from batchgen.serve.door import BulkJob
 from batchgen.serve.endpoint import Endpoint
 from batchgen.serve.errors import ApiError
 from batchgen.serve.ids import is_batch_id, is_file_id, make_batch_id, make_file_id
+from batchgen.serve.jobs import Jobs
 from batchgen.serve.keys import KeyRing, check_bind, hash_key, make_key, parse_keys
 from batchgen.serve.lines import LineTooLong, split_lines
 from batchgen.serve.load import make_endpoint
@@ -37,12 +41,14 @@ from batchgen.serve.ranges import Unsatisfiable, parse_range
 from batchgen.serve.rates import Rates
 from batchgen.serve.records import BatchRecord, FileRecord, JobInput
 from batchgen.serve.results import Tally
-from batchgen.serve.spec import Limits
+from batchgen.serve.routes_page import FRESH_S, RecentReports
+from batchgen.serve.spec import Limits, ServedModel
 from batchgen.serve.state import State
-from batchgen.serve.steps import FORGET_S, Steps
+from batchgen.serve.steps import FORGET_S, Steps, is_passing
 from batchgen.serve.sweep import sweep
 from batchgen.serve.upload import receive_file
 from batchgen.serve.wire import CHAT, COMPLETIONS, TERMINAL, Batch, BatchUsage, RequestCounts
+from batchgen.specs.engine import SimulatedEngineSpec
 from batchgen.storage import Storage
 from batchgen.stores.local import LocalClient
 
@@ -219,8 +225,16 @@ def test_what_a_body_becomes() -> None:
     asked = read_body(CHAT, body, EVERYTHING)
     assert (asked.form, len(asked.rows), asked.num_samples, asked.has_tools) == ("messages", 2, 2, True)
     assert asked.rows[0]["messages"] == '[{"role": "user", "content": "ab"}]'
+    with pytest.raises(ApiError) as caught:
+        read_body(CHAT, {**body, "max_completion_tokens": 0}, EVERYTHING)
+    assert caught.value.param == "max_completion_tokens"
     for part in ('"max_tokens": 7', '"stop": ["END"]', '"logprobs": 2', '"thinking": true', '"json_schema"'):
         assert part in asked.rows[0]["sampling"]
+
+
+def test_the_description_names_every_field_that_a_body_may_hold() -> None:
+    assert set(described.CHAT_FIELDS) == COMMON | INERT | ONLY_CHAT
+    assert set(described.TEXT_FIELDS) == COMMON | INERT | ONLY_TEXT
 
 
 # ---- ranges, rates, pages, keys
@@ -333,6 +347,42 @@ def test_two_changes_at_once_are_both_made_or_refused(root: str) -> None:
         assert sorted(work.result()[1] for work in made) == [False, True]
 
 
+def test_an_unknown_id_opens_no_job_and_a_lock_elsewhere_is_followed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out, lock = Storage(str(tmp_path / "jobs" / "acme" / "nightly")), Storage(str(tmp_path / "locks" / "x"))
+    out.put(LOCK, json.dumps({"root": lock.root}).encode())
+    lease = acquire(lock, 30.0)
+    jobs = Jobs(str(tmp_path / "jobs"))
+    (job,) = jobs.list("acme")
+    assert job.read().status == "in_progress"
+    assert job.cancel().status == "cancelling"
+    lease.release()
+    assert job.read().status == "failed"
+    assert (found := jobs.find("acme", job.id)) is not None
+    assert (found.id, found.storage.root) == (job.id, out.root)
+    assert jobs.find("globex", job.id) is None
+    out.put(LOCK, b"{")  # whoever opens it says so
+    assert jobs.find("acme", make_batch_id(0.0)) is None
+    assert caplog.messages == []
+    assert jobs.find("acme", job.id) is None
+    assert "a job is not shown" in caplog.text
+
+
+def test_a_report_is_made_once_for_all_pages_that_are_open(tmp_path: Path) -> None:
+    now = [100.0]
+    recent = RecentReports(clock=lambda: now[0])
+    spec = make_batch_spec(
+        ServedModel(engine=SimulatedEngineSpec(kind="simulated")), "text", input_url="/-", out_url="/-"
+    )
+    storage = Storage(str(tmp_path))
+    storage.put(SPEC, json.dumps({"fingerprint": "f", "spec": spec.model_dump(mode="json")}).encode())
+    first = recent.read(storage)
+    assert recent.read(storage) is first
+    now[0] += FRESH_S
+    assert recent.read(storage) is not first
+
+
 def test_the_sweep_deletes_what_nobody_wants(tmp_path: Path) -> None:
     now = [1_000_000.0]
     state = State(str(tmp_path), now=lambda: now[0])
@@ -346,11 +396,19 @@ def test_the_sweep_deletes_what_nobody_wants(tmp_path: Path) -> None:
     writer = PartWriter(state, "acme", abandoned)
     writer.add(b"y")
     writer.close()
-    sweep(state)
+    damaged = make_file_id(now[0] - 1.0)  # the first that it comes to
+    sweep(state, pytest.fail)
     assert len(state.storage.list_files("t")) == 5
     now[0] += 2 * 86400
     assert state.read_file("acme", old) is None
-    sweep(state)
+    state.storage.put(f"t/acme/files/{damaged}.json", b"{")
+    state.storage.put("once/acme/damaged.json", b"[]")
+    told: list[str] = []
+    sweep(state, told.append)
+    assert len(told) == 2
+    assert damaged in told[0]
+    assert "once/acme/damaged.json" in told[1]
+    state.storage.delete(f"t/acme/files/{damaged}.json")
     assert [info.path.split("/")[3].removesuffix(".json") for info in state.storage.list_files("t")] == [kept, kept]
     assert state.list_uploads() == []
     record = state.read_file("acme", kept)
@@ -453,3 +511,16 @@ def test_a_fault_of_our_own_has_an_id_and_is_logged_without_its_text(
     assert [(line["request_id"], line["status"]) for line in lines] == [(response.headers["x-request-id"], 500)]
     assert "ValueError in " in caplog.text
     assert "own text" not in caplog.text + response.text
+
+
+def test_a_store_that_is_away_refuses_no_batch() -> None:
+    def make(cause: Exception | None) -> Refusal:
+        error = Refusal("x")
+        error.__cause__ = cause
+        return error
+
+    assert is_passing(make(StorageError("away")))
+    assert is_passing(LeaseHeld("another run"))
+    assert not is_passing(make(InputChanged("the dataset is another")))
+    assert not is_passing(make(None))
+    assert not is_passing(OutputError("another model"))

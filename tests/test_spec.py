@@ -104,7 +104,10 @@ def openai(**fields: Any) -> dict[str, Any]:
         ({"engine": {"kind": "simulatd"}}, "spec: engine: unknown kind 'simulatd'; did you mean 'simulated'?"),
         ({"engine": {"kind": "openai"}}, "spec: engine.base_urls: is required; add it"),
         (openai(base_urls=[]), "spec: engine.base_urls: "),
-        (openai(base_urls="node:8000"), "spec: engine.base_urls: each must be a URL as in http://host:8000/v1"),
+        (
+            openai(base_urls="node:8000"),
+            "spec: engine.base_urls: each must be a URL; write it as in http://host:8000/v1",
+        ),
         (
             openai(base_urls="http://me:pass@node/v1"),
             "engine.base_urls: no user, password or query belongs in a base URL",
@@ -220,8 +223,20 @@ def test_a_misspelt_required_field_is_named_before_the_missing_one() -> None:
 
 
 def test_missing_sections_are_counted() -> None:
-    with pytest.raises(SpecError, match=r"^here: input: is required; add it \(and 3 more\)$"):
+    with pytest.raises(
+        SpecError, match=r"^here: input: is required; add it, e.g. input: {paths: prompts.parquet} \(and 3 more\)$"
+    ):
         make_spec({}, source="here")
+
+
+def test_an_output_in_rays_copy_of_the_working_directory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "session" / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    assert "give a full path or a URL" in refusal(output={"path": "out"})
+    assert make_job_spec(output={"path": "/out"}).output.path == "/out"
 
 
 def test_no_sentence_quotes_the_value() -> None:

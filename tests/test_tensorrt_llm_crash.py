@@ -56,7 +56,7 @@ class Killer(threading.Thread):
             while self._stand_in.count_requests() <= num_before + 1 and not self.is_over.is_set():  # one is the canary
                 time.sleep(0.01)
             self.num_busy += 1
-        self.is_over.wait(self._random.uniform(0.0, 0.3))
+        self.is_over.wait(self._random.uniform(0.0, 0.25))
 
 
 def test_a_job_survives_twenty_kills(stand_in: StandIn, tmp_path: Path) -> None:

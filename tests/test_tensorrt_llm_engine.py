@@ -41,6 +41,8 @@ from batchgen.worker.continuation import make_serving
 
 # Answers that go on for a second: as long as max_tokens lets them.
 SLOW = {"token_s": 0.005, "max_natural_tokens": 1_000_000}
+# What an engine that lives has then, it finishes at once.
+AT_ONCE = {**SLOW, "token_s": 0.0}
 HASTY: dict[str, Any] = {"no_progress_s": 0.8, "canary_interval_s": 30}
 # Five seconds at least: as long as a prompt lets it in a model of 1,024 tokens.
 ENDLESS = SamplingParams(max_tokens=1000, seed=3)
@@ -150,10 +152,11 @@ def test_an_unknown_model_is_refused_before_anything_starts(stand_in: StandIn) -
     assert stand_in.count_llms() == 0
 
 
-def test_gpu_memory_that_somebody_holds(stand_in: StandIn) -> None:
+def test_gpu_memory_that_somebody_holds(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused with the GPU's name while it is held; started at once when it is free."""
 
     async def main() -> None:
+        monkeypatch.setattr(tensorrt_llm, "GPU_LOOK_S", 0.02)
         holder = hold_gpu(str(stand_in.gpus), 1)
         engine = make_engine(stand_in, gpu_free_timeout_s=0.3)
         with pytest.raises(EngineDied, match=r"not free after 0.3 s \(engine.gpu_free_timeout_s\): GPU 1: 150.0 GiB"):
@@ -206,9 +209,9 @@ async def start_rows(
 
 
 FAULTS: dict[str, dict[str, Any]] = {
-    "a rank dies": {"die": 1},
-    "every rank hangs": {"hang": 1},
-    "the executor shuts down": {"unhealthy": 1},
+    "a rank dies": {**AT_ONCE, "die": 1},
+    "every rank hangs": {**SLOW, "hang": 1},
+    "the executor shuts down": {**SLOW, "unhealthy": 1},
 }
 
 
@@ -221,7 +224,7 @@ def test_a_dead_or_stuck_engine_is_started_anew(fault: str, stand_in: StandIn) -
         async with opened(stand_in, **HASTY) as engine:
             tasks = await start_rows(stand_in, engine)
             broken_at = time.monotonic()
-            stand_in.control(**SLOW, **FAULTS[fault])
+            stand_in.control(**FAULTS[fault])
             ends = await asyncio.wait_for(asyncio.gather(*tasks), 15)
             # What a rank that lives had is answered meanwhile.
             assert {type(end) for end in ends} <= {EngineRestarted, EngineUnavailable, Generation}, ends
@@ -242,7 +245,7 @@ def test_a_dead_or_stuck_engine_is_started_anew(fault: str, stand_in: StandIn) -
 def test_an_idle_engine_that_hangs_is_noticed_by_its_canary(stand_in: StandIn) -> None:
     async def main() -> None:
         async with opened(stand_in, no_progress_s=0.8, canary_interval_s=0.2) as engine:
-            await asyncio.sleep(0.5)
+            await until(lambda: stand_in.count_requests() > 2, "canaries are sent")  # the first is of its start
             assert stand_in.count_llms() == 1, "canaries that are answered are no reason for anything"
             assert engine.total_tokens == 0, "and count as no work"
             stand_in.control(hang=1)
@@ -271,7 +274,7 @@ def test_a_rank_that_fails_its_requests_and_goes_on(stand_in: StandIn) -> None:
         stand_in.control(**SLOW)
         async with opened(stand_in, no_progress_s=5) as engine:
             tasks = await start_rows(stand_in, engine)
-            stand_in.control(**SLOW, fail_active=[1, 0])
+            stand_in.control(**AT_ONCE, fail_active=[1, 0])
             ends = await asyncio.gather(*tasks)
             failed = [end for end in ends if isinstance(end, RequestFailed)]
             assert failed
@@ -316,7 +319,7 @@ def test_orphans_of_a_killed_process_are_ended(victim: str, stand_in: StandIn) -
                 os.kill(stand_in.list_pids(victim)[0], signal.SIGKILL)
             else:
                 stand_in.kill(victim)
-            stand_in.control(**SLOW)  # those of the next start end as they should
+            stand_in.control(**AT_ONCE)  # those of the next start end as they should
             ends = await asyncio.wait_for(asyncio.gather(*tasks), 15)
             assert any(isinstance(end, EngineUnavailable) for end in ends)
             assert (await persist(engine, make_request(9))).finish_reason
@@ -389,10 +392,11 @@ def test_logits_that_are_no_numbers_fail_their_row_where_logprobs_show_them(stan
     run(main())
 
 
-def test_memory_that_grows_has_it_started_anew_in_order(stand_in: StandIn) -> None:
+def test_memory_that_grows_has_it_started_anew_in_order(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is in flight finishes, nothing new is taken, and nobody loses anything."""
 
     async def main() -> None:
+        monkeypatch.setattr(tensorrt_llm, "BEAT_S", 0.05)
         stand_in.control(**SLOW, rss_bytes_per_request=30 * 2**20)
         async with opened(stand_in, max_rss_growth_gib=0.1, no_progress_s=2) as engine:
             client = engine._client
@@ -402,6 +406,7 @@ def test_memory_that_grows_has_it_started_anew_in_order(stand_in: StandIn) -> No
             await until(lambda: not client.is_open, "it is worn")
             assert not any(task.done() for task in tasks)
             assert isinstance(await catch(engine, make_request(7)), EngineUnavailable)
+            stand_in.control(**AT_ONCE)
             ends = await asyncio.gather(*tasks)
             assert {type(end) for end in ends} == {Generation}
             stand_in.control()
@@ -596,15 +601,17 @@ def test_rows_in_parts_are_answered_as_in_one_shot_and_every_request_is_pinned(s
 
 def test_an_engine_that_dies_costs_a_row_its_last_part_only(stand_in: StandIn) -> None:
     async def main() -> None:
-        stand_in.control(token_s=0.005, max_natural_tokens=1_000_000)
         async with opened(stand_in) as engine:
             serving = make_serving_of(engine, token_budget=10)
             row = make_request(1, max_tokens=100, temperature=0.0, seed=None)
+            stand_in.control(**AT_ONCE)
             one_shot = await engine.generate(row)
+            stand_in.control(**SLOW)
             num_before = stand_in.count_requests()
             asking = asyncio.ensure_future(serving.generate(row))
             await until(lambda: stand_in.count_requests() == num_before + 3, "its third part begins")
             stand_in.kill(CHILD)
+            stand_in.control(**AT_ONCE)
             with pytest.raises(EngineUnavailable):
                 await asking
             answer = await persist(serving, row)

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,28 @@ def start_only(folder: Path, start: Start, control: dict[str, Any] | None = None
     return asyncio.run(run())
 
 
+Shared = Callable[[Callable[[Child], Coroutine[Any, Any, None]]], None]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
+    """One process for all tests that leave it as it was: runs a test with it."""
+    with asyncio.Runner() as runner:
+        context = running(tmp_path_factory.mktemp("shared"))
+        child = runner.run(context.__aenter__())
+        assert isinstance(runner.run(child.start()), Started)
+
+        def drive_shared(test: Callable[[Child], Coroutine[Any, Any, None]]) -> None:
+            child.begin()
+            runner.run(test(child))
+            assert child.process.poll() is None
+
+        try:
+            yield drive_shared
+        finally:
+            runner.run(context.__aexit__(None, None, None))
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> HFTokenizer:
     return HFTokenizer(ModelSpec(path=MODEL))
@@ -57,7 +79,7 @@ def tokenizer() -> HFTokenizer:
 # ---- answers
 
 
-def test_the_same_ids_and_seed_give_the_same_tokens(tmp_path: Path) -> None:
+def test_the_same_ids_and_seed_give_the_same_tokens(shared: Shared) -> None:
     async def test(child: Child) -> None:
         same, again, seed, prompt = await child.ask(
             (PROMPT, SAMPLED), (PROMPT, SAMPLED), (PROMPT, replace(SAMPLED, seed=2)), (PROMPT[1:], SAMPLED)
@@ -67,10 +89,10 @@ def test_the_same_ids_and_seed_give_the_same_tokens(tmp_path: Path) -> None:
         assert [call["prompt"] for call in child.read_requests()] == [list(PROMPT)] * 3 + [list(PROMPT[1:])]
         assert all(call["streaming"] for call in child.read_requests())
 
-    drive(tmp_path, test)
+    shared(test)
 
 
-def test_greedy_only_when_asked_and_never_by_default(tmp_path: Path) -> None:
+def test_greedy_only_when_asked_and_never_by_default(shared: Shared) -> None:
     async def test(child: Child) -> None:
         seeds = [replace(SAMPLED, seed=seed) for seed in range(4)]
         sampled = await child.ask(*((PROMPT, sampling) for sampling in seeds))
@@ -79,10 +101,10 @@ def test_greedy_only_when_asked_and_never_by_default(tmp_path: Path) -> None:
         assert len({answer.token_ids for answer in greedy}) == 1
         assert all({"temperature", "top_p"} <= call["sampling"].keys() for call in child.read_requests())
 
-    drive(tmp_path, test)
+    shared(test)
 
 
-def test_an_answer_ends_by_itself_or_at_max_tokens(tmp_path: Path, tokenizer: HFTokenizer) -> None:
+def test_an_answer_ends_by_itself_or_at_max_tokens(shared: Shared, tokenizer: HFTokenizer) -> None:
     async def test(child: Child) -> None:
         whole = await child.ask_one(sampling=LONG)
         size = len(whole.token_ids)
@@ -99,7 +121,7 @@ def test_an_answer_ends_by_itself_or_at_max_tokens(tmp_path: Path, tokenizer: HF
         assert (end.finish_reason, len(end.token_ids)) == ("length", 12)
         assert (await child.read_beat()).total_tokens >= 2 * size + 400
 
-    drive(tmp_path, test)
+    shared(test)
 
 
 def test_times_cached_tokens_and_rank_are_passed_on(tmp_path: Path) -> None:
@@ -119,13 +141,13 @@ def test_times_cached_tokens_and_rank_are_passed_on(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-def test_without_perf_metrics_the_queue_time_is_unknown(tmp_path: Path) -> None:
+def test_without_perf_metrics_the_queue_time_is_unknown(shared: Shared) -> None:
     async def test(child: Child) -> None:
         answer = await child.ask_one()
         assert answer.queued_s is None
         assert answer.ttft_s > 0
 
-    drive(tmp_path, test)
+    shared(test)
 
 
 @pytest.mark.parametrize("old", ["0", "1"])
@@ -149,7 +171,7 @@ def test_a_stop_string_ends_the_answer_and_is_no_part_of_it(tmp_path: Path, toke
     drive(tmp_path, test, STAND_IN_OLD=old)
 
 
-def test_a_stop_token_ends_the_answer_and_is_no_part_of_it(tmp_path: Path) -> None:
+def test_a_stop_token_ends_the_answer_and_is_no_part_of_it(shared: Shared) -> None:
     async def test(child: Child) -> None:
         whole = await child.ask_one(sampling=GREEDY)
         stop = whole.token_ids[3]
@@ -157,10 +179,10 @@ def test_a_stop_token_ends_the_answer_and_is_no_part_of_it(tmp_path: Path) -> No
         assert (answer.finish_reason, answer.stop_reason) == ("stop", stop)
         assert answer.token_ids == whole.token_ids[: whole.token_ids.index(stop)]
 
-    drive(tmp_path, test)
+    shared(test)
 
 
-def test_logprobs_go_with_the_tokens(tmp_path: Path) -> None:
+def test_logprobs_go_with_the_tokens(shared: Shared) -> None:
     async def test(child: Child) -> None:
         two, drawn_only, none = await child.ask(
             (PROMPT, replace(SAMPLED, logprobs=2)), (PROMPT, replace(SAMPLED, logprobs=0)), (PROMPT, SAMPLED)
@@ -175,16 +197,16 @@ def test_logprobs_go_with_the_tokens(tmp_path: Path) -> None:
         assert {each.top for each in drawn_only.logprobs} == {()}
         assert none.logprobs is None
 
-    drive(tmp_path, test)
+    shared(test)
 
 
-def test_five_hundred_at_once_all_end_once(tmp_path: Path) -> None:
+def test_five_hundred_at_once_all_end_once(shared: Shared) -> None:
     async def test(child: Child) -> None:
         answers = await child.ask(*(((*PROMPT, 40 + number % 100), SAMPLED) for number in range(500)))
         assert all(isinstance(answer, Finished) for answer in answers)
         assert len({answer.token_ids for answer in answers}) == 100
 
-    drive(tmp_path, test)
+    shared(test)
 
 
 # ---- refusals and faults of requests
@@ -245,7 +267,7 @@ def test_a_ranks_failure_fails_its_requests_for_another_try(tmp_path: Path) -> N
         for number, rank in ((1, 0), (2, 0), (3, 1)):
             child.send(Submit(number, PROMPT, replace(LONG, max_tokens=60), rank))
         await until(lambda: len(child.read_requests()) == 3)
-        child.control(**SLOW, fail_active=1)
+        child.control(**{**SLOW, "token_s": 0.0}, fail_active=1)
         answers = {answer.number: answer for answer in [await child.read() for _ in range(3)]}
         assert [(answers[number].blame, answers[number].error_type) for number in (1, 2)] == [
             ("retry", "request_failed")
@@ -255,14 +277,14 @@ def test_a_ranks_failure_fails_its_requests_for_another_try(tmp_path: Path) -> N
     drive(tmp_path, test, SLOW)
 
 
-def test_an_answer_without_a_token_is_passed_on_as_it_is(tmp_path: Path) -> None:
+def test_an_answer_without_a_token_is_passed_on_as_it_is(shared: Shared) -> None:
     async def test(child: Child) -> None:
         child.control(empty_answers=1)
         empty, whole = await child.ask_one(), await child.ask_one()
         assert (empty.token_ids, empty.finish_reason, empty.stop_reason) == ((), "stop", None)
         assert len(whole.token_ids) > 0
 
-    drive(tmp_path, test)
+    shared(test)
 
 
 @pytest.mark.parametrize("fault", ["crash", "unhealthy"])

@@ -52,7 +52,13 @@ class Child:
         self._reader, self._writer = reader, writer
         self.beats: list[Beat] = []
         self.notes: list[str] = []
-        self._number = 0
+        self._number = self._num_old_calls = 0
+
+    def begin(self) -> None:
+        """A new test, on a process that others have used: nothing of theirs is asked of it, or shown, any more."""
+        self.control()
+        self.beats, self.notes = [], []
+        self._num_old_calls = len(read_calls(self.folder))
 
     def send(self, message: ToEngine) -> None:
         self._writer.write(pack(message))
@@ -102,8 +108,9 @@ class Child:
         write_control(self.folder, **control)
 
     def read_requests(self) -> list[dict[str, Any]]:
-        """What the vendor was asked, the canary left out."""
-        return [call for call in read_calls(self.folder) if "prompt" in call][1:]
+        """What the vendor was asked in this test, the canary left out."""
+        calls = read_calls(self.folder)[self._num_old_calls :]
+        return [call for call in calls if "prompt" in call][0 if self._num_old_calls else 1 :]
 
     def list_gpu_holders(self) -> list[int]:
         return [pid for pids in read_holders(self.folder / "gpus").values() for pid in pids]

@@ -20,7 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from batchgen.batches import BatchStats, FileFooter
+from batchgen.batches import BatchStats, FileFooter, GateCounts
 from batchgen.build import build_id
 from batchgen.driver.dispatch import Dispatcher
 from batchgen.journal import JournalIndex
@@ -207,10 +207,8 @@ class CountingPool:
         stats = replace(
             own, batch_id=lease.batch_id, shard=lease.shard.id, attempt=lease.attempt, worker=lease.worker_id
         )
-        counts = {"num_rows_ok": ROWS_PER_SHARD, "num_rows_error": 0, "num_rows_retryable": 0}
-        footer = FileFooter(
-            1, "f" * 32, lease.shard.number, lease.attempt, 1, lease.batch_id, **counts, batches=(stats,)
-        )
+        counts, gates = (ROWS_PER_SHARD, 0, 0), GateCounts(f"{lease.shard.number:016d}", 0, 10**6)
+        footer = FileFooter(1, "f" * 32, lease.shard.number, lease.attempt, 1, lease.batch_id, *counts, (stats,), gates)
         version = f"etag-{lease.shard.number:032d}"
         return ShardCommitted(
             lease.worker_id, lease.batch_id, stats, 10**7, version, footer, f"{lease.shard.number:064d}"

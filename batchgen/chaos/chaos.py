@@ -249,5 +249,5 @@ def read_keys(storage: Storage) -> pa.Table:
         with storage.open_read(info.path) as source:
             tables.append(ParquetFile(source).read(columns=[*KEYS, "status", "completion_tokens"]))
     if not tables:
-        raise OutputError(f"{storage.root}: the job left no output")
+        raise OutputError(f"{storage.root}: the job left no output; run it by itself to see why")
     return pa.concat_tables(tables)

@@ -182,10 +182,12 @@ def run_pipeline(
 
 def has_ended(keeper: Any, key: str) -> bool:
     """And is everybody told of it? While it is still asked for, a run of that date is an earlier one that failed."""
+    from batchgen.pipelines.aftermath import list_hooks_left
+
     run = keeper.history.runs.get(key)
     if key in keeper.history.asked or run is None or run.is_active:
         return False
-    return len(run.notified) == len(keeper.spec.list_hooks(run.state == "succeeded"))
+    return not list_hooks_left(keeper.spec, run)
 
 
 def ask(spec: Any, keys: list[str]) -> list[str]:
@@ -201,7 +203,9 @@ def ask(spec: Any, keys: list[str]) -> list[str]:
         left = [key for key in keys if is_open(log.history, key)]
         if not left:
             states = sorted({str(log.history.get_state(key)) for key in keys})
-            raise OutputError(f"{spec.name}: nothing to run: {len(keys)} dates, all {', '.join(states)} already")
+            raise OutputError(
+                f"{spec.name}: nothing to run: {len(keys)} dates, all {', '.join(states)}; ask for others"
+            )
         if set(left) <= set(log.history.asked) or log.append(Asked(tuple(left), time.time())):
             return left
 

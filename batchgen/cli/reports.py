@@ -45,7 +45,7 @@ def report(
 
     with refusals(debug, as_json=as_json):
         storage = Storage(out)
-        found = find_report(storage) if html is None else read_report(storage, num_samples=rows)
+        found = find_report(storage) if html is None else read_report(storage, num_generations=rows)
         if html is not None:
             write_page(html, make_html(found))
         groups = find_groups(storage, by) if by is not None else None

@@ -22,9 +22,9 @@ from batchgen.gates.decide import EXIT_CODE, make_gate_report
 from batchgen.gates.watch import GateWatch, tell
 from batchgen.length_files import write_lengths
 from batchgen.manifest import CommittedShard
+from batchgen.report.generations import read_generations
 from batchgen.report.page import make_html
 from batchgen.report.records import REPORT_HTML, REPORT_JSON, read_records
-from batchgen.report.samples import read_samples
 from batchgen.report.value import make_report, make_row_counts
 from batchgen.storage import Storage
 from batchgen.worker.seal import seal_json
@@ -52,22 +52,26 @@ def finish(
     manifest.write_committed(fence.put, committed.values())
     write_lengths(storage, committed.values())
     wanted = [committed[shard.number] for shard in job.wanted if shard.number in committed]
-    gates.judge_end(own, job.committed, is_whole=message is None and len(wanted) == len(job.wanted) and not is_trial)
+    is_whole = message is None and len(wanted) == len(job.wanted) and not is_trial
+    message = gates.judge_end(own, job.committed, is_whole=is_whole) or message
     failed = tell(gates.failed) if gates.failed else None
-    num_samples = job.spec.output.report_rows
+    num_generations = job.spec.output.report_rows
+    counts = make_row_counts(job.spec, [shard.footer for shard in wanted], job.num_wanted_rows)
     report = make_report(
         job.spec,
-        make_row_counts(job.spec, [shard.footer for shard in wanted], job.num_wanted_rows),
+        counts,
         make_stats_table(batches.values()),
         read_records(storage),
         epoch=hold.epoch,
         state="gate_failed" if failed else "stopped" if message else "finished",
-        message=failed or message,
+        message=failed or message or tell_errors(counts, job.spec.retry.max_error_rate),
         made_at=time.time(),
         is_unique_checked=job.is_unique_checked,
-        samples=read_samples(storage, wanted, job.spec.fingerprint(), num_samples) if num_samples else (),
+        gates=make_gate_report(job.spec.gates, gates.failed, gates.seen),
+        generations=read_generations(storage, wanted, job.spec.fingerprint(), num_generations)
+        if num_generations
+        else (),
     )
-    report["gates"] = make_gate_report(job.spec.gates, gates.failed, gates.seen)
     report["exit_code"] = choose_exit_code(report, job.spec.retry.max_error_rate)
     report["output"] = storage.root
     if gates.seen or fence.has(GATES):  # what an earlier run wrote there is not true of this one
@@ -112,11 +116,25 @@ def withdraw_success(storage: Storage) -> None:
         storage.delete(manifest.SUCCESS)
 
 
+def tell_errors(rows: Mapping[str, Any], max_error_rate: float) -> str | None:
+    """Why a run that got to its end is no success; None where it is one."""
+    if not has_too_many_errors(rows, max_error_rate):
+        return None
+    return (
+        f"{rows['error']:,} of {rows['output']:,} rows are errors, more than retry.max_error_rate "
+        f"({max_error_rate:g}) allows: no _SUCCESS, exit code 1; each row's error_message says why; where that is as "
+        "it should be, raise the rate and run again"
+    )
+
+
+def has_too_many_errors(rows: Mapping[str, Any], max_error_rate: float) -> bool:
+    return rows["error_rate"] is not None and rows["error_rate"] > max_error_rate
+
+
 def choose_exit_code(report: dict[str, Any], max_error_rate: float) -> int:
     """0 done within the error rate, 1 done with too many errors, 3 stopped and resumable, 4 a gate failed."""
     if report["state"] == "gate_failed":
         return EXIT_CODE
     if report["state"] == "stopped":
         return 3
-    rate = report["rows"]["error_rate"]
-    return 1 if rate is not None and rate > max_error_rate else 0
+    return 1 if has_too_many_errors(report["rows"], max_error_rate) else 0

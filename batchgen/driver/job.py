@@ -18,7 +18,7 @@ from batchgen.engines import create_tokenizer
 from batchgen.errors import Foreign, InputError, OutputError, Refusal, SpecError, StorageError
 from batchgen.gates.decide import list_canary
 from batchgen.journal import JournalIndex, list_segments, read_indexes
-from batchgen.length_files import measure_shards, read_prior
+from batchgen.length_files import Measured, find_measured, measure_shards, read_prior
 from batchgen.lengths import LengthPrior, choose_cost, choose_work
 from batchgen.manifest import CommittedShard
 from batchgen.plan import Plan, expected_tokens, make_plan
@@ -153,19 +153,20 @@ def open_job(spec: JobSpec, storage: Storage) -> Job:
         files, passthrough, is_unique, group_bytes = inspect_inputs(spec, found)
         planned: list[Shard] = []
         warnings: list[str] = []
-        planned_hint = spec.input.length_hint
+        measured = find_measured(spec.input)
     else:
         files, passthrough, planned = saved
         group_bytes = {}
         facts = manifest.read_json(storage, manifest.SPEC) or {}
         is_unique = facts.get("is_unique_checked")
-        planned_hint = find_planned_hint(storage, facts)
+        measured = find_planned_measure(storage, facts)
         warnings = [*check_frozen(files, found), *check_tokenizer(spec, facts.get("tokenizer_sha256"))]
         if not planned:  # a driver died between files and shards: these are cut as it would have cut them
             frozen = {file.path for file in files}
             *_, group_bytes = inspect_inputs(spec, [info for info in found if info.path in frozen])
-    plan = make_plan(spec, files, planned, group_bytes)
-    plan = replace(plan, shards=tuple(measure_shards(plan.shards, spec, planned_hint)))
+    prior = read_prior(spec)
+    plan = make_plan(spec, files, planned, group_bytes, None if prior is None else prior.mean_tokens)
+    plan = replace(plan, shards=tuple(measure_shards(plan.shards, spec, measured, prior)))
     make_output_schema(spec, passthrough)
     return Job(
         spec=spec,
@@ -177,7 +178,7 @@ def open_job(spec: JobSpec, storage: Storage) -> Job:
         new_shards=plan.shards[len(planned) :],
         is_new=saved is None,
         warnings=tuple(warnings),
-        prior=read_prior(spec),
+        prior=prior,
     )
 
 
@@ -196,11 +197,12 @@ def keep_saved_columns(storage: Storage, spec: JobSpec) -> JobSpec:
     return spec.model_copy(update={"output": spec.output.model_copy(update={"row_fingerprints": had})})
 
 
-def find_planned_hint(storage: Storage, facts: Mapping[str, Any]) -> str | None:
-    """The column that the sums in the frozen plan are of."""
+def find_planned_measure(storage: Storage, facts: Mapping[str, Any]) -> Measured | None:
+    """What the sums in the frozen plan are of."""
     with refusing_damage(storage.url(manifest.SPEC), manifest.DAMAGED):
-        hint = facts["spec"]["input"].get("length_hint") if facts else None
-        return None if hint is None else str(hint)
+        saved = facts["spec"]["input"] if facts else {}
+        found = ((name, saved.get(name)) for name in ("length_hint", "length_template"))
+        return next(((name, str(column)) for name, column in found if column is not None), None)
 
 
 def reopen(job: Job, storage: Storage) -> Job:

@@ -20,7 +20,7 @@ from batchgen.driver.run_record import RunRecorder
 from batchgen.driver.signals import stop_on_signal
 from batchgen.driver.view import View
 from batchgen.driver.watch import Watch
-from batchgen.errors import LeaseLost, RunStopped, StorageError
+from batchgen.errors import LeaseLost, OutputError, RunStopped, StorageError
 from batchgen.gates.watch import GateWatch
 from batchgen.logs import Note, in_run, log_event
 from batchgen.metrics import Point
@@ -72,11 +72,13 @@ def run_job(
 
             recorder = RunRecorder(storage, job.spec, hold.epoch)
             watch = make_watch(job, hold, view, create_publisher(setup))
-            dispatcher = make_dispatcher(job, hold, pool, view, check_all, recorder, gates, watch)
-            message = dispatch(dispatcher, view)
+            with closing(LivePage(job, hold, recorder, gates)) as page:
+                dispatcher = make_dispatcher(job, hold, pool, view, check_all, recorder, gates, watch, page)
+                message = dispatch(dispatcher, view)
             recorder.close(dispatcher, message)
         report = finish(job, dispatcher, hold, gates, message=message, is_trial=limit is not None)
-        log_event("run_ended", **{name: report[name] for name in ("state", "exit_code", "rows", "run", "output")})
+        told = {name: report[name] for name in ("state", "exit_code", "rows", "run", "output")}
+        log_event("run_ended", report["message"] or "", **told)
         return report
 
 
@@ -96,10 +98,10 @@ def make_dispatcher(
     recorder: RunRecorder,
     gates: GateWatch,
     watch: Watch,
+    page: LivePage,
 ) -> Dispatcher:
     """The loop and everything it works with."""
     spec, todo = job.spec, job.todo
-    page = LivePage(job, hold, recorder)
 
     def check() -> None:
         hold.check()
@@ -138,7 +140,7 @@ def dispatch(dispatcher: Dispatcher, view: View) -> str | None:
         dispatcher.run()
     except LeaseLost:
         raise
-    except (RunStopped, StorageError) as stop:
+    except (RunStopped, StorageError, OutputError) as stop:  # a file of the output may be damaged while the run goes on
         view.warn(Note(f"stopping: {stop}", "run_stopping"))
         dispatcher.drain(dispatcher.spec.cluster.drain_s)
         return str(stop)

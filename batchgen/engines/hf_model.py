@@ -119,7 +119,7 @@ def find_max_model_len(model: ModelSpec, config: Any) -> int:
     if own is None and model.max_model_len is None:
         raise SpecError(f"model.max_model_len: {model.path} does not say its limit; give one")
     if own is not None and (model.max_model_len or 0) > own:
-        raise SpecError(f"model.max_model_len: {model.max_model_len} is more than the {own} of {model.path}")
+        raise SpecError(f"model.max_model_len: {model.max_model_len} is more than the {own} of {model.path}; lower it")
     return model.max_model_len or own or 0
 
 

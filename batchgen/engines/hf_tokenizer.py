@@ -109,7 +109,7 @@ class HFTokenizer:
             )
         except TemplateSyntaxError as error:
             raise SpecError(
-                f"model.path: the chat template of {self._model.path} is broken: {error.message}"
+                f"model.path: the chat template of {self._model.path} is broken ({error.message}); mend the file"
             ) from error
         # A template is the vendor's program over the row's values: None or a number where it expects text, or a key
         # that is missing, surfaces as one of these.

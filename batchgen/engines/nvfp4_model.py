@@ -81,7 +81,9 @@ def round_activations(model: torch.nn.Module, input_scales: Mapping[str, torch.T
         elif number.isdigit() and owner in modules:
             of_experts.setdefault(owner, {}).setdefault(int(number), {})[last] = scale
         else:
-            raise SpecError(f"model.path: the checkpoint has an input_scale for {name}, which the model has not")
+            raise SpecError(
+                f"model.path: the checkpoint has an input_scale for {name}, which the model has not; quantize it anew"
+            )
     for owner, scales in of_experts.items():
         _replace_experts(owner, modules[owner], scales)
 

@@ -85,7 +85,7 @@ def make_questions(spec: EvaluateSpec) -> list[Question]:
         seen.add(question.id)
     if spec.num_questions is not None and spec.num_questions > len(questions):
         raise InputError(
-            f"{spec.dataset}: holds {len(questions)} questions, num_questions asks for {spec.num_questions}"
+            f"{spec.dataset}: holds {len(questions)} questions, num_questions asks for {spec.num_questions}; lower it"
         )
     return questions[: spec.num_questions]
 

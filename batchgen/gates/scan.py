@@ -1,20 +1,21 @@
-"""Output rows as a gate counts them: read from shard files, some rows at a time, in as few columns as the gate needs.
+"""What a gate asks of committed files: from their footers, where the worker counted by the same rules; else from the rows,
+which are read again, so many files at a time.
 
-For a canary that is a few hundred rows; for a final gate it is every row, by the driver: none of them where the footers
-know all it asks, else small columns, and the text where refusals, a schema or duplicates are asked about. Texts are known
-by 8 bytes of digest; of more than `MAX_HASHES` answers those are kept whose digests are chosen by themselves, so that what
-repeats is kept or left out together.
+Rows are read where the limits are others than those that the files were made with, where a canary ends within a file, and
+for duplicates: a text may stand in two files. Texts are known by 8 bytes of digest; of more than `MAX_HASHES` answers those
+are kept whose digests are chosen by themselves, so that what repeats is kept or left out together.
 """
 
-import hashlib
-import json
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from batchgen.gates.decide import Counts, needs_rows
+from batchgen.batches import FileFooter, GateCounts
+from batchgen.gates.count import Hashes, Rules, hash_texts, make_counter, make_rules
+from batchgen.gates.decide import Counts, list_unasked
 from batchgen.manifest import CommittedShard
 from batchgen.parquet import ParquetFile
 from batchgen.spec import JobSpec
@@ -23,125 +24,108 @@ from batchgen.storage import Storage
 from batchgen.verify.damage import RESTORE, refusing_damage
 
 MAX_HASHES = 2**21
-# A row group holds 16 times as many, whose texts together may be more than a driver has room for.
-BATCH_ROWS = 1024
-SMALL = ["status", "finish_reason", "completion_tokens"]
+NUM_SCAN_THREADS = 8
+# Of each thread: a row group holds 64 times as many, whose texts together may be more than a driver has room for.
+BATCH_ROWS = 256
+NO_HASHES = np.empty(0, np.uint64)
 
-Test = Callable[[str], bool]
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The first `num_rows` of a file. `needs_counts`: its footer does not know what is asked."""
+
+    shard: CommittedShard
+    num_rows: int
+    needs_counts: bool
 
 
-class Scanner:
-    """Counts rows for one gate of one job. `num_rows`: how many rows will come, at most."""
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """What is to be done for one gate. `step`: of the texts' digests those are kept that it divides; None: none."""
 
-    def __init__(self, spec: JobSpec, gate: RateLimits, num_rows: int) -> None:
-        gates = spec.gates
-        self._is_refusal = make_refusal_test(gates.refusals) if gate.max_refusal_rate is not None else None
-        schema = find_schema(spec)
-        self._is_fit = make_schema_test(schema) if gate.max_schema_failure_rate is not None and schema else None
-        self._hashes: set[int] | None = None
-        if isinstance(gate, FinalGate) and gate.max_duplicate_rate is not None:
-            self._hashes = set()
-        self._step = -(-num_rows // MAX_HASHES)
+    storage: Storage
+    rules: Rules
+    parts: tuple[Part, ...]
+    step: int | None
 
     @property
-    def columns(self) -> list[str]:
-        needs_text = self._is_refusal or self._is_fit or self._hashes is not None
-        return [*SMALL, "text"] if needs_text else SMALL
+    def must_read(self) -> bool:
+        return self.step is not None or any(part.needs_counts for part in self.parts)
 
-    def count(self, rows: pa.Table) -> Counts:
-        is_ok = pc.equal(rows["status"], "ok")
-        ok = rows.filter(is_ok)
-        texts = (text or "" for text in ok["text"].to_pylist()) if "text" in ok.schema.names else ()
-        refused, unfit, num_hashed, num_repeated = self._look(texts)
-        return Counts(
-            rows=rows.num_rows,
-            errors=rows.num_rows - ok.num_rows,
-            truncated=pc.sum(pc.equal(ok["finish_reason"], "length")).as_py() or 0,
-            refused=refused,
-            unfit=unfit,
-            tokens=pc.sum(ok["completion_tokens"]).as_py() or 0,
-            num_hashed=num_hashed,
-            num_repeated=num_repeated,
-        )
+    def run(self) -> Counts:
+        """Blocking where it must read. Raises StorageError, and OutputError where a file is damaged."""
+        if not self.must_read:
+            return _add(_count_footer(part.shard.footer) for part in self.parts)
+        count = make_counter(self.rules)
+        with ThreadPoolExecutor(NUM_SCAN_THREADS, thread_name_prefix="gate") as threads:
+            found = list(threads.map(lambda part: self._look(part, count), self.parts))
+        hashes = np.concatenate([NO_HASHES, *(kept for _, kept in found)])
+        repeats = Counts(num_hashed=len(hashes), num_repeated=len(hashes) - len(np.unique(hashes)))
+        return _add(counts for counts, _ in found).add(repeats)
 
-    def _look(self, texts: Iterable[str]) -> tuple[int, int, int, int]:
-        refused = unfit = num_hashed = num_repeated = 0
-        for text in texts:
-            refused += self._is_refusal is not None and self._is_refusal(text)
-            unfit += self._is_fit is not None and not self._is_fit(text)
-            if self._hashes is not None and (value := hash_text(text)) % self._step == 0:
-                num_hashed += 1
-                num_repeated += value in self._hashes
-                self._hashes.add(value)
-        return refused, unfit, num_hashed, num_repeated
+    def _look(self, part: Part, count: Callable[[pa.Table], GateCounts]) -> tuple[Counts, Hashes]:
+        counts, hashes = Counts() if part.needs_counts else _count_footer(part.shard.footer), [NO_HASHES]
+        columns = set(self.rules.columns if part.needs_counts else ()) | ({"status", "text"} if self.step else set())
+        for rows in _iter_rows(self.storage, part, sorted(columns)) if columns else ():
+            if part.needs_counts:
+                num_errors = rows.num_rows - rows["status"].to_pylist().count("ok")
+                counts = counts.add(_make_counts(rows.num_rows, num_errors, count(rows)))
+            if self.step is not None:
+                hashes.append(hash_texts(rows, self.step))
+        return counts, np.concatenate(hashes)
 
 
-def hash_text(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def find_schema(spec: JobSpec) -> str | None:
-    """As JSON text."""
-    own, guided = spec.gates.json_schema, spec.sampling.guided
-    found = own if own is not None else guided.json_schema if guided is not None else None
-    return None if found is None else str(found)
-
-
-def make_refusal_test(patterns: Iterable[str]) -> Test:
-    compiled = [re.compile(pattern) for pattern in patterns]
-    return lambda text: any(pattern.search(text) for pattern in compiled)
-
-
-def make_schema_test(schema: str) -> Test:
-    from jsonschema import Draft202012Validator
-    from jsonschema.validators import validator_for
-    from referencing.exceptions import Unresolvable
-    from referencing.jsonschema import EMPTY_REGISTRY
-
-    parsed = json.loads(schema)
-    # With nothing at hand but itself: an address in a `$ref` is never fetched.
-    validator = validator_for(parsed, default=Draft202012Validator)(parsed, registry=EMPTY_REGISTRY)
-
-    def is_fit(text: str) -> bool:
-        try:
-            return bool(validator.is_valid(json.loads(text)))
-        except (ValueError, RecursionError):  # no JSON, or nested beyond what Python reads
-            return False
-        except Unresolvable:  # a `$ref` that leads nowhere: nothing is of such a schema
-            return False
-
-    return is_fit
-
-
-def scan(
+def make_scan(
     storage: Storage, shards: Iterable[CommittedShard], spec: JobSpec, gate: RateLimits, max_rows: int | None = None
-) -> Counts:
-    """Of the first `max_rows` output rows of these files, in their order; of all without. Raises StorageError, and
-    OutputError where a file is damaged."""
-    chosen = list(shards)
-    total = sum(shard.footer.num_rows_ok + shard.footer.num_rows_error for shard in chosen)
-    left = total if max_rows is None else min(max_rows, total)
-    if left == total and not needs_rows(gate):
-        return Counts(rows=total, errors=sum(shard.footer.num_rows_error for shard in chosen))
-    scanner, counts = Scanner(spec, gate, max(1, left)), Counts()
-    for shard in chosen:
-        for rows in _iter_rows(storage, shard.info.path, scanner.columns, left):
-            counts = counts.add(scanner.count(rows))
-            left -= rows.num_rows
-        if left <= 0:
-            break
-    return counts
+) -> Scan:
+    """Of the first `max_rows` output rows of these files, in their order; of all without."""
+    rules, unasked = make_rules(spec), list_unasked(gate)
+    parts, num_rows = [], 0
+    for shard in shards:
+        held = shard.footer.num_rows_ok + shard.footer.num_rows_error
+        taken = held if max_rows is None else min(held, max_rows - num_rows)
+        if taken > 0:
+            is_known = taken == held and _knows(shard.footer, rules, unasked)
+            parts.append(Part(shard, taken, needs_counts=not is_known))
+            num_rows += taken
+    wants_hashes = isinstance(gate, FinalGate) and gate.max_duplicate_rate is not None
+    return Scan(storage, rules, tuple(parts), max(1, -(-num_rows // MAX_HASHES)) if wants_hashes else None)
 
 
-def _iter_rows(storage: Storage, path: str, columns: list[str], max_rows: int) -> Iterator[pa.Table]:
+def _knows(footer: FileFooter, rules: Rules, unasked: set[str]) -> bool:
+    """Does it tell all that is asked? Of texts only by the same rules."""
+    asked = {"truncated", "tokens", "refused", "unfit"} - unasked
+    if footer.gates is None:
+        return not asked
+    return not asked & {"refused", "unfit"} or footer.gates.rules == rules.digest
+
+
+def _count_footer(footer: FileFooter) -> Counts:
+    return _make_counts(footer.num_rows_ok + footer.num_rows_error, footer.num_rows_error, footer.gates)
+
+
+def _make_counts(num_rows: int, num_errors: int, known: GateCounts | None) -> Counts:
+    if known is None:
+        return Counts(rows=num_rows, errors=num_errors)
+    return Counts(num_rows, num_errors, known.truncated, known.refused or 0, known.unfit or 0, known.tokens)
+
+
+def _add(found: Iterable[Counts]) -> Counts:
+    total = Counts()
+    for counts in found:
+        total = total.add(counts)
+    return total
+
+
+def _iter_rows(storage: Storage, part: Part, columns: Sequence[str]) -> Iterator[pa.Table]:
+    path, left = part.shard.info.path, part.num_rows
     with storage.open_read(path) as source:
         with refusing_damage(storage.url(path), f"is damaged; {RESTORE}"):
-            parquet = ParquetFile(source)
-            batches = parquet.iter_batches(BATCH_ROWS, columns=columns)
-        while max_rows > 0:
+            batches = ParquetFile(source).iter_batches(BATCH_ROWS, columns=list(columns))
+        while left > 0:
             with refusing_damage(storage.url(path), f"is damaged; {RESTORE}"):
                 if (batch := next(batches, None)) is None:
                     return
-            rows = pa.Table.from_batches([batch.slice(0, max_rows)])
-            max_rows -= rows.num_rows
+            rows = pa.Table.from_batches([batch.slice(0, left)])
+            left -= rows.num_rows
             yield rows

@@ -4,7 +4,7 @@ The jobs of its stages are templates: plain trees, because what stands in them i
 put into it. Nothing secret belongs here: a webhook whose address is a secret is named by an environment variable.
 """
 
-import re
+import hashlib
 from datetime import UTC, datetime
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -17,8 +17,6 @@ from batchgen.specs.sections import Section
 from batchgen.urls import check_url
 
 NAME = r"^[a-z][a-z0-9_-]{0,62}$"
-# Names of template variables that are not partitions.
-OWN_VARIABLES = frozenset({"logical_date", "logical_time", "logical_hour", "pipeline", "run", "input"})
 
 Url = Annotated[str, AfterValidator(check_url)]
 Name = Annotated[str, Field(pattern=NAME)]
@@ -66,7 +64,7 @@ class ScheduleSpec(Section):
 
 
 class RetriesSpec(Section):
-    """What becomes of a run that failed."""
+    """What becomes of a run, or one partition of it, that failed."""
 
     max: int = Field(default=2, ge=0, le=100, description="So many more attempts; each goes on where the last stopped.")
     delay: Duration = Field(default=300.0, description="Wait before the next (s, or 5m).")
@@ -100,12 +98,17 @@ class HookSpec(Section):
     )
     timeout: Duration = Field(default=30.0, description="Of one try (s). There are four.")
 
+    @property
+    def id(self) -> str:
+        """The same for the same hook, wherever it stands in the file."""
+        return hashlib.sha256(self.model_dump_json(exclude={"timeout"}).encode()).hexdigest()[:16]
+
     @model_validator(mode="after")
     def _exactly_one(self) -> "HookSpec":
         if sum(value is not None for value in (self.webhook, self.webhook_env, self.command)) != 1:
             raise ValueError("give webhook, webhook_env or command, one of them")
         if self.webhook is not None and urlsplit(self.webhook).scheme not in ("http", "https"):
-            raise ValueError("webhook is an http:// or https:// address")
+            raise ValueError("webhook is an http:// or https:// address; write one")
         return self
 
 
@@ -143,7 +146,7 @@ class PipelineSpec(Section):
     schedule: ScheduleSpec
     partitions: dict[Name, Annotated[tuple[str, ...], Field(min_length=1)]] = Field(
         default={},
-        description="Names with their values: every stage is one job for each combination, `{{ name }}` in it.",
+        description="Names with their values: each combination is a partition, with own attempts; `{{ name }}` in jobs.",
     )
     wait_for: tuple[WaitSpec, ...] = Field(default=(), description="What must have arrived before a run starts.")
     wait_deadline: Duration = Field(
@@ -151,6 +154,9 @@ class PipelineSpec(Section):
     )
     max_active_runs: int = Field(
         default=1, ge=1, le=1000, description="Runs begun and not ended, those that wait for their input included."
+    )
+    max_active_partitions: int = Field(
+        default=1, ge=1, le=1000, description="Partitions of one run that are at work at the same time."
     )
     retries: RetriesSpec = RetriesSpec()
     deadline: Duration | None = Field(
@@ -167,17 +173,6 @@ class PipelineSpec(Section):
     retention: RetentionSpec | None = None
     on_success: tuple[HookSpec, ...] = ()
     on_failure: tuple[HookSpec, ...] = ()
-
-    @model_validator(mode="after")
-    def _has_own_names(self) -> "PipelineSpec":
-        names = [stage.name for stage in self.stages]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"two stages have the name '{name}'; give each its own")
-        for name in self.partitions:
-            if name in OWN_VARIABLES or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-                raise ValueError(f"partitions: '{name}' can't be its name; choose another, of letters, digits and _")
-        return self
 
     def list_hooks(self, is_success: bool) -> tuple[HookSpec, ...]:
         return self.on_success if is_success else self.on_failure

@@ -54,6 +54,11 @@ def show_time(seconds: float | None) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def show_hours(value: float | None) -> str:
+    """Of a small job they are next to nothing."""
+    return "< 0.01" if value is not None and 0 < value < 0.01 else show(value)
+
+
 def show_moment(at: float | None) -> str:
     return UNKNOWN if at is None else datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 

@@ -19,8 +19,19 @@ from batchgen.report.charts import (
     make_unknown,
     show_tokens,
 )
-from batchgen.report.figures import UNKNOWN, divide, show, show_counts, show_moment, show_share, show_tile, show_time
+from batchgen.report.figures import (
+    UNKNOWN,
+    divide,
+    show,
+    show_counts,
+    show_hours,
+    show_moment,
+    show_share,
+    show_time,
+)
+from batchgen.report.gates import show_check, tell_gate
 from batchgen.report.svg import clean, escape, make_table
+from batchgen.report.tiles import has_other_times, make_tiles
 from batchgen.stats import LATENCIES, QUANTILES
 
 LATENCY_NOTES = {
@@ -37,13 +48,14 @@ WASTE = {
     "tail": "tail",
     "retries": "retries",
 }
+GATE_KINDS = {"passed": "passed", "failed": "failed", "not looked at": "unseen"}
 Section = dict[str, Any]
 
 
 def make_html(report: Mapping[str, Any]) -> str:
     template, css = load_template()
-    sections = [make_rows(report), make_time(report), make_workers(report), make_bill(report), make_latency(report),
-                make_lengths(report), make_errors(report), make_what(report)]  # fmt: skip
+    sections = [make_rows(report), *make_gates(report), make_time(report), make_workers(report), make_bill(report),
+                make_latency(report), make_lengths(report), make_errors(report), make_what(report)]  # fmt: skip
     html: str = template.render(
         css=css,
         title=find_name(report),
@@ -54,7 +66,7 @@ def make_html(report: Mapping[str, Any]) -> str:
         ),
         tiles=make_tiles(report),
         sections=sections,
-        samples=[make_sample(row) for row in report["samples"]],
+        generations=[make_generation(row) for row in report["generations"]],
         fingerprint=report["fingerprint"],
         spec=clean(json.dumps(report["spec"], indent=2, ensure_ascii=False)),
         footer=f"batchgen {report['version']}. Made of batch stats and run records, {show_moment(report['made_at'])}. "
@@ -85,27 +97,6 @@ def make_section(name: str, title: str, *groups: tuple[str, Sequence[str]], note
     return {"name": name, "title": title, "note": note, "groups": shown, "rows": list(rows)}
 
 
-def make_tiles(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    rows, run, job, bill = report["rows"], report["run"], report["job"], report["bill"]
-    wanted = rows["input"] * rows["n"]
-    tiles = [
-        ("Rows", show_tile(rows["output"]), f"of {wanted:,}; {rows['error']:,} errors"),
-        ("Completion tokens", show_tile(job["completion_tokens"]), f"{show_tile(job['prompt_tokens'])} prompt tokens"),
-        ("This run", show_time(run["elapsed_s"]), f"{show(run['tokens_per_s'])} tokens/s"),
-        (
-            "Answer p50, p99",
-            show_time(job["latency"]["latency_p50_s"]),
-            f"p99 {show_time(job['latency']['latency_p99_s'])}",
-        ),
-    ]
-    if bill["gpu_hours"] is not None:
-        cost = "no price given" if bill["cost"] is None else f"cost {show(bill['cost'])}"
-        tiles.append(("GPU-hours", show(bill["gpu_hours"]), cost))
-    else:
-        tiles.append(("Worker-hours", show(bill["worker_hours"]), "workers reserve no GPU"))
-    return [*tiles, ("Not used", show_share(bill["wasted_share"]), "of worker time")]
-
-
 def make_rows(report: Mapping[str, Any]) -> Section:
     rows = report["rows"]
     wanted = rows["input"] * rows["n"]
@@ -125,6 +116,22 @@ def make_rows(report: Mapping[str, Any]) -> Section:
         ("custom_id", report["custom_id"]),
     ]
     return make_section("rows", "Every row", ("", [chart]), rows=facts)
+
+
+def make_gates(report: Mapping[str, Any]) -> list[Section]:
+    """None for a job without gates."""
+    checks, told = report["gate_checks"], report["gates"]
+    names = list(dict.fromkeys(check["gate"] for check in checks))
+    cards = []
+    for name in names:
+        verdict, looked = tell_gate(name, checks, told)
+        head = f"<h3>{escape(name)}: {escape(verdict)}<span>{escape(looked)}</span></h3>"
+        rows = [show_check(check) for check in checks if check["gate"] == name]
+        cards.append(
+            f'<div class="card gate {GATE_KINDS[verdict]}">{head}{make_table(["", "found", "limit", ""], rows)}</div>'
+        )
+    note = "The canary looks at the first rows of the job, the final gate at all of them; shares are of the rows looked at."
+    return [make_section("gates", "Gates", ("pair", cards), note=note)] if cards else []
 
 
 def make_time(report: Mapping[str, Any]) -> Section:
@@ -147,7 +154,8 @@ def make_time(report: Mapping[str, Any]) -> Section:
         ),
         draw_workers(timeline),
     ]
-    return make_section("time", "Over time", ("pair", charts), rows=make_tail_rows(report["tail"]))
+    note = f"Of run {timeline['epoch']}: this one had nothing to do." if has_other_times(report) else ""
+    return make_section("time", "Over time", ("pair", charts), rows=make_tail_rows(report["tail"]), note=note)
 
 
 def make_tail_rows(tail: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -172,12 +180,14 @@ def make_bill(report: Mapping[str, Any]) -> Section:
     parts = []
     for name, label in WASTE.items():
         share = bill["shares"][name]
-        known = None if share is None or hours is None else share * hours
-        parts.append((name, label, share, UNKNOWN if share is None else f"{show_share(share)}, {show(known)} h"))
+        known = None if share is None or hours is None else share * hours * 3600
+        parts.append((name, label, share, UNKNOWN if share is None else f"{show_share(share)}, {show_time(known)}"))
     price = next((run["gpu_hour_cost"] for run in reversed(runs) if run["gpu_hour_cost"] is not None), None)
     told = f"cost {show(bill['cost'])} at {show(price)} a GPU-hour" if bill["cost"] is not None else "no price given"
     charts = (
-        [draw_shares(f"{show(hours)} {unit}", told if has_gpus else "workers reserve no GPU", parts)] if runs else []
+        [draw_shares(f"{show_hours(hours)} {unit}", told if has_gpus else "workers reserve no GPU", parts)]
+        if runs
+        else []
     )
     head = ["run", "began", "state", "time", "rows", "tokens", unit, "cost"]
     table = make_table(head, [make_run_cells(run, has_gpus) for run in runs])
@@ -190,7 +200,7 @@ def make_bill(report: Mapping[str, Any]) -> Section:
 
 def make_run_cells(run: Mapping[str, Any], has_gpus: bool) -> list[str]:
     hours = run["gpu_hours"] if has_gpus else run["worker_hours"]
-    counts = [show(run["rows"]), show(run["tokens"]), show(hours), show(run["cost"])]
+    counts = [show(run["rows"]), show(run["tokens"]), show_hours(hours), show(run["cost"])]
     return [str(run["epoch"]), show_moment(run["began_at"]), run["state"], show_time(run["elapsed_s"]), *counts]
 
 
@@ -228,7 +238,8 @@ def make_errors(report: Mapping[str, Any]) -> Section:
         for cells in ((e["error_type"], f"{e['count']:,}", e["example"] or UNKNOWN) for e in errors)
     )
     head = '<th scope="col">type</th><th scope="col">rows</th><th scope="col">one of their messages</th>'
-    table = f'<div class="card"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    inner = f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>"
+    table = f'<div class="card scroll"><table class="errors">{inner}</table></div>'
     note = "As batches met them, in all runs: those that a later run tried again count too."
     return make_section("errors", "Errors", ("", [table]), note=note)
 
@@ -245,15 +256,20 @@ def make_what(report: Mapping[str, Any]) -> Section:
         ("Nodes", f"{what['num_nodes']}: {nodes}" if what["num_nodes"] else UNKNOWN),
     ]
     if cluster:
-        workers = (
-            f"{cluster['workers_min']} to {cluster['workers_max']} workers, {cluster['gpus_per_worker']:g} GPUs each"
-        )
-        rows.append(("Cluster", f"{cluster['pool']}, {workers}; driver on {cluster['driver_node']}"))
+        rows.append(("Cluster", f"{cluster['pool']}, {tell_workers(cluster)}; driver on {cluster['driver_node']}"))
     return make_section("what", "What ran", rows=[(label, clean(value)) for label, value in rows])
 
 
-def make_sample(row: Mapping[str, Any]) -> dict[str, Any]:
-    facts = f"{row['finish_reason'] or row['error_type'] or UNKNOWN}, {show(row['completion_tokens'])} tokens"
+def tell_workers(cluster: Mapping[str, Any]) -> str:
+    low, high, gpus = cluster["workers_min"], cluster["workers_max"], cluster["gpus_per_worker"]
+    number = f"{low} to {high} workers" if low != high else "1 worker" if high == 1 else f"{high} workers"
+    return f"{number}, {f'{gpus:g} GPUs each' if gpus else 'no GPU'}"
+
+
+def make_generation(row: Mapping[str, Any]) -> dict[str, Any]:
+    facts = row["finish_reason"] or row["error_type"] or UNKNOWN
+    if row["completion_tokens"] is not None:
+        facts = f"{facts}, {show(row['completion_tokens'])} tokens"
     label = row["custom_id"] or f"{row['source_file']}:{row['source_row']}"
     return {
         "label": clean(label),

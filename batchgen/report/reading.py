@@ -1,7 +1,7 @@
 """A report of any output folder as it is now: of a job that finished, stopped, still runs, or was killed.
 
 Reads what is written about rows, never rows: the spec, batch_stats, records of runs and, of shards that no run has
-finished with yet, their footers. (Unless some generations are asked for: `samples`.) Writes nothing.
+finished with yet, their footers. (Unless some generations are asked for: `generations`.) Writes nothing.
 """
 
 import time
@@ -17,18 +17,15 @@ from batchgen.driver.control import find_lock
 from batchgen.driver.lease import read_live_holder
 from batchgen.errors import OutputError
 from batchgen.report.figures import RunRecord
+from batchgen.report.generations import read_generations
 from batchgen.report.records import REPORT_JSON, read_records
-from batchgen.report.samples import read_samples
 from batchgen.report.value import make_report, make_row_counts
 from batchgen.spec import JobSpec
 from batchgen.storage import Storage
 from batchgen.verify.damage import RESTORE
 
-# What only the end of a run knows.
-KEPT = ("exit_code", "gates")
 
-
-def read_report(storage: Storage, *, num_samples: int = 0) -> dict[str, Any]:
+def read_report(storage: Storage, *, num_generations: int = 0) -> dict[str, Any]:
     """As of now. Raises OutputError where no run has worked on the folder."""
     facts = manifest.read_json(storage, manifest.SPEC)
     if facts is None:
@@ -39,7 +36,7 @@ def read_report(storage: Storage, *, num_samples: int = 0) -> dict[str, Any]:
     if saved is not None and record is not None and record["epoch"] > saved["epoch"]:
         saved = None  # a later run has not ended yet
     spec = _read_spec(storage, saved or record or facts, facts)
-    committed = {} if saved and not num_samples else manifest.load_committed(storage, spec.fingerprint())
+    committed = {} if saved and not num_generations else manifest.load_committed(storage, spec.fingerprint())
     found = make_report(
         spec,
         saved["rows"] if saved else _count_rows(storage, spec, committed, record),
@@ -47,11 +44,14 @@ def read_report(storage: Storage, *, num_samples: int = 0) -> dict[str, Any]:
         records,
         made_at=time.time(),
         is_unique_checked=facts.get("is_unique_checked"),
-        samples=read_samples(storage, committed.values(), spec.fingerprint(), num_samples) if num_samples else (),
+        generations=read_generations(storage, committed.values(), spec.fingerprint(), num_generations)
+        if num_generations
+        else (),
+        gates=saved.get("gates") if saved else None,
         **_find_state(storage, saved, record),
     )
-    kept = {name: saved[name] for name in KEPT if name in saved} if saved else {}
-    return found | kept | {"output": storage.root}
+    ended = {"exit_code": saved["exit_code"]} if saved and "exit_code" in saved else {}  # what only a run's end knows
+    return found | ended | {"output": storage.root}
 
 
 def _find_state(storage: Storage, saved: RunRecord | None, record: RunRecord | None) -> dict[str, Any]:

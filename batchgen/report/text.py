@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from batchgen.report.figures import show, show_counts, show_share, show_time
+from batchgen.report.gates import tell_gate
 from batchgen.stats import LATENCIES, QUANTILES
 
 
@@ -21,9 +22,12 @@ def make_text_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     if job.get("rows_reused"):  # reports of earlier versions don't say
         told = f"{job['rows_reused']:,} rows, {show(job['completion_tokens_reused'])} completion tokens, not generated"
         lines.append(("reused", told))
+    if checks := report.get("gate_checks"):
+        names = dict.fromkeys(check["gate"] for check in checks)
+        lines.append(("gates", ", ".join(f"{name} {tell_gate(name, checks, report['gates'])[0]}" for name in names)))
     lines += _make_bill_rows(report)
     for name in LATENCIES:
-        values = [show(job["latency"][f"{name}_{key}_s"], "s") for key in QUANTILES]
+        values = [show_time(job["latency"][f"{name}_{key}_s"]) for key in QUANTILES]
         lines.append((f"{name.replace('_', ' ')} {'/'.join(QUANTILES)}", ", ".join(values)))
     lines.append(("batches", ", ".join(f"{count} {name}" for name, count in job["batches"].items()) or "none"))
     lines.append(("finish reasons", show_counts(job["finish_reasons"])))

@@ -15,6 +15,7 @@ from batchgen import __version__
 from batchgen.batches import FileFooter
 from batchgen.report.distributions import make_histograms, make_latency
 from batchgen.report.figures import RunRecord, divide
+from batchgen.report.gates import make_gate_checks
 from batchgen.report.lanes import make_lanes
 from batchgen.report.waste import LOSSES, make_waste
 from batchgen.spec import JobSpec
@@ -34,12 +35,15 @@ def make_report(
     message: str | None,
     made_at: float,
     is_unique_checked: bool | None,
-    samples: Sequence[dict[str, Any]] = (),
+    gates: dict[str, Any] | None = None,
+    generations: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     """`state`: finished, stopped, running, or killed (it ended without a word). `rows`: `make_row_counts`. `table`: all
-    batches that are known, of this and earlier runs (`batch_stats.STATS_SCHEMA`)."""
+    batches that are known, of this and earlier runs (`batch_stats.STATS_SCHEMA`). `gates`: what the run said of them, None
+    where it has not."""
     ours = table.filter(pc.equal(table["epoch"], epoch))
-    record = next((found for found in records if found["epoch"] == epoch), None)
+    # A run that had nothing to do leaves no record: what there was to see is the last one's that had.
+    shown = next((found for found in records if found["epoch"] == epoch), records[-1] if records else None)
     runs = [make_run(found, table, is_settled=rows["is_complete"] or found["epoch"] != epoch) for found in records]
     run = next((found for found in runs if found["epoch"] == epoch), None)
     totals = make_totals(ours)
@@ -54,6 +58,8 @@ def make_report(
         "model": spec.model.path,
         "custom_id": "unique" if is_unique_checked else "not checked",
         "rows": rows,
+        "gates": gates,
+        "gate_checks": make_gate_checks(spec.model_dump(mode="json")["gates"], gates),
         "job": make_totals(table),
         "run": {
             **totals,
@@ -63,13 +69,13 @@ def make_report(
         },
         "runs": runs,
         "bill": make_bill(runs),
-        "what": make_what(table, record),
+        "what": make_what(table, shown),
         "errors": make_errors(table),
         "histograms": make_histograms(table),
-        "timeline": make_timeline(record) if record else None,
-        "lanes": make_lanes(record, table) if record else None,
-        "tail": make_tail(record, ours) if record else None,
-        "samples": list(samples),
+        "timeline": make_timeline(shown) if shown else None,
+        "lanes": make_lanes(shown, table) if shown else None,
+        "tail": make_tail(shown, table) if shown else None,
+        "generations": list(generations),
         "spec": spec.model_dump(mode="json"),
     }
 
@@ -235,9 +241,10 @@ def make_timeline(record: RunRecord) -> dict[str, Any]:
     }
 
 
-def make_tail(record: RunRecord, ours: pa.Table) -> dict[str, Any]:
+def make_tail(record: RunRecord, table: pa.Table) -> dict[str, Any]:
     """The time since no shard waited: how long, how full the windows were, what was moved to idle workers."""
-    tail, shared = record["tail"], ours.filter(pc.equal(ours["outcome"], "shared"))
+    is_shared = pc.and_(pc.equal(table["epoch"], record["epoch"]), pc.equal(table["outcome"], "shared"))
+    tail, shared = record["tail"], table.filter(is_shared)
     return {
         "began_s": tail["began_s"],
         "seconds": tail["seconds"] if tail["began_s"] is not None else None,

@@ -1,7 +1,7 @@
 """The FastAPI app: routers, and every error in OpenAI's body (faults of our own: `guard`). All else is behind them.
 
 `create_app` takes the routers of whoever answers interactively. All handlers here are plain functions, run in threads;
-none keeps anything between two requests.
+none keeps anything between two requests but what the store can say again.
 """
 
 import time

@@ -12,15 +12,18 @@ from typing import Any
 from batchgen.driver.hold import Hold
 from batchgen.driver.lease import make_cancel_path
 from batchgen.driver.run import run_job
-from batchgen.errors import Cancelled, OutputError, StorageError
+from batchgen.errors import Cancelled, OutputError, RunStopped, StorageError
+from batchgen.manifest import SPEC
 from batchgen.queue.progress import Progress
+from batchgen.replay import read_spec
 from batchgen.serve.batch_spec import make_batch_spec
 from batchgen.serve.closing import ClosingPool, make_closing_spec
 from batchgen.serve.door import BulkJob, CreateBulkPool
 from batchgen.serve.records import BatchRecord, count
-from batchgen.serve.spec import EndpointSpec
+from batchgen.serve.spec import EndpointSpec, ServedModel
 from batchgen.serve.state import State
 from batchgen.spec import JobSpec
+from batchgen.specs.engine import SimulatedEngineSpec
 from batchgen.storage import Storage
 
 LOOK_S = 1.0
@@ -50,9 +53,11 @@ class BatchRun:
         return run_job(job, self, create_pool=lambda setup: create_pool(setup, bulk), check=self.check)
 
     def close(self, spec: EndpointSpec) -> None:
-        """Every row that is missing becomes an error."""
-        job = make_closing_spec(make_job_spec(spec, self._state, self._record))
-        run_job(job, self, create_pool=ClosingPool, check=self._hold.check_lease)
+        """Every row that is missing becomes an error. Raises RunStopped where that was cut short."""
+        job = make_closing_spec(find_job_spec(spec, self._state, self._record))
+        report = run_job(job, self, create_pool=ClosingPool, check=self._hold.check_lease)
+        if report["state"] != "finished":
+            raise RunStopped(str(report["message"]))
 
     def check(self) -> None:
         """Raises RunStopped."""
@@ -93,15 +98,29 @@ class BatchRun:
 
 def make_job_spec(spec: EndpointSpec, state: State, record: BatchRecord) -> JobSpec:
     """The batch's job. Raises OutputError for a model that is no longer served."""
-    assert record.input is not None
-    rows = record.input
     if record.model not in spec.models:
         raise OutputError(
-            f"the model {record.model} is not served any more; serve it again, so that its batches can end"
+            f"the model {record.model} is not served any more; serve it again, so that its batches can go on"
         )
+    return _make_spec(spec.models[record.model], state, record)
+
+
+def find_job_spec(spec: EndpointSpec, state: State, record: BatchRecord) -> JobSpec:
+    """Of the job as it was begun, whatever is served by now: for what needs no engine any more. One that was never begun
+    of a model that is gone is closed in the name of an engine that is nobody's."""
+    storage = Storage(state.job_url(record.tenant, record.id))
+    if storage.info(SPEC) is not None:
+        return read_spec(storage, ())
+    nobody = ServedModel(engine=SimulatedEngineSpec(kind="simulated"))
+    return _make_spec(spec.models.get(record.model or "", nobody), state, record)
+
+
+def _make_spec(served: ServedModel, state: State, record: BatchRecord) -> JobSpec:
+    assert record.input is not None
+    rows = record.input
     own = {} if rows.is_own else {"custom_id": "custom_id" if rows.has_keys else None, "passthrough": ()}
     return make_batch_spec(
-        spec.models[record.model],
+        served,
         rows.form,
         input_url=rows.url,
         out_url=state.job_url(record.tenant, record.id),

@@ -35,6 +35,7 @@ class Abilities:
 
 def read_sampling(given: Json, is_chat: bool, can: Abilities) -> Json:
     fields: Json = {name: given[name] for name in SAMPLED if name in given}
+    names = {**PARAMS, **({"max_tokens": "max_completion_tokens"} if "max_completion_tokens" in given else {})}
     if (most := given.get("max_completion_tokens", given.get("max_tokens"))) is not None:
         fields["max_tokens"] = most
     if (stop := given.get("stop")) is not None:
@@ -44,20 +45,20 @@ def read_sampling(given: Json, is_chat: bool, can: Abilities) -> Json:
     if is_chat:
         fields |= _read_guided(given, can) | _read_thinking(given, can)
     for name in fields.keys() & can.refused:
-        raise bad_request(
-            f"{PARAMS.get(name, name)} can't be honoured by this model", PARAMS.get(name, name), UNSUPPORTED
-        )
+        param = names.get(name, name)
+        raise bad_request(f"{param} can't be honoured by this model", param, UNSUPPORTED)
     if not fields:
         return fields
     for name, value in fields.items():  # JSON's own kinds: pydantic would take true for 1 and "0.5" for a half
         if name in NUMBERS and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise bad_request(f"{name} must be a number", name, "invalid_type")
+            param = names.get(name, name)
+            raise bad_request(f"{param} must be a number", param, "invalid_type")
     try:
         SamplingSpec.model_validate(fields)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         name = str(first["loc"][0]) if first["loc"] else "body"
-        param = PARAMS.get(name, name)
+        param = names.get(name, name)
         raise bad_request(f"{param}: {first['msg'].removeprefix('Value error, ')}", param, "invalid_value") from None
     return fields
 

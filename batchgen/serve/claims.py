@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from batchgen.driver.hold import Hold
-from batchgen.driver.lease import FOLDER, acquire, is_dead_here, read_holder
+from batchgen.driver.lease import FOLDER, acquire, read_live_holder
 from batchgen.serve.state import State
 from batchgen.storage import Storage
 
@@ -26,8 +26,8 @@ class Claims:
 
     def is_free(self, batch_id: str) -> bool:
         """Never claimed, given back, its holder dead, or silent for a time to live. Only asks the store."""
-        holder = read_holder(self._open(batch_id))
-        if holder is None or holder.has_ended or is_dead_here(holder):
+        holder = read_live_holder(self._open(batch_id))
+        if holder is None:
             return True
         sign, now = (holder.epoch, holder.beat), self._clock()
         known = self._seen.get(batch_id)

@@ -34,6 +34,8 @@ SWEEP_S = 600.0
 MAX_BACKOFF_S = 60.0
 MAX_DOUBLINGS = 10
 NUM_SHORT = 2
+# At once, of the records of open batches: one after the other they take longer than a look lasts.
+NUM_READERS = 16
 
 
 def create_inline_pool(setup: WorkerSetup, bulk: BulkJob) -> WorkerPool:
@@ -64,6 +66,7 @@ class Conductor:
         self._claims = Claims(state, CLAIM_TTL_S)
         self._long = ThreadPoolExecutor(spec.limits.max_running, "batch")
         self._short = ThreadPoolExecutor(NUM_SHORT, "batch-step")
+        self._readers = ThreadPoolExecutor(NUM_READERS, "records")
         self._busy: dict[str, Future[None]] = {}
         self._running: set[str] = set()
         self._trouble: dict[str, _Trouble] = {}
@@ -82,6 +85,7 @@ class Conductor:
         self._is_stopping.set()
         self.wake()
         self._thread.join()
+        self._readers.shutdown()
         self._short.shutdown()
         self._long.shutdown()
 
@@ -106,7 +110,7 @@ class Conductor:
         """Look at all open batches once, and begin what there is room for."""
         self._busy = {batch_id: work for batch_id, work in self._busy.items() if not work.done()}
         self._running &= self._busy.keys()
-        waiting = [record for record in map(self._look, self._state.list_open()) if record is not None]
+        waiting = [record for record in self._readers.map(self._look, self._state.list_open()) if record is not None]
         for record in sorted(waiting, key=lambda record: (record.expires_at, record.id)):
             if not self._is_stopping.is_set():
                 self._begin(record)
@@ -143,7 +147,7 @@ class Conductor:
     def _sweep(self) -> None:
         """Beside the steps: of ten thousand files it takes minutes."""
         try:
-            sweep(self._state)
+            sweep(self._state, self._say)
         except BatchgenError as error:
             self._say(f"the sweep is tried again later: {error}")
 

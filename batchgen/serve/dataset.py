@@ -65,7 +65,7 @@ def check_links(infos: Sequence[FileInfo], prefixes: tuple[str, ...]) -> None:
     roots = [Path(prefix.removeprefix("file://")).resolve() for prefix in prefixes]
     for info in infos:
         if "://" not in info.path and not any(Path(info.path).resolve().is_relative_to(root) for root in roots):
-            raise InputError(f"{info.path}: leads to a file that is not below your prefixes")
+            raise InputError(f"{info.path}: leads to a file that is not below your prefixes; copy it there")
 
 
 def write_dataset_results(state: State, record: BatchRecord) -> Results:
@@ -86,7 +86,7 @@ def write_dataset_results(state: State, record: BatchRecord) -> Results:
         cached = None if ok["cached_tokens"].null_count else pc.sum(ok["cached_tokens"]).as_py() or 0
         tally.cached_tokens = None if cached is None or tally.cached_tokens is None else tally.cached_tokens + cached
         tally.has_reasoning = tally.has_reasoning or ok["reasoning"].null_count < ok.num_rows
-    counts = tally.make_counts()
+    counts = tally.make_counts(record.batch.request_counts.total)
     return Results(
         counts,
         tally.make_usage(),
@@ -122,8 +122,8 @@ def iter_dataset_lines(state: State, file: FileRecord) -> Iterator[bytes]:
     if record is None:
         return
     maker = LineMaker(record, None)
-    for row in iter_rows(Storage(state.job_url(record.tenant, record.id))):
+    for row in iter_rows(Storage(state.job_url(record.tenant, record.id)), ("sample_index",)):
         if row["status"] == file.dataset_status:
-            key = f"{row['source_file']}:{row['source_row']}"
+            key = f"{row['source_file']}:{row['source_row']}:{row['sample_index']}"
             _, line = maker.make([{**row, "line": key, "samples": 1, "refusal": None}])
             yield dump_line(line)

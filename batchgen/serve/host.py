@@ -97,15 +97,13 @@ class EngineHost:
 
     async def open(self) -> None:
         """Load the engine. Raises EngineDied with the reason."""
-        engine = create_engine(make_served_spec(self._served))
         try:
+            engine = create_engine(make_served_spec(self._served))
             await engine.open()
         except EngineDied:
             raise
         except Exception as error:  # a vendor may fail with anything, and nothing was sent yet
-            raise EngineDied(
-                str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"
-            ) from error
+            raise EngineDied(name_reason(error)) from error
         self._engine = Borrowed(engine, self._note_death)
         self._own = engine
         self._interactive = Interactive(self._served, self._engine)
@@ -122,9 +120,7 @@ class EngineHost:
             info = await worker.open()
         except Exception as error:  # told to the run that asked; the engine is none the worse
             places.leave(window)
-            raise EngineDied(
-                str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"
-            ) from error
+            raise EngineDied(name_reason(error)) from error
         self._workers[key] = worker, window
         return info
 
@@ -193,3 +189,7 @@ class EngineHost:
 
     def _note_death(self, reason: str) -> None:
         self._death = self._death or reason
+
+
+def name_reason(error: Exception) -> str:
+    return str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"

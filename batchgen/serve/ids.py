@@ -35,6 +35,11 @@ def make_dated_digest(now_s: float, *parts: str) -> str:
     return f"{int(now_s * 1000) & (2**48 - 1):012x}{digest[:20]}"
 
 
+def is_dated_digest(tail: str, *parts: str) -> bool:
+    """Could it be of these parts, at whatever time?"""
+    return tail[12:] == make_dated_digest(0.0, *parts)[12:]
+
+
 def make_digest(*parts: str) -> str:
     """24 hexadecimal digits that the parts decide."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]

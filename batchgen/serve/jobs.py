@@ -4,18 +4,21 @@
 nothing is written for it here, and whoever can't see the folder can't find it by its id.
 """
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from batchgen.driver.control import read_status, request_cancel
-from batchgen.driver.lease import FOLDER, is_dead_here, make_cancel_path, parse_holder, read_holder
+from batchgen.driver.control import find_lock, read_status, request_cancel
+from batchgen.driver.lease import FOLDER, make_cancel_path, parse_holder, read_live_holder
 from batchgen.errors import NotFound, OutputError
 from batchgen.manifest import SPEC, read_json
 from batchgen.serve.errors import ApiError
-from batchgen.serve.ids import make_dated_digest
+from batchgen.serve.ids import is_dated_digest, make_dated_digest
 from batchgen.serve.wire import CHAT, COMPLETIONS, Batch, BatchError, BatchErrors, BatchStatus, RequestCounts
 from batchgen.storage import Storage
+
+log = logging.getLogger("batchgen.serve")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +60,8 @@ class OwnJob:
     def _find_state(self, status: dict[str, Any]) -> BatchStatus:
         if status.get("state") == "finished":
             return "completed"
-        holder = read_holder(self.storage)
-        is_gone = holder is None or holder.has_ended or is_dead_here(holder)
-        if not is_gone and holder is not None:
+        holder = read_live_holder(find_lock(self.storage))
+        if holder is not None:
             is_asked = self.storage.info(make_cancel_path(holder.epoch)) is not None
             return "cancelling" if is_asked else "in_progress"
         return "cancelled" if status.get("state") == "stopped" else "failed"
@@ -80,16 +82,32 @@ class Jobs:
         self._prefix = None if prefix is None else Storage(prefix)
 
     def list(self, tenant: str) -> Iterator[OwnJob]:
-        if self._prefix is None:
-            return
-        for name in self._prefix.list_folders(tenant):
-            storage = Storage(self._prefix.url(f"{tenant}/{name}"))
-            first = f"{FOLDER}/{1:09d}.json"
-            try:
-                started_at = parse_holder(storage.read_bytes(first)).started_at
-            except (NotFound, ValueError):
-                continue  # no job of ours, or none that has begun
-            yield OwnJob(f"batch_{make_dated_digest(started_at, storage.root)}", name, storage, started_at)
+        opened = (self._open(tenant, name) for name in self._list_names(tenant))
+        return (job for job in opened if job is not None)
 
     def find(self, tenant: str, batch_id: str) -> OwnJob | None:
-        return next((job for job in self.list(tenant) if job.id == batch_id), None)
+        """Opens only what its folder's name fits: an id that is nobody's costs a listing."""
+        for name in self._list_names(tenant):
+            if is_dated_digest(batch_id.removeprefix("batch_"), self._url(tenant, name)):
+                job = self._open(tenant, name)
+                return job if job is not None and job.id == batch_id else None
+        return None
+
+    def _list_names(self, tenant: str) -> Sequence[str]:
+        return [] if self._prefix is None else self._prefix.list_folders(tenant)
+
+    def _url(self, tenant: str, name: str) -> str:
+        assert self._prefix is not None, "without a prefix there are no names"
+        return self._prefix.url(f"{tenant}/{name}")
+
+    def _open(self, tenant: str, name: str) -> OwnJob | None:
+        """None for what is no job of ours, or none that has begun; one that is damaged is told of, and hides no other."""
+        storage = Storage(self._url(tenant, name))
+        try:
+            started_at = parse_holder(find_lock(storage).read_bytes(f"{FOLDER}/{1:09d}.json")).started_at
+        except (NotFound, ValueError):
+            return None
+        except OutputError as error:
+            log.warning("a job is not shown: %s", error)
+            return None
+        return OwnJob(f"batch_{make_dated_digest(started_at, storage.root)}", name, storage, started_at)

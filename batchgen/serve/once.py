@@ -6,6 +6,7 @@ not come so far. With an `Idempotency-Key` every create of that key is such a re
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from batchgen.errors import AlreadyExists, Conflict, NotFound
@@ -57,11 +58,14 @@ def choose_batch_id(state: State, tenant: str, body: str, new_id: str, *, key: s
         return following.batch_id
 
 
-def delete_old_notes(state: State) -> None:
+def delete_old_notes(state: State, say: Callable[[str], None]) -> None:
     for info in state.storage.list_files("once", suffix=".json"):
         try:
             note = Note(**json.loads(state.storage.read_bytes(info.path)))
         except NotFound:
+            continue
+        except (ValueError, TypeError):
+            say(f"{state.storage.url(info.path)}: is damaged; delete it")
             continue
         if state.now() - note.made_at > KEY_S + REPEAT_S:
             state.storage.delete(info.path)

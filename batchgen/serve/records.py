@@ -27,7 +27,7 @@ from batchgen.serve.wire import (
 )
 from batchgen.specs.sections import PromptForm
 
-End = Literal["completed", "expired", "cancelled"]
+End = Literal["completed", "expired", "cancelled", "failed"]
 
 
 class Record(BaseModel):
@@ -114,7 +114,7 @@ def begin(record: BatchRecord, job_input: JobInput, model: str, num_requests: in
 
 def fail(record: BatchRecord, errors: list[BatchError], now_s: float) -> BatchRecord | None:
     """Nothing of it was or will be run."""
-    if record.batch.status not in ("validating", "in_progress"):
+    if record.batch.status != "validating":
         return None
     counts = RequestCounts()
     batch = _move(
@@ -125,6 +125,14 @@ def fail(record: BatchRecord, errors: list[BatchError], now_s: float) -> BatchRe
         request_counts=counts,
     )
     return _set(record, batch=batch)
+
+
+def refuse(record: BatchRecord, errors: list[BatchError], now_s: float) -> BatchRecord | None:
+    """Its job can't go on: it is on its way to failed, and what is finished is written."""
+    if record.batch.status != "in_progress":
+        return None
+    batch = _move(record.batch, status="finalizing", finalizing_at=int(now_s), errors=BatchErrors(data=errors))
+    return _set(record, batch=batch, end="failed")
 
 
 def count(record: BatchRecord, completed: int, failed: int) -> BatchRecord | None:

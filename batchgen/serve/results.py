@@ -24,6 +24,7 @@ READ_ROWS = 512
 UNFINISHED = {
     "expired": ("batch_expired", "This request could not be executed before the completion window expired."),
     "cancelled": ("batch_cancelled", "This request was not executed because the batch was cancelled."),
+    "failed": ("batch_failed", "This request was not executed because the batch failed before."),
 }
 TIMED_OUT = "timed_out"
 #: What the closing run makes of a row that nobody generated.
@@ -55,8 +56,10 @@ class Tally:
         else:
             self.cached_tokens += details["cached_tokens"]
 
-    def make_counts(self) -> RequestCounts:
-        return RequestCounts(total=self.completed + self.failed, completed=self.completed, failed=self.failed)
+    def make_counts(self, total: int) -> RequestCounts:
+        """Of so many requests: one of which nothing was committed has failed, too."""
+        total = max(total, self.completed + self.failed)
+        return RequestCounts(total=total, completed=self.completed, failed=total - self.completed)
 
     def make_usage(self) -> BatchUsage | None:
         """None where it is not known of every line: a sum of the others would be taken for all."""
@@ -154,7 +157,8 @@ def write_results(state: State, record: BatchRecord, decode: Decode | None) -> R
             state.create_file(_make_file(record, ids[is_ok], "output" if is_ok else "error", sizes))
         else:
             ids[is_ok] = None
-    return Results(maker.tally.make_counts(), maker.tally.make_usage(), ids[True], ids[False])
+    counts = maker.tally.make_counts(record.batch.request_counts.total)
+    return Results(counts, maker.tally.make_usage(), ids[True], ids[False])
 
 
 def dump_line(line: Json) -> bytes:

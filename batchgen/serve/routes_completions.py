@@ -10,15 +10,17 @@ from fastapi import APIRouter, Body
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from batchgen.engines.base import Tokenizer
-from batchgen.records import Result
+from batchgen.records import Failure, Result
 from batchgen.serve.answers import ChoiceResult, from_result, make_body, make_row_error, make_usage
 from batchgen.serve.bodies import Asked, read_body
 from batchgen.serve.body_sampling import Abilities
 from batchgen.serve.deltas import Delta
+from batchgen.serve.described import CHAT_ROUTE, TEXT_ROUTE
 from batchgen.serve.errors import ApiError, bad_request
 from batchgen.serve.interactive import Ask
 from batchgen.serve.wire import CHAT, COMPLETIONS, Json
 
+RETRY_AFTER_S = 5
 JsonBody = Annotated[dict[str, Any], Body()]
 
 
@@ -51,12 +53,12 @@ def create_completions_router(
         first = await anext(events)  # what is refused is refused with its status, before the stream begins
         return StreamingResponse(join(first, events), media_type="text/event-stream")
 
-    @router.post(CHAT, tags=["completions"])
+    @router.post(CHAT, tags=["completions"], **CHAT_ROUTE)
     async def chat(body: JsonBody) -> Response:
         """OpenAI's chat completion; `stream: true` sends chunks."""
         return await complete(CHAT, body)
 
-    @router.post(COMPLETIONS, tags=["completions"])
+    @router.post(COMPLETIONS, tags=["completions"], **TEXT_ROUTE)
     async def text(body: JsonBody) -> Response:
         """OpenAI's completion; a list of prompts is answered in order."""
         return await complete(COMPLETIONS, body)
@@ -113,8 +115,7 @@ class Answer:
 
     def _read(self, result: Result) -> ChoiceResult:
         if (failure := result.failure) is not None:
-            status, body = make_row_error(failure.error_type, failure.message, failure.is_retryable)
-            raise ApiError(status, body["message"], kind=body["type"], code=body["code"])
+            raise make_row_fault(failure)
         return from_result(result, self._decode)
 
     def _make_delta(self, delta: Delta) -> Json:
@@ -149,6 +150,19 @@ class Answer:
         if self._asked.includes_usage:
             chunk["usage"] = usage
         return chunk
+
+
+def make_row_fault(failure: Failure) -> ApiError:
+    """400 for what the request itself is to blame for; else it may be sent again, so that no 500 is ever its fault."""
+    status, body = make_row_error(failure.error_type, failure.message, failure.is_retryable)
+    is_ours = status >= 500
+    return ApiError(
+        503 if is_ours else status,
+        body["message"],
+        kind=body["type"],
+        code=body["code"],
+        retry_after_s=RETRY_AFTER_S if is_ours else None,
+    )
 
 
 def make_event(value: Json) -> str:

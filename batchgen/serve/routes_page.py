@@ -4,6 +4,9 @@ The page is static and open; all it shows it asks of the API with the key that i
 browser load nothing from elsewhere and run no script but its own.
 """
 
+import threading
+import time
+from collections.abc import Callable
 from importlib.resources import files
 from typing import Any
 
@@ -27,6 +30,7 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+FRESH_S = 3.0
 # Of a report, what tells of rows and time; no generated text, and neither spec nor message: their paths, nodes and reasons
 # of engines are the operator's.
 SHOWN = ("state", "made_at", "rows", "job", "histograms", "timeline", "errors")
@@ -34,7 +38,7 @@ SHOWN = ("state", "made_at", "rows", "job", "histograms", "timeline", "errors")
 
 def create_page_router(endpoint: Endpoint) -> APIRouter:
     router, state = APIRouter(), endpoint.state
-    jobs = Jobs(endpoint.spec.jobs)
+    jobs, recent = Jobs(endpoint.spec.jobs), RecentReports()
     for path, (name, kind) in PAGE.items():
         router.add_api_route(path, make_handler(name, kind), include_in_schema=False)
 
@@ -51,12 +55,33 @@ def create_page_router(endpoint: Endpoint) -> APIRouter:
         if storage is None:
             raise not_found("batch", batch_id, "batch_id")
         try:
-            found = find_report(storage)
+            found = recent.read(storage)
         except OutputError:
             raise ApiError(409, "The batch's job has not begun.", code="report_not_ready") from None
         return {name: found.get(name) for name in SHOWN}
 
     return router
+
+
+class RecentReports:
+    """Reports as they were `FRESH_S` ago at most: of a running job each is made of all its shards' footers, and every page
+    that is open asks again and again."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._lock = clock, threading.Lock()
+        self._reports: dict[str, tuple[float, dict[str, Any]]] = {}
+
+    def read(self, storage: Storage) -> dict[str, Any]:
+        """Raises OutputError as `find_report`."""
+        with self._lock:
+            now = self._clock()
+            self._reports = {root: kept for root, kept in self._reports.items() if now - kept[0] < FRESH_S}
+            if (kept := self._reports.get(storage.root)) is not None:
+                return kept[1]
+        found = find_report(storage)
+        with self._lock:
+            self._reports[storage.root] = self._clock(), found
+        return found
 
 
 def make_handler(name: str, kind: str) -> Any:

@@ -77,7 +77,7 @@ class EndpointSpec(Section):
     def _are_names(cls, tenants: dict[str, TenantSpec]) -> dict[str, TenantSpec]:
         for name in tenants:
             if not TENANT.fullmatch(name):
-                raise ValueError("a tenant's name is 1 to 64 of a-z, 0-9, '-' and '_'")
+                raise ValueError("a tenant's name is 1 to 64 of a-z, 0-9, '-' and '_'; choose one")
         return tenants
 
     @field_validator("models")
@@ -85,5 +85,5 @@ class EndpointSpec(Section):
     def _are_models(cls, models: dict[str, ServedModel]) -> dict[str, ServedModel]:
         for name in models:
             if not re.fullmatch(r"[\w.:/@-]{1,200}", name):
-                raise ValueError("a model's name is 1 to 200 letters, digits and . : / @ _ -")
+                raise ValueError("a model's name is 1 to 200 letters, digits and . : / @ _ -; choose one")
         return models

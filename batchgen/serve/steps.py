@@ -4,15 +4,15 @@ from collections.abc import Callable
 from functools import cached_property
 
 from batchgen.engines import create_tokenizer
-from batchgen.errors import LeaseHeld, Refusal
+from batchgen.errors import Damaged, InputChanged, LeaseHeld, Refusal, StorageError
 from batchgen.serve import records
 from batchgen.serve.abilities import find_abilities
-from batchgen.serve.batch_run import BatchRun, is_cancelled_elsewhere, make_job_spec
+from batchgen.serve.batch_run import BatchRun, find_job_spec, is_cancelled_elsewhere, make_job_spec
 from batchgen.serve.batch_spec import make_served_spec
 from batchgen.serve.body_sampling import Abilities
 from batchgen.serve.claims import Claims
 from batchgen.serve.convert import convert
-from batchgen.serve.dataset import find_dataset, is_dataset, write_dataset_results
+from batchgen.serve.dataset import check_links, find_dataset, is_dataset, write_dataset_results
 from batchgen.serve.door import CreateBulkPool
 from batchgen.serve.ids import read_made_at
 from batchgen.serve.parts import read_content
@@ -21,9 +21,18 @@ from batchgen.serve.results import Results, write_results
 from batchgen.serve.spec import EndpointSpec, TenantSpec
 from batchgen.serve.state import State
 from batchgen.serve.wire import BatchError, BatchUsage, RequestCounts
+from batchgen.storage import list_inputs
 
 # A sign without a batch for so long is of a create that never came to its record.
 FORGET_S = 3600.0
+
+
+def is_passing(error: Refusal) -> bool:
+    """Is it no fault of the job: another run is on its folder, or the store was away before the run began?"""
+    cause = error.__cause__
+    return isinstance(error, LeaseHeld) or (
+        isinstance(cause, StorageError) and not isinstance(cause, Damaged | InputChanged)
+    )
 
 
 class Steps:
@@ -71,16 +80,18 @@ class Steps:
         self._change(record, lambda known: records.begin(known, job_input, model, num_rows, self._state.now()))
 
     def run(self, record: BatchRecord, run: BatchRun, create_pool: CreateBulkPool) -> str | None:
-        """in_progress -> finalizing; or why it is to be tried again later."""
+        """in_progress -> finalizing, on its way to failed where the job can't go on; or why to try again later."""
         make_job_spec(self._spec, self._state, record)  # a model that is gone may come back: no reason to fail
         try:
+            self._check_links(record)
             report = run.run(self._spec, create_pool)
-        except LeaseHeld:
-            raise
         except Refusal as error:
+            if is_passing(error):
+                raise
             self._say(f"{record.id}: refused: {error}")
             message = "The batch can't be run as it is." if record.input and record.input.is_own else str(error)
-            self._fail(record, [BatchError(code="job_refused", message=message)])
+            told = [BatchError(code="job_refused", message=message)]
+            self._change(record, lambda known: records.refuse(known, told, self._state.now()))
             return None
         if report["state"] == "finished":
             self._change(record, lambda known: records.finalize(known, self._state.now()))
@@ -90,6 +101,12 @@ class Steps:
             return None
         is_ours = self._state.now() >= record.expires_at or self._is_cancelled(record)
         return None if is_ours else str(report["message"])
+
+    def _check_links(self, record: BatchRecord) -> None:
+        """At every run: a link may have been turned since the dataset was looked at, and a rule changed."""
+        if record.input is not None and not record.input.is_own:
+            tenant = self._spec.tenants.get(record.tenant, TenantSpec())
+            check_links(list_inputs(record.input.url), tenant.inputs)
 
     def _is_cancelled(self, record: BatchRecord) -> bool:
         known = self._state.read_batch(record.tenant, record.id)
@@ -105,13 +122,22 @@ class Steps:
             self._end(record, Results(RequestCounts(), BatchUsage(), None, None))
             return
         if record.end != "completed":
-            run.close(self._spec)
+            self._close(record, run)
         if record.input.is_own:
-            tokenizer = create_tokenizer(make_job_spec(self._spec, self._state, record))
+            tokenizer = create_tokenizer(find_job_spec(self._spec, self._state, record))
             made = write_results(self._state, record, None if tokenizer is None else tokenizer.decode)
         else:
             made = write_dataset_results(self._state, record)
         self._end(record, made)
+
+    def _close(self, record: BatchRecord, run: BatchRun) -> None:
+        try:
+            run.close(self._spec)
+        except Refusal as error:
+            if is_passing(error):
+                raise
+            # What the rows were read from is gone or another, say: what was committed is kept, and the rest is failed.
+            self._say(f"{record.id}: its rows can't be closed: {error}")
 
     def _end(self, record: BatchRecord, made: Results) -> None:
         fields = (made.counts, made.usage, made.output_file_id, made.error_file_id)

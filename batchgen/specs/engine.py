@@ -174,7 +174,7 @@ class OpenAIEngineSpec(EngineSection):
         for url in urls:
             parts = urlsplit(url)
             if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise ValueError("each must be a URL as in http://host:8000/v1")
+                raise ValueError("each must be a URL; write it as in http://host:8000/v1")
             if "@" in parts.netloc or parts.query or parts.fragment:
                 raise ValueError("no user, password or query belongs in a base URL; the key comes from api_key_env")
         if len(set(urls)) != len(urls):
@@ -186,7 +186,7 @@ class OpenAIEngineSpec(EngineSection):
     def _are_extra(cls, body: dict[str, Any]) -> dict[str, Any]:
         ours = sorted(body.keys() & {"model", "messages", "prompt", "n", "stream", "stream_options"})
         if ours:
-            raise ValueError(f"{ours[0]} is not for extra_body: batchgen sets it")
+            raise ValueError(f"{ours[0]} is not for extra_body: batchgen sets it; leave it out")
         return body
 
     @model_validator(mode="after")

@@ -3,11 +3,11 @@
 Every rate is a share of the rows looked at, errors among them. A limit that is not given is not looked at.
 """
 
-import re
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
+from batchgen.specs.patterns import find_pattern_fault
 from batchgen.specs.sampling import make_schema_text
 from batchgen.specs.sections import Section
 
@@ -30,7 +30,7 @@ class RateLimits(Section):
 class CanaryGate(RateLimits):
     """Looked at when the first rows of the job are done; they go first. The run stops where one is exceeded."""
 
-    rows: int = Field(default=500, ge=1, description="How many input rows, from the first (rows).")
+    rows: int = Field(default=500, ge=1, le=1_000_000, description="How many input rows, from the first (rows).")
 
 
 class FinalGate(RateLimits):
@@ -51,7 +51,7 @@ class GatesSpec(Section):
     final: FinalGate | None = Field(default=None, description="Absent: none.")
     refusals: tuple[str, ...] = Field(
         default=(),
-        description="Regular expressions (Python's, searched anywhere in the text): what a refusal looks like.",
+        description="Regular expressions (RE2's, searched anywhere in the text): what a refusal looks like.",
     )
     json_schema: dict[str, Any] | str | None = Field(
         default=None, description="What answers must be. Absent: sampling.guided.json_schema."
@@ -66,10 +66,8 @@ class GatesSpec(Section):
     @classmethod
     def _compiles(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
         for number, pattern in enumerate(patterns):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"number {number} is no regular expression ({error}); mend it") from None
+            if (fault := find_pattern_fault(pattern)) is not None:
+                raise ValueError(f"number {number} {fault}; mend it")
         return patterns
 
     @model_validator(mode="after")

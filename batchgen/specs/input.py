@@ -36,6 +36,11 @@ class InputSpec(Section):
         description="output.path of an earlier run over prompts like these: what it measured is expected where no hint is. "
         "Absent: the first of reuse_from that has measured any.",
     )
+    length_template: str | None = Field(
+        default=None,
+        description="Column that names a row's template (its task), text or integer; one of passthrough. Lengths are "
+        "measured for each template by itself, and expected of the next run's rows. Absent: all rows are of one.",
+    )
     reuse_from: tuple[Url, ...] = Field(
         default=(),
         description="output.path of earlier runs: a row whose request is the same (model, rendered prompt, sampling) takes "
@@ -46,6 +51,12 @@ class InputSpec(Section):
         description="Rows that ask exactly the same: generated once a worker and copied (copy), each by itself "
         "(generate); auto: copied where sampling is greedy.",
     )
+
+    @model_validator(mode="after")
+    def _copies_template(self) -> "InputSpec":
+        if self.length_template is not None and self.length_template not in self.passthrough:
+            raise ValueError("length_template names a column that the output must have; name it in passthrough, too")
+        return self
 
     @model_validator(mode="before")
     @classmethod

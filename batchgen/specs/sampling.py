@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from batchgen.specs.sections import GuidedForm, Section
 
 FORMS: tuple[GuidedForm, ...] = ("json_schema", "regex", "grammar")
+REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
 
 
 class GuidedSpec(Section):
@@ -84,7 +85,7 @@ def make_schema_text(value: Any) -> str:
     except (TypeError, ValueError, RecursionError):
         raise ValueError("is not JSON; write a JSON Schema, as a mapping or as JSON text") from None
     if not isinstance(schema, dict):
-        raise ValueError("must be a JSON Schema object, as in {type: object}")
+        raise ValueError("must be a JSON Schema object; write it as in {type: object}")
     if (fault := find_fault(text)) is not None:
         raise ValueError(fault)
     return text
@@ -103,9 +104,31 @@ def find_fault(text: str) -> str | None:
     validator = validator_for(schema, default=Draft202012Validator) if named else Draft202012Validator
     try:
         validator.check_schema(schema)
+        return _find_lost_reference(schema, str(validator.META_SCHEMA["$schema"]))
     except SchemaError as error:
         keywords = [part for part in error.absolute_path if isinstance(part, str) and part in validator.VALIDATORS]
         return f"is no valid JSON Schema: what stands under '{keywords[-1] if keywords else '$'}' is wrong; mend that"
     except RecursionError:
         return "is nested too deeply"
+
+
+def _find_lost_reference(schema: dict[str, Any], standard: str) -> str | None:
+    """A `$ref` that leads nowhere: to nothing in the schema, or to an address, for nothing is ever fetched."""
+    from referencing import Registry
+    from referencing.exceptions import Unresolvable
+    from referencing.jsonschema import specification_with
+
+    root = specification_with(standard).create_resource(schema)
+    waiting = [(root, Registry().resolver_with_root(root))]
+    while waiting:
+        part, resolver = waiting.pop()
+        for keyword in REFERENCES:
+            target = part.contents.get(keyword) if isinstance(part.contents, dict) else None
+            try:
+                is_there = target is None or isinstance(resolver.lookup(target).contents, dict | bool)
+            except (Unresolvable, ValueError, TypeError):  # no URL; a path through what has no members
+                is_there = False
+            if not is_there:
+                return f"has a '{keyword}' that leads nowhere; put what it names under $defs"
+        waiting += [(sub, resolver.in_subresource(sub)) for sub in part.subresources()]
     return None

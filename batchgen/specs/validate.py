@@ -96,6 +96,7 @@ def list_checks(spec: JobSpec) -> list[tuple[str, str, TypeCheck, str]]:
         ("prompt.tools", prompt.tools, is_tools, "a list of structs or JSON text"),
         ("input.custom_id", spec.input.custom_id, is_key, "text or integers"),
         ("input.length_hint", spec.input.length_hint, is_number, "a number"),
+        ("input.length_template", spec.input.length_template, is_key, "text or integers"),
     ]
     if prompt.template is not None:
         columns = list_prompt_columns(prompt)

@@ -36,7 +36,10 @@ class HintCheck:
         return self._num_answers < MIN_ANSWERS or self._correlate() >= MIN_CORRELATION
 
     def _correlate(self) -> float:
-        """0 where either is always the same."""
+        """0 where answers are all of one length; 1 where what was expected of them was: that says nothing against it."""
         n = self._weight
-        spread = (n * self._xx - self._x**2) * (n * self._yy - self._y**2)
+        expected, actual = n * self._xx - self._x**2, n * self._yy - self._y**2
+        if expected <= 1e-9 * n * n:
+            return 1.0
+        spread = expected * actual
         return (n * self._xy - self._x * self._y) / math.sqrt(spread) if spread > 1e-9 else 0.0

@@ -74,21 +74,16 @@ class Preparer:
         self._fingerprinter = Fingerprinter(spec) if spec.output.row_fingerprints else None
 
     def expect(self, batch: pa.RecordBatch) -> list[float | None] | None:
-        """Completion tokens expected of each row's requests, by its hint column or its prompt's rough size: known before a
-        prompt is rendered, so that rows can be put in order. None where nothing is known of any."""
-        column = self._spec.input.length_hint
-        if column is None and self._prior is None:
+        """Completion tokens expected of each row's requests, by its hint, its template and its prompt's rough size: known
+        before a prompt is rendered, so that rows can be put in order. None where nothing is known of any."""
+        if self._spec.input.length_hint is None and self._prior is None:
             return None
-        hints = decode_rows(batch, [column]) if column is not None else [{}] * batch.num_rows
+        named = [name for name in (self._spec.input.length_hint, self._spec.input.length_template) if name is not None]
+        rows = decode_rows(batch, named) if named else [{}] * batch.num_rows
         sizes = estimate_prompt_tokens(batch, list_prompt_columns(self._spec.prompt))
         # A row's own sampling may allow more than the job's, and is not looked at here.
         most = self._spec.sampling.max_tokens if self._spec.prompt.sampling is None else sys.maxsize
-        return [
-            expect_tokens(
-                row[column] if column is not None else None, prompt_tokens=size, max_tokens=most, prior=self._prior
-            )
-            for row, size in zip(hints, sizes, strict=True)
-        ]
+        return [self._expect(row, size, most) for row, size in zip(rows, sizes, strict=True)]
 
     def prepare(self, batch: pa.RecordBatch, file: str, numbers: Sequence[int]) -> list[Prepared]:
         """n requests or failures for each row, in order. `numbers`: the rows' own, in the file."""
@@ -110,7 +105,8 @@ class Preparer:
             room = self._max_model_len - len(token_ids)
             sampling = sampling if room >= sampling.max_tokens else replace(sampling, max_tokens=room)
         kept, has_tools = prompt if token_ids is None else None, prompt.tools is not None
-        expected, n = self._expect(row, token_ids, sampling.max_tokens), len(row_ids)
+        size, n = None if token_ids is None else len(token_ids), len(row_ids)
+        expected = self._expect(row, size, sampling.max_tokens)
         fingerprints = self._fingerprinter.make(token_ids, prompt, sampling, n) if self._fingerprinter else [None] * n
         return [
             Request(
@@ -134,13 +130,14 @@ class Preparer:
             raise BadRow("bad_sampling", f"column '{column}': thinking: {NO_MARKS}")
         return sampling
 
-    def _expect(self, row: Row, token_ids: tuple[int, ...] | None, max_tokens: int) -> float | None:
-        column = self._spec.input.length_hint
+    def _expect(self, row: Row, prompt_tokens: int | None, max_tokens: int) -> float | None:
+        hint, template = self._spec.input.length_hint, self._spec.input.length_template
         return expect_tokens(
-            row[column] if column is not None else None,
-            prompt_tokens=None if token_ids is None else len(token_ids),
+            row[hint] if hint is not None else None,
+            prompt_tokens=prompt_tokens,
             max_tokens=max_tokens,
             prior=self._prior,
+            template=row[template] if template is not None else None,
         )
 
     def _tokenize(self, prompt: Prompt, sampling: SamplingParams, tokenizer: Tokenizer) -> tuple[int, ...]:

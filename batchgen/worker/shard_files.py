@@ -15,6 +15,8 @@ import pyarrow.compute as pc
 from batchgen import journal
 from batchgen.batches import BatchStats, FileFooter
 from batchgen.errors import AlreadyExists, Conflict, Damaged
+from batchgen.gates.count import make_counter, make_rules
+from batchgen.lengths import make_template_lengths
 from batchgen.manifest import CommittedShard
 from batchgen.names import is_reused_id, make_reused_id, parse_batch_id
 from batchgen.parquet import read_table
@@ -61,6 +63,7 @@ class ShardFiles:
         self._fingerprint = spec.fingerprint()
         self.result_schema = make_result_schema(spec)
         self._output_schema = make_output_schema(spec, passthrough)
+        self._count_for_gates = make_counter(make_rules(spec))
 
     def find_committed(self, lease: Lease) -> CommittedShard | None:
         """The shard's file, where an earlier attempt of it has committed; None when it must be made."""
@@ -124,6 +127,7 @@ class ShardFiles:
         """Publish the shard, all or nothing. Raises StorageError; then nothing is published, or our own file is."""
         started = time.monotonic()
         lease, parts = shard.lease, shard.make_parts(self._output_schema, self.read_back)
+        by = self._spec.input.length_template
         stats = make_batch_stats(
             lease,
             info,
@@ -145,6 +149,8 @@ class ShardFiles:
             batch_id=lease.batch_id,
             **count_rows(parts.output),
             batches=(stats, *list_carried(lease, info, parts.carried), *self._list_earlier(shard, parts.recovered)),
+            gates=self._count_for_gates(parts.output),
+            templates=None if by is None else make_template_lengths(parts.output, by),
         )
         data = make_shard_file(parts.output, footer, compression_level=self._spec.output.compression_level)
         standing = self._publish(lease, data, footer)

@@ -64,6 +64,8 @@ def add(outcome: Outcome, totals: Counter[str], strikes: Counter[str]) -> None:
     totals["runs"] += outcome.num_runs
     totals["rows"] += outcome.num_rows
     totals["generated"] += outcome.num_generated
+    totals["reused"] += outcome.num_reused
+    totals["copied"] += outcome.num_copied
     totals["commits"] += outcome.num_commits
     totals["replaced files"] += outcome.num_replaced
     totals["store operations"] += outcome.num_operations

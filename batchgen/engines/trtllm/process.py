@@ -30,7 +30,7 @@ CHILD = (sys.executable, "-P", "-m", "batchgen.engines.trtllm.child")
 KEEPER = Path(__file__).with_name("keeper.py")
 # SIGKILL is at once, and the kernel may need this long to take 200 GB of mappings down.
 END_S = 60.0
-AGAIN_S = 0.05
+AGAIN_S = 0.01
 # What the engine said before its keeper went may still be on its way.
 LAST_WORDS_S = 1.0
 MAX_LOGS = 20

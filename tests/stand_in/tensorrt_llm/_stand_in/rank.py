@@ -96,7 +96,7 @@ class Rank:
             if not is_open:
                 self.active.clear()
                 self.waiting.clear()
-                time.sleep(IDLE_S)
+                time.sleep(IDLE_S if self.is_orphan else 0.0)
             self.obey()
             if not self.is_hung:
                 self.iterate()

@@ -43,7 +43,7 @@ def _locate(rows: list[int], counts: list[int]) -> Iterable[tuple[int, int]]:
         start += size
 
 
-def read_samples(
+def read_generations(
     storage: Storage, committed: Iterable[CommittedShard], fingerprint: str, count: int
 ) -> list[dict[str, Any]]:
     """Raises StorageError, and OutputError where a file is damaged."""
