@@ -196,7 +196,15 @@ def test_a_storm_of_kills_quarantines_nobody_else(
 ) -> None:
     """Engines that work die in a row, so often that most die while suspects are tried."""
     files, kills = write_rows(tmp_path / "in", 160, mark(*culprits)), Kills(9, num_kills)
-    changed = merge(tree, {"cluster": {"workers": {"min": 3, "max": 3}}, "engine": {"death": "restart"}})
+    changed = merge(
+        tree,
+        {
+            "cluster": {"workers": {"min": 3, "max": 3}},
+            "engine": {"death": "restart"},
+            # Threads decide which rows are hit: the default is tried in `test_suspects`, by seeds.
+            "retry": {"max_deaths_alone": 3},
+        },
+    )
     with wrapping_engines(lambda engine: StruckEngine(engine, kills)):
         report, view = run(changed)
     assert kills.num_left == 0
