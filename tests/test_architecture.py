@@ -232,6 +232,7 @@ LAYERS = [
     ["serve.deltas"],
     ["serve.places", "serve.interactive"],
     ["serve.host", "serve.routes_completions"],
+    ["serve.interpreter"],
     ["serve.exposition", "serve.engine_actor"],
     ["serve.ray_engines"],
     ["serve.ray_shared_pool"],

@@ -63,7 +63,8 @@ def run_job(
         view.say(foresee(job).describe())
         again = {queued.shard.number for queued in todo if queued.replaces is not None}
         gates = GateWatch(job.spec, storage, job.wanted, view.say, again)
-        setup = WorkerSetup("", job.spec, hold.epoch, storage, job.passthrough, job.prior)
+        share = sum(queued.shard.num_rows for queued in todo) * spec.sampling.n // spec.cluster.workers.max
+        setup = WorkerSetup("", job.spec, hold.epoch, storage, job.passthrough, job.prior, share)
         with closing(create_pool(setup)) as pool, stop_on_signal() as check_signal:
 
             def check_all() -> None:

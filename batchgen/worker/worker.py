@@ -79,16 +79,16 @@ class Worker:
         for error in await asyncio.gather(*opening, return_exceptions=True):  # one that is being opened can't be closed
             if error is not None:
                 raise error
-        spec, engine, prior = self._spec, self._engine, self._setup.prior
-        preparer = Preparer(spec, engine.tokenizer, engine.max_model_len, list_refused(spec.engine), prior)
-        serving, hints, size = make_serving(engine, spec, prior), HintCheck(), spec.engine.max_inflight
+        spec, engine, setup, size = self._spec, self._engine, self._setup, self._spec.engine.max_inflight
+        preparer = Preparer(spec, engine.tokenizer, engine.max_model_len, list_refused(spec.engine), setup.prior)
+        serving, hints = make_serving(engine, spec, setup.prior), HintCheck(setup.num_requests, size)
         continued = serving if isinstance(serving, Continuation) and serving.is_resumable else None
         restarted, window = self._note_restart, self._shared_window
         self._sender = Sender(serving, size, spec.retry, self._die, restarted, hints.note, window)
         self._feeder = Feeder(spec, self._setup.passthrough, preparer, self._sender, hints, carrier)
         self._window = self._sender.window
-        self._wake, self._pace = asyncio.Event(), Pace(spec.engine.max_inflight, time.monotonic())
-        epoch, worker_id = self._setup.epoch, self._setup.worker_id
+        self._wake, self._pace = asyncio.Event(), Pace(size, time.monotonic())
+        epoch, worker_id = setup.epoch, setup.worker_id
         partials = continued.partials if continued is not None else None
         self._spill = Spill(self._files, epoch, worker_id, lambda: [*self._shards.values()], self._emit, partials)
         self._committing = asyncio.Semaphore(MAX_COMMITS)
