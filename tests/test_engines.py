@@ -190,3 +190,9 @@ def test_a_broken_package_is_refused_when_the_spec_is_made(kind: str, sentence: 
 def test_a_kind_that_was_there_when_the_spec_was_made_may_be_missing_on_a_node() -> None:
     with pytest.raises(SpecError, match="'other' is not installed here; install the package"):
         create_engine(make_job_spec().model_copy(update={"engine": OtherSpec()}))
+
+
+def test_a_field_that_an_engine_cannot_honour_is_told_with_those_that_can() -> None:
+    guided = {"guided": {"json_schema": {"type": "object"}}}
+    with pytest.raises(SpecError, match=r"^sampling.guided: .* choose another engine \(openai, tensorrt_llm\)$"):
+        check_supported(make_job_spec(engine={"kind": "transformers"}, sampling=guided))
