@@ -186,6 +186,18 @@ def test_a_keeper_forgets_runs_that_the_history_has_forgotten(tmp_path: Path, mo
     assert not keeper._arrivals
 
 
+def test_a_partition_that_left_the_file_ends_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at once: two schedulers are not given a new file in the same second."""
+    spec = make_spec(tmp_path)
+    keeper = make_keeper(spec, OnlyEnds())
+    assert keeper.log.append(Began(ONE, "asked", 0.0, None, ("fr",)))
+    keeper.keep(0.0)
+    assert keeper.history.runs[ONE].state == "waiting"
+    monkeypatch.setattr("batchgen.pipelines.keeper.GONE_GRACE_S", 0.0)
+    keeper.keep(0.0)
+    assert "no partition 'fr' any more" in keeper.history.runs[ONE].message
+
+
 def test_a_filter_that_leaves_nothing_is_not_tried_again(tmp_path: Path) -> None:
     tree = make_pipeline(str(tmp_path))
     tree["stages"][1]["input"]["filter"] = "score > 100"
