@@ -89,10 +89,10 @@ class Keeper:
         away: SubmitterAway | None = None
         for key in [key for key in self.history.active if self.only in (None, key)]:
             try:
-                self._advance(key, now)
+                self._advance(key, now, is_away=away is not None)
             except SubmitterAway as error:
-                away = error
-                break  # for every run: it may take a minute to find that out, and others wait for us
+                away = error  # for every run: it may take a minute to find that out, and others wait for us
+                self._advance(key, now, is_away=True)
         self.aftermath.tell_ends()
         self.aftermath.retire(now)
         self._forget()
@@ -123,14 +123,15 @@ class Keeper:
         is_wanted = self.only in self.history.asked and is_open(self.history, self.only)
         return make_began(self.spec, self.only, "asked", now) if has_place and is_wanted else None
 
-    def _advance(self, key: str, now: float) -> None:
-        for run, name in self._iterate_parts(key, "running"):
+    def _advance(self, key: str, now: float, *, is_away: bool) -> None:
+        """All that is to be done for a run; where the submitter is away, what can be done without it."""
+        for run, name in () if is_away else self._iterate_parts(key, "running"):
             self._look_after(run, name, now)
         for run, name in self._iterate_parts(key, "retrying", "waiting"):
             if name not in self._partitions:
                 self._give_up(run, name, now)
             elif has_room(self.spec, run) or is_late(self.spec, run, now):
-                self._consider(run, name, now)
+                self._consider(run, name, now, is_away=is_away)
         self._finish(key, now)
 
     def _iterate_parts(self, key: str, *states: State) -> Iterator[tuple[Run, str]]:
@@ -187,11 +188,11 @@ class Keeper:
 
     # ---- partitions --------------------------------------------------------------------------------------------------
 
-    def _consider(self, run: Run, name: str, now: float) -> None:
+    def _consider(self, run: Run, name: str, now: float, *, is_away: bool) -> None:
         decision = decide_start(self.spec, run, name, self._look_for_input(run, name, now), now)
         if isinstance(decision, PartitionEnded):
             self._note(decision)
-        elif decision:
+        elif decision and not is_away:
             self._start(run, name, now)
 
     def _give_up(self, run: Run, name: str, now: float) -> None:
