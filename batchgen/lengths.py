@@ -162,13 +162,21 @@ def _make_one(counts: LengthCounts, mean_of_all: float | None) -> LengthPrior | 
 
 def list_quantiles(prior: LengthPrior, num: int) -> list[float]:
     """The measured completion lengths, all prompts together, as `num` of equal weight, sorted."""
+    return _find_ranks(prior.counts, [(2 * each + 1) / (2 * num) for each in range(num)])
+
+
+def find_quantile(counts: LengthCounts, q: float) -> float | None:
+    """Completion tokens of the answer of this rank, to a tenth; None where nothing was counted."""
+    return _find_ranks(counts, [q])[0] if counts.total() else None
+
+
+def _find_ranks(counts: Mapping[tuple[int | None, int], int], shares: list[float]) -> list[float]:
     lengths: Counter[int] = Counter()
-    for (_, length), rows in prior.counts.items():
+    for (_, length), rows in counts.items():
         lengths[length] += rows
     ordered = sorted(lengths.items())
     ends = list(accumulate(rows for _, rows in ordered))
-    places = ((2 * each + 1) * ends[-1] / (2 * num) for each in range(num))
-    return [bucket_middle(ordered[bisect_left(ends, place)][0]) for place in places]
+    return [bucket_middle(ordered[bisect_left(ends, share * ends[-1])][0]) for share in shares]
 
 
 def _lean(tokens: float, num_rows: int, mean: float) -> float:
