@@ -161,7 +161,7 @@ def test_a_datasets_logprobs_are_told_in_its_lines(deployed: Deployed) -> None:
 
 
 def test_50000_lines_are_accepted_through_serve(deployed: Deployed) -> None:
-    """186 MB. What comes faster than it is stored, Serve's proxy and replica queue without a bound: up to the file, each."""
+    """186 MB. What comes faster than it is stored, Serve queues without a bound, in its proxy and in the replica."""
     before = deployed.read_peaks()
     client, started = deployed.client, time.monotonic()
     batch_id = deployed.create("bulk", 50_000, text="y" * 3_600)
