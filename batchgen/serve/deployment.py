@@ -28,6 +28,7 @@ from batchgen.serve.endpoint import Endpoint
 from batchgen.serve.exposition import make_exposition
 from batchgen.serve.gateway import Gateway, make_away
 from batchgen.serve.host import HostReport
+from batchgen.serve.interpreter import freeze_loaded
 from batchgen.serve.keys import load_keys
 from batchgen.serve.load import check_models, load_endpoint
 from batchgen.serve.ray_engines import SharedEngines
@@ -105,8 +106,15 @@ def create_endpoint_app(spec: EndpointSpec, args: AppArgs) -> FastAPI:
         name: find_abilities(served, tokenizers[name], spec.limits.max_choices) for name, served in spec.models.items()
     }
     completions = create_completions_router(Gateway(controller), abilities, tokenizers)
+<<<<<<< HEAD
     endpoint = Endpoint(spec, State(spec.store), keys, lambda: controller.wake.remote() and None, has_front_ids=True)
     return create_app(endpoint, [completions, create_metrics_router(controller)])
+=======
+    endpoint = Endpoint(spec, State(spec.store), keys, lambda: controller.wake.remote() and None)
+    made = create_app(endpoint, [completions, create_metrics_router(controller)])
+    freeze_loaded()
+    return made
+>>>>>>> main
 
 
 def create_metrics_router(controller: Any) -> APIRouter:

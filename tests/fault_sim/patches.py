@@ -7,8 +7,10 @@ clients, the store's probe and the operating system's word on dead processes. Al
 
 import concurrent.futures
 import functools
+import io
 import random
 import time
+import types
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -21,6 +23,7 @@ import pyarrow.parquet as pq
 from .kernel import Kernel, Threading
 
 _kernels: list[Kernel] = []
+_digests: dict[str, str | None] = {}
 _real_monotonic, _real_time, _real_sleep, _real_uuid4 = time.monotonic, time.time, time.sleep, uuid.uuid4
 
 
@@ -79,42 +82,94 @@ time.monotonic, time.time, time.sleep, uuid.uuid4 = _monotonic, _wall, _sleep, _
 concurrent.futures.ThreadPoolExecutor = InlineExecutor  # type: ignore[misc,assignment]
 
 
-def _read_table(source: Any, columns: list[str] | None = None) -> pa.Table:
-    """The same bytes hold the same table: a dozen runs of a world read the same plan, stats and commits over and over."""
-    return _parse_table(bytes(source.read()), None if columns is None else tuple(columns))
+class CachedParquet:
+    """A `pq.ParquetFile` as `batchgen.parquet` uses it. The same bytes hold the same rows: a dozen runs of a world, and its
+    `verify`, read the same plan, journal, stats and commits over and over. An error is met anew each time."""
+
+    def __init__(self, source: Any, *, pre_buffer: bool, page_checksum_verification: bool) -> None:
+        del pre_buffer  # by threads of Arrow's, which bring nothing to files of ten rows but the wait for them
+        self._data = source.getvalue() if isinstance(source, io.BytesIO) else bytes(source.read())
+        self._is_checked = page_checksum_verification
+        file = _open_parquet(self._data, page_checksum_verification)
+        self.metadata, self.schema_arrow, self.num_row_groups = file.metadata, file.schema_arrow, file.num_row_groups
+
+    def read(self, columns: list[str] | None, *, use_threads: bool) -> pa.Table:
+        del use_threads
+        return _read_parquet(self._data, self._is_checked, None, columns and tuple(columns))
+
+    def read_row_group(self, number: int, columns: list[str] | None, *, use_threads: bool) -> pa.Table:
+        del use_threads
+        return _read_parquet(self._data, self._is_checked, number, columns and tuple(columns))
+
+    def iter_batches(
+        self, max_rows: int, *, use_threads: bool, columns: list[str] | None, row_groups: list[int] | None
+    ) -> Iterator[pa.RecordBatch]:
+        file = _open_parquet(self._data, self._is_checked)
+        return file.iter_batches(max_rows, use_threads=use_threads, columns=columns, row_groups=row_groups)
+
+
+class _Opened:
+    """A real one, with what it would make anew each time that it is asked."""
+
+    def __init__(self, data: bytes, is_checked: bool) -> None:
+        file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False, page_checksum_verification=is_checked)
+        self.read, self.read_row_group, self.iter_batches = file.read, file.read_row_group, file.iter_batches
+        self.metadata, self.schema_arrow, self.num_row_groups = file.metadata, file.schema_arrow, file.num_row_groups
+
+
+@functools.lru_cache(256)
+def _open_parquet(data: bytes, is_checked: bool) -> _Opened:
+    return _Opened(data, is_checked)
 
 
 @functools.lru_cache(1024)
-def _parse_table(data: bytes, columns: tuple[str, ...] | None) -> pa.Table:
-    return pq.ParquetFile(pa.BufferReader(data)).read(columns=None if columns is None else list(columns))
+def _read_parquet(data: bytes, is_checked: bool, group: int | None, columns: tuple[str, ...] | None) -> pa.Table:
+    file, names = _open_parquet(data, is_checked), None if columns is None else list(columns)
+    if group is None:
+        return file.read(columns=names, use_threads=False)
+    return file.read_row_group(group, columns=names, use_threads=False)
 
 
-def _without_threads(owner: Any, name: str) -> None:
-    """Arrow's own threads bring nothing to files of ten rows but the wait for them."""
-    work = getattr(owner, name)
-    setattr(owner, name, lambda *args, **options: work(*args, **{**options, "use_threads": False}))
+class QuickWriter(pq.ParquetWriter):
+    """Files of ten rows in Snappy: zstd makes a context for each of their columns, which is half of writing them."""
+
+    def __init__(self, where: Any, schema: pa.Schema, **options: Any) -> None:
+        super().__init__(where, schema, **{**options, "compression": "snappy", "compression_level": None})
 
 
-def _open_parquet(self: pq.ParquetFile, source: Any, **options: Any) -> None:
-    """From memory, for the same reason: a Python file would be read ahead by threads."""
-    held = source if isinstance(source, pa.NativeFile) else pa.BufferReader(source.read())
-    _real_open(self, held, **{**options, "pre_buffer": False})
+def _digest_tokenizer(spec: Any) -> str | None:
+    """The embedded model's, whose files do not change while worlds run."""
+    assert spec.model.path == "embedded"
+    if spec.engine.kind not in _digests:
+        _digests[spec.engine.kind] = tokenizer_files.digest_tokenizer(spec)
+    return _digests[spec.engine.kind]
 
 
-for _name in ("read", "read_row_group", "iter_batches"):
-    _without_threads(pq.ParquetFile, _name)
-_without_threads(acero, "_group_by")
-_real_open, pq.ParquetFile.__init__ = pq.ParquetFile.__init__, _open_parquet
-pq.read_table = _read_table
+def _group_by_in_this_thread(*args: Any, **options: Any) -> pa.Table:
+    return _group_by(*args, **{**options, "use_threads": False})
 
-from batchgen.driver import run  # noqa: E402, I001
+
+_group_by = acero._group_by
+acero._group_by = _group_by_in_this_thread
+pq.ParquetWriter = pq.core.ParquetWriter = QuickWriter
+
+from batchgen import parquet  # noqa: E402, I001
+from batchgen.driver import job  # noqa: E402
+from batchgen.driver import run  # noqa: E402
 from batchgen.driver import hold  # noqa: E402
 from batchgen.driver import lease as driver_lease  # noqa: E402
+from batchgen.preflight import tokenizer_files  # noqa: E402
 from batchgen.stores.probe import StoreAbilities  # noqa: E402
+from batchgen.reuse import carrier  # noqa: E402
+from batchgen.verify import verify  # noqa: E402
 from batchgen.worker import worker  # noqa: E402
 
+parquet.pq = types.SimpleNamespace(ParquetFile=CachedParquet)  # type: ignore[assignment]
+for _module in (job, verify):
+    _module.digest_tokenizer = _digest_tokenizer  # type: ignore[attr-defined]
 threads = Threading(get_kernel)
 hold.threading = threads  # type: ignore[assignment]
 driver_lease.threading = threads  # type: ignore[assignment]
+carrier.threading = threads  # type: ignore[assignment]
 hold.probe = lambda _: StoreAbilities(is_exclusive=True, can_replace=True, reason=None)
 __all__ = ["driver_lease", "enter", "get_kernel", "hold", "leave", "run", "worker"]
