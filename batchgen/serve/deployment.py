@@ -106,15 +106,10 @@ def create_endpoint_app(spec: EndpointSpec, args: AppArgs) -> FastAPI:
         name: find_abilities(served, tokenizers[name], spec.limits.max_choices) for name, served in spec.models.items()
     }
     completions = create_completions_router(Gateway(controller), abilities, tokenizers)
-<<<<<<< HEAD
     endpoint = Endpoint(spec, State(spec.store), keys, lambda: controller.wake.remote() and None, has_front_ids=True)
-    return create_app(endpoint, [completions, create_metrics_router(controller)])
-=======
-    endpoint = Endpoint(spec, State(spec.store), keys, lambda: controller.wake.remote() and None)
     made = create_app(endpoint, [completions, create_metrics_router(controller)])
     freeze_loaded()
     return made
->>>>>>> main
 
 
 def create_metrics_router(controller: Any) -> APIRouter:
