@@ -205,7 +205,7 @@ LAYERS = [
     ["bench.runs"],
     ["bench.measure", "bench.summary"],
     ["bench.benchmark", "bench.saturation", "bench.serving"],
-    ["bench.delta"],
+    ["bench.delta", "bench.progress"],
     # the endpoint, as far as it needs no Ray
     ["serve"],
     [
@@ -404,6 +404,7 @@ VENDORS = {
         "cli.pipelines",
     },
     "rich": {
+        "bench.progress",
         "driver.view",
         "driver.screen",
         "cli.outputs()",

@@ -13,7 +13,9 @@ from fastapi import APIRouter, FastAPI
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve import Application
+from ray.serve.exceptions import RayServeException
 
 from batchgen.engines import create_tokenizer
 from batchgen.queue.events import WorkerPool
@@ -24,7 +26,7 @@ from batchgen.serve.conductor import Conductor
 from batchgen.serve.door import BulkJob
 from batchgen.serve.endpoint import Endpoint
 from batchgen.serve.exposition import make_exposition
-from batchgen.serve.gateway import Gateway
+from batchgen.serve.gateway import Gateway, make_away
 from batchgen.serve.host import HostReport
 from batchgen.serve.interpreter import freeze_loaded
 from batchgen.serve.keys import load_keys
@@ -116,7 +118,10 @@ def create_metrics_router(controller: Any) -> APIRouter:
     @router.get("/metrics", tags=["health"], response_class=PlainTextResponse)
     async def metrics() -> str:
         """Prometheus text: engines, what they have in flight, tokens."""
-        return make_exposition(await controller.list_reports.remote())
+        try:
+            return make_exposition(await controller.list_reports.remote())
+        except (RayError, RayServeException):  # it is being started anew
+            raise make_away() from None
 
     return router
 

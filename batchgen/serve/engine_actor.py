@@ -65,11 +65,9 @@ class EngineActor:
 
     async def attach(self, key: str, setup: WorkerSetup, deadline: float) -> WorkerInfo:
         """`key`: the worker's here, where those of several jobs are."""
-        if self._opened is None:
-            raise EngineDied("it was not opened")
         self._coming.add(key)
         try:
-            await asyncio.shield(self._opened)
+            await self.open()  # Ray may begin this call before the one that opens, though it was sent later
             info = await self._host.attach(key, setup, deadline)
             if key not in self._coming:  # its run ended while the engine loaded, and nobody else would ever end it
                 await self._host.detach(key)
