@@ -231,11 +231,11 @@ def _find_inputs(client: Client, root: str) -> list[FileInfo]:
         base, pattern = _split_glob(client, root)
         found = _list_matching(client, base, pattern)
     elif not found and not (scheme_of(root) == "" and Path(root).is_dir()):
-        raise InputError(f"no such path: {root}; correct input.path")
+        raise InputError(f"no such path: {root}; correct input.paths")
     visible = [info for info in found if not _is_hidden(_parts_below(base, info.path))]
     if not visible:
         hint = " (names that start with '_' or '.' don't count)" if found else ""
-        raise InputError(f"no file matches {root}{hint}; correct input.path")
+        raise InputError(f"no file matches {root}{hint}; correct input.paths")
     return visible
 
 

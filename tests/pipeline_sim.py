@@ -17,12 +17,13 @@ from greenlet import getcurrent, greenlet
 from batchgen.errors import AlreadyExists, Conflict, NotFound, StorageError
 from batchgen.pipelines.calendar import make_key, parse_key
 from batchgen.pipelines.decide import Outcome
-from batchgen.pipelines.events import Began, Deleted, Ended, History, Retired, parse_event
+from batchgen.pipelines.events import Began, Deleted, Ended, PartitionEnded, Retired, Submitted, parse_event
 from batchgen.pipelines.graph import make_jobs
+from batchgen.pipelines.history import History
 from batchgen.pipelines.keeper import Keeper
 from batchgen.pipelines.log import make_path
 from batchgen.pipelines.orders import open_folder, read_order, read_outcome, write_outcome
-from batchgen.pipelines.publish import publish, read_published
+from batchgen.pipelines.publish import read_published
 from batchgen.pipelines.scheduler import Scheduler
 from batchgen.pipelines.spec import HookSpec, PipelineSpec
 from batchgen.pipelines.submit import Status, Submission, SubmitterAway
@@ -150,20 +151,25 @@ class Job:
     has_ended: bool = False
 
 
+def get_work(submission: Submission) -> tuple[str, str]:
+    return submission.key, submission.partition
+
+
 @dataclass
 class SimRay:
-    """A head with a job API. `num_done`: how often the work of a date was carried through; `num_at_work`: now."""
+    """A head with a job API. `num_done`: how often the work of a date's partition was carried through."""
 
     world: "World"
     kind: str = "ray"
     jobs: dict[str, Job] = field(default_factory=dict)
     away_until: float = 0.0
-    num_done: Counter[str] = field(default_factory=Counter)
+    num_done: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def submit(self, submission: Submission) -> None:
         self._knock()
+        work = get_work(submission)
         if submission.id not in self.jobs:  # Ray refuses an id that it has
-            at_work = [job for job in self.jobs.values() if job.submission.key == submission.key and not job.has_ended]
+            at_work = [job for job in self.jobs.values() if not job.has_ended and get_work(job.submission) == work]
             assert not at_work, f"{submission.id} is submitted while {at_work[0].submission.id} is at work"
             ends_at = self.world.now + self.world.rng.choice([600.0, 4 * 3600.0, 30 * 3600.0])
             self.jobs[submission.id] = Job(submission, ends_at)
@@ -181,6 +187,10 @@ class SimRay:
         if self.world.now < self.away_until:
             raise SubmitterAway("the head is away")
 
+    def list_at_work(self) -> set[str]:
+        """Dates of which a job was submitted that has not ended."""
+        return {job.submission.key for job in self.jobs.values() if not job.has_ended}
+
     def die(self) -> None:
         """With everything on it; another one comes and knows nothing."""
         self.jobs.clear()
@@ -196,36 +206,36 @@ class SimRay:
 
     def _finish(self, submission: Submission) -> None:
         """What `execute` does: nothing where the outcome stands."""
-        rng, folder, key = self.world.rng, submission.folder, submission.key
-        if read_outcome(folder, key, submission.attempt) is not None:
+        rng, folder, (key, partition) = self.world.rng, submission.folder, get_work(submission)
+        if read_outcome(folder, key, partition, submission.attempt) is not None:
             return
         if rng.random() < self.world.faults.job_fails:
             if rng.random() < 0.5:  # else it is killed and says nothing
-                write_outcome(folder, key, submission.attempt, Outcome(False, "it failed"))
+                write_outcome(folder, key, partition, submission.attempt, Outcome(False, "it failed"))
             return
         order = read_order(folder, submission.order)
-        for job in make_jobs(order.spec, parse_key(key), order.previous):
+        outputs = {}
+        for job in make_jobs(order.spec, parse_key(key), order.previous, only=order.partition):
+            outputs[job.name] = {"path": job.output}
             Storage(job.output).put("_SUCCESS", b"{}")
             Storage(job.output).put("data/shard-000000000.parquet", b"rows")
-        self.num_done[key] += 1
-        publish(Storage(order.spec.publish or ""), key, {})
-        write_outcome(folder, key, submission.attempt, Outcome(True))
+        self.num_done[key, partition] += 1
+        write_outcome(folder, key, partition, submission.attempt, Outcome(True, outputs=outputs))
 
 
 @dataclass
 class SimTeller:
     world: "World"
-    told: list[tuple[str, int]] = field(default_factory=list)
+    told: list[tuple[str, str]] = field(default_factory=list)
 
-    def start(self, key: str, number: int, hook: HookSpec, payload: dict[str, Any]) -> None:
-        del hook
-        if (key, number) not in self.told:
-            self.told.append((key, number))
+    def start(self, key: str, hook: HookSpec, payload: dict[str, Any]) -> None:
+        if (key, hook.id) not in self.told:
+            self.told.append((key, hook.id))
             self.world.num_told[str(payload["id"])] += 1
 
-    def collect(self) -> list[tuple[str, int, str | None]]:
+    def collect(self) -> list[tuple[str, str, str | None]]:
         told, self.told = self.told, []
-        return [(key, number, None) for key, number in told]
+        return [(key, hook, None) for key, hook in told]
 
 
 @dataclass
@@ -329,6 +339,7 @@ class World:
         folder, history, number = open_folder(self.spec), History(), 0
         begun: Counter[str] = Counter()
         ended: Counter[str] = Counter()
+        parts_ended: Counter[tuple[str, str]] = Counter()
         while (raw := self.client.held.get(folder.url(make_path(number := number + 1)))) is not None:
             event = parse_event(raw[0])
             if isinstance(event, Began):
@@ -336,12 +347,18 @@ class World:
             if isinstance(event, Ended):
                 assert history.runs[event.key].is_active
                 ended[event.key] += 1
+            if isinstance(event, PartitionEnded):
+                parts_ended[event.key, event.partition] += 1
             if isinstance(event, Retired | Deleted):
                 assert not history.runs[event.key].is_active
             history.apply(event)
             assert len(history.list_active()) <= self.spec.max_active_runs
+            if isinstance(event, Submitted):
+                at_work = history.runs[event.key].list_parts("running")
+                assert len(at_work) <= self.spec.max_active_partitions
         assert not [key for key, count in (begun + Counter()).items() if count > 1]
         assert not [key for key, count in ended.items() if count > 1]
+        assert not [part for part, count in parts_ended.items() if count > 1]
         published = read_published(Storage(self.spec.publish or ""))
         assert published is None or not history.runs[published].is_retired
         return history

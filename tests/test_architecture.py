@@ -172,11 +172,15 @@ LAYERS = [
     ["driver.run", "verify.verify", "report.reading"],
     # pipelines: decisions, then what carries them out
     ["pipelines", "pipelines.calendar", "pipelines.template", "pipelines.events", "pipelines.publish"],
-    ["pipelines.spec", "pipelines.log"],
-    ["pipelines.graph", "pipelines.decide"],
+    ["pipelines.past", "pipelines.spec"],
+    ["pipelines.partitions", "pipelines.history"],
+    ["pipelines.graph", "pipelines.decide", "pipelines.log"],
     ["pipelines.cleanup", "pipelines.filters", "pipelines.arrival", "pipelines.orders", "pipelines.overview"],
-    ["pipelines.load", "pipelines.hooks", "pipelines.submit"],
-    ["pipelines.execute", "pipelines.ray_jobs", "pipelines.keeper"],
+    ["pipelines.limits", "pipelines.source"],
+    ["pipelines.check", "pipelines.hooks", "pipelines.submit"],
+    ["pipelines.load"],
+    ["pipelines.execute", "pipelines.ray_jobs", "pipelines.aftermath"],
+    ["pipelines.keeper"],
     ["pipelines.scheduler"],
     ["chaos.chaos", "chaos.child", "library"],
     ["demo", "bench.decode", "bench.queue", "bench.placement", "bench.memory", "bench.endpoint"],
@@ -201,7 +205,7 @@ LAYERS = [
     ["bench.runs"],
     ["bench.measure", "bench.summary"],
     ["bench.benchmark", "bench.saturation", "bench.serving"],
-    ["bench.delta"],
+    ["bench.delta", "bench.progress"],
     # the endpoint, as far as it needs no Ray
     ["serve"],
     [
@@ -228,6 +232,7 @@ LAYERS = [
     ["serve.deltas"],
     ["serve.places", "serve.interactive"],
     ["serve.host", "serve.routes_completions"],
+    ["serve.interpreter"],
     ["serve.exposition", "serve.engine_actor"],
     ["serve.ray_engines"],
     ["serve.ray_shared_pool"],
@@ -303,7 +308,8 @@ PURE |= {"quantize.recipe", "quantize.architecture", "quantize.weigh"}
 PURE |= {"evaluate.extract", "evaluate.templates", "evaluate.statistics", "evaluate.speed"}
 PURE |= {"bench.oracle", "bench.runs"}
 PURE |= {"pipelines", "pipelines.calendar", "pipelines.template", "pipelines.events", "pipelines.spec"}
-PURE |= {"pipelines.graph", "pipelines.decide"}
+PURE |= {"pipelines.graph", "pipelines.decide", "pipelines.past", "pipelines.partitions", "pipelines.history"}
+PURE |= {"pipelines.limits"}
 PURE |= {"engines.trtllm.sampling", "engines.trtllm.env", "engines.trtllm.args", "engines.trtllm.health"}
 PURE |= {
     "simulate",
@@ -365,7 +371,7 @@ VENDORS = {
     "aiohttp": {"stores.remote", "engines.openai", "engines.openai_http", "bench.server()"},
     "botocore": {"stores.remote"},
     "pynvml": {"engines.trtllm.gpu()", "preflight.facts()"},
-    "yaml": {"specs.load", "pipelines.load"},
+    "yaml": {"specs.load", "pipelines.source"},
     "jsonschema": {"specs.sampling()", "gates.fit()"},
     "referencing": {"specs.sampling()", "gates.fit()"},
     "numpy": {"evaluate.statistics", "evaluate.speed", "reuse.index", "gates.count", "gates.scan"},
@@ -398,6 +404,7 @@ VENDORS = {
         "cli.pipelines",
     },
     "rich": {
+        "bench.progress",
         "driver.view",
         "driver.screen",
         "cli.outputs()",

@@ -2,7 +2,6 @@
 
 import heapq
 import random
-import statistics
 from collections import deque
 from collections.abc import Callable
 
@@ -11,7 +10,7 @@ import pytest
 from batchgen.bench.oracle import find_fifo_s, find_longest_first_s
 from batchgen.bench.saturation import make_hints
 from batchgen.bench.workload import Workload
-from batchgen.worker.hint_check import HALF_LIFE, MIN_ANSWERS, HintCheck
+from batchgen.worker.hint_check import HALF_LIFE, MANY_WINDOWS, MIN_ANSWERS, HintCheck
 from batchgen.worker.read_ahead import ReadAhead, Stretch
 
 SLOTS = 64
@@ -51,9 +50,16 @@ def test_hints_that_say_nothing_are_not(hint: Callable[[random.Random, int], flo
     assert not any(note(HintCheck(), 1000, hint, seed).are_useful for seed in range(20))
 
 
-def test_they_have_the_benefit_of_the_doubt() -> None:
-    assert HintCheck().are_useful
-    assert note(HintCheck(), MIN_ANSWERS - 1, useless).are_useful
+@pytest.mark.parametrize("num_requests", [None, 80 * MANY_WINDOWS - 1])
+def test_they_have_the_benefit_of_the_doubt_where_the_proof_would_come_late(num_requests: int | None) -> None:
+    assert HintCheck(num_requests, 80).are_useful
+    assert note(HintCheck(num_requests, 80), MIN_ANSWERS - 1, useless).are_useful
+
+
+def test_they_prove_themselves_first_where_many_rows_follow() -> None:
+    num_requests = 80 * MANY_WINDOWS
+    assert not note(HintCheck(num_requests, 80), MIN_ANSWERS - 1, exact).are_useful
+    assert note(HintCheck(num_requests, 80), MIN_ANSWERS, exact).are_useful
 
 
 @pytest.mark.parametrize("tokens", [0.0, 100.0, 9000.0])
@@ -73,7 +79,7 @@ def test_what_they_were_is_forgotten() -> None:
 def simulate(services_s: list[float], hints: list[float | None]) -> float:
     """Makespan of one worker with all shards open: rows in the order of `ReadAhead`, 1.25 rows in flight for each slot, as
     many prepared ahead, the engine first come first served."""
-    ahead, check = ReadAhead[int](), HintCheck()
+    ahead, check = ReadAhead[int](), HintCheck(len(services_s), round(1.25 * SLOTS))
     for start in range(0, len(services_s), 125):
         some = hints[start : start + 125]
         ahead.add(Stretch(start, list(range(len(some))), 1.0, some))
@@ -113,6 +119,5 @@ def test_no_hints_and_equal_ones_make_that_of_first_come_first_served(kind: str)
 
 
 @pytest.mark.parametrize("kind", ["random", "reversed"])
-def test_useless_hints_cost_less_than_a_hundredth_over_none(kind: str) -> None:
-    """In the mean: the few rows that went by them before that was known shift the rest by chance, either way."""
-    assert statistics.mean(compare(kind, seed)[0] for seed in range(10)) <= 1.01
+def test_useless_hints_never_cost_a_hundredth_over_none(kind: str) -> None:
+    assert max(compare(kind, seed)[0] for seed in range(20)) <= 1.01

@@ -82,13 +82,13 @@ def test_every_point_has_a_metric_with_its_labels() -> None:
 
 def list_expressions() -> dict[str, str]:
     """{where: PromQL} of the dashboard and of the alert rules."""
-    board = json.loads((REPO / "jobs" / "grafana" / "dashboard.json").read_text())
+    board = json.loads((REPO / "batchgen" / "grafana" / "dashboard.json").read_text())
     found = {
         f"{panel['title']} {target['refId']}": target["expr"]
         for panel in board["panels"]
         for target in panel["targets"]
     }
-    (group,) = yaml.safe_load((REPO / "jobs" / "grafana" / "alerts.yaml").read_text())["groups"]
+    (group,) = yaml.safe_load((REPO / "batchgen" / "grafana" / "alerts.yaml").read_text())["groups"]
     return found | {rule["alert"]: rule["expr"] for rule in group["rules"]}
 
 
@@ -118,7 +118,7 @@ def test_every_metric_is_documented_and_on_the_board() -> None:
 
 
 def test_alerts_say_what_and_the_mend() -> None:
-    (group,) = yaml.safe_load((REPO / "jobs" / "grafana" / "alerts.yaml").read_text())["groups"]
+    (group,) = yaml.safe_load((REPO / "batchgen" / "grafana" / "alerts.yaml").read_text())["groups"]
     for rule in group["rules"]:
         assert rule["annotations"].keys() == {"summary", "mend"}
         assert "$labels.run" in rule["annotations"]["summary"]

@@ -5,6 +5,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from batchgen.driver.run import run_job
 from batchgen.driver.view import QuietView
 from batchgen.errors import InputError
 from batchgen.pipelines.decide import Outcome
-from batchgen.pipelines.events import Began, Ended, Submitted
+from batchgen.pipelines.events import Began, Ended, PartitionEnded, Submitted
 from batchgen.pipelines.execute import execute
 from batchgen.pipelines.filters import write_filtered
 from batchgen.pipelines.hooks import HookFailed, Teller, tell
 from batchgen.pipelines.keeper import Keeper
-from batchgen.pipelines.load import load_pipeline, with_limits
+from batchgen.pipelines.limits import with_limits
+from batchgen.pipelines.load import load_pipeline
 from batchgen.pipelines.log import Log
 from batchgen.pipelines.orders import Order, open_folder, write_order, write_outcome
 from batchgen.pipelines.spec import HookSpec, PipelineSpec
@@ -56,7 +58,8 @@ class Meddled:
         if not self._has_meddled:
             self._has_meddled = True
             self._other.catch_up()
-            assert self._other.append(Ended(OTHER, "failed", "", 1.0, 0.0))
+            assert self._other.append(PartitionEnded(OTHER, "", "failed", "", 1.0, 0.0))
+            assert self._other.append(Ended(OTHER, "failed", "", 0.0))
         return "ended"
 
     def stop(self, submission: Submission) -> None: ...
@@ -67,10 +70,16 @@ def make_keeper(spec: PipelineSpec, submitter: Any, only: str | None = None) -> 
 
 
 def submit(spec: PipelineSpec, log: Log, key: str) -> None:
-    order = Order(spec=spec, key=key, attempt=1, previous=None, began_at=0.0, spent_gpu_hours=0.0)
+    order = Order(spec=spec, key=key, attempt=1, previous=None, began_at=0.0)
     digest = write_order(open_folder(spec), order)
     assert log.append(Began(key, "asked", 0.0))
     assert log.append(Submitted(key, 1, digest, "local", 0.0))
+
+
+def end(log: Log, key: str, at: float = 0.0, *hooks: str) -> None:
+    """It failed."""
+    assert log.append(PartitionEnded(key, "", "failed", "", 0.0, at))
+    assert log.append(Ended(key, "failed", "", at, hooks))
 
 
 def test_a_run_that_another_scheduler_ended_meanwhile_is_not_ended_twice(tmp_path: Path) -> None:
@@ -79,7 +88,7 @@ def test_a_run_that_another_scheduler_ended_meanwhile_is_not_ended_twice(tmp_pat
     log, folder = Log(open_folder(spec)), open_folder(spec)
     for key in (ONE, OTHER):
         submit(spec, log, key)
-        write_outcome(folder, key, 1, Outcome(True, gpu_hours=1.0))
+        write_outcome(folder, key, "", 1, Outcome(True, gpu_hours=1.0))
     keeper = make_keeper(spec, Meddled(Log(folder)))
     keeper.keep(0.0)
     keeper.keep(0.0)
@@ -94,7 +103,7 @@ def test_an_earlier_failure_is_not_taken_for_the_end_of_what_is_asked_for_now(tm
     spec = make_spec(tmp_path)
     log = Log(open_folder(spec))
     submit(spec, log, ONE)
-    assert log.append(Ended(ONE, "failed", "", 0.0, 0.0))
+    end(log, ONE)
     submit(spec, log, OTHER)  # so there is no room for it yet
     assert ask(spec, [ONE]) == [ONE]
     keeper = make_keeper(spec, Meddled(Log(open_folder(spec))), only=ONE)
@@ -104,20 +113,88 @@ def test_an_earlier_failure_is_not_taken_for_the_end_of_what_is_asked_for_now(tm
 
 def test_a_second_end_of_a_date_is_told_by_whoever_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One scheduler was there for the first end; another began the date again, ended it and died."""
-    monkeypatch.setattr("batchgen.pipelines.keeper.HOOK_GRACE_S", 0.0)
+    monkeypatch.setattr("batchgen.pipelines.aftermath.HOOK_GRACE_S", 0.0)
     told = tmp_path / "told"
     command = [sys.executable, "-c", f"open({str(told)!r}, 'a').write('x')"]
     spec = make_spec(tmp_path, on_failure=[{"command": command}])
     other, keeper = Log(open_folder(spec)), make_keeper(spec, None)
     for number in range(2):
         submit(spec, other, ONE)
-        assert other.append(Ended(ONE, "failed", "", 0.0, float(number)))
+        end(other, ONE, float(number), spec.on_failure[0].id)
         give_up_at = time.monotonic() + 20
-        while other.catch_up().runs[ONE].notified != (0,):
+        while other.catch_up().runs[ONE].hooks_left:
             assert time.monotonic() < give_up_at
             keeper.keep(0.0)
             time.sleep(0.02)
         assert told.read_text() == "x" * (number + 1)
+
+
+def test_a_hook_that_is_new_is_told_of_no_old_end(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    command = [sys.executable, "-c", f"open({str(told)!r}, 'a').write('x')"]
+    spec = make_spec(tmp_path)
+    log = Log(open_folder(spec))
+    submit(spec, log, ONE)
+    end(log, ONE)
+    later = make_spec(tmp_path, on_failure=[{"command": command}])
+    keeper = make_keeper(later, None)
+    keeper.aftermath.own_ends.add(ONE)
+    keeper.keep(0.0)
+    assert has_ended(keeper, ONE), "nothing is left to be told"
+    submit(later, keeper.log, OTHER)
+    write_outcome(open_folder(later), OTHER, "", 1, Outcome(False, "it failed", can_retry=False))
+    keeper.submitter = OnlyEnds()
+    wait_until(lambda: keeper.keep(0.0) is None and has_ended(keeper, OTHER))
+    assert told.read_text() == "x"
+
+
+class OnlyEnds:
+    """A submitter that knows nothing but ends."""
+
+    kind = "local"
+
+    def submit(self, submission: Submission) -> None:
+        raise AssertionError(submission.id)
+
+    def get_status(self, submission: Submission) -> Status:
+        del submission
+        return "ended"
+
+    def stop(self, submission: Submission) -> None: ...
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    give_up_at = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < give_up_at
+        time.sleep(0.02)
+
+
+def test_a_keeper_forgets_runs_that_the_history_has_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batchgen.pipelines.history.KEPT_RUNS", 5)
+    spec = make_spec(tmp_path, wait_for=[{"marker": str(tmp_path / "in" / "rows.parquet")}])
+    keeper = make_keeper(spec, OnlyEnds())
+    for day in range(40):
+        key = f"2026-10-{day + 1:02d}T0100Z" if day < 31 else f"2026-11-{day - 30:02d}T0100Z"
+        submit(spec, keeper.log, key)
+        write_outcome(keeper.folder, key, "", 1, Outcome(True))
+        keeper.keep(0.0)
+    assert keeper.history.count("succeeded") == 40
+    held = [keeper.aftermath.own_ends, keeper.aftermath._told, keeper.aftermath._seen_ends, keeper.history.runs]
+    assert max(map(len, held)) <= 11
+    assert not keeper._silent_since
+    assert not keeper._arrivals
+
+
+def test_a_filter_that_leaves_nothing_is_not_tried_again(tmp_path: Path) -> None:
+    tree = make_pipeline(str(tmp_path))
+    tree["stages"][1]["input"]["filter"] = "score > 100"
+    write_prompts(tmp_path / "in" / "rows.parquet")
+    spec = load_pipeline(write_pipeline(tmp_path / "p.yaml", tree), datetime(2026, 11, 20, tzinfo=UTC)).spec
+    order = Order(spec=spec, key=ONE, attempt=1, previous=None, began_at=0.0)
+    outcome = execute(order, lambda job: run_job(job, QuietView()), str)
+    assert (outcome.is_ok, outcome.can_retry) == (False, False)
+    assert "the filter leaves none of its 20 rows" in outcome.message
 
 
 def test_gpu_hours_of_all_jobs_are_counted(tmp_path: Path) -> None:
@@ -126,7 +203,7 @@ def test_gpu_hours_of_all_jobs_are_counted(tmp_path: Path) -> None:
         report["run"]["gpu_hours"] = 1.5
         return report
 
-    order = Order(spec=make_spec(tmp_path), key=ONE, attempt=1, previous=None, began_at=0.0, spent_gpu_hours=0.0)
+    order = Order(spec=make_spec(tmp_path), key=ONE, attempt=1, previous=None, began_at=0.0)
     outcome = execute(order, run, str)
     assert (outcome.is_ok, outcome.gpu_hours) == (True, 3.0)
 

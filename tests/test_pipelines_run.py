@@ -19,6 +19,7 @@ from pipeline_util import make_pipeline, write_pipeline, write_prompts
 from typer.testing import CliRunner
 
 from batchgen.cli import app
+from batchgen.pipelines.partitions import make_partition_name
 
 REPO = Path(__file__).parents[1]
 
@@ -135,6 +136,34 @@ def test_an_older_date_moves_no_pointer_back_and_retention_keeps_the_newest(root
     assert left - {"replace.lock"} == {"mine.txt"}, "a local store's lock file stays"
     assert [path.name for path in (published / "dates").iterdir()] == ["2026-11-19T0100Z.json"]
     assert len(read_ids(f"{root}/made/2026-11-19T0100Z")) == 20
+
+
+def test_a_partition_that_failed_is_all_that_is_made_again(root: str, tmp_path: Path) -> None:
+    """Each has its attempts, its input and its end; readers are given the date when all of them are there."""
+    tree = make_pipeline(root, retries={"max": 0}, max_active_partitions=2)
+    tree["partitions"] = {"lang": ["en", "zh Hant"]}
+    tree["wait_for"] = [{"marker": f"{root}/in/{{{{ lang }}}}/_DONE"}]
+    tree["wait_deadline"] = "1s"
+    tree["stages"][0]["job"]["input"]["paths"] = f"{root}/in/{{{{ lang }}}}/*.parquet"
+    for stage in tree["stages"]:
+        stage["job"]["output"]["path"] += "/{{ lang }}"
+    write_prompts(tmp_path / "in" / "en" / "rows.parquet")
+    (tmp_path / "in" / "en" / "_DONE").write_text("")
+    file = write_pipeline(tmp_path / "p.yaml", tree)
+    run = call("pipelines", "run", file, "--date", "2026-11-20", exit_code=1)
+    name = make_partition_name(["zh Hant"])
+    assert {part: value["state"] for part, value in run["partitions"].items()} == {"en": "succeeded", name: "failed"}
+    assert run["message"].startswith(f"1 of 2 partitions failed; {name}: the input has not arrived")
+    assert not (tmp_path / "published").exists()
+    write_prompts(tmp_path / "in" / "zh Hant" / "rows.parquet", 6)
+    (tmp_path / "in" / "zh Hant" / "_DONE").write_text("")
+    run = call("pipelines", "run", file, "--date", "2026-11-20")
+    assert [value["attempt"] for value in run["partitions"].values()] == [1, 2], "the other one was not touched"
+    assert "partitions: 2 succeeded" in CliRunner().invoke(app, ["pipelines", "show", file]).output
+    outputs = json.loads((tmp_path / "published" / "latest.json").read_text())["outputs"]
+    assert list(outputs) == ["generate/en", "judge/en", f"generate/{name}", f"judge/{name}"]
+    assert outputs[f"judge/{name}"]["partition"] == {"lang": "zh Hant"}
+    assert [outputs[f"generate/{part}"]["rows_ok"] for part in ("en", name)] == [20, 6]
 
 
 def test_the_nightly_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

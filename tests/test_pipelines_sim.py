@@ -1,10 +1,12 @@
 """Each logical date once: schedulers killed at store operations, two at a time, heads that forget, clocks that jump."""
 
+import json
 import time
 
 import pytest
 from pipeline_sim import Faults, World
 
+from batchgen.pipelines.partitions import list_partitions
 from batchgen.pipelines.spec import PipelineSpec
 from batchgen.stores.opening import opening_through
 
@@ -48,8 +50,9 @@ def check_each_date_once(world: World, num_days: int) -> None:
         history = world.check_log()
     dates = world.list_dates(world.start + num_days * 86_400)
     assert len(dates) >= num_days - 1
-    done = [key for key in dates if world.ray.num_done[key] != 1]
-    assert done == [], "each logical date is carried through once"
+    parts = [(key, name) for key in dates for name in list_partitions(world.spec)]
+    done = [part for part in parts if world.ray.num_done[part] != 1]
+    assert done == [], "each partition of each logical date is carried through once"
     assert not [run for run in history.list_active() if run.key <= dates[-1]]
     assert all(history.get_state(key) == "succeeded" for key in dates)
     told = {name.rpartition("-")[0] for name in world.num_told}
@@ -75,22 +78,50 @@ def test_a_kill_at_every_twentieth_operation() -> None:
 
 def test_without_catchup_a_date_is_run_once_or_skipped() -> None:
     schedule = {"cron": "0 */6 * * *", "start": "2026-01-01T00:00:00Z"}
-    world = run_world(3, 100, schedule=schedule, max_active_runs=1)
-    with opening_through(lambda _: world.client):
-        world.check_log()
-    assert max(world.ray.num_done.values()) == 1
-    assert len(world.ray.num_done) > 100
+    num_done = 0
+    for seed in range(3):
+        world = run_world(seed, 100, schedule=schedule, max_active_runs=1)
+        with opening_through(lambda _, world=world: world.client):
+            world.check_log()
+        assert max(world.ray.num_done.values()) == 1
+        num_done += len(world.ray.num_done)
+    assert num_done > 300
+
+
+# Values that can't stand in a submission id as they are, four of them, of which two may be at work.
+PARTITIONED = {"partitions": {"lang": ["en", "zh Hant"], "size": ["s/m", "l"]}, "max_active_partitions": 2}
+
+
+def make_partitioned() -> dict[str, object]:
+    """With a folder for each."""
+    stages = make_spec().model_dump(mode="json")["stages"]
+    stages[0]["job"]["output"]["path"] = "memory://out/{{ logical_time }}/{{ lang }}-{{ size }}"
+    return {**PARTITIONED, "stages": stages}
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_every_partition_of_every_date_exactly_once(seed: int) -> None:
+    world = run_world(seed, 100, **make_partitioned())
+    check_each_date_once(world, 100)
+    assert world.client.num_kills > 5
+    assert len(world.ray.num_done) >= 400
+    published = json.loads(world.client.held["memory://published/latest.json"][0])
+    assert list(published["outputs"]) == [f"generate/{name}" for name in list_partitions(world.spec)]
+    standing = {name.split("/")[3] for name in world.client.held if name.startswith("memory://out/")}
+    assert len(standing - world.ray.list_at_work()) == 3
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("seed", range(3))
-def test_ten_thousand_days(seed: int) -> None:
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("is_partitioned", [False, True])
+@pytest.mark.parametrize("seed", range(5))
+def test_ten_thousand_days(seed: int, is_partitioned: bool) -> None:
     started = time.monotonic()
-    world = run_world(seed, 10_000)
+    world = run_world(seed, 10_000, **(make_partitioned() if is_partitioned else {}))
     took_s = time.monotonic() - started
     check_each_date_once(world, 10_000)
+    kind = " of four partitions" if is_partitioned else ""
     print(
-        f"\n10,000 days, seed {seed}: {took_s:.1f} s, {world.client.num_operations:,} store operations, "
+        f"\n10,000 days{kind}, seed {seed}: {took_s:.1f} s, {world.client.num_operations:,} store operations, "
         f"{world.client.num_kills} kills, {world.num_starts} starts of two schedulers"
     )

@@ -7,16 +7,21 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from jobs_util import (
+    SLOW_ENGINE,
     Tree,
+    check_conserved,
     check_output,
     make_prompts,
     make_tree,
+    max_calls_within,
     merge,
     put_file,
     read_bytes,
     read_rows,
     read_stats,
     run,
+    running,
+    wait_for,
     write_file,
 )
 
@@ -232,3 +237,58 @@ def test_a_job_that_began_without_fingerprints_goes_on_without(tmp_path: Path) -
     assert "row_fingerprint" not in read_rows(f"{place}/out-1")[0]
     assert verify(Storage(f"{place}/out-1")).findings == []
     assert "began without row fingerprints" in refuse(merge(tree, {"input": {"reuse_from": f"{place}/out-2"}}))
+
+
+def test_a_run_killed_in_mid_reuse_goes_on_and_makes_nothing_twice(place: str, tmp_path: Path) -> None:
+    """SIGKILL of driver and workers, which are one process here, twice: of the rows that the earlier output has none
+    is ever sent; of all others none more often than a kill can cost."""
+    num_rows, window, num_workers, kills = 240, 8, 2, 2
+    changed = {row for row in range(num_rows) if row % 4 == 1}
+    slow = {**SLOW_ENGINE, "decode_tokens_per_s": 60, "slots": 4, "max_inflight": window}
+    first = make_day(place, tmp_path, 1, make_prompts(num_rows), input=KEYED)
+    table = change(make_prompts(num_rows), changed)
+    over = merge({"input": KEYED, "engine": slow}, {"input": {"reuse_from": f"{place}/out-1"}})
+    second = make_day(place, tmp_path, 2, table, **merge(over, {"output": {"rows_per_shard": 40}}))
+    run_well(first)
+    for _ in range(kills):
+        before = len(list_called(tmp_path, 2))
+        with running(tmp_path, second) as job:
+            wait_for(lambda before=before: len(list_called(tmp_path, 2)) >= before + 12 or not job.is_running)
+            assert job.is_running
+            job.kill()
+    report = run_well(merge(second, {"engine": {"has_latency": False}}))
+    rows = check_output(f"{place}/out-2", [(f"{place}/day-2.parquet", num_rows)])
+    check_conserved(f"{place}/out-2", [(f"{place}/day-2.parquet", num_rows)])
+    called = list_called(tmp_path, 2)
+    assert set(called) == changed
+    lost_a_kill = num_workers * window + max_calls_within(tmp_path / "2", 0.3 + 0.25)
+    assert len(called) <= len(changed) + kills * lost_a_kill
+    assert report["job"]["rows_reused"] == num_rows - len(changed)
+    old = by_prompt(first)
+    for row in rows:
+        assert (row["reused_from"] is None) == (row["source_row"] in changed)
+        if row["reused_from"] is not None:
+            assert {name: row[name] for name in ANSWER} == {name: old[row["custom_id"]][name] for name in ANSWER}
+
+
+def test_copies_outlive_kills(tmp_path: Path) -> None:
+    """Each prompt stands in six rows. What was copied is journaled like an answer, and no answer is asked for again by
+    those that have it."""
+    place, num_rows, num_prompts, kills = str(tmp_path), 180, 30, 2
+    table = make_prompts(num_rows)
+    texts = pa.array([f"question {row % num_prompts}" for row in range(num_rows)])
+    slow = {**SLOW_ENGINE, "decode_tokens_per_s": 60, "slots": 4, "max_inflight": 4}
+    over = {"engine": slow, "sampling": {"temperature": 0}, "cluster": {"workers": {"min": 1, "max": 1}}}
+    tree = make_day(place, tmp_path, 1, table.set_column(0, "prompt", texts), **merge(over, {"input": KEYED}))
+    for _ in range(kills):
+        before = len(list_called(tmp_path, 1))
+        with running(tmp_path, tree) as job:
+            wait_for(lambda before=before: len(list_called(tmp_path, 1)) >= before + 8 or not job.is_running)
+            assert job.is_running
+            job.kill()
+    run_well(merge(tree, {"engine": {"has_latency": False}}))
+    rows = check_output(f"{place}/out-1", [(f"{place}/day-1.parquet", num_rows)])
+    check_conserved(f"{place}/out-1", [(f"{place}/day-1.parquet", num_rows)])
+    # A new process remembers no answer: each prompt may be asked for once in each run.
+    assert len(list_called(tmp_path, 1)) <= num_prompts * (kills + 1)
+    assert sum(row["reused_from"] is not None for row in rows) >= num_rows - num_prompts * (kills + 1)

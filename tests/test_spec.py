@@ -223,8 +223,20 @@ def test_a_misspelt_required_field_is_named_before_the_missing_one() -> None:
 
 
 def test_missing_sections_are_counted() -> None:
-    with pytest.raises(SpecError, match=r"^here: input: is required; add it \(and 3 more\)$"):
+    with pytest.raises(
+        SpecError, match=r"^here: input: is required; add it, e.g. input: {paths: prompts.parquet} \(and 3 more\)$"
+    ):
         make_spec({}, source="here")
+
+
+def test_an_output_in_rays_copy_of_the_working_directory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "session" / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    assert "give a full path or a URL" in refusal(output={"path": "out"})
+    assert make_job_spec(output={"path": "/out"}).output.path == "/out"
 
 
 def test_no_sentence_quotes_the_value() -> None:

@@ -169,6 +169,9 @@ def run_pipeline(
         ask(spec, [key])
         (keeper,) = create_keepers([spec], address, local=not ray, only=key)
         keeper.log.catch_up()  # from a copy it may not know yet that the date was asked for
+        others = [active for active in keeper.history.active if active != key]
+        if len(others) >= spec.max_active_runs:
+            say(f"{spec.name} {key}: waits for {', '.join(others)} to end; max_active_runs is {spec.max_active_runs}")
         with stop_on_signal() as check:
             run_scheduler([keeper], check, lambda: has_ended(keeper, key), tick_s=0.5)
         run = keeper.history.runs[key]
@@ -182,10 +185,12 @@ def run_pipeline(
 
 def has_ended(keeper: Any, key: str) -> bool:
     """And is everybody told of it? While it is still asked for, a run of that date is an earlier one that failed."""
+    from batchgen.pipelines.aftermath import list_hooks_left
+
     run = keeper.history.runs.get(key)
     if key in keeper.history.asked or run is None or run.is_active:
         return False
-    return len(run.notified) == len(keeper.spec.list_hooks(run.state == "succeeded"))
+    return not list_hooks_left(keeper.spec, run)
 
 
 def ask(spec: Any, keys: list[str]) -> list[str]:

@@ -22,6 +22,7 @@ from batchgen.gates.decide import EXIT_CODE, make_gate_report
 from batchgen.gates.watch import GateWatch, tell
 from batchgen.length_files import write_lengths
 from batchgen.manifest import CommittedShard
+from batchgen.queue.pulse import Snapshot
 from batchgen.report.generations import read_generations
 from batchgen.report.page import make_html
 from batchgen.report.records import REPORT_HTML, REPORT_JSON, read_records
@@ -41,9 +42,10 @@ def finish(
     *,
     message: str | None = None,
     is_trial: bool = False,
+    last: Snapshot | None = None,
 ) -> dict[str, Any]:
-    """Write everything that is written last; the report. `dispatcher` is None when nothing was left to do. Raises
-    LeaseLost when the folder is not ours any more."""
+    """Write everything that is written last; the report. `dispatcher` and `last`, how the run looked at its end, are None
+    when nothing was left to do. Raises LeaseLost when the folder is not ours any more."""
     storage = job.storage
     fence = Fence(storage, (*REWRITTEN, MANIFEST, GATES, manifest.SUCCESS), hold.check_lease)
     own = dispatcher.ledger.committed if dispatcher else {}
@@ -56,14 +58,15 @@ def finish(
     message = gates.judge_end(own, job.committed, is_whole=is_whole) or message
     failed = tell(gates.failed) if gates.failed else None
     num_generations = job.spec.output.report_rows
+    counts = make_row_counts(job.spec, [shard.footer for shard in wanted], job.num_wanted_rows)
     report = make_report(
         job.spec,
-        make_row_counts(job.spec, [shard.footer for shard in wanted], job.num_wanted_rows),
+        counts,
         make_stats_table(batches.values()),
         read_records(storage),
         epoch=hold.epoch,
         state="gate_failed" if failed else "stopped" if message else "finished",
-        message=failed or message,
+        message=failed or message or tell_errors(counts, job.spec.retry.max_error_rate),
         made_at=time.time(),
         is_unique_checked=job.is_unique_checked,
         gates=make_gate_report(job.spec.gates, gates.failed, gates.seen),
@@ -78,8 +81,8 @@ def finish(
     fence.put(REPORT_JSON, json.dumps(report, indent=1, ensure_ascii=False).encode())
     fence.put(REPORT_HTML, make_html(report).encode())
     write_manifest(storage, fence.put, job.spec, committed.values(), report, is_trial=is_trial)
-    if dispatcher is not None:
-        write_status(storage, hold.epoch, report["state"], dispatcher.make_progress(), unsettled, message)
+    if last is not None:
+        write_status(storage, hold.epoch, report["state"], last, unsettled, failed or message)
     hold.check_lease()
     mark_success(job, fence.put, report, hold.epoch, is_trial=is_trial)
     return report
@@ -115,11 +118,25 @@ def withdraw_success(storage: Storage) -> None:
         storage.delete(manifest.SUCCESS)
 
 
+def tell_errors(rows: Mapping[str, Any], max_error_rate: float) -> str | None:
+    """Why a run that got to its end is no success; None where it is one."""
+    if not has_too_many_errors(rows, max_error_rate):
+        return None
+    return (
+        f"{rows['error']:,} of {rows['output']:,} rows are errors, more than retry.max_error_rate "
+        f"({max_error_rate:g}) allows: no _SUCCESS, exit code 1; each row's error_message says why; where that is as "
+        "it should be, raise the rate and run again"
+    )
+
+
+def has_too_many_errors(rows: Mapping[str, Any], max_error_rate: float) -> bool:
+    return rows["error_rate"] is not None and rows["error_rate"] > max_error_rate
+
+
 def choose_exit_code(report: dict[str, Any], max_error_rate: float) -> int:
     """0 done within the error rate, 1 done with too many errors, 3 stopped and resumable, 4 a gate failed."""
     if report["state"] == "gate_failed":
         return EXIT_CODE
     if report["state"] == "stopped":
         return 3
-    rate = report["rows"]["error_rate"]
-    return 1 if rate is not None and rate > max_error_rate else 0
+    return 1 if has_too_many_errors(report["rows"], max_error_rate) else 0

@@ -63,7 +63,8 @@ def run_job(
         view.say(foresee(job).describe())
         again = {queued.shard.number for queued in todo if queued.replaces is not None}
         gates = GateWatch(job.spec, storage, job.wanted, view.say, again)
-        setup = WorkerSetup("", job.spec, hold.epoch, storage, job.passthrough, job.prior)
+        share = sum(queued.shard.num_rows for queued in todo) * spec.sampling.n // spec.cluster.workers.max
+        setup = WorkerSetup("", job.spec, hold.epoch, storage, job.passthrough, job.prior, share)
         with closing(create_pool(setup)) as pool, stop_on_signal() as check_signal:
 
             def check_all() -> None:
@@ -76,8 +77,10 @@ def run_job(
                 dispatcher = make_dispatcher(job, hold, pool, view, check_all, recorder, gates, watch, page)
                 message = dispatch(dispatcher, view)
             recorder.close(dispatcher, message)
-        report = finish(job, dispatcher, hold, gates, message=message, is_trial=limit is not None)
-        log_event("run_ended", **{name: report[name] for name in ("state", "exit_code", "rows", "run", "output")})
+            last = watch.sum_up(dispatcher)
+        report = finish(job, dispatcher, hold, gates, message=message, is_trial=limit is not None, last=last)
+        told = {name: report[name] for name in ("state", "exit_code", "rows", "run", "output")}
+        log_event("run_ended", report["message"] or "", **told)
         return report
 
 

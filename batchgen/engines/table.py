@@ -41,7 +41,6 @@ FORM_MENDS = {
     "messages": "chat prompts need engine.api: chat, or a tokenizer here (engine.send_token_ids: true)",
     "token_ids": "prompt_token_ids needs engine.api: completions",
 }
-OTHER_ENGINE = "leave it out or choose another engine"
 UNHEEDED_MENDS = {
     "tensorrt_llm": "1.2's default sampler drops it without a word: set engine.extra {sampler_type: TRTLLMSampler}, "
     "or engine.has_penalties with a release whose sampler knows it"
@@ -150,7 +149,9 @@ ENGINES: dict[str, EngineKind[Any]] = {
     # out (send_token_ids, extra_body {return_token_ids: true}); what its penalties count is the server's affair.
     "openai": EngineKind(
         OpenAIEngineSpec,
-        Capabilities(is_seeded=True, has_logprobs=True, has_sampling=True, is_guided=True, is_resumable=True),
+        Capabilities(
+            is_seeded=True, has_logprobs=True, has_sampling=True, is_guided=True, is_resumable=True, quotes_prompts=True
+        ),
         _create_openai,
         _create_hf_tokenizer,
         _make_openai_facts,
@@ -189,13 +190,19 @@ def list_refused(section: EngineSection) -> frozenset[str]:
     return section.unheeded_fields | {name for name, need in NEEDS.items() if not getattr(capabilities, need)}
 
 
+def name_able(field: str) -> str:
+    """The mend for a sampling field that the chosen engine can't honour."""
+    able = [kind for kind, known in ENGINES.items() if getattr(known.capabilities, NEEDS[field])]
+    return f"leave it out or choose another engine ({', '.join(able)})"
+
+
 def check_supported(spec: JobSpec) -> None:
     """Raises SpecError when sampling or prompt section ask what the chosen engine can't do."""
     kind = spec.engine.kind
     for name in sorted(list_refused(spec.engine)):
         if getattr(spec.sampling, name) is not None:
             is_dropped = name in spec.engine.unheeded_fields
-            mend = UNHEEDED_MENDS.get(kind, OTHER_ENGINE) if is_dropped else OTHER_ENGINE
+            mend = (is_dropped and UNHEEDED_MENDS.get(kind)) or name_able(name)
             raise SpecError(f"sampling.{name}: the engine '{kind}' can't honour it; {mend}")
     guided = spec.sampling.guided
     if guided is not None and guided.form not in spec.engine.guided_forms:

@@ -7,7 +7,7 @@ what a job needs to know of itself last. Only names that a job writes: what some
 from collections.abc import Sequence
 
 from batchgen.pipelines.graph import FILTERED
-from batchgen.pipelines.publish import make_date_path
+from batchgen.pipelines.publish import unpublish
 from batchgen.storage import Storage
 
 # What a job writes, in the order in which it goes.
@@ -17,7 +17,7 @@ _ORDER = ("_SUCCESS", "manifest.json", "report.", "data/", "batch_stats/", "_bat
 def delete_some(outputs: Sequence[str], publish: str | None, key: str, max_files: int) -> bool:
     """Delete up to so many files; is all gone? Goes on where it stopped, however it was stopped."""
     if publish is not None:
-        Storage(publish).delete(make_date_path(key))
+        unpublish(Storage(publish), key)
     left = max_files
     for output in [*outputs, *(f"{output}{FILTERED}" for output in outputs)]:
         storage = Storage(output)

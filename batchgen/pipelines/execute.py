@@ -1,6 +1,6 @@
-"""One attempt at one run, from its order to its outcome: every job of every stage, then the pointer.
+"""One attempt at one partition of a run, from its order to its outcome: the jobs of its stages, one after the other.
 
-At most one process works on a run: it holds the run's lease, and another one waits for it and then finds the outcome. Jobs
+At most one process works on a partition: it holds its lease, and another one waits for it and then finds the outcome. Jobs
 resume, so an attempt goes on where the last one stopped; a job that is done says so at once. Failures that batchgen raises
 on purpose become the attempt's outcome; anything else ends the process without a word, and the scheduler says so.
 """
@@ -13,13 +13,13 @@ from typing import Any
 
 from batchgen.driver.hold import Hold
 from batchgen.driver.lease import DriverLease, acquire
-from batchgen.errors import BatchgenError, LeaseHeld, LeaseLost, SpecError
+from batchgen.errors import BatchgenError, InputError, LeaseHeld, LeaseLost, SpecError
 from batchgen.manifest import SUCCESS
 from batchgen.pipelines.calendar import parse_key
 from batchgen.pipelines.decide import Outcome
 from batchgen.pipelines.filters import write_filtered
-from batchgen.pipelines.graph import StageJob, make_date_values, make_jobs
-from batchgen.pipelines.load import with_limits
+from batchgen.pipelines.graph import StageJob, make_jobs
+from batchgen.pipelines.limits import with_limits
 from batchgen.pipelines.orders import (
     Order,
     make_run_folder,
@@ -28,7 +28,6 @@ from batchgen.pipelines.orders import (
     read_outcome,
     write_outcome,
 )
-from batchgen.pipelines.publish import publish
 from batchgen.spec import JobSpec
 from batchgen.specs.load import make_spec
 from batchgen.storage import Storage
@@ -53,24 +52,25 @@ class JobFailed(BatchgenError):
 def execute(order: Order, run_job: RunJob, say: Callable[[str], None]) -> Outcome:
     """Carry the order out, or wait for whoever does. Raises LeaseLost, StorageError: another attempt must look at it."""
     folder = open_folder(order.spec)
-    lease = wait_for_lease(Storage(folder.url(make_run_folder(order.key))), say)
+    lease = wait_for_lease(Storage(folder.url(make_run_folder(order.key, order.partition))), say)
     hold = Hold(lease, lambda: False)
     try:
-        known = read_outcome(folder, order.key, order.attempt)
+        known = read_outcome(folder, order.key, order.partition, order.attempt)
         if known is not None:
-            say(f"run {order.key}: attempt {order.attempt} has ended already")
+            say(f"run {order.key} {order.partition}: attempt {order.attempt} has ended already")
             return known
-        folder.put(make_started_path(order.key, order.attempt), json.dumps({"at": time.time()}).encode())
+        started = make_started_path(order.key, order.partition, order.attempt)
+        folder.put(started, json.dumps({"at": time.time()}).encode())
         outcome = Attempt(order, run_job, hold.check_lease, say).run()
         hold.check_lease()
-        write_outcome(folder, order.key, order.attempt, outcome)
+        write_outcome(folder, order.key, order.partition, order.attempt, outcome)
         return outcome
     finally:
         hold.release()
 
 
 def wait_for_lease(storage: Storage, say: Callable[[str], None]) -> DriverLease:
-    """However long another process has it: it works on the same run, and its outcome is ours."""
+    """However long another process has it: it works on the same partition, and its outcome is ours."""
     while True:
         try:
             return acquire(storage, LEASE_TTL_S, on_wait=say)
@@ -89,23 +89,22 @@ class Attempt:
         order = self._order
         outputs: dict[str, Any] = {}
         try:
-            for job in make_jobs(order.spec, parse_key(order.key), order.previous):
+            for job in make_jobs(order.spec, parse_key(order.key), order.previous, only=order.partition):
                 self._check()
                 outputs[job.name] = self._do(job)
-            message = self._publish(outputs)
         except LeaseLost:
             raise
         except BatchgenError as error:
             can_retry = error.can_retry if isinstance(error, JobFailed) else not isinstance(error, SpecError)
             return Outcome(False, str(error), can_retry, self._gpu_hours)
-        return Outcome(True, message, gpu_hours=self._gpu_hours)
+        return Outcome(True, gpu_hours=self._gpu_hours, outputs=outputs)
 
     def _do(self, job: StageJob) -> dict[str, Any]:
         """What the pointer says of its output. Raises JobFailed and what a job raises."""
         read = job.stage.input
         spec = make_spec(self._limit(job.tree), source=f"stage {job.name}")
-        if read is not None and read.filter is not None and job.source is not None and not is_done(spec):
-            num_rows = write_filtered(read.filter, read.stage, job.source, spec.output.path)
+        if read is not None and job.filter is not None and job.source is not None and not is_done(spec):
+            num_rows = self._filter(job, read.stage, job.filter, job.source, spec.output.path)
             self._say(f"{job.name}: {num_rows:,} rows of {read.stage} go on")
         self._say(f"{job.name}: {spec.output.path}")
         report = self._run_job(spec)
@@ -117,34 +116,28 @@ class Attempt:
         if not is_done(spec):
             raise JobFailed(f"{job.name}: it ended without _SUCCESS in {spec.output.path}", can_retry=True)
         rows = report["rows"]
-        return {"path": Storage(spec.output.path).root, "rows_ok": rows["ok"], "rows_error": rows["error"]}
+        found = {"path": Storage(spec.output.path).root, "rows_ok": rows["ok"], "rows_error": rows["error"]}
+        return {**found, "partition": dict(job.partition)} if job.partition else found
+
+    def _filter(self, job: StageJob, stage: str, expression: str, source: str, output: str) -> int:
+        """How many rows go on. Raises JobFailed where none do, or the expression fails: the same rows fail again."""
+        try:
+            return write_filtered(expression, stage, source, output)
+        except InputError as error:
+            raise JobFailed(f"{job.name}: {error}", can_retry=False) from error
 
     def _limit(self, tree: dict[str, Any]) -> dict[str, Any]:
         """The job with what is left of the run's time and GPU-hours. Raises JobFailed where nothing is."""
         spec = self._order.spec
         left = None
-        if spec.max_gpu_hours is not None:
-            left = spec.max_gpu_hours - self._order.spent_gpu_hours - self._gpu_hours
+        if self._order.max_gpu_hours is not None:
+            left = self._order.max_gpu_hours - self._gpu_hours
             if left <= 0:
-                raise JobFailed(f"the run's {spec.max_gpu_hours:g} GPU-hours are spent", can_retry=False)
+                raise JobFailed(f"its {self._order.max_gpu_hours:g} GPU-hours are spent", can_retry=True)
         until = None
         if spec.deadline is not None:
             until = datetime.fromtimestamp(self._order.began_at + spec.deadline, UTC).isoformat()
         return with_limits(tree, until, left)
-
-    def _publish(self, outputs: dict[str, Any]) -> str:
-        order = self._order
-        if order.spec.publish is None:
-            return ""
-        self._check()
-        value = {
-            **make_date_values(order.spec, parse_key(order.key)),
-            "attempt": order.attempt,
-            "published_at": time.time(),
-            "outputs": outputs,
-        }
-        is_newest = publish(Storage(order.spec.publish), order.key, value)
-        return "" if is_newest else "a newer date is published; latest.json names it still"
 
 
 def is_done(spec: JobSpec) -> bool:

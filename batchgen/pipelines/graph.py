@@ -4,17 +4,25 @@ A stage depends on the stage whose rows it reads and on every stage that its job
 so that `stages.NAME.output` is known when it is asked for.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import pairwise, product
+from itertools import pairwise
+from math import prod
 from typing import Any
 
 from batchgen.pipelines.calendar import make_key
+from batchgen.pipelines.partitions import Partition, list_partitions, make_partition_name
 from batchgen.pipelines.spec import PipelineSpec, StageSpec
-from batchgen.pipelines.template import Path, TemplateError, list_names, render
+from batchgen.pipelines.template import Path, TemplateError, check_closed, list_names, render
 
-Partition = Mapping[str, str]
+# Names of template variables that are not partitions'.
+OWN_VARIABLES = frozenset(
+    {"logical_date", "logical_time", "logical_hour", "pipeline", "run", "input", "stages", "previous"}
+)
+# Each partition is some objects in the store for every date, and a line in the copies of the log.
+MAX_PARTITIONS = 1000
 # Beside a stage's output, its name with this at its end: the rows of an earlier stage that its filter let through.
 FILTERED = ".input"
 
@@ -29,23 +37,47 @@ class GraphError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class StageJob:
-    """One job of a run. `tree`: its rendered spec; `source`: output folder of the stage whose rows it reads."""
+    """One job of a run. `tree`: its rendered spec; `source`: output folder of the stage whose rows it reads; `filter`:
+    which of them, None for all."""
 
     stage: StageSpec
     partition: Partition
     tree: dict[str, Any]
     output: str
     source: str | None
+    filter: str | None = None
 
     @property
     def name(self) -> str:
         """Unique in a run."""
-        return "/".join([self.stage.name, *self.partition.values()])
+        return make_job_name(self.stage.name, self.partition)
 
 
-def list_partitions(spec: PipelineSpec) -> list[dict[str, str]]:
-    """Every combination of values; one empty one where there are no partitions."""
-    return [dict(zip(spec.partitions, values, strict=True)) for values in product(*spec.partitions.values())]
+def make_job_name(stage: str, partition: Partition) -> str:
+    return "/".join(filter(None, [stage, make_partition_name(list(partition.values()))]))
+
+
+def check_names(spec: PipelineSpec) -> None:
+    """Raises GraphError for a name that stands for two things, and for more partitions than can be kept."""
+    names = [stage.name for stage in spec.stages]
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            raise GraphError(("stages", number, "name"), f"two stages have the name '{name}'; give each its own")
+    for name, values in spec.partitions.items():
+        if name in OWN_VARIABLES or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+            raise GraphError(
+                ("partitions", name),
+                f"partitions: '{name}' can't be its name; choose another, of letters, digits and _",
+            )
+        for number, value in enumerate(values):
+            if value in values[:number]:
+                raise GraphError(("partitions", name, number), f"{name} has the value '{value}' twice; write it once")
+    num_partitions = prod(len(values) for values in spec.partitions.values())
+    if num_partitions > MAX_PARTITIONS:
+        raise GraphError(
+            ("partitions",),
+            f"{num_partitions:,} partitions, more than {MAX_PARTITIONS:,}; make several pipelines of them",
+        )
 
 
 def find_needs(spec: PipelineSpec, number: int) -> dict[str, Path]:
@@ -80,8 +112,8 @@ def order_stages(spec: PipelineSpec) -> list[int]:
     return order
 
 
-def make_date_values(spec: PipelineSpec, date: datetime) -> dict[str, str | None]:
-    """What a logical date alone gives: for `wait_for`, and for the jobs."""
+def make_date_values(spec: PipelineSpec, date: datetime, partition: Partition | None = None) -> dict[str, str | None]:
+    """What a logical date and a partition give: for `wait_for`, and for the jobs."""
     local = spec.schedule.calendar.to_local(date)
     return {
         "logical_date": local.strftime("%Y-%m-%d"),
@@ -89,21 +121,28 @@ def make_date_values(spec: PipelineSpec, date: datetime) -> dict[str, str | None
         "logical_time": make_key(date),
         "pipeline": spec.name,
         "run": make_key(date),
+        **(partition or {}),
     }
 
 
 def make_jobs(
-    spec: PipelineSpec, date: datetime, previous: Mapping[str, str] | None, *, only_outputs: bool = False
+    spec: PipelineSpec,
+    date: datetime,
+    previous: Mapping[str, str] | None,
+    *,
+    only: str | None = None,
+    only_outputs: bool = False,
 ) -> Iterator[StageJob]:
     """The jobs of a run in the order in which they are to run. `previous`: outputs of the previous successful run by the
-    jobs' names. `only_outputs`: nothing but `output.path` is rendered (fast). Raises GraphError, TemplateError with a path
-    from the pipeline's root."""
+    jobs' names. `only`: the name of a partition. `only_outputs`: nothing but `output.path` is rendered (fast). Raises
+    GraphError, TemplateError with a path from the pipeline's root."""
     order = order_stages(spec)
-    for partition in list_partitions(spec):
-        values = {**make_date_values(spec, date), **partition}
+    for partition_name, partition in list_partitions(spec).items():
+        if only not in (None, partition_name):
+            continue
+        values = make_date_values(spec, date, partition)
         for stage in spec.stages:
-            name = "/".join([stage.name, *partition.values()])
-            values[f"previous.{stage.name}"] = previous.get(name) if previous else None
+            values[f"previous.{stage.name}"] = previous.get(make_job_name(stage.name, partition)) if previous else None
         for number in order:
             job = _make_job(spec, number, partition, values, only_outputs)
             values[f"stages.{job.stage.name}.output"] = job.output
@@ -115,6 +154,7 @@ def _make_job(
     spec: PipelineSpec, number: int, partition: Partition, values: Mapping[str, str | None], only_outputs: bool
 ) -> StageJob:
     stage, root = spec.stages[number], ("stages", number, "job")
+    chosen = _render_filter(stage, number, values)
     path = stage.job.get("output", {}).get("path") if isinstance(stage.job.get("output"), dict) else None
     if not isinstance(path, str):
         raise GraphError(root, f"the job of stage '{stage.name}' needs output.path; add it")
@@ -122,15 +162,21 @@ def _make_job(
         output = render(path, values, ("output", "path"))
         if not isinstance(output, str):
             raise TemplateError(("output", "path"), 0, "has no value on the first run; name a folder")
+        check_closed(output, ("output", "path"))
         source = None if stage.input is None else values[f"stages.{stage.input.stage}.output"]
         known = dict(values)
         if source is not None:
-            is_filtered = stage.input is not None and stage.input.filter is not None
-            known["input"] = f"{output.rstrip('/')}{FILTERED}" if is_filtered else f"{source.rstrip('/')}/data"
+            known["input"] = f"{source.rstrip('/')}/data" if chosen is None else f"{output.rstrip('/')}{FILTERED}"
         tree = {} if only_outputs else render(stage.job, known)
     except TemplateError as error:
         raise TemplateError((*root, *error.path), error.line, str(error)) from None
-    return StageJob(stage, partition, tree, output, source)
+    return StageJob(stage, partition, tree, output, source, chosen)
+
+
+def _render_filter(stage: StageSpec, number: int, values: Mapping[str, str | None]) -> str | None:
+    if stage.input is None or stage.input.filter is None:
+        return None
+    return str(render(stage.input.filter, values, ("stages", number, "input", "filter")))
 
 
 def find_overlap(outputs: Sequence[tuple[str, Any]]) -> tuple[Any, Any] | None:
@@ -144,5 +190,7 @@ def find_overlap(outputs: Sequence[tuple[str, Any]]) -> tuple[Any, Any] | None:
 
 
 def list_outputs(spec: PipelineSpec, dates: Iterable[datetime]) -> list[tuple[str, tuple[datetime, StageJob]]]:
-    """(output folder, who writes it) of every job on these dates."""
-    return [(job.output, (date, job)) for date in dates for job in make_jobs(spec, date, None, only_outputs=True)]
+    """(output folder, who writes it) of every job on these dates, and of what its filter lets through."""
+    jobs = [(date, job) for date in dates for job in make_jobs(spec, date, None, only_outputs=True)]
+    filtered = [(f"{job.output.rstrip('/')}{FILTERED}", (date, job)) for date, job in jobs if job.filter is not None]
+    return [*((job.output, (date, job)) for date, job in jobs), *filtered]

@@ -14,8 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from batchgen.pipelines.events import Run
-from batchgen.pipelines.orders import make_submission_id
+from batchgen.pipelines.history import Run
 from batchgen.pipelines.spec import HookSpec, PipelineSpec
 
 # Waits between the four tries (s).
@@ -30,7 +29,8 @@ class HookFailed(Exception):
 def make_payload(spec: PipelineSpec, run: Run, values: dict[str, Any], outputs: dict[str, str]) -> dict[str, Any]:
     """What is sent. `values`: of the logical date. No prompt or generated text is in it."""
     return {
-        "id": f"{make_submission_id(spec.name, run.key, run.attempt)}-{run.state}",
+        # A date that failed may end again: the time of the end is the log's, the same whoever tells it.
+        "id": f"batchgen-{spec.name}-{run.key}-{run.state}-{1000 * (run.ended_at or 0):.0f}",
         **values,
         "state": run.state,
         "message": run.message,
@@ -38,6 +38,7 @@ def make_payload(spec: PipelineSpec, run: Run, values: dict[str, Any], outputs: 
         "gpu_hours": run.gpu_hours,
         "began_at": run.began_at,
         "ended_at": run.ended_at,
+        "partitions": {name: part.state for name, part in run.parts.items() if name},
         "outputs": outputs,
     }
 
@@ -97,14 +98,14 @@ class Teller:
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(NUM_THREADS, "hook")
-        self._under_way: dict[tuple[str, int], Future[str | None]] = {}
+        self._under_way: dict[tuple[str, str], Future[str | None]] = {}
 
-    def start(self, key: str, number: int, hook: HookSpec, payload: dict[str, Any]) -> None:
+    def start(self, key: str, hook: HookSpec, payload: dict[str, Any]) -> None:
         """Does nothing for one that is under way."""
-        if (key, number) not in self._under_way:
-            self._under_way[key, number] = self._threads.submit(tell_patiently, hook, payload)
+        if (key, hook.id) not in self._under_way:
+            self._under_way[key, hook.id] = self._threads.submit(tell_patiently, hook, payload)
 
-    def collect(self) -> list[tuple[str, int, str | None]]:
-        """(run, number of the hook, None or why it was given up) of those that ended."""
+    def collect(self) -> list[tuple[str, str, str | None]]:
+        """(run, id of the hook, None or why it was given up) of those that ended."""
         ended = [name for name, future in self._under_way.items() if future.done()]
         return [(*name, self._under_way.pop(name).result()) for name in ended]

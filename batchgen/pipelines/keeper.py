@@ -5,48 +5,40 @@ publishing the same run and deleting the same files twice is as good as once. So
 number of them may keep the same pipeline.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
-from batchgen.errors import StorageError
+from batchgen.errors import OutputError, StorageError
+from batchgen.pipelines.aftermath import Aftermath, HookTeller, list_run_outputs
 from batchgen.pipelines.arrival import Watch
 from batchgen.pipelines.calendar import parse_key
-from batchgen.pipelines.cleanup import delete_some
 from batchgen.pipelines.decide import (
     Arrival,
     Outcome,
-    choose_retired,
     decide_begin,
     decide_first,
+    decide_gone,
     decide_outcome,
     decide_start,
+    describe_failures,
     find_previous,
+    has_room,
     is_late,
     is_open,
+    lend_gpu_hours,
+    make_began,
+    make_ended,
 )
-from batchgen.pipelines.events import Began, Deleted, Ended, History, Notified, Retired, Run, Submitted
-from batchgen.pipelines.graph import make_date_values, make_jobs
-from batchgen.pipelines.hooks import make_payload
+from batchgen.pipelines.events import AttemptFailed, Began, Ended, PartitionEnded, Submitted
+from batchgen.pipelines.graph import make_date_values
+from batchgen.pipelines.history import History, Run, State
 from batchgen.pipelines.log import Log
-from batchgen.pipelines.orders import Order, open_folder, read_order, read_outcome, write_order
-from batchgen.pipelines.publish import read_published
-from batchgen.pipelines.spec import HookSpec, PipelineSpec
+from batchgen.pipelines.orders import Order, open_folder, read_outcome, write_order
+from batchgen.pipelines.partitions import Partition, list_partitions
+from batchgen.pipelines.publish import publish, unpublish
+from batchgen.pipelines.spec import PipelineSpec
 from batchgen.pipelines.submit import SILENCE_S, LifeSigns, Submission, Submitter, SubmitterAway
 from batchgen.storage import Storage
-
-# Files deleted in one go: a run of 100,000 files must not hold up the others' starts.
-DELETE_FILES = 500
-# Another scheduler's hooks are its own for so long; then it is taken for dead.
-HOOK_GRACE_S = 300.0
-
-
-class HookTeller(Protocol):
-    """Tells hooks in the background."""
-
-    def start(self, key: str, number: int, hook: HookSpec, payload: dict[str, Any]) -> None: ...
-
-    def collect(self) -> list[tuple[str, int, str | None]]: ...
 
 
 @dataclass(slots=True)
@@ -63,18 +55,20 @@ class Keeper:
     only: str | None = None
     folder: Storage = field(init=False)
     log: Log = field(init=False)
+    aftermath: Aftermath = field(init=False)
+    _partitions: dict[str, dict[str, str]] = field(init=False)
     _watch: Watch = field(init=False)
     _signs: LifeSigns = field(init=False)
-    _own_ends: set[str] = field(default_factory=set)
-    _told: set[tuple[str, float | None]] = field(default_factory=set)  # ends: a date that failed may have another one
-    _retired_at: int = -1
-    _seen_ends: dict[str, float] = field(default_factory=dict)
-    _silent_since: dict[str, float] = field(default_factory=dict)
-    _arrivals: dict[str, str] = field(default_factory=dict)
+    _silent_since: dict[tuple[str, str, int], float] = field(default_factory=dict)
+    _arrivals: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.folder = open_folder(self.spec)
         self.log = Log(self.folder)
+        self.aftermath = Aftermath(
+            self.spec, self.folder, self.log, self.teller, self.monotonic, self.say, self.warn, self.only
+        )
+        self._partitions = list_partitions(self.spec)
         self._watch, self._signs = Watch(self.monotonic), LifeSigns(self.monotonic)
 
     @property
@@ -87,23 +81,27 @@ class Keeper:
         if (first := decide_first(self.spec, self.history, now)) is not None:
             self.log.append(first)
         self._begin(now)
-        self._write_told(now)
+        self.aftermath.write_told(now)
         away: SubmitterAway | None = None
-        for key in self._list_kept():
-            # As it is now: an append that lost has folded in what another scheduler wrote, perhaps of this very run.
-            if (run := self.history.runs.get(key)) is None or not run.is_active:
-                continue
+        for key in [key for key in self.history.active if self.only in (None, key)]:
             try:
-                self._advance(run, now)
+                self._advance(key, now)
             except SubmitterAway as error:
                 away = error
-        self._tell_ends()
-        self._retire(now)
+                break  # for every run: it may take a minute to find that out, and others wait for us
+        self.aftermath.tell_ends()
+        self.aftermath.retire(now)
+        self._forget()
         if away is not None:
             raise away
 
-    def _list_kept(self) -> list[str]:
-        return [key for key in self.history.active if self.only in (None, key)]
+    def _forget(self) -> None:
+        """What only runs that have ended needed."""
+        active = self.history.active
+        self._silent_since = {name: since for name, since in self._silent_since.items() if name[0] in active}
+        self._arrivals = {name: missing for name, missing in self._arrivals.items() if name[0] in active}
+        self._watch.forget()
+        self.aftermath.forget()
 
     # ---- runs --------------------------------------------------------------------------------------------------------
 
@@ -116,157 +114,166 @@ class Keeper:
     def _decide_begin(self, now: float) -> Began | None:
         if self.only is None:
             return decide_begin(self.spec, self.history, now)
-        has_room = len(self.history.list_active()) < self.spec.max_active_runs
+        has_place = len(self.history.active) < self.spec.max_active_runs
         is_wanted = self.only in self.history.asked and is_open(self.history, self.only)
-        return Began(self.only, "asked", now) if has_room and is_wanted else None
+        return make_began(self.spec, self.only, "asked", now) if has_place and is_wanted else None
 
-    def _advance(self, run: Run, now: float) -> None:
-        if run.state == "running":
-            self._look_after(run, now)
+    def _advance(self, key: str, now: float) -> None:
+        for run, name in self._iterate_parts(key, "running"):
+            self._look_after(run, name, now)
+        for run, name in self._iterate_parts(key, "retrying", "waiting"):
+            if name not in self._partitions:
+                self._note(decide_gone(run, name, now))
+            elif has_room(self.spec, run) or is_late(self.spec, run, now):
+                self._consider(run, name, now)
+        self._finish(key, now)
+
+    def _iterate_parts(self, key: str, *states: State) -> Iterator[tuple[Run, str]]:
+        """As the run is when its turn comes: an append that lost has folded in what another scheduler wrote."""
+        known = self.history.runs.get(key)
+        for name in [] if known is None else list(known.parts):
+            run = self.history.runs.get(key)
+            if run is not None and run.is_active and name in run.parts and run.parts[name].state in states:
+                yield run, name
+
+    def _finish(self, key: str, now: float) -> None:
+        """The end of a run whose partitions have ended."""
+        run = self.history.runs.get(key)
+        if run is None or not run.is_active or any(part.is_active for part in run.parts.values()):
             return
-        decision = decide_start(self.spec, run, self._look_for_input(run, now), now)
-        if isinstance(decision, Ended):
-            self._end(decision)
-        elif decision:
-            self._start(run, now)
-
-    def _look_for_input(self, run: Run, now: float) -> Arrival:
-        if run.state != "waiting" or not self.spec.wait_for or is_late(self.spec, run, now):
-            return Arrival(True)
+        if run.list_parts("failed"):
+            self._end(make_ended(self.spec, run, "failed", describe_failures(run), now))
+            return
         try:
-            arrival = self._watch.look(self.spec, run.key)
+            message = self._publish(run, now)
+        except OutputError as error:  # something else stands in the pointer's place: no look mends that
+            self._end(make_ended(self.spec, run, "failed", f"all is made, nothing is published: {error}", now))
+            return
+        self._end(make_ended(self.spec, run, "succeeded", message, now))
+        ended = self.history.runs.get(key)
+        if ended is not None and ended.is_retired and self.spec.publish is not None:
+            # We slept after we had looked, and another scheduler did all of this and more.
+            unpublish(Storage(self.spec.publish), key)
+
+    def _publish(self, run: Run, now: float) -> str:
+        """What there is to say of it. Raises OutputError."""
+        if self.spec.publish is None:
+            return ""
+        outputs: dict[str, object] = {}
+        for name, part in run.parts.items():
+            outcome = read_outcome(self.folder, run.key, name, part.attempt)
+            if outcome is None:
+                raise OutputError(f"how attempt {part.attempt} at {run.key} {name} ended was deleted; ask for it again")
+            outputs.update(outcome.outputs)
+        value = {
+            **make_date_values(self.spec, parse_key(run.key)),
+            "attempt": run.attempt,
+            "published_at": now,
+            "outputs": outputs,
+        }
+        is_newest = publish(Storage(self.spec.publish), run.key, value)
+        return "" if is_newest else "a newer date is published; latest.json names it still"
+
+    def _end(self, event: Ended) -> None:
+        if self.log.append(event):
+            self.aftermath.own_ends.add(event.key)
+            tell = self.say if event.state == "succeeded" else self.warn
+            tell(f"{self.spec.name} {event.key}: {event.state}{': ' if event.message else ''}{event.message}")
+
+    # ---- partitions --------------------------------------------------------------------------------------------------
+
+    def _consider(self, run: Run, name: str, now: float) -> None:
+        decision = decide_start(self.spec, run, name, self._look_for_input(run, name, now), now)
+        if isinstance(decision, PartitionEnded):
+            self._note(decision)
+        elif decision:
+            self._start(run, name, now)
+
+    def _look_for_input(self, run: Run, name: str, now: float) -> Arrival:
+        if run.parts[name].state != "waiting" or not self.spec.wait_for or is_late(self.spec, run, now):
+            return Arrival(True)
+        partition: Partition = self._partitions[name]
+        try:
+            arrival = self._watch.look(self.spec, run.key, partition, len(run.list_parts("waiting")))
         except StorageError as error:
             arrival = Arrival(False, str(error))
-        if not arrival.is_there and self._arrivals.get(run.key) != arrival.missing:
-            self.say(f"{self.spec.name} {run.key}: waits for its input: {arrival.missing}")
-        self._arrivals[run.key] = arrival.missing
+        if not arrival.is_there and self._arrivals.get((run.key, name)) != arrival.missing:
+            self.say(f"{self._describe(run.key, name)}: waits for its input: {arrival.missing}")
+        self._arrivals[run.key, name] = arrival.missing
         return arrival
 
-    def _start(self, run: Run, now: float) -> None:
+    def _start(self, run: Run, name: str, now: float) -> None:
         previous = find_previous(self.history, run.key)
         order = Order(
             spec=self.spec,
             key=run.key,
-            attempt=run.attempt + 1,
-            previous=None if previous is None else self.list_outputs(previous),
+            attempt=run.parts[name].attempt + 1,
+            previous=None if previous is None else list_run_outputs(self.folder, previous, name),
             began_at=run.began_at,
-            spent_gpu_hours=run.gpu_hours,
+            partition=name,
+            max_gpu_hours=lend_gpu_hours(self.spec, run),
         )
-        digest = write_order(self.folder, order)
-        event = Submitted(run.key, order.attempt, digest, self.submitter.kind, now, previous.key if previous else "")
+        event = Submitted(
+            key=run.key,
+            attempt=order.attempt,
+            order=write_order(self.folder, order),
+            submitter=self.submitter.kind,
+            at=now,
+            previous=previous.key if previous else "",
+            partition=name,
+            max_gpu_hours=order.max_gpu_hours,
+        )
         if self.log.append(event):
-            self.say(f"{self.spec.name} {run.key}: attempt {order.attempt} is submitted")
-            self.submitter.submit(self._make_submission(self.history.runs[run.key]))
+            self.say(f"{self._describe(run.key, name)}: attempt {order.attempt} is submitted")
+            self.submitter.submit(self._make_submission(self.history.runs[run.key], name))
 
-    def _look_after(self, run: Run, now: float) -> None:
-        outcome = self._find_outcome(run, now)
-        if outcome is None:
-            if is_late(self.spec, run, now) and run.submitter == self.submitter.kind:
-                self.submitter.stop(self._make_submission(run))
-            return
-        event = decide_outcome(self.spec, run, outcome, now)
-        if isinstance(event, Ended):
-            self._end(event)
-        elif self.log.append(event):
-            wait_s = event.retry_at - now
-            self.warn(
-                f"{self.spec.name} {run.key}: attempt {run.attempt} failed: {event.message}; again in {wait_s:.0f} s"
-            )
+    def _look_after(self, run: Run, name: str, now: float) -> None:
+        outcome = self._find_outcome(run, name, now)
+        if outcome is not None:
+            self._note(decide_outcome(self.spec, run, name, outcome, now))
+        elif is_late(self.spec, run, now) and run.parts[name].submitter == self.submitter.kind:
+            self.submitter.stop(self._make_submission(run, name))
 
-    def _find_outcome(self, run: Run, now: float) -> Outcome | None:
+    def _find_outcome(self, run: Run, name: str, now: float) -> Outcome | None:
         """None while it is at work. An attempt that is not known where it belongs is submitted again."""
-        submission = self._make_submission(run)
-        is_ours = run.submitter == self.submitter.kind
+        submission, attempt = self._make_submission(run, name), run.parts[name].attempt
+        is_ours = run.parts[name].submitter == self.submitter.kind
         status = self.submitter.get_status(submission) if is_ours else self._signs.read_status(submission)
         if status == "running":
-            self._silent_since.pop(submission.id, None)
+            self._silent_since.pop((run.key, name, attempt), None)
             return None
-        outcome = read_outcome(self.folder, run.key, run.attempt)
+        outcome = read_outcome(self.folder, run.key, name, attempt)
         if outcome is not None:
             return outcome
-        if not is_ours and not self._is_silent(submission.id):
+        if not is_ours and not self._is_silent((run.key, name, attempt)):
             return None
         if status == "unknown" and is_ours:
             if not is_late(self.spec, run, now):
                 self.submitter.submit(submission)
                 return None
             return Outcome(False, "no attempt got to its end")
-        return Outcome(False, f"attempt {run.attempt} ended without a word: killed, or see the log of {submission.id}")
+        return Outcome(False, f"attempt {attempt} ended without a word: killed, or see the log of {submission.id}")
 
-    def _is_silent(self, name: str) -> bool:
+    def _is_silent(self, name: tuple[str, str, int]) -> bool:
         """Of an attempt that another kind of submitter started."""
         since = self._silent_since.setdefault(name, self.monotonic())
         return self.monotonic() - since >= SILENCE_S
 
-    def _end(self, event: Ended) -> None:
-        if self.log.append(event):
-            self._own_ends.add(event.key)
-            tell = self.say if event.state == "succeeded" else self.warn
-            tell(f"{self.spec.name} {event.key}: {event.state}{': ' if event.message else ''}{event.message}")
-
-    def _make_submission(self, run: Run) -> Submission:
-        return Submission(self.folder, self.spec.name, run.key, run.attempt, run.order)
-
-    def list_outputs(self, run: Run) -> dict[str, str]:
-        """Output folders of a run by its jobs' names; {} where it never got so far."""
-        if not run.order:
-            return {}
-        order = read_order(self.folder, run.order)
-        jobs = make_jobs(order.spec, parse_key(run.key), order.previous, only_outputs=True)
-        return {job.name: Storage(job.output).root for job in jobs}
-
-    # ---- after their end ---------------------------------------------------------------------------------------------
-
-    def _write_told(self, now: float) -> None:
-        for key, number, problem in self.teller.collect():
-            if problem is not None:
-                self.warn(f"{self.spec.name} {key}: hook {number + 1} was not told, after four tries: {problem}")
-            event = Notified(key, number, problem is None, problem or "", now)
-            while not self._is_told(key, number) and not self.log.append(event):
-                continue
-
-    def _is_told(self, key: str, number: int) -> bool:
-        run = self.history.runs.get(key)
-        return run is None or number in run.notified
-
-    def _tell_ends(self) -> None:
-        for key in sorted(self.history.runs.keys() - self.history.active.keys()):
-            run = self.history.runs[key]
-            if self.only not in (None, key) or (key, run.ended_at) in self._told:
-                continue
-            hooks = self.spec.list_hooks(run.state == "succeeded")
-            left = [number for number in range(len(hooks)) if number not in run.notified]
-            if not left:
-                self._told.add((key, run.ended_at))
-            if not left or not self._may_tell(key):
-                continue
-            values = make_date_values(self.spec, parse_key(run.key))
-            payload = make_payload(self.spec, run, values, self.list_outputs(run))
-            for number in left:
-                self.teller.start(run.key, number, hooks[number], payload)
-
-    def _may_tell(self, key: str) -> bool:
-        """Who wrote the end tells it; others do when it takes them too long."""
-        since = self._seen_ends.setdefault(key, self.monotonic())
-        return key in self._own_ends or self.monotonic() - since >= HOOK_GRACE_S
-
-    def _retire(self, now: float) -> None:
-        if self.spec.retention is None or self.only is not None or self.history.length == self._retired_at:
+    def _note(self, event: AttemptFailed | PartitionEnded) -> None:
+        if not self.log.append(event):
             return
-        # The pointer is read only where there is something to retire: once a run, not once a look.
-        key = choose_retired(self.spec, self.history, ())
-        key = key and choose_retired(self.spec, self.history, self._list_protected())
-        if key is not None and self.log.append(Retired(key, now)):
-            self.say(f"{self.spec.name} {key}: its outputs are deleted, by retention.keep")
-        for run in [run for run in self.history.runs.values() if run.is_retired and not run.is_deleted]:
-            outputs = list(self.list_outputs(run).values())
-            if delete_some(outputs, self.spec.publish, run.key, DELETE_FILES):
-                self.log.append(Deleted(run.key, now))
-            return
-        if key is None:
-            self._retired_at = self.history.length  # nothing is to go until something happens
+        where = self._describe(event.key, event.partition)
+        if isinstance(event, AttemptFailed):
+            again = f"again in {event.retry_at - event.at:.0f} s"
+            self.warn(f"{where}: attempt {event.attempt} failed: {event.message}; {again}")
+        elif event.partition and event.state == "failed":
+            self.warn(f"{where}: failed: {event.message}")
+        elif event.partition:
+            self.say(f"{where}: succeeded")
 
-    def _list_protected(self) -> Iterable[str]:
-        """What is published, and what active runs read."""
-        published = None if self.spec.publish is None else read_published(Storage(self.spec.publish))
-        return [*filter(None, [published]), *(run.previous for run in self.history.list_active())]
+    def _describe(self, key: str, partition: str) -> str:
+        return " ".join(filter(None, [self.spec.name, key, partition]))
+
+    def _make_submission(self, run: Run, name: str) -> Submission:
+        part = run.parts[name]
+        return Submission(self.folder, self.spec.name, run.key, part.attempt, part.order, name)

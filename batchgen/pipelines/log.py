@@ -2,22 +2,24 @@
 
 `append` writes number n + 1 having read n, and says whether it was written: False when another scheduler was first. Then
 what it wrote is folded in instead, and the decision is to be taken anew. So the log is one line of events, decided one
-after the other, however many write to it. `state.json` is a copy of the history so far: a cache that spares reading the
+after the other, however many write to it. `history.json` is a copy of the history so far: a cache that spares reading the
 whole log; an old one, a missing or a damaged one costs time and nothing else.
 
-Each event is a small object that stays for ever: some five for each run.
+Each event is a small object that stays for ever: two for each run, two or more for each of its partitions, and its hooks'.
 """
 
 import json
 import uuid
 
 from batchgen.errors import AlreadyExists, NotFound, OutputError
-from batchgen.pipelines.events import Event, History, dump_event, dump_history, parse_event, parse_history
+from batchgen.pipelines.events import Event, dump_event, parse_event
+from batchgen.pipelines.history import History, dump_history, parse_history
 from batchgen.storage import Storage
 
-STATE = "state.json"
-# Events between two copies of the history: what a scheduler has to read one by one when it starts.
-COPY_INTERVAL = 100
+COPY = "history.json"
+# Events between two copies of the history: what a scheduler has to read one by one when it starts. More where the copy is
+# long, because a run has many partitions: one event for so many of them.
+COPY_INTERVAL, PARTS_PER_EVENT = 100, 50
 
 
 class Log:
@@ -52,8 +54,11 @@ class Log:
 
     def _apply(self, event: Event) -> None:
         self.history.apply(event)
-        if self.history.length - self._copied >= COPY_INTERVAL:
-            self._storage.put(STATE, dump_history(self.history))
+        if self.history.length - self._copied < COPY_INTERVAL:
+            return
+        num_parts = sum(len(run.parts) for run in self.history.runs.values())
+        if self.history.length - self._copied >= num_parts / PARTS_PER_EVENT:
+            self._storage.put(COPY, dump_history(self.history))
             self._copied = self.history.length
 
     def _read(self, number: int) -> tuple[Event, str] | None:
@@ -74,7 +79,7 @@ class Log:
 
     def _read_copy(self) -> History:
         try:
-            return parse_history(self._storage.read_bytes(STATE))
+            return parse_history(self._storage.read_bytes(COPY))
         except (NotFound, ValueError):
             return History()
 

@@ -16,8 +16,8 @@ from batchgen.storage import Storage
 
 
 class Order(BaseModel):
-    """One attempt at one run. `previous`: outputs of the previous successful run by the jobs' names; `spent_gpu_hours`: by
-    earlier attempts; `began_at`: Unix seconds."""
+    """One attempt at one partition of a run. `previous`: outputs of the previous successful run by the jobs' names;
+    `max_gpu_hours`: what it may use; `began_at`: of the run, Unix seconds."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -26,7 +26,8 @@ class Order(BaseModel):
     attempt: int
     previous: dict[str, str] | None
     began_at: float
-    spent_gpu_hours: float
+    partition: str = ""
+    max_gpu_hours: float | None = None
 
 
 def open_folder(spec: PipelineSpec) -> Storage:
@@ -34,21 +35,22 @@ def open_folder(spec: PipelineSpec) -> Storage:
     return Storage(f"{spec.state}/{spec.name}")
 
 
-def make_submission_id(name: str, key: str, attempt: int) -> str:
-    """One for each attempt, the same for everybody."""
-    return f"batchgen-{name}-{key}-{attempt}"
+def make_submission_id(name: str, key: str, partition: str, attempt: int) -> str:
+    """One for each attempt, the same for everybody. A key has one form and an attempt no `-`, so none is like another."""
+    return "-".join(filter(None, ["batchgen", name, key, partition, str(attempt)]))
 
 
-def make_run_folder(key: str) -> str:
-    return f"runs/{key}"
+def make_run_folder(key: str, partition: str) -> str:
+    """Of one partition of a run."""
+    return f"runs/{key}/{partition}" if partition else f"runs/{key}"
 
 
-def make_outcome_path(key: str, attempt: int) -> str:
-    return f"{make_run_folder(key)}/attempt-{attempt:03d}.json"
+def make_outcome_path(key: str, partition: str, attempt: int) -> str:
+    return f"{make_run_folder(key, partition)}/attempt-{attempt:03d}.json"
 
 
-def make_started_path(key: str, attempt: int) -> str:
-    return f"{make_run_folder(key)}/started-{attempt:03d}.json"
+def make_started_path(key: str, partition: str, attempt: int) -> str:
+    return f"{make_run_folder(key, partition)}/started-{attempt:03d}.json"
 
 
 def write_order(storage: Storage, order: Order) -> str:
@@ -72,13 +74,13 @@ def read_order(storage: Storage, digest: str) -> Order:
         raise OutputError(f"{storage.url(path)}: is damaged, or of another version; ask for the date again") from error
 
 
-def write_outcome(storage: Storage, key: str, attempt: int, outcome: Outcome) -> None:
-    storage.put(make_outcome_path(key, attempt), json.dumps(asdict(outcome)).encode())
+def write_outcome(storage: Storage, key: str, partition: str, attempt: int, outcome: Outcome) -> None:
+    storage.put(make_outcome_path(key, partition, attempt), json.dumps(asdict(outcome)).encode())
 
 
-def read_outcome(storage: Storage, key: str, attempt: int) -> Outcome | None:
+def read_outcome(storage: Storage, key: str, partition: str, attempt: int) -> Outcome | None:
     """None where the attempt has not said how it ended."""
-    path = make_outcome_path(key, attempt)
+    path = make_outcome_path(key, partition, attempt)
     try:
         fields: dict[str, Any] = json.loads(storage.read_bytes(path))
         return Outcome(**fields)

@@ -1,5 +1,6 @@
 """What people are told of pipelines (`batchgen pipelines list | show`), and what a date on the command line means."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -8,7 +9,7 @@ from typing import Any
 
 from batchgen.errors import SpecError
 from batchgen.pipelines.calendar import make_key, parse_date, parse_key
-from batchgen.pipelines.events import History, Run
+from batchgen.pipelines.history import History, Run
 from batchgen.pipelines.spec import PipelineSpec
 
 MAX_BACKFILL = 10_000
@@ -18,7 +19,6 @@ def make_row(spec: PipelineSpec, history: History, now: datetime) -> dict[str, A
     """One pipeline in a line."""
     next_date = spec.schedule.calendar.find_next(now)
     last = max(history.runs.values(), key=lambda run: run.began_at, default=None)
-    states = [*(run.state for run in history.runs.values()), *history.old.values()]
     return {
         "pipeline": spec.name,
         "schedule": f"{spec.schedule.cron} {spec.schedule.timezone}",
@@ -26,15 +26,18 @@ def make_row(spec: PipelineSpec, history: History, now: datetime) -> dict[str, A
         "next": None if next_date is None else make_key(next_date),
         "active": [run.key for run in history.list_active()],
         "asked": list(history.asked),
-        "succeeded": states.count("succeeded"),
-        "failed": states.count("failed"),
-        "last": None if last is None else {"run": last.key, "state": last.state, "message": last.message},
+        "succeeded": history.count("succeeded"),
+        "failed": history.count("failed"),
+        "last": None if last is None else {"run": last.key, "state": last.state, "message": last.last_message},
     }
 
 
 def make_run_value(run: Run) -> dict[str, Any]:
-    """A run as JSON."""
-    return asdict(run)
+    """A run as JSON. What its partitions share stands once, where there are none all of it."""
+    whole: dict[str, Any] = {"state": run.state, "attempt": run.attempt, "gpu_hours": run.gpu_hours}
+    whole["num_failed"] = sum(part.num_failed for part in run.parts.values())
+    whole["partitions"] = {name: asdict(part) for name, part in run.parts.items() if name}
+    return {**{name: value for name, value in asdict(run).items() if name not in ("parts", "end")}, **whole}
 
 
 def describe_row(row: dict[str, Any]) -> str:
@@ -51,7 +54,10 @@ def describe_run(run: Run) -> str:
     took = "" if run.ended_at is None else f", {run.ended_at - run.began_at:.0f} s"
     hours = f", {run.gpu_hours:.2f} GPU-hours" if run.gpu_hours else ""
     gone = ", outputs deleted" if run.is_deleted else ", outputs being deleted" if run.is_retired else ""
-    message = f": {run.message}" if run.message else ""
+    message = f": {run.last_message}" if run.last_message else ""
+    if "" not in run.parts:
+        states = Counter(part.state for part in run.parts.values())
+        gone = f", partitions: {', '.join(f'{count} {state}' for state, count in states.items())}{gone}"
     return f"{run.key}  {run.state:9}  began {began} UTC, {run.attempt} attempts{took}{hours}{gone}{message}"
 
 

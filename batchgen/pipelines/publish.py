@@ -39,6 +39,11 @@ def publish(storage: Storage, key: str, value: dict[str, Any]) -> bool:
         return True
 
 
+def unpublish(storage: Storage, key: str) -> None:
+    """Name its outputs no longer; `latest.json` is left to newer dates."""
+    storage.delete(make_date_path(key))
+
+
 def read_published(storage: Storage) -> str | None:
     """The key of the run that readers are given. Raises OutputError where the pointer is damaged."""
     try:

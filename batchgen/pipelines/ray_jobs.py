@@ -7,12 +7,13 @@ they are submitted again under the same id, and what they find done they don't d
 import json
 import os
 import shlex
+import time
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NoReply
 from typing import Any
 
 from ray.exceptions import RayError
-from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from batchgen.pipelines.submit import Status, Submission, SubmitterAway
 
@@ -29,6 +30,7 @@ class RaySubmitter:
         self._runtime_env = find_own_runtime_env() if runtime_env is None else runtime_env
         self._client: JobSubmissionClient | None = None
         self._thread: ThreadPoolExecutor | None = None
+        self._away_until = 0.0
 
     @property
     def kind(self) -> str:
@@ -38,10 +40,10 @@ class RaySubmitter:
         try:
             self._call(
                 lambda client: client.submit_job(
-                    entrypoint=shlex.join(["python", "-m", "batchgen.cli", *submission.arguments]),
+                    entrypoint=make_entrypoint(submission),
                     submission_id=submission.id,
                     runtime_env=self._runtime_env,
-                    metadata={"pipeline": submission.name, "run": submission.key},
+                    metadata=make_metadata(submission),
                 )
             )
         except SubmitterAway:
@@ -50,11 +52,15 @@ class RaySubmitter:
                 raise
 
     def get_status(self, submission: Submission) -> Status:
-        jobs = self._call(lambda client: client.list_jobs())
-        found = next((job.status for job in jobs if job.submission_id == submission.id), None)
+        found = self._call(lambda client: _find_job(client, submission.id))
         if found is None:
             return "unknown"
-        return "running" if found in (JobStatus.PENDING, JobStatus.RUNNING) else "ended"
+        if submission.arguments[-1] not in shlex.split(found.entrypoint):
+            raise SubmitterAway(
+                f"Ray has another job of the id {submission.id}: of a pipeline with the same name whose state lies "
+                "elsewhere; give one of them another name"
+            )
+        return "running" if found.status in (JobStatus.PENDING, JobStatus.RUNNING) else "ended"
 
     def stop(self, submission: Submission) -> None:
         if self.get_status(submission) == "running":
@@ -62,11 +68,14 @@ class RaySubmitter:
 
     def _call(self, ask: Any) -> Any:
         """In a thread: Ray's client waits for a reply for ever."""
+        if time.monotonic() < self._away_until:
+            raise SubmitterAway(f"Ray's job API did not answer within {REPLY_TIMEOUT_S:g} s")
         thread = self._thread = self._thread or ThreadPoolExecutor(1, "ray-jobs")
         try:
             return thread.submit(lambda: ask(self._open())).result(REPLY_TIMEOUT_S)
         except NoReply as error:
             self._thread = self._client = None  # it may hang in there; the next call has its own
+            self._away_until = time.monotonic() + REPLY_TIMEOUT_S  # or each pipeline would wait as long
             raise SubmitterAway(f"Ray's job API did not answer within {REPLY_TIMEOUT_S:g} s") from error
         except _ERRORS as error:
             raise SubmitterAway(f"Ray's job API: {describe(error)}") from error
@@ -75,6 +84,24 @@ class RaySubmitter:
         if self._client is None:
             self._client = JobSubmissionClient(self._address)
         return self._client
+
+
+def _find_job(client: JobSubmissionClient, submission_id: str) -> JobDetails | None:
+    """None where the head knows none of this id. Ray's client says that as it says anything else, a RuntimeError, so only
+    then are all its jobs listed, which may be many."""
+    try:
+        return client.get_job_info(submission_id)
+    except RuntimeError:
+        return next((job for job in client.list_jobs() if job.submission_id == submission_id), None)
+
+
+def make_entrypoint(submission: Submission) -> str:
+    return shlex.join(["python", "-m", "batchgen.cli", *submission.arguments])
+
+
+def make_metadata(submission: Submission) -> dict[str, str]:
+    """For people who look at the head's jobs."""
+    return {"pipeline": submission.name, "run": submission.key, "partition": submission.partition}
 
 
 def describe(error: BaseException) -> str:

@@ -4,7 +4,7 @@ The jobs of its stages are templates: plain trees, because what stands in them i
 put into it. Nothing secret belongs here: a webhook whose address is a secret is named by an environment variable.
 """
 
-import re
+import hashlib
 from datetime import UTC, datetime
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -17,10 +17,17 @@ from batchgen.specs.sections import Section
 from batchgen.urls import check_url
 
 NAME = r"^[a-z][a-z0-9_-]{0,62}$"
-# Names of template variables that are not partitions.
-OWN_VARIABLES = frozenset({"logical_date", "logical_time", "logical_hour", "pipeline", "run", "input"})
+
+
+def check_plain(text: str) -> str:
+    """Raises ValueError for what looks like a template where none is rendered."""
+    if "{{" in text:
+        raise ValueError(f"'{text}' is the same for every date; write it without {{{{ }}}}")
+    return text
+
 
 Url = Annotated[str, AfterValidator(check_url)]
+PlainUrl = Annotated[Url, AfterValidator(check_plain)]
 Name = Annotated[str, Field(pattern=NAME)]
 
 
@@ -60,13 +67,19 @@ class ScheduleSpec(Section):
         description="When several dates are due at once: run all of them, oldest first (true), or only the newest (false).",
     )
 
+    @model_validator(mode="after")
+    def _has_dates(self) -> "ScheduleSpec":
+        if self.start is not None and self.end is not None and self.end < self.start:
+            raise ValueError("end lies before start, so there is no date; correct one of them")
+        return self
+
     @property
     def calendar(self) -> Calendar:
         return Calendar(self.cron, self.timezone)
 
 
 class RetriesSpec(Section):
-    """What becomes of a run that failed."""
+    """What becomes of a run, or one partition of it, that failed."""
 
     max: int = Field(default=2, ge=0, le=100, description="So many more attempts; each goes on where the last stopped.")
     delay: Duration = Field(default=300.0, description="Wait before the next (s, or 5m).")
@@ -91,7 +104,7 @@ class WaitSpec(Section):
 class HookSpec(Section):
     """What is told of a run's end: an HTTP POST with a JSON body, or a command with the same JSON on its standard input."""
 
-    webhook: Url | None = Field(default=None, description="http(s) address.")
+    webhook: PlainUrl | None = Field(default=None, description="http(s) address.")
     webhook_env: str | None = Field(
         default=None, description="Environment variable of the scheduler that holds the address, where it is a secret."
     )
@@ -99,6 +112,11 @@ class HookSpec(Section):
         default=None, min_length=1, description="Program and arguments, run where the scheduler runs. No shell."
     )
     timeout: Duration = Field(default=30.0, description="Of one try (s). There are four.")
+
+    @property
+    def id(self) -> str:
+        """The same for the same hook, wherever it stands in the file."""
+        return hashlib.sha256(self.model_dump_json(exclude={"timeout"}).encode()).hexdigest()[:16]
 
     @model_validator(mode="after")
     def _exactly_one(self) -> "HookSpec":
@@ -115,7 +133,8 @@ class StageInput(Section):
     stage: Name = Field(description="The stage whose output is read; of the same partition.")
     filter: str | None = Field(
         default=None,
-        description="One DuckDB SQL expression over the columns of that output; rows for which it isn't true stay behind.",
+        description="One DuckDB SQL expression over the columns of that output, `{{ ... }}` put in as it stands; rows for "
+        "which it isn't true stay behind.",
     )
 
 
@@ -139,11 +158,11 @@ class PipelineSpec(Section):
     """A whole pipeline."""
 
     name: Name
-    state: Url = Field(description="Folder for the records of its runs, on a store with conditional writes.")
+    state: PlainUrl = Field(description="Folder for the records of its runs, on a store with conditional writes.")
     schedule: ScheduleSpec
     partitions: dict[Name, Annotated[tuple[str, ...], Field(min_length=1)]] = Field(
         default={},
-        description="Names with their values: every stage is one job for each combination, `{{ name }}` in it.",
+        description="Names with their values: each combination is a partition, with own attempts; `{{ name }}` in jobs.",
     )
     wait_for: tuple[WaitSpec, ...] = Field(default=(), description="What must have arrived before a run starts.")
     wait_deadline: Duration = Field(
@@ -151,6 +170,9 @@ class PipelineSpec(Section):
     )
     max_active_runs: int = Field(
         default=1, ge=1, le=1000, description="Runs begun and not ended, those that wait for their input included."
+    )
+    max_active_partitions: int = Field(
+        default=1, ge=1, le=1000, description="Partitions of one run that are at work at the same time."
     )
     retries: RetriesSpec = RetriesSpec()
     deadline: Duration | None = Field(
@@ -161,23 +183,12 @@ class PipelineSpec(Section):
         default=None, gt=0, description="Of one run: all its stages, partitions and attempts (GPU-hours)."
     )
     stages: tuple[StageSpec, ...] = Field(min_length=1)
-    publish: Url | None = Field(
+    publish: PlainUrl | None = Field(
         default=None, description="Folder for latest.json and dates/KEY.json, which name the outputs of whole runs."
     )
     retention: RetentionSpec | None = None
     on_success: tuple[HookSpec, ...] = ()
     on_failure: tuple[HookSpec, ...] = ()
-
-    @model_validator(mode="after")
-    def _has_own_names(self) -> "PipelineSpec":
-        names = [stage.name for stage in self.stages]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"two stages have the name '{name}'; give each its own")
-        for name in self.partitions:
-            if name in OWN_VARIABLES or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-                raise ValueError(f"partitions: '{name}' can't be its name; choose another, of letters, digits and _")
-        return self
 
     def list_hooks(self, is_success: bool) -> tuple[HookSpec, ...]:
         return self.on_success if is_success else self.on_failure

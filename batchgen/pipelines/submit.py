@@ -24,6 +24,8 @@ from batchgen.storage import Storage
 Status = Literal["running", "ended", "unknown"]
 # How long an attempt of another submitter may give no sign of life.
 SILENCE_S = 600.0
+# Ended processes that a scheduler remembers.
+MAX_ENDED = 100
 
 
 class SubmitterAway(BatchgenError):
@@ -34,17 +36,18 @@ class SubmitterAway(BatchgenError):
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """One attempt at one run of the pipeline with this folder."""
+    """One attempt at one partition of a run of the pipeline with this folder."""
 
     folder: Storage
     name: str
     key: str
     attempt: int
     order: str
+    partition: str = ""
 
     @property
     def id(self) -> str:
-        return make_submission_id(self.name, self.key, self.attempt)
+        return make_submission_id(self.name, self.key, self.partition, self.attempt)
 
     @property
     def arguments(self) -> list[str]:
@@ -78,14 +81,15 @@ class LifeSigns:
         self._beats: dict[str, tuple[tuple[int, int], float]] = {}
 
     def read_status(self, submission: Submission) -> Status:
-        folder, key = submission.folder, submission.key
-        if folder.info(make_started_path(key, submission.attempt)) is None:
+        folder, key, partition = submission.folder, submission.key, submission.partition
+        if folder.info(make_started_path(key, partition, submission.attempt)) is None:
             return "unknown"
-        holder = read_holder(Storage(folder.url(make_run_folder(key))))
+        holder = read_holder(Storage(folder.url(make_run_folder(key, partition))))
         return "running" if holder is not None and self._is_alive(submission.id, holder) else "ended"
 
     def _is_alive(self, name: str, holder: Holder) -> bool:
         if holder.has_ended or is_dead_here(holder):
+            self._beats.pop(name, None)
             return False
         beat, now = (holder.epoch, holder.beat), self._monotonic()
         known, since = self._beats.get(name, (None, now))
@@ -115,8 +119,15 @@ class LocalSubmitter:
                 self._children[submission.id] = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
                 )
+            self._forget()
         except OSError as error:  # no room for its log, no more processes: other pipelines go on meanwhile
             raise SubmitterAway(f"{submission.id} can't be started here: {error}") from error
+
+    def _forget(self) -> None:
+        """Of those that ended, all but the newest: their ends are in the log."""
+        ended = [name for name, child in self._children.items() if child.poll() is not None]
+        for name in ended[:-MAX_ENDED]:
+            del self._children[name]
 
     def get_status(self, submission: Submission) -> Status:
         child = self._children.get(submission.id)
@@ -125,7 +136,8 @@ class LocalSubmitter:
         return self._signs.read_status(submission)
 
     def stop(self, submission: Submission) -> None:
-        holder = read_holder(Storage(submission.folder.url(make_run_folder(submission.key))))
+        run_folder = make_run_folder(submission.key, submission.partition)
+        holder = read_holder(Storage(submission.folder.url(run_folder)))
         if holder is not None and holder.machine == get_machine() and not holder.has_ended and not is_dead_here(holder):
             with suppress(ProcessLookupError):  # it ended just now
                 os.kill(holder.pid, signal.SIGTERM)

@@ -110,7 +110,7 @@ def parse_header(header: bytes, num_file_bytes: int) -> list[Tensor]:
             Tensor(name, str(entry["dtype"]), end - start, tuple(map(int, entry["shape"])))
             for name, (entry, start, end) in tensors.items()
         ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError("has a header that is not safetensors JSON; it is damaged") from error
     expected = LENGTH_BYTES + len(header) + max(ends, default=0)
     if num_file_bytes != expected:

@@ -57,7 +57,8 @@ def check_model(checkpoint: CheckpointFacts, needs: EngineNeeds, node: NodeFacts
 
 
 def _check_architecture(checkpoint: CheckpointFacts, needs: EngineNeeds) -> Check:
-    found = ", ".join(map(str, checkpoint.config.get("architectures") or ["none"]))
+    named = checkpoint.config.get("architectures")
+    found = ", ".join(map(str, named if isinstance(named, list) and named else ["none"]))
     if found == ARCHITECTURE:
         return Check("architecture", "ok", found)
     if needs.custom_tokenizer == "deepseek_v32":
@@ -85,10 +86,13 @@ def check_quantization(checkpoint: CheckpointFacts, node: NodeFacts) -> list[Che
     if section.get("quant_algo") != "NVFP4":
         what = f"{QUANT_CONFIG} says {section.get('quant_algo')}, not NVFP4"
         return [Check("quantisation", "warn", what, "the defaults are for NVFP4: look at each engine field")]
-    kv = section.get("kv_cache_quant_algo")
+    kv, excluded = section.get("kv_cache_quant_algo"), section.get("exclude_modules") or []
+    if not isinstance(excluded, list):
+        what = f"exclude_modules of {QUANT_CONFIG} is no list"
+        return [Check("quantisation", "fail", what, "copy it from the checkpoint's publisher again", is_spec=True)]
     return [
         Check("quantisation", "ok", f"NVFP4, KV cache {kv or 'not quantised'}"),
-        *_check_excluded(checkpoint, section.get("exclude_modules") or []),
+        *_check_excluded(checkpoint, excluded),
         *_check_blackwell(node),
     ]
 
@@ -142,30 +146,37 @@ class Capacity:
         return self.kv_tokens // self.reserved_tokens
 
 
+def read_count(checkpoint: CheckpointFacts, name: str) -> int:
+    """A number of the config; 0 where it has none, or something else there."""
+    value = checkpoint.config.get(name)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+
+
 def find_kv_token_bytes(checkpoint: CheckpointFacts, needs: EngineNeeds) -> int | None:
     """Bytes of one token in the KV cache of one GPU; None for a config that doesn't say."""
-    config = checkpoint.config
-    quantization = (checkpoint.quant_config or {}).get("quantization") or {}
-    is_fp8 = needs.kv_dtype == "fp8" or (needs.kv_dtype == "auto" and quantization.get("kv_cache_quant_algo") == "FP8")
-    value_bytes, layers = 1 if is_fp8 else 2, config.get("num_hidden_layers")
+    quantization = (checkpoint.quant_config or {}).get("quantization")
+    kv_algo = quantization.get("kv_cache_quant_algo") if isinstance(quantization, Mapping) else None
+    is_fp8 = needs.kv_dtype == "fp8" or (needs.kv_dtype == "auto" and kv_algo == "FP8")
+    value_bytes, layers = 1 if is_fp8 else 2, read_count(checkpoint, "num_hidden_layers")
     if not layers:
         return None
-    if config.get("kv_lora_rank"):  # latent attention keeps one vector a layer, on every GPU
-        latent = (config["kv_lora_rank"] + config.get("qk_rope_head_dim", 0)) * value_bytes
-        indexer = config.get("index_head_dim") or 0
-        return int(layers * (latent + indexer + indexer // INDEXER_BLOCK * INDEXER_SCALE_BYTES))
-    heads = config.get("num_key_value_heads") or config.get("num_attention_heads")
-    dim = config.get("head_dim") or (config.get("hidden_size", 0) // (config.get("num_attention_heads") or 1))
+    if rank := read_count(checkpoint, "kv_lora_rank"):  # latent attention keeps one vector a layer, on every GPU
+        latent = (rank + read_count(checkpoint, "qk_rope_head_dim")) * value_bytes
+        indexer = read_count(checkpoint, "index_head_dim")
+        return layers * (latent + indexer + indexer // INDEXER_BLOCK * INDEXER_SCALE_BYTES)
+    queries = read_count(checkpoint, "num_attention_heads")
+    heads = read_count(checkpoint, "num_key_value_heads") or queries
+    dim = read_count(checkpoint, "head_dim") or read_count(checkpoint, "hidden_size") // (queries or 1)
     if not heads or not dim:
         return None
     on_one = heads if needs.has_attention_dp else -(-heads // needs.num_gpus)
-    return int(layers * 2 * on_one * dim * value_bytes)
+    return layers * 2 * on_one * dim * value_bytes
 
 
 def find_capacity(checkpoint: CheckpointFacts, needs: EngineNeeds, gpu_bytes: int) -> Capacity | None:
     """`gpu_bytes`: free on the fullest GPU. With attention DP all but the routed experts lies on every GPU whole."""
     token_bytes = find_kv_token_bytes(checkpoint, needs)
-    max_len = needs.max_model_len or checkpoint.config.get("max_position_embeddings")
+    max_len = needs.max_model_len or read_count(checkpoint, "max_position_embeddings")
     if token_bytes is None or not max_len:
         return None
     shared = checkpoint.num_shared_bytes // (1 if needs.has_attention_dp else needs.num_gpus)

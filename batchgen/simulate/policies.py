@@ -22,7 +22,7 @@ class Policies:
 
 @dataclass(frozen=True, slots=True)
 class WorkerModel:
-    """All that a virtual worker is made of. `window` in requests."""
+    """All that a virtual worker is made of. `window` in requests; `num_requests`: as in `WorkerSetup`."""
 
     engine: EngineModel
     policies: Policies
@@ -32,3 +32,4 @@ class WorkerModel:
     max_prompt_tokens: int | None = None
     commit_s: float = 2.0
     journal_interval_s: float = 30.0
+    num_requests: int | None = None

@@ -76,10 +76,11 @@ def queue_shards(shards: Iterable[Shard], scenario: Scenario) -> Iterator[Queued
 
 def run_exactly(scenario: Scenario) -> VirtualRun:
     """Row by row. Raises AssertionError where a row comes out twice or not at all."""
-    store = VirtualStore()
+    store, max_workers = VirtualStore(), scenario.cluster.cluster.workers.max
+    model = replace(scenario.worker, num_requests=scenario.num_rows * scenario.worker.n // max_workers)
 
     def make_worker(worker_id: str, now: float) -> VirtualWorker:
-        return VirtualWorker(worker_id, scenario.worker, scenario.workload, store, now)
+        return VirtualWorker(worker_id, model, scenario.workload, store, now)
 
     cluster = VirtualCluster(make_queued(scenario), make_worker, scenario.cluster, scenario.workload.seed)
     record = cluster.run()

@@ -20,6 +20,7 @@ from batchgen.simulate.policies import WorkerModel
 from batchgen.simulate.rank import VirtualRequest
 from batchgen.simulate.workload import VirtualRow, Workload
 from batchgen.worker.budget import choose_budget
+from batchgen.worker.hint_check import HintCheck
 from batchgen.worker.placement import Placer
 from batchgen.worker.read_ahead import ReadAhead, Stretch
 
@@ -43,7 +44,7 @@ class VirtualWorker:
         self.open: dict[str, OpenRows] = {}
         self._events: list[VirtualEvent] = []
         self._ahead: ReadAhead[OpenRows] = ReadAhead()
-        self._ahead.sort(model.policies.is_ordered)
+        self._hints = HintCheck(model.num_requests, model.window)
         ranks = model.engine.num_ranks
         if placer is None and model.policies.has_placement:
             placer = Placer(ranks, max_rows=model.engine.max_batch_size)
@@ -134,6 +135,7 @@ class VirtualWorker:
 
     def _fill(self) -> None:
         """Longest expected first, or in order, while the window has room."""
+        self._ahead.sort(self.model.policies.is_ordered and self._hints.are_useful)
         while (room := self.model.window - len(self._inflight)) > 0 and self._ahead.num_rows:
             for stretch, places in self._ahead.take(room, 1e18):
                 opened = stretch.source
@@ -191,6 +193,8 @@ class VirtualWorker:
                 self._placer.place_again(key, finished.rank, row.prompt_tokens + done, self.engine.total_tokens)
             self._ask(key, row, done, finished.rank if self._placer is not None else None)
             return
+        if row.expected_tokens is not None:
+            self._hints.note(row.expected_tokens, row.output_tokens)
         del self._inflight[key]
         opened.left[place] -= 1
         if opened.left[place] == 0:

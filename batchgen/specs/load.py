@@ -25,6 +25,15 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 # PyYAML's own, and what it lets through for a value such as 2024-13-45, which looks like a date and is none.
 YAML_ERRORS = (yaml.YAMLError, ValueError, AttributeError)
+# Where Ray unpacks the --working-dir of a job, on each node: a copy that it deletes.
+RAYS_COPY = "/runtime_resources/working_dir_files/"
+# The least that a job's required sections can be.
+LEAST = {
+    "input": "{paths: prompts.parquet}",
+    "prompt": "{column: prompt}",
+    "engine": "{kind: transformers}",
+    "output": "{path: out}",
+}
 
 
 def load_spec(url: str, overrides: Sequence[str] = ()) -> JobSpec:
@@ -93,10 +102,14 @@ def _set(tree: dict[str, Any], override: str) -> None:
 
 def describe(error: ValidationError, root: type[BaseModel] = JobSpec) -> str:
     """One sentence for the first thing wrong, and how many more there are. `root`: what was validated."""
-    # A misspelt field is told before the required one that it was meant to be.
-    errors = sorted(error.errors(include_url=False, include_input=False), key=lambda e: e["type"] != "extra_forbidden")
+    errors = sort_errors(error)
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return _describe_one(errors[0], root) + more
+
+
+def sort_errors(error: ValidationError) -> list[ErrorDetails]:
+    """A misspelt field is told before the required one that it was meant to be."""
+    return sorted(error.errors(include_url=False, include_input=False), key=lambda e: e["type"] != "extra_forbidden")
 
 
 def _describe_one(error: ErrorDetails, root: type[BaseModel]) -> str:
@@ -108,7 +121,8 @@ def _describe_one(error: ErrorDetails, root: type[BaseModel]) -> str:
         mend = f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(sorted(names))}"
         return f"{where}: unknown field; {mend}"
     if error["type"] == "missing":
-        return f"{where}: is required; add it"
+        least = LEAST.get(where) if root is JobSpec else None
+        return f"{where}: is required; add it" + (f", e.g. {where}: {least}" if least else "")
     return f"{where}: {error['msg'].removeprefix('Value error, ')}"
 
 
@@ -134,6 +148,8 @@ def list_field_names(path: Sequence[str], location: Sequence[str], root: type[Ba
         return list(section.model_fields)
     models: list[type[BaseModel]] = [root]
     for name in path:
+        if name.isdigit():  # a place in a list, whose members are the models already
+            continue
         fields = [model.model_fields[name] for model in models if name in model.model_fields]
         models = [member for field in fields for member in _members(field.annotation)]
     return [name for model in models for name in model.model_fields]
@@ -158,6 +174,11 @@ def with_absolute_paths(spec: JobSpec) -> JobSpec:
         if model.revision is not None:
             raise SpecError(f"model.revision: goes with a hub id, and {model.path} is a folder here; leave it out")
         model = model.model_copy(update={"path": _absolute(model.path)})
+    if RAYS_COPY in _absolute(output.path):
+        raise SpecError(
+            "output.path: lies in Ray's own copy of --working-dir, which it deletes; give a full path or a URL that every "
+            "node sees"
+        )
     lock_url = output.lock_url and _absolute(output.lock_url)
     prior = spec.input.length_prior and _absolute(spec.input.length_prior)
     earlier = tuple(_absolute(path) for path in spec.input.reuse_from)

@@ -1,15 +1,20 @@
 """Do the length hints of a job say anything? Pure.
 
 Rows go longest expected first while the answers that come back bear the hints out, and in input order while they don't:
-so hints that are noise, or the wrong way round, cost next to nothing over having none. What is watched is the correlation
+so hints that are noise, or the wrong way round, cost next to nothing over having none. A worker with many rows before it
+lets the hints prove themselves first: what matters there is which rows come last, and another order of the first few
+hundred moves the end by up to a fortieth, either way. Where there are few, the proof would come too late, and hints are
+believed until the answers speak against them. What is watched is the correlation
 of the logarithms of expected and actual length, for lengths are spread over orders of magnitude; older answers count
 less, so that hints which are good for one file and noise in the next are followed for the one only.
 """
 
 import math
 
-# Before so many answers the hints have the benefit of the doubt.
+# Of fewer answers nothing is said.
 MIN_ANSWERS = 64
+# As many requests as are in flight at once, so many times, are many.
+MANY_WINDOWS = 32
 # Correlation below which they are noise: of 64 answers it is above this in one of 40 cases where there is none at all.
 MIN_CORRELATION = 0.25
 # An answer counts half once so many more have come.
@@ -17,9 +22,11 @@ HALF_LIFE = 1000
 
 
 class HintCheck:
-    """`note` an answer, ask `are_useful`."""
+    """`note` an answer, ask `are_useful`. `num_requests`: how many one worker can expect of the run, None where nobody
+    knows; `window`: how many it has in flight."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_requests: int | None = None, window: int = 1) -> None:
+        self._are_believed = num_requests is None or num_requests < MANY_WINDOWS * window
         self._decay = 0.5 ** (1 / HALF_LIFE)
         self._weight, self._x, self._y, self._xx, self._yy, self._xy = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
         self._num_answers = 0
@@ -33,7 +40,7 @@ class HintCheck:
 
     @property
     def are_useful(self) -> bool:
-        return self._num_answers < MIN_ANSWERS or self._correlate() >= MIN_CORRELATION
+        return self._are_believed if self._num_answers < MIN_ANSWERS else self._correlate() >= MIN_CORRELATION
 
     def _correlate(self) -> float:
         """0 where answers are all of one length; 1 where what was expected of them was: that says nothing against it."""

@@ -97,12 +97,6 @@ def read_seal(footer: bytes | memoryview, parquet: ParquetFile) -> Seal:
     return Seal(digest(footer), None if body is None else body.decode(errors="replace"))
 
 
-def is_body_whole(data: bytes | memoryview, body_sha256: str) -> bool:
-    """Is everything before the footer of this file what was sealed?"""
-    start = find_footer(data[-END_BYTES:], len(data))
-    return digest(memoryview(data)[:start]) == body_sha256
-
-
 # ---- JSON ------------------------------------------------------------------------------------------------------------
 
 

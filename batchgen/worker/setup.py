@@ -12,7 +12,8 @@ from batchgen.storage import Storage
 
 @dataclass(frozen=True, slots=True)
 class WorkerSetup:
-    """What a worker needs to be made, in any process. `prior`: what an earlier run measured of lengths."""
+    """What a worker needs to be made, in any process. `prior`: what an earlier run measured of lengths. `num_requests`:
+    how many of the run's fall to one worker, if it has all that it may have; None where that is not known."""
 
     worker_id: str
     spec: JobSpec
@@ -20,6 +21,7 @@ class WorkerSetup:
     storage: Storage
     passthrough: pa.Schema
     prior: LengthPrior | None = None
+    num_requests: int | None = None
 
     @property
     def run_name(self) -> str:

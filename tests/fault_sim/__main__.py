@@ -13,6 +13,7 @@ import pytest
 
 from .world import Outcome, run_world  # isort: skip  # before anything of batchgen
 from .mutants import MUTANTS
+from .reuse_mutants import REUSE_MUTANTS
 
 MAX_SEEDS = 1000
 # A soak that is cut goes on behind the last seed that it told.
@@ -28,7 +29,7 @@ def main() -> int:
     first, _, end = arguments.seeds.partition(":")
     quieten()
     if arguments.mutants:
-        return int(False in [find(mutant, int(first)) for mutant in MUTANTS])
+        return int(False in [find(mutant, int(first)) for mutant in [*MUTANTS, *REUSE_MUTANTS]])
     started, totals, strikes, num_failed = time.perf_counter(), Counter[str](), Counter[str](), 0
     seeds = range(int(first), int(end or int(first) + 1))
     for number, seed in enumerate(seeds, 1):
@@ -66,6 +67,8 @@ def add(outcome: Outcome, totals: Counter[str], strikes: Counter[str]) -> None:
     totals["runs"] += outcome.num_runs
     totals["rows"] += outcome.num_rows
     totals["generated"] += outcome.num_generated
+    totals["reused"] += outcome.num_reused
+    totals["copied"] += outcome.num_copied
     totals["commits"] += outcome.num_commits
     totals["replaced files"] += outcome.num_replaced
     totals["store operations"] += outcome.num_operations

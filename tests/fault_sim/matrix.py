@@ -93,6 +93,9 @@ class CellWorld(World):
         super().__init__(0)
         self.striker = RoleStriker(cell, self.kernel, self._submit_again)
 
+    def _make_earlier(self) -> None:
+        return None
+
     def _make_weather(self) -> Weather:
         return QUIET
 

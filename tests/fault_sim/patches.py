@@ -160,6 +160,7 @@ from batchgen.driver import hold  # noqa: E402
 from batchgen.driver import lease as driver_lease  # noqa: E402
 from batchgen.preflight import tokenizer_files  # noqa: E402
 from batchgen.stores.probe import StoreAbilities  # noqa: E402
+from batchgen.reuse import carrier  # noqa: E402
 from batchgen.verify import verify  # noqa: E402
 from batchgen.worker import worker  # noqa: E402
 
@@ -169,5 +170,6 @@ for _module in (job, verify):
 threads = Threading(get_kernel)
 hold.threading = threads  # type: ignore[assignment]
 driver_lease.threading = threads  # type: ignore[assignment]
+carrier.threading = threads  # type: ignore[assignment]
 hold.probe = lambda _: StoreAbilities(is_exclusive=True, can_replace=True, reason=None)
 __all__ = ["driver_lease", "enter", "get_kernel", "hold", "leave", "run", "worker"]

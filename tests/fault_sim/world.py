@@ -28,6 +28,7 @@ from batchgen.stores.opening import opening_through
 from batchgen.verify.verify import verify
 
 from .checker import Checker, Key, Violation
+from .earlier import EARLIER, Earlier, make_prompt
 from .faults import CALM, Weather, choose, make_weather
 from .kernel import Kernel, Process
 from .pool import SimPool
@@ -54,6 +55,8 @@ class Outcome:
     num_runs: int = 0
     num_rows: int = 0
     num_generated: int = 0
+    num_reused: int = 0
+    num_copied: int = 0
     num_commits: int = 0
     num_replaced: int = 0
     num_operations: int = 0
@@ -75,6 +78,7 @@ class World:
         self.changed_by: dict[str, str] = {}
         self.store = SimStore(self.kernel, self._watch)
         self.store.on_freeze = self._submit_again
+        self.earlier = self._make_earlier()
         self.spec = self._make_job()
         self.checker = Checker(self.keys, self.store.held)
         self.drivers: list[Process] = []
@@ -86,6 +90,13 @@ class World:
 
     def _make_weather(self) -> Weather:
         return make_weather(self.rng)
+
+    def _make_earlier(self) -> Earlier | None:
+        """None where this kind of world has none."""
+        earlier = Earlier(self.outcome.seed)
+        for path, data in earlier.files.items():
+            self.store.plant(f"{EARLIER}/{path}", data)
+        return earlier
 
     def _watch(self, name: str, before: bytes | None, after: bytes | None) -> None:
         process = self.kernel.process
@@ -115,7 +126,7 @@ class World:
         lease_ttl_s = rng.uniform(4, 12)
         return make_spec(
             {
-                "input": {"paths": [IN], "custom_id": "key", "passthrough": ["topic"]},
+                "input": {"paths": [IN], "custom_id": "key", "passthrough": ["topic"], **self._make_reuse()},
                 "prompt": {"column": "prompt"},
                 "engine": {"kind": "simulated", "mean_tokens": 12, "sigma": 0.8, "startup_s": 0.5, **rates},
                 "sampling": {"max_tokens": 40, "n": n},
@@ -144,14 +155,20 @@ class World:
             }
         )
 
+    def _make_reuse(self) -> dict[str, Any]:
+        return {} if self.earlier is None else self.earlier.make_input()
+
     def _plant_file(self, name: str, num_rows: int, n: int) -> None:
         self._plant_rows(name, [self.rng.random() < 0.08 for _ in range(num_rows)], n)
 
     def _plant_rows(self, name: str, is_bad: list[bool], n: int) -> None:
         """One file; a bad row has no prompt."""
         num_rows = len(is_bad)
+        prompts = [
+            self.earlier.choose_prompt(name, row) if self.earlier else make_prompt(name, row) for row in range(num_rows)
+        ]
         rows = {
-            "prompt": pa.array([None if bad else f"{name} {row}?" for row, bad in enumerate(is_bad)], pa.string()),
+            "prompt": pa.array([None if bad else text for text, bad in zip(prompts, is_bad, strict=True)], pa.string()),
             "key": pa.array([f"{name}-{row}" for row in range(num_rows)]),
             "topic": pa.array(range(num_rows)),
         }
@@ -323,6 +340,9 @@ class World:
         self._verify(is_released=False)
         self._run_once_more()
         self.checker.check_end(expected)
+        if self.earlier is not None:
+            self.earlier.check_end(self.checker.list_rows())
+            self.outcome.num_reused, self.outcome.num_copied = self.earlier.num_reused, self.earlier.num_copied
         self._verify(is_released=True)
 
     def _run_once_more(self) -> None:
@@ -457,6 +477,11 @@ class SimEngine:
     async def generate(self, request: Request) -> Generation:
         world, weather = self._world, self._world.weather
         world.outcome.num_generated += 1
+        if world.earlier is not None:
+            try:
+                world.earlier.check_sent(request, self._engine)
+            except Violation as error:  # production code might catch it
+                world.checker.violation = world.checker.violation or str(error)
         if world.kernel.now < world.calm_at:
             await self._suffer(weather)
         answer: Generation = await self._engine.generate(request)
