@@ -56,6 +56,7 @@ STATS_SCHEMA = pa.schema(
     + [("lengths", pa.string())]
     + [(name, _SKETCH) for name in SKETCH_FIELDS.values()]
 )
+NO_STATS = STATS_SCHEMA.empty_table()
 
 
 def _make_stats_row(stats: BatchStats) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def _make_part(batches: list[BatchStats]) -> pa.Table:
 
 def make_stats_table(batches: Iterable[BatchStats]) -> pa.Table:
     """One row a batch."""
-    rest, parts = iter(batches), [STATS_SCHEMA.empty_table()]
+    rest, parts = iter(batches), [NO_STATS]
     while part := list(islice(rest, PART_BATCHES)):
         parts.append(_make_part(part))
     return pa.concat_tables(parts)
@@ -104,7 +105,7 @@ def list_stats_files(storage: Storage) -> list[str]:
 def read_stats_table(storage: Storage) -> pa.Table:
     """All of batch_stats, one row a batch. Raises OutputError where a file of it is damaged."""
     tables = [_read_stats_file(storage, path) for path in list_stats_files(storage)]
-    return pa.concat_tables([STATS_SCHEMA.empty_table(), *tables])
+    return pa.concat_tables([NO_STATS, *tables])
 
 
 def _read_stats_file(storage: Storage, path: str) -> pa.Table:

@@ -141,7 +141,7 @@ def read_sound_partials(storage: Storage, refs: Sequence[JournalRef], schema: pa
 
 
 def _read_sound(storage: Storage, refs: Iterable[JournalRef], schema: pa.Schema) -> tuple[pa.Table, list[str]]:
-    tables, left_out = [schema.empty_table()], []
+    tables, left_out = [pa.Table.from_batches([], schema)], []
     for ref in refs:
         try:
             tables.append(read_ref(storage, ref, schema))

@@ -166,8 +166,9 @@ class Inquiry:
 
     def _settle(self) -> None:
         """Asked at every turn: deaths by chance are forgotten after a while, and then the verdict is due."""
-        if not self.state.groups:
-            return
+        tried = {trial.group for trial in self._trials.values()}
+        if not self.state.groups or any(group.number in tried for group in self.state.groups):
+            return  # who is being tried may be cleared yet
         num_before = self.state.num_quarantined
         self._change(suspects.settle(self.state, time.time(), self.spec.retry.max_deaths_alone))
         if num_more := self.state.num_quarantined - num_before:

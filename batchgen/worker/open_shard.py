@@ -42,6 +42,7 @@ class OpenShard:
         """`wanted`: the only requests of the shard that are to be made here; None for all."""
         self._on_result = on_result
         self.lease, self._n, self._schema = lease, n, schema
+        self._no_rows = pa.Table.from_batches([], schema)
         self.is_closed = False
         self.error: BatchgenError | None = None
         self.num_inflight = 0
@@ -259,11 +260,9 @@ class OpenShard:
         """The finished shard; may run in another thread. `read_back`: rows that are journaled only. Raises ValueError when
         a row is missing or twice, and what `read_back` raises."""
         self._pack()
-        made = pa.concat_tables(
-            [self._schema.empty_table(), *(load_rows(part, self.lease, read_back) for part in self._parts)]
-        )
+        made = pa.concat_tables([self._no_rows, *(load_rows(part, self.lease, read_back) for part in self._parts)])
         generated, carried = split_carried(made, self.lease.batch_id)
-        recovered = pa.concat_tables([self._schema.empty_table(), *self._recovered])
+        recovered = pa.concat_tables([self._no_rows, *self._recovered])
         inputs = pa.concat_tables(self._inputs)
         output = make_output_table(pa.concat_tables([made, recovered]), inputs, self.lease, self._n, output_schema)
         return Parts(output, generated, carried, recovered)
