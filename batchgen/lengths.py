@@ -253,9 +253,18 @@ def choose_work(
 
 
 def choose_cost(
-    shard: Shard, *, n: int, window: int, max_tokens: int, prior: LengthPrior | None, default_tokens: float
+    shard: Shard,
+    *,
+    n: int,
+    window: int,
+    max_tokens: int,
+    prior: LengthPrior | None,
+    default_tokens: float,
+    num_workers: int,
 ) -> float:
     """How long a shard keeps one worker busy: its work, or its longest row alone where that is more. What is longest
-    begins first."""
+    begins first. A lone worker gets its shards in order: it sorts their rows itself, once it sees that hints are good."""
+    if num_workers == 1:
+        return 0.0
     work = choose_work(shard, n=n, window=window, max_tokens=max_tokens, prior=prior, default_tokens=default_tokens)
     return max(work, shard.max_expected_tokens or 0.0)

@@ -109,7 +109,7 @@ def test_hints_are_summed_and_holes_count_as_the_mean_of_the_others() -> None:
 
 
 def cost(shard: Shard, **changes: Any) -> float:
-    plain = {"n": 1, "window": 10, "max_tokens": 1000, "prior": None, "default_tokens": 50.0}
+    plain = {"n": 1, "window": 10, "max_tokens": 1000, "prior": None, "default_tokens": 50.0, "num_workers": 2}
     return choose_cost(shard, **{**plain, **changes})
 
 
@@ -124,6 +124,7 @@ def test_a_cost_is_the_longer_of_the_work_and_the_longest_row() -> None:
     prior = make_prior(LengthCounts({(5, 40): 1000}))
     assert cost(Shard(0, file, 0, 10, prompt_bytes=900.0), prior=prior) == pytest.approx(939, rel=0.01)
     assert cost(Shard(0, file, 0, 10), n=3) == 150.0
+    assert cost(known, num_workers=1) == 0.0, "a lone worker has its shards in order"
 
 
 def test_prompt_bytes_follow_the_row_groups() -> None:

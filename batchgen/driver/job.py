@@ -72,7 +72,8 @@ class Job:
         done = self.committed.get(shard.number)
         known = self._make_length_facts()
         work = choose_work(shard, **known)
-        cost = math.inf if is_canary else choose_cost(shard, **known)  # what is longest goes first
+        num_workers = self.spec.cluster.workers.max
+        cost = math.inf if is_canary else choose_cost(shard, **known, num_workers=num_workers)
         if done is None:
             return QueuedShard(shard, cost=cost, work=work)
         num_again = {
