@@ -114,7 +114,7 @@ def test_hints_shorten_the_tail_and_useless_ones_cost_nothing() -> None:
 
 
 def test_useless_hints_never_cost_a_lone_worker_a_hundredth() -> None:
-    """With rows enough for hints to prove themselves. Which rows end a run is luck, a fifth of its time either way, so any other order shows."""
+    """With rows enough for hints to prove themselves. Which rows end a run is luck, so any other order would show."""
     for seed in range(3):
         fifo, useless, exact = (
             run_exactly(make_scenario(num_workers=1, hint_sigma=sigma, num_rows=2100).with_seed(seed)).makespan_s
