@@ -125,28 +125,13 @@ def describe_left_out(error: Damaged) -> str:
     return f"{str(error).partition(';')[0]}: left out, its rows are generated again"
 
 
-def read_rows(storage: Storage, refs: Sequence[JournalRef], schema: pa.Schema) -> pa.Table:
-    """Results of one shard from its segments, in order of `refs`: a (source_row, sample_index) may be there many times, and
-    `drop_repeated` keeps its first. Choose before that, or a row that doesn't count hides one that does.
+def read_sound_rows(storage: Storage, refs: Sequence[JournalRef], schema: pa.Schema) -> tuple[pa.Table, list[str]]:
+    """(results of one shard from its segments that are whole, what is to be said of the others). In order of `refs`: a
+    (source_row, sample_index) may be there many times, and `drop_repeated` keeps its first. Choose before that, or a row
+    that doesn't count hides one that does.
 
     A segment that is gone means its shard was committed meanwhile: the commit finds that out, so it is skipped here.
-    Raises Damaged for one that is not what was written.
     """
-    return _read_present(storage, [ref for ref in refs if not is_partials(ref.path)], schema)
-
-
-def _read_present(storage: Storage, refs: Iterable[JournalRef], schema: pa.Schema) -> pa.Table:
-    tables = []
-    for ref in refs:
-        try:
-            tables.append(read_ref(storage, ref, schema))
-        except NotFound:
-            continue
-    return pa.concat_tables(tables) if tables else schema.empty_table()
-
-
-def read_sound_rows(storage: Storage, refs: Sequence[JournalRef], schema: pa.Schema) -> tuple[pa.Table, list[str]]:
-    """(rows as `read_rows` of all segments that are whole, what is to be said of the others)."""
     return _read_sound(storage, [ref for ref in refs if not is_partials(ref.path)], schema)
 
 
@@ -159,7 +144,9 @@ def _read_sound(storage: Storage, refs: Iterable[JournalRef], schema: pa.Schema)
     tables, left_out = [schema.empty_table()], []
     for ref in refs:
         try:
-            tables.append(_read_present(storage, [ref], schema))
+            tables.append(read_ref(storage, ref, schema))
+        except NotFound:
+            continue
         except Damaged as error:
             left_out.append(describe_left_out(error))
     return pa.concat_tables(tables), left_out

@@ -17,6 +17,7 @@ block again when its actor is lost. Where an engine dies for good, the batch rai
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -108,9 +109,14 @@ class Generate:
             if self._engine is not None:
                 return
             spec, engine = self._spec, create_engine(self._spec)
-            await engine.open()
-            self._preparer = Preparer(spec, engine.tokenizer, engine.max_model_len, list_refused(spec.engine))
-            serving = make_serving(engine, spec, None)
+            async with AsyncExitStack() as stack:
+                stack.push_async_callback(
+                    engine.close
+                )  # it may be up by half: a server's session, a process of its own
+                await engine.open()
+                self._preparer = Preparer(spec, engine.tokenizer, engine.max_model_len, list_refused(spec.engine))
+                serving = make_serving(engine, spec, None)
+                stack.pop_all()
             self._sender = Sender(serving, spec.engine.max_inflight, spec.retry, self._die, self._send_again)
             self._pushing = TaskGroup(self._die)
             self._engine = engine

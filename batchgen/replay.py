@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from pydantic import ValidationError
 
 from batchgen import manifest
-from batchgen.engines import create_engine, create_tokenizer, list_refused
+from batchgen.engines import create_engine, create_tokenizer, get_engine_kind, list_refused
 from batchgen.engines.base import Tokenizer
 from batchgen.errors import OutputError, RowError
 from batchgen.names import make_data_path
@@ -24,7 +24,6 @@ from batchgen.records import InputFile, Request, Result, Shard
 from batchgen.spec import JobSpec
 from batchgen.specs.load import make_spec, set_fields
 from batchgen.specs.saved import read_saved_spec
-from batchgen.stats import QUOTING_ENGINES
 from batchgen.storage import Storage
 from batchgen.verify.damage import RESTORE, refusing_damage
 from batchgen.worker.answer import make_result
@@ -167,7 +166,8 @@ def list_texts(spec: JobSpec, *, show_text: bool) -> set[str]:
     """Columns that are not shown because they hold prompt or answer. A server's own words about an error may quote them."""
     if show_text:
         return set()
-    return {*TEXTS, "error_message"} if spec.engine.kind in QUOTING_ENGINES else {*TEXTS}
+    quotes = get_engine_kind(spec.engine.kind).capabilities.quotes_prompts
+    return {*TEXTS, "error_message"} if quotes else {*TEXTS}
 
 
 def describe_stored(stored: dict[str, Any] | None, hidden: set[str]) -> dict[str, Any] | None:

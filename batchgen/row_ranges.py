@@ -3,7 +3,6 @@
 A shard's rows in flight are named so in leases, events and control files: a few numbers, whatever their count.
 """
 
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from itertools import chain
 
@@ -27,11 +26,6 @@ def count_rows(ranges: RowRanges) -> int:
 
 def iter_rows(ranges: RowRanges) -> Iterator[int]:
     return chain.from_iterable(range(start, end) for start, end in ranges)
-
-
-def has_row(ranges: RowRanges, row: int) -> bool:
-    place = bisect_right(ranges, (row, row)) if ranges else 0
-    return any(start <= row < end for start, end in ranges[max(0, place - 1) : place + 1])
 
 
 def subtract(ranges: RowRanges, taken: RowRanges) -> RowRanges:

@@ -28,8 +28,6 @@ GAMMA = (1 + SKETCH_ERROR) / (1 - SKETCH_ERROR)
 MIN_LATENCY_S = 1e-6
 # A footer holds one message a type; a server's may be long.
 MAX_EXAMPLE_CHARS = 200
-# Engines whose errors carry a server's own words, which may quote the prompt: those stay in the rows.
-QUOTING_ENGINES = frozenset({"openai"})
 ROW_FIELDS = (
     "num_rows_ok",
     "num_rows_error",
@@ -178,10 +176,9 @@ def describe_rows(rows: pa.Table) -> dict[str, Any]:
     }
 
 
-def _describe_tellable(rows: pa.Table, engine_kind: str | None) -> dict[str, Any]:
-    """`describe_rows` without the messages of an engine that may quote; one that nobody knows may."""
+def _describe_tellable(rows: pa.Table, *, may_quote: bool) -> dict[str, Any]:
+    """`describe_rows` without the messages of an engine that may quote the prompt."""
     made = describe_rows(rows)
-    may_quote = engine_kind is None or engine_kind in QUOTING_ENGINES
     return made | {"error_examples": {}} if may_quote else made
 
 
@@ -197,9 +194,11 @@ def make_batch_stats(
     num_copied: int,
     read_s: float,
     write_s: float | None,
+    may_quote: bool = True,
 ) -> BatchStats:
-    """Stats of the batch that committed. `rows` are the rows it generated itself (result columns)."""
-    made = _describe_tellable(rows, info.engine_kind)
+    """Stats of the batch that committed. `rows` are the rows it generated itself (result columns). `may_quote`: the
+    engine's errors may quote prompts (`Capabilities.quotes_prompts`); one that nobody knows may."""
+    made = _describe_tellable(rows, may_quote=may_quote)
     tokens = made["completion_tokens"]
     rate = tokens / wall_s if tokens is not None and wall_s > 0 else None
     return BatchStats(
@@ -236,13 +235,14 @@ def make_lost_stats(
     wall_s: float | None = None,
     rows: pa.Table | None = None,
     outcome: str = "lost",
+    may_quote: bool = True,
 ) -> BatchStats:
     """Stats of a batch that did not commit, as far as known. `rows` are those of its rows that a journal saved.
     `engine_kind`: where only that is known of the worker. `outcome`: 'shared' for one that helped another batch, 'reused'
-    for rows that were taken over and not generated."""
+    for rows that were taken over and not generated. `may_quote`: as in `make_batch_stats`."""
     number, epoch, attempt = parse_batch_id(batch_id)
     kind = info.engine_kind if info else engine_kind
-    made = _describe_tellable(rows, kind) if rows is not None else dict.fromkeys(ROW_FIELDS)
+    made = _describe_tellable(rows, may_quote=may_quote) if rows is not None else dict.fromkeys(ROW_FIELDS)
     return BatchStats(
         batch_id=batch_id,
         shard=f"shard-{number:09d}",

@@ -128,7 +128,8 @@ def _take(inputs: pa.Table, rows: pa.Array) -> pa.Table:
 
 def stats_to_json(stats: BatchStats) -> dict[str, Any]:
     """Only what is known: most fields of a lost batch are not."""
-    return {name: value for name, value in dataclasses.asdict(stats).items() if value is not None}
+    fields = ((field.name, getattr(stats, field.name)) for field in dataclasses.fields(stats))
+    return {name: value for name, value in fields if value is not None}
 
 
 def stats_from_json(fields: Mapping[str, Any]) -> BatchStats:

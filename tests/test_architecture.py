@@ -205,7 +205,7 @@ LAYERS = [
     ["bench.runs"],
     ["bench.measure", "bench.summary"],
     ["bench.benchmark", "bench.saturation", "bench.serving"],
-    ["bench.delta"],
+    ["bench.delta", "bench.progress"],
     # the endpoint, as far as it needs no Ray
     ["serve"],
     [
@@ -232,6 +232,7 @@ LAYERS = [
     ["serve.deltas"],
     ["serve.places", "serve.interactive"],
     ["serve.host", "serve.routes_completions"],
+    ["serve.interpreter"],
     ["serve.exposition", "serve.engine_actor"],
     ["serve.ray_engines"],
     ["serve.ray_shared_pool"],
@@ -403,6 +404,7 @@ VENDORS = {
         "cli.pipelines",
     },
     "rich": {
+        "bench.progress",
         "driver.view",
         "driver.screen",
         "cli.outputs()",

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from jobs_util import Tree, make_tree, read_rows, run, run_cli, write_prompts
 
 from batchgen.chaos.faults import Fault, striking
+from batchgen.compact import compact as compact_module
 from batchgen.compact.compact import check_part, compact
 from batchgen.compact.digest import RowDigest
 from batchgen.compact.plan import Source, cut_parts
@@ -205,6 +206,21 @@ def test_a_part_that_lost_a_row_is_found(finished: tuple[Path, Tree], tmp_path: 
         compact(Storage(str(finished[0])), dest, TARGET, lambda _: None)
     with pytest.raises(OutputError):
         check_part(dest, "part-000000.parquet", [])
+
+
+def test_shards_with_other_columns_are_refused_by_name(
+    finished: tuple[Path, Tree], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = compact_module._read_shard
+    monkeypatch.setattr(
+        compact_module,
+        "_read_shard",
+        lambda out, source: read(out, source).drop_columns(["text"] if source.shard == 1 else []),
+    )
+    with pytest.raises(
+        OutputError, match=r"shard-000000001\.parquet: its columns are not those of the shards before it; "
+    ):
+        compact(Storage(str(finished[0])), Storage(str(tmp_path / "dest")), TARGET, lambda _: None)
 
 
 @pytest.mark.parametrize("where", ["{out}", "{out}/data/x", "{out}/.."])

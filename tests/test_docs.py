@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pyarrow as pa
@@ -92,6 +93,33 @@ def test_the_evaluation_spec_works() -> None:
     check_spec(load_evaluate_spec(path).make_job("prompts.parquet", "out", n=1))
     with pytest.raises(SpecError, match="did you mean 'dataset'"):
         load_evaluate_spec(path, ["dataste=x"])
+
+
+PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_link_and_no_path_leads_nowhere(page: Path) -> None:
+    text = page.read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
+    assert [link for link in links if not (page.parent / link).exists()] == []
+    named = re.findall(r"\b((?:docs|jobs|tests|batchgen)/[\w/.-]*\w\.(?:md|py|yaml|png|svg|json))\b", text)
+    assert [path for path in named if not (REPO / path).exists()] == []
+
+
+def test_the_index_has_every_page() -> None:
+    index = (REPO / "docs" / "README.md").read_text()
+    assert [page.name for page in PAGES[2:] if page.name != "README.md" and f"]({page.name})" not in index] == []
+
+
+def test_the_readme_stays_short() -> None:
+    assert len(README.splitlines()) < 300
+
+
+def test_the_version_is_semantic_and_has_its_part_of_the_changelog() -> None:
+    version = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["version"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", version)
+    assert re.findall(r"^## (\S+)", (REPO / "CHANGELOG.md").read_text(), re.MULTILINE)[0] == version
 
 
 JOB_SPECS = sorted(path for path in (REPO / "jobs").glob("*.yaml") if path.name not in OTHER_SPECS)

@@ -133,3 +133,19 @@ def test_rows_split_between_workers_all_end(tmp_path: Path) -> None:
     rows, num_calls = run_well(tmp_path, make_job(tmp_path, [f"q{i % 10}" for i in range(90)], **over), 90)
     assert 10 <= num_calls < 90
     assert len({row["row_fingerprint"] for row in rows}) == 10
+
+
+@pytest.mark.s3
+def test_duplicates_on_s3_with_a_journal(s3_url: str, tmp_path: Path) -> None:
+    """Copies are journaled, committed and verified there like answers."""
+    num_rows, prompts = 90, [f"q{i % 9}" for i in range(90)]
+    write_file(f"{s3_url}/in.parquet", pa.table({"prompt": prompts}))
+    slow = {"has_latency": True, "decode_tokens_per_s": 60, "slots": 2, "max_inflight": 2}
+    over = merge(GREEDY, {"engine": slow, "output": {"rows_per_shard": 45, "journal_interval_s": 0.1}})
+    assert run(make_tree(f"{s3_url}/in.parquet", f"{s3_url}/out", tmp_path / "calls", **over))[0]["exit_code"] == 0
+    verdict = verify(Storage(f"{s3_url}/out"), with_input=True)
+    assert (verdict.findings, verdict.todo) == ([], [])
+    rows = check_output(f"{s3_url}/out", [(f"{s3_url}/in.parquet", num_rows)])
+    assert len(read_calls(str(tmp_path / "calls"))) == len(set(prompts))
+    assert len({(prompts[row["source_row"]], row["text"]) for row in rows}) == len(set(prompts))
+    assert sum(row["reused_from"] is not None for row in rows) == num_rows - len(set(prompts))

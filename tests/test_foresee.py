@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 from jobs_util import make_tree, run, run_cli, write_prompts, write_spec
+from makers import make_job_spec
 
-from batchgen.driver.foresee import Foresight, Rate, extrapolate, foresee, measure_rate
+from batchgen.driver.foresee import Foresight, Rate, extrapolate, foresee, is_alike, measure_rate
 from batchgen.driver.job import open_job
+from batchgen.driver.run_record import make_run_facts
 from batchgen.specs.load import make_spec
 from batchgen.storage import Storage
 
@@ -50,6 +52,22 @@ def test_a_trial_tells_what_the_rest_will_take(tmp_path: Path) -> None:
     assert "as earlier runs of this folder went" in ended.err
     _, view = run(tree)
     assert any(line.startswith("estimate for 25 rows: about") for line in view.said)
+
+
+@pytest.mark.parametrize(
+    ("over", "is_known"),
+    [
+        ({}, True),
+        ({"model": {"path": "other/model"}}, False),
+        ({"cluster": {"gpus_per_worker": 2}}, False),
+        ({"engine": {"kind": "transformers"}}, False),
+    ],
+)
+def test_runs_of_another_model_engine_or_number_of_gpus_say_nothing(over: dict[str, Any], is_known: bool) -> None:
+    spec = make_job_spec()
+    record = make_run_facts(spec)
+    assert is_alike(record, make_job_spec(**over)) is is_known
+    assert not is_alike({}, spec), "a record of an earlier build, which doesn't say"
 
 
 def test_the_model_gives_an_interval_and_a_cost(tmp_path: Path) -> None:

@@ -176,6 +176,35 @@ def test_a_final_gate_withholds_success(tmp_path: Path) -> None:
     assert (verdict.findings, verdict.todo) == ([], [])
 
 
+@pytest.mark.s3
+def test_gates_on_s3(s3_url: str) -> None:
+    """A canary stops the run; with another it goes on to a final gate, which reads rows there, and then ends well."""
+    write_file(f"{s3_url}/in.parquet", make_prompts(60), row_group_size=20)
+    slow = {"has_latency": True, "decode_tokens_per_s": 200, "slots": 4, "max_inflight": 6}
+    tree = make_tree(f"{s3_url}/in.parquet", f"{s3_url}/out", engine=slow, sampling={"temperature": 0, "max_tokens": 5})
+    gates: list[tuple[Tree, int, str]] = [
+        ({"canary": {"rows": 12, "max_truncation_rate": 0.1}}, 4, "max_truncation_rate"),
+        (
+            {"canary": {"rows": 12, "max_truncation_rate": 1}, "final": {"max_duplicate_rate": 0}},
+            4,
+            "max_duplicate_rate",
+        ),
+        ({"final": {"max_duplicate_rate": 1, "max_refusal_rate": 1}, "refusals": ["amber"]}, 0, ""),
+    ]
+    for gate, code, what in gates:
+        tree["gates"] = gate
+        report, _ = run(tree)
+        assert report["exit_code"] == code
+        assert [failed["what"] for failed in report["gates"]["failed"]] == ([what] if what else [])
+        assert json.loads(read_bytes(f"{s3_url}/out/_batchgen/gates.json")) == report["gates"]
+        assert (Storage(f"{s3_url}/out").info("_SUCCESS") is not None) == (code == 0)
+    rows = check_output(f"{s3_url}/out", [(f"{s3_url}/in.parquet", 60)])
+    texts = [row["text"] for row in rows]
+    seen = report["gates"]["seen"]["final"]
+    assert (seen["num_hashed"], seen["num_repeated"]) == (60, 60 - len(set(texts)))
+    assert seen["refused"] == sum("amber" in text for text in texts) > 0
+
+
 def test_errors_and_refusals_are_seen(tmp_path: Path) -> None:
     write_file(tmp_path / "in.parquet", make_prompts(40))
     over: Tree = {"engine": {"reject_text": "number 3 "}, "retry": {"max_error_rate": 1.0}}

@@ -1,5 +1,6 @@
 """Spilled rows: what comes back, which segments still matter, whose they are."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,7 +20,7 @@ from batchgen.journal import (
     make_worker_prefix,
     read_index,
     read_indexes,
-    read_rows,
+    read_sound_rows,
     write_segment,
 )
 from batchgen.records import JournalRef
@@ -43,6 +44,13 @@ def list_texts(table: pa.Table) -> list[tuple[int, int, str | None]]:
 # ---- segments
 
 
+def read_whole(storage: Storage, refs: Sequence[JournalRef], schema: pa.Schema) -> pa.Table:
+    """Of segments that are all whole."""
+    rows, left_out = read_sound_rows(storage, refs, schema)
+    assert left_out == []
+    return rows
+
+
 def test_rows_of_each_shard_come_back_from_their_segment(storage: Storage) -> None:
     rows = {7: make_rows(make_ok(70), make_error(71)), 3: make_rows(make_ok(30))}
     path = make_segment_path(2, "worker-0001", 5)
@@ -51,8 +59,8 @@ def test_rows_of_each_shard_come_back_from_their_segment(storage: Storage) -> No
     assert read_index(storage, path, JOB) == refs
     assert list_segments(storage) == [path]
     for number, table in rows.items():
-        assert read_rows(storage, [refs[number]], SCHEMA).equals(table)
-    assert read_rows(storage, [refs[3]], SCHEMA).schema.metadata is None
+        assert read_whole(storage, [refs[number]], SCHEMA).equals(table)
+    assert read_whole(storage, [refs[3]], SCHEMA).schema.metadata is None
 
 
 def test_a_segment_is_created_once_and_never_changed(storage: Storage) -> None:
@@ -60,7 +68,7 @@ def test_a_segment_is_created_once_and_never_changed(storage: Storage) -> None:
     write_segment(storage, path, {0: make_rows(make_ok(0, text="first"))}, JOB)
     with pytest.raises(AlreadyExists):
         write_segment(storage, path, {0: make_rows(make_ok(0, text="second"))}, JOB)
-    assert list_texts(read_rows(storage, [JournalRef(path, 0)], SCHEMA)) == [(0, 0, "first")]
+    assert list_texts(read_whole(storage, [JournalRef(path, 0)], SCHEMA)) == [(0, 0, "first")]
 
 
 def test_our_own_segment_after_a_lost_reply_is_written(storage: Storage) -> None:
@@ -96,7 +104,7 @@ def test_the_first_segment_by_order_wins_and_repeated_rows_are_dropped(storage: 
     write_segment(storage, paths[1], {0: make_rows(make_ok(1, text="b"), make_ok(2, text="b"))}, JOB)
     refs = [JournalRef(path, 0) for path in paths]
     for order, texts in ((refs, ["0a", "1a", "2b"]), (refs[::-1], ["1b", "2b", "0a"])):
-        found = list_texts(drop_repeated(read_rows(storage, order, SCHEMA)))
+        found = list_texts(drop_repeated(read_whole(storage, order, SCHEMA)))
         assert [f"{row}{text}" for row, _, text in found] == texts
 
 
@@ -104,10 +112,10 @@ def test_a_segment_that_is_gone_is_skipped(storage: Storage) -> None:
     kept, gone = (make_segment_path(1, "w", number) for number in (1, 2))
     write_segment(storage, kept, {0: make_rows(make_ok(0))}, JOB)
     refs = [JournalRef(gone, 0), JournalRef(kept, 0)]
-    assert list_texts(read_rows(storage, refs, SCHEMA)) == [(0, 0, "fine")]
-    empty = read_rows(storage, refs[:1], SCHEMA)
+    assert list_texts(read_whole(storage, refs, SCHEMA)) == [(0, 0, "fine")]
+    empty = read_whole(storage, refs[:1], SCHEMA)
     assert (empty.num_rows, empty.schema) == (0, SCHEMA)
-    assert read_rows(storage, [], SCHEMA).schema == SCHEMA
+    assert read_whole(storage, [], SCHEMA).schema == SCHEMA
     with pytest.raises(NotFound):
         read_index(storage, gone, JOB)
 
@@ -115,15 +123,15 @@ def test_a_segment_that_is_gone_is_skipped(storage: Storage) -> None:
 def test_a_shard_of_many_rows_is_one_row_group(storage: Storage) -> None:
     table = make_rows(*(make_ok(row) for row in range(3_000)))
     refs = write_segment(storage, make_segment_path(1, "w", 1), {0: table, 1: make_rows(make_ok(5))}, JOB)
-    assert read_rows(storage, [refs[0]], SCHEMA).num_rows == 3_000
-    assert list_texts(read_rows(storage, [refs[1]], SCHEMA)) == [(5, 0, "fine")]
+    assert read_whole(storage, [refs[0]], SCHEMA).num_rows == 3_000
+    assert list_texts(read_whole(storage, [refs[1]], SCHEMA)) == [(5, 0, "fine")]
 
 
 def test_optional_columns_survive(storage: Storage) -> None:
     spec = make_job_spec(output={"path": "/o", "token_ids": True}, sampling={"logprobs": 1})
     table = make_rows(make_ok(0), make_error(1), spec=spec)
     refs = write_segment(storage, make_segment_path(1, "w", 1), {0: table}, JOB)
-    assert read_rows(storage, [refs[0]], make_result_schema(spec)).equals(table)
+    assert read_whole(storage, [refs[0]], make_result_schema(spec)).equals(table)
 
 
 def test_segment_names_sort_by_epoch_worker_and_sequence() -> None:

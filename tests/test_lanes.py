@@ -1,6 +1,11 @@
 """Whose turn it is between urgent rows and all others: turns are counted, time is given, the model is the embedded one."""
 
 import asyncio
+import os
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,8 +14,9 @@ import torch
 from batchgen.engines.decode import DecodeBatch
 from batchgen.engines.hf_model import load_model
 from batchgen.engines.lanes import BULK_EVERY, SHORT_PREFILL_TOKENS, URGENT_MEMORY_S, Lanes
-from batchgen.engines.replies import ANSWERS_AT_ONCE, Job, answer
+from batchgen.engines.replies import ANSWERS_AT_ONCE, HOLD_TURNS, HeldAnswers, Job, answer
 from batchgen.engines.sampling import Row, make_row
+from batchgen.engines.transformers import NICE, lower_thread_priority
 from batchgen.errors import EngineDied
 from batchgen.records import Generation, Request, RowId, SamplingParams, Usage
 from batchgen.spec import ModelSpec
@@ -70,7 +76,7 @@ def test_bulks_prefills_are_short_for_a_while_after_something_urgent(model: Any)
     clock.now = URGENT_MEMORY_S - 1
     sizes = fill(lanes)
     assert max(sizes) * len(PROMPT) <= SHORT_PREFILL_TOKENS * MAX_ROWS
-    assert sizes == [4] * 4  # one after the other, while many slots are free: no step between
+    assert sizes == [6, 6, 4]  # one after the other, while many slots are free: no step between
     lanes = make_lanes(model, clock)
     end_urgent(lanes)
     clock.now += URGENT_MEMORY_S
@@ -106,6 +112,23 @@ def test_bulk_gets_its_turns_however_much_is_urgent(model: Any) -> None:
     assert all(lengths[at] < lengths[at + BULK_EVERY] for at in range(3 * BULK_EVERY))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities of threads")
+def test_only_the_thread_that_decodes_steps_back() -> None:
+    def find() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    def step_back() -> tuple[int, int]:
+        before = find()
+        lower_thread_priority()
+        return before, find()
+
+    own = find()
+    with ThreadPoolExecutor(1) as pool:
+        before, after = pool.submit(step_back).result()
+    assert after == min(19, before + NICE)
+    assert find() == own
+
+
 def make_jobs(num: int) -> list[Job]:
     loop = asyncio.get_running_loop()
     request = Request(RowId("", 0, 0), PROMPT, SamplingParams())
@@ -121,6 +144,30 @@ def test_answers_of_one_turn_let_other_work_of_the_loop_between() -> None:
             done.append(sum(job.future.done() for job in jobs))
             await asyncio.sleep(0)
         assert done == [0, ANSWERS_AT_ONCE, 2 * ANSWERS_AT_ONCE]
+
+    asyncio.run(main())
+
+
+def test_bulks_answers_wait_while_something_urgent_is_decoded_and_not_for_ever() -> None:
+    async def main() -> None:
+        bulk, urgent = make_jobs(2), make_jobs(1)
+        urgent[0].request = replace(urgent[0].request, is_urgent=True)
+        held = HeldAnswers()
+        held.note_turn(is_urgent=True)
+        held.add([(job, Generation("", (), "stop", Usage())) for job in [*bulk, *urgent]])
+        await asyncio.sleep(0)
+        assert [job.future.done() for job in [*bulk, *urgent]] == [False, False, True]
+        for _ in range(HOLD_TURNS - 1):
+            assert not bulk[0].future.done()
+            held.note_turn(is_urgent=True)
+            await asyncio.sleep(0)
+        assert all(job.future.done() for job in bulk)
+        (late,) = make_jobs(1)
+        held.note_turn(is_urgent=True)
+        held.add([(late, EngineDied("it ended"))])
+        held.note_turn(is_urgent=False)
+        await asyncio.sleep(0)
+        assert isinstance(late.future.exception(), EngineDied)
 
     asyncio.run(main())
 

@@ -1,7 +1,7 @@
 """When pipelines are due: zones, daylight saving, and that a restart in between changes nothing."""
 
 from datetime import UTC, datetime, timedelta
-from itertools import islice
+from itertools import islice, takewhile
 
 import pytest
 from hypothesis import given, settings
@@ -95,3 +95,23 @@ def test_a_date_on_the_command_line() -> None:
     assert parse_date("2027-03-28T0100Z", berlin)[0] == datetime(2027, 3, 28, 1, tzinfo=UTC)
     with pytest.raises(ValueError, match="is no date"):
         parse_date("28.3.2027", berlin)
+
+
+@pytest.mark.parametrize(
+    ("zone", "night"),
+    [
+        ("Europe/Berlin", "2026-10-25T00:00Z"),
+        ("America/New_York", "2026-11-01T05:00Z"),
+        ("Australia/Lord_Howe", "2026-04-04T14:00Z"),  # half an hour
+        ("Antarctica/Troll", "2026-10-25T00:00Z"),  # two hours
+    ],
+)
+@pytest.mark.parametrize("cron", ["30 2 * * *", "15 1,2,3 * * *", "*/20 * * * *", "0 0 * * *"])
+def test_the_latest_date_is_the_last_one_also_in_the_hour_that_comes_twice(zone: str, night: str, cron: str) -> None:
+    calendar, middle = make_calendar(cron, zone), datetime.fromisoformat(night)
+    after = calendar.iterate_after(middle - timedelta(days=2))
+    dates = list(takewhile(lambda date: date < middle + timedelta(days=2), after))
+    for minutes in range(-300, 300, 7):
+        instant = middle + timedelta(minutes=minutes)
+        assert calendar.find_latest(instant) == max(date for date in dates if date <= instant)
+        assert calendar.find_next(instant) == min(date for date in dates if date > instant)

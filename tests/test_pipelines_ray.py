@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from pipeline_util import make_pipeline, write_pipeline, write_prompts
+from ray.job_submission import JobSubmissionClient
 from ray_cluster import REPO, RayCluster, find_port, run_ray_cluster
 
 from batchgen.pipelines.calendar import parse_key
@@ -92,6 +93,24 @@ def test_two_schedulers_and_a_killed_one_submit_each_date_once(cluster: RayClust
         output = latest["outputs"][f"judge/{make_partition_name([value])}"]
         assert output["partition"] == {"lang": value}
         assert pq.read_table(f"{output['path']}/data").num_rows == 10
+
+
+def test_a_scheduler_that_is_a_ray_job_itself_gives_its_files_to_its_runs(cluster: RayCluster, tmp_path: Path) -> None:
+    """The entry point under `ray job submit`, with a package of its own that the jobs have to be given."""
+    write_prompts(tmp_path / "in" / "rows.parquet")
+    tree = make_pipeline(str(tmp_path))
+    del tree["stages"][1]
+    file = write_pipeline(tmp_path / "p.yaml", tree)
+    backfill = ["pipelines", "backfill", file, "--from", "2026-11-18", "--to", "2026-11-18"]
+    subprocess.run([sys.executable, "-m", "batchgen.cli", *backfill], check=True)
+    own = json.dumps({"env_vars": {"BATCHGEN_TEST_OWN": "1"}})
+    command = [sys.executable, str(REPO / "jobs" / "schedule.py"), file]
+    submit = ["job", "submit", "--address", cluster.dashboard, "--no-wait", "--submission-id", "keeper"]
+    cluster.call(*submit, "--runtime-env-json", own, "--", *command)
+    (run,) = wait_for_states(file, ["succeeded"], 90)
+    client = JobSubmissionClient(cluster.dashboard)
+    assert client.get_job_info(f"batchgen-nightly-{run['key']}-1").runtime_env == json.loads(own)
+    client.stop_job("keeper")
 
 
 def test_a_head_that_is_not_there_is_away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

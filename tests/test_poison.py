@@ -3,6 +3,7 @@ engines die than it takes."""
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from jobs_util import (
     write_file,
 )
 
+from batchgen.engines import wrapping_engines
 from batchgen.manifest import read_json
+from batchgen.records import Generation, Request
 from batchgen.storage import Storage
 
 WINDOW = 16
@@ -156,6 +159,58 @@ def test_more_culprits_than_allowed_stop_the_run(tree: Tree, tmp_path: Path) -> 
     report, _ = run(merge(tree, {"retry": {"max_quarantined": 1}}))
     assert report["exit_code"] == 3
     assert "retry.max_quarantined" in report["message"]
+
+
+class StruckEngine:
+    """An engine that somebody kills, whatever it works on: at every `every`th request of the run, `num_kills` times."""
+
+    def __init__(self, engine: Any, kills: "Kills") -> None:
+        self._engine, self._kills = engine, kills
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    async def generate(self, request: Request) -> Generation:
+        if self._kills.is_due():
+            self._engine.kill("somebody killed it")
+        answer: Generation = await self._engine.generate(request)
+        return answer
+
+
+@dataclass
+class Kills:
+    every: int
+    num_left: int
+    num_requests: int = 0
+
+    def is_due(self) -> bool:
+        self.num_requests += 1
+        is_due = self.num_left > 0 and self.num_requests % self.every == 0
+        self.num_left -= is_due
+        return is_due
+
+
+@pytest.mark.parametrize(("culprits", "num_kills"), [((), 20), ((37,), 6)])
+def test_a_storm_of_kills_quarantines_nobody_else(
+    tree: Tree, tmp_path: Path, culprits: tuple[int, ...], num_kills: int
+) -> None:
+    """Engines that work die in a row, so often that most die while suspects are tried."""
+    files, kills = write_rows(tmp_path / "in", 160, mark(*culprits)), Kills(9, num_kills)
+    changed = merge(
+        tree,
+        {
+            "cluster": {"workers": {"min": 3, "max": 3}},
+            "engine": {"death": "restart"},
+            # Threads decide which rows are hit: the default is tried in `test_suspects`, by seeds.
+            "retry": {"max_deaths_alone": 3},
+        },
+    )
+    with wrapping_engines(lambda engine: StruckEngine(engine, kills)):
+        report, view = run(changed)
+    assert kills.num_left == 0
+    assert list_errors(check_output(tmp_path / "out", files)) == dict.fromkeys(culprits, "quarantined"), view.warned
+    assert count_lost(view) >= num_kills
+    assert report["exit_code"] == 0
 
 
 def test_a_row_that_hangs_ends_as_an_error(tree: Tree, tmp_path: Path) -> None:

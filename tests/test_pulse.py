@@ -5,7 +5,10 @@ import io
 import json
 import logging
 import random
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +216,7 @@ def write_spec(folder: Path, **engine: Any) -> str:
 
 
 def test_status_watch_follows_a_run_to_its_end_and_a_log_is_json(tmp_path: Path) -> None:
-    spec, out = write_spec(tmp_path, decode_tokens_per_s=60), str(tmp_path / "out")
+    spec, out = write_spec(tmp_path, decode_tokens_per_s=60, reject_text="prompt 7"), str(tmp_path / "out")
     ran: list[Any] = []
     begun = threading.Event()
 
@@ -243,10 +246,41 @@ def test_status_watch_follows_a_run_to_its_end_and_a_log_is_json(tmp_path: Path)
     assert watched.exit_code == 0
     assert json.loads(watched.stdout.splitlines()[-1])["state"] == "finished"
     assert "rows 40/40" in watched.stderr
+    status = read_status(Storage(out))
+    assert status is not None
+    last = read_run_status(Storage(out), status).progress
+    assert last.mean_tokens_per_s is not None
+    assert last.mean_tokens_per_s > 0
+    assert last.error_types == {"rejected": 1}
+    assert (last.workers, last.worker_states, last.eta_s) == ((), {}, None), "nobody works any more"
     events = [json.loads(line) for line in ran[0].stderr.splitlines()]
     assert {"run_started", "progress", "shard_committed", "run_ended"} <= {event["event"] for event in events}
     assert len({(event["job"], event["epoch"]) for event in events}) == 1
     assert "SECRET" not in ran[0].stderr
+
+
+@pytest.mark.s3
+def test_status_watch_of_a_run_on_s3_from_a_process_of_its_own(tmp_path: Path, s3_url: str) -> None:
+    """Which is begun while the run goes on, and ends with it."""
+    spec, out = write_spec(tmp_path, decode_tokens_per_s=50), f"{s3_url}/watched"
+    command = [sys.executable, "-m", "batchgen.cli"]
+    run = subprocess.Popen([*command, "run", spec, "--set", f"output.path={out}"], stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 60
+        while (status := read_status(Storage(out))) is None and time.monotonic() < end:
+            time.sleep(0.05)
+        assert status is not None
+        assert status["state"] == "running"
+        watch = [*command, "status", out, "--watch", "--interval", "0.2", "--json"]
+        watched = subprocess.run(watch, capture_output=True, text=True, timeout=60, check=False)
+    finally:
+        assert run.wait(60) == 0
+    assert watched.returncode == 0, watched.stderr
+    told = json.loads(watched.stdout.splitlines()[-1])
+    assert (told["state"], told["progress"]["num_rows_done"]) == ("finished", 40)
+    rows = [line.split("  ")[0] for line in watched.stderr.splitlines() if line.startswith("rows ")]
+    assert rows[-1] == "rows 40/40"
+    assert "SECRET" not in watched.stderr
 
 
 def test_watching_from_a_pipe_tells_each_word_once(

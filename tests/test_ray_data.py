@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from batchgen.engines.simulated import SimulatedEngine
 from batchgen.errors import EngineDied, SpecError
 from batchgen.ray_data import Generate
 
@@ -75,6 +76,35 @@ def test_an_engine_that_starts_anew_gets_its_rows_again_and_a_dead_one_fails_the
     assert [row["id"] for row in rows] == [0, 1, 2]
     with pytest.raises(EngineDied):
         asyncio.run(asyncio.wait_for(main("engine"), 20))
+
+
+def test_an_engine_that_does_not_open_is_closed_and_tried_anew_by_the_next_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done: list[str] = []
+
+    class Failing(SimulatedEngine):
+        async def open(self) -> None:
+            done.append("open")
+            if len(done) == 1:
+                raise EngineDied("its server came up half")
+            await super().open()
+
+        async def close(self) -> None:
+            done.append("close")
+            await super().close()
+
+    async def main() -> int:
+        stage = Generate(SIMULATED, prompt=PROMPT)
+        with pytest.raises(EngineDied, match="came up half"):
+            await answer(stage, make_batch(["a"]))
+        answers = await answer(stage, make_batch(["a"]))
+        await stage.close()
+        return int(answers.num_rows)
+
+    monkeypatch.setattr("batchgen.ray_data.create_engine", lambda spec: Failing(spec.engine))
+    assert asyncio.run(main()) == 1
+    assert done == ["open", "close", "open", "close"]
 
 
 def test_what_cannot_work_is_refused_with_the_mend() -> None:

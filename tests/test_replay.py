@@ -18,7 +18,7 @@ from batchgen.specs.load import make_spec
 from batchgen.storage import Storage
 
 
-def replay(out: Path, *args: str) -> tuple[int, dict[str, Any]]:
+def replay(out: Path | str, *args: str) -> tuple[int, dict[str, Any]]:
     ended = CliRunner().invoke(app, ["replay", str(out), "--json", *args])
     return ended.exit_code, dict(json.loads(ended.stdout.splitlines()[-1]))
 
@@ -129,3 +129,24 @@ def test_the_embedded_model_repeats_a_greedy_row(tmp_path: Path) -> None:
     ended = run_cli(tmp_path, "replay", str(tmp_path / "out"), "--row", f"{tmp_path}/in.parquet:1", "--run", "--json")
     told = json.loads(ended.out.splitlines()[-1])
     assert (told["is_same_request"], told["differs"]) == (True, [])
+
+
+@pytest.mark.s3
+def test_a_row_on_s3_is_rebuilt_and_sent_again(s3_url: str) -> None:
+    """Input and output there; and a row that was taken from an earlier output like any other."""
+    write_file(f"{s3_url}/in.parquet", make_prompts(25), row_group_size=7)
+    keyed = {"input": {"custom_id": "key"}, "sampling": {"seed": 3}}
+    first = make_tree(f"{s3_url}/in.parquet", f"{s3_url}/out", **keyed)
+    assert run(first)[0]["exit_code"] == 0
+    second = make_tree(f"{s3_url}/in.parquet", f"{s3_url}/later", **keyed)
+    second["input"]["reuse_from"] = f"{s3_url}/out"
+    assert run(second)[0]["job"]["rows_reused"] == 25
+    row = next(row for row in read_rows(f"{s3_url}/later") if row["source_row"] == 13)
+    for out in (f"{s3_url}/out", f"{s3_url}/later"):
+        for name in ("row-13", f"{s3_url}/in.parquet:13"):
+            code, told = replay(out, "--row", name, "--run")
+            assert (code, told["is_same_request"], told["differs"]) == (0, True, [])
+            assert told["request"]["fingerprint"] == row["row_fingerprint"].hex()
+    assert told["stored"]["reused_from"] == row["reused_from"] == f"{s3_url}/out/{row['reused_from'].split('/')[-1]}"
+    code, told = replay(f"{s3_url}/nowhere", "--row", "row-13")
+    assert (code, told["state"]) == (2, "refused")

@@ -308,6 +308,19 @@ def test_a_create_that_timed_out_makes_one_batch(sdk: Sdk) -> None:
     assert again.id != batch.id  # no repetition: it was meant
 
 
+def test_a_create_with_a_key_is_known_after_its_file_is_gone(sdk: Sdk) -> None:
+    """The same for an `Idempotency-Key`, and whatever became of the input file since."""
+    file_id = sdk.upload(make_jsonl([make_line("a")]))
+    asked: Any = {"input_file_id": file_id, "endpoint": CHAT, "completion_window": "24h"}
+    headers = {"Idempotency-Key": f"key-{file_id}"}
+    batch = sdk.call("batches.create", **asked, extra_headers=headers)
+    sdk.wait(batch.id)
+    sdk.call("files.delete", file_id)
+    assert sdk.call("batches.create", **asked, extra_headers=headers).id == batch.id
+    with pytest.raises(openai.NotFoundError):
+        sdk.call("batches.create", **asked)
+
+
 def test_200_mb_go_through_without_being_held(sdk: Sdk, tmp_path: Path) -> None:
     """`files.content` streams 200 MB without loading it in memory (up as well; the process grows by less than a third)"""
     line = json.dumps(make_line("x", user="y" * 10_000)).encode() + b"\n"

@@ -9,9 +9,11 @@ from typing import Any
 
 import httpx
 import openai
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
-from ray_cluster import RAY, REPO, RayCluster, find_port, run_ray_cluster
+from ray_cluster import MARK, RAY, REPO, RayCluster, find_port, list_marked, run_ray_cluster
 
 from batchgen.serve.keys import make_key
 
@@ -24,20 +26,25 @@ BULK = {"kind": "simulated", "slots": 8, "max_inflight": 12, "sigma": 0, "mean_t
 CLUSTER = {"drain_s": 1, "cpus_per_worker": 0.5}
 
 
-def make_tree(store: Path) -> dict[str, Any]:
+def make_tree(folder: Path) -> dict[str, Any]:
     bulk = {"engine": BULK, "cluster": {**CLUSTER, "workers": {"min": 1, "max": 3}}, "rows_per_shard": 30}
     sums = {"model": {"path": "embedded"}, "engine": {"kind": "transformers"}, "cluster": CLUSTER}
-    return {"store": str(store), "models": {"bulk": {**bulk, "journal_interval_s": 1}, "sums": sums}}
+    models = {"bulk": {**bulk, "journal_interval_s": 1}, "sums": sums}
+    return {
+        "store": str(folder / "store"),
+        "models": models,
+        "tenants": {"acme": {"inputs": [f"file://{folder}/acme"]}},
+    }
 
 
 class Deployed:
     """The cluster, and the application on it."""
 
     def __init__(self, cluster: RayCluster, folder: Path) -> None:
-        self._cluster, self._port = cluster, find_port()
+        self._cluster, self.folder, self._port = cluster, folder, find_port()
         self.key, line = make_key("acme")
         (folder / "keys").write_text(line)
-        (folder / "endpoint.yaml").write_text(yaml.safe_dump(make_tree(folder / "store")))
+        (folder / "endpoint.yaml").write_text(yaml.safe_dump(make_tree(folder)))
         tree = yaml.safe_load((REPO / "jobs" / "serve.yaml").read_text())
         tree["http_options"]["port"] = self._port
         tree["applications"][0]["args"] |= {"spec": str(folder / "endpoint.yaml"), "keys": str(folder / "keys")}
@@ -75,9 +82,19 @@ class Deployed:
         made = self.client.chat.completions.create(model=model, messages=messages, temperature=0)
         return made.choices[0].message.content or ""
 
-    def create(self, model: str, num_rows: int) -> str:
+    def read_peaks(self) -> dict[str, int]:
+        """MB of memory that each part ever had."""
+        found = {}
+        for part in ("ServeReplica:batchgen:Ingress", "ServeReplica:batchgen:Controller", "ProxyActor"):
+            for pid in list_marked(self._cluster.env[MARK], f"ray::{part}"):
+                lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+                found[part.rpartition(":")[2]] = next(int(x.split()[1]) for x in lines if x.startswith("VmHWM")) // 1000
+        return found
+
+    def create(self, model: str, num_rows: int, text: str = "") -> str:
         def make(row: int) -> str:
-            body = {"model": model, "temperature": 0, "messages": [{"role": "user", "content": f"{row % 50} + 7 = ?"}]}
+            messages = [{"role": "user", "content": f"{text}{row % 50} + 7 = ?"}]
+            body = {"model": model, "temperature": 0, "messages": messages}
             return json.dumps({"custom_id": f"r{row}", "method": "POST", "url": CHAT, "body": body})
 
         content = "".join(f"{make(row)}\n" for row in range(num_rows)).encode()
@@ -122,6 +139,42 @@ def test_two_models_answer_and_engines_come_as_a_batch_needs_them(deployed: Depl
             right = [line["response"]["body"]["choices"][0]["message"]["content"] for line in lines]
             answers = {line["custom_id"]: text for line, text in zip(lines, right, strict=True)}
             assert sum(answers[f"r{row}"] == str(row + 7) for row in range(50)) >= 48
+
+
+def test_a_datasets_logprobs_are_told_in_its_lines(deployed: Deployed) -> None:
+    folder = deployed.folder / "acme"
+    folder.mkdir()
+    chats = [json.dumps([{"role": "user", "content": f"{row} + 7 = ?"}]) for row in range(3)]
+    pq.write_table(pa.table({"messages": chats, "sampling": ['{"logprobs": 1}', None, None]}), folder / "a.parquet")
+    client = deployed.client
+    asked: Any = {"endpoint": CHAT, "completion_window": "24h", "extra_body": {"model": "sums"}}
+    batch = client.batches.create(input_file_id=f"file://{folder}/*.parquet", **asked)
+    give_up_at = time.monotonic() + 60
+    while (done := client.batches.retrieve(batch.id)).status != "completed":
+        assert time.monotonic() < give_up_at, done
+        time.sleep(0.3)
+    assert done.output_file_id is not None
+    lines = [json.loads(line) for line in client.files.content(done.output_file_id).text.splitlines()]
+    choices = [line["response"]["body"]["choices"][0] for line in lines]
+    assert [choice["logprobs"] is not None for choice in choices] == [True, False, False]
+    assert "".join(token["token"] for token in choices[0]["logprobs"]["content"]).startswith("7")
+
+
+@pytest.mark.soak
+def test_50000_lines_are_accepted_and_never_held(deployed: Deployed) -> None:
+    """186 MB through Serve's proxy and the ingress."""
+    before = deployed.read_peaks()
+    client, started = deployed.client, time.monotonic()
+    batch_id = deployed.create("bulk", 50_000, text="y" * 3_600)
+    while client.batches.retrieve(batch_id).status == "validating":
+        time.sleep(0.1)
+    seconds, after = time.monotonic() - started, deployed.read_peaks()
+    assert client.batches.retrieve(batch_id).status == "in_progress"
+    client.batches.cancel(batch_id)
+    print(f"50,000 lines made, sent and accepted in {seconds:.1f} s; peaks in MB before {before}, after {after}")
+    assert after["Ingress"] < 300
+    while client.batches.retrieve(batch_id).status != "cancelled":
+        time.sleep(0.5)
 
 
 @pytest.mark.soak

@@ -1,14 +1,18 @@
 """Batches whose model is changed or gone before they ended: finished rows are kept, every request is accounted for."""
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import openai
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from serve_process import (
+    CHAT,
     Server,
     check_left_over,
     create,
@@ -29,7 +33,8 @@ NUM_ROWS = 120
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
-    found = Server(tmp_path / "endpoint", make_endpoint_tree(str(tmp_path / "store")))
+    tenants = {"acme": {"inputs": [f"file://{tmp_path}/in"]}}
+    found = Server(tmp_path / "endpoint", make_endpoint_tree(str(tmp_path / "store"), tenants=tenants))
     found.start()
     try:
         yield found
@@ -103,3 +108,29 @@ def test_a_batch_that_never_began_can_be_cancelled_without_its_model(server: Ser
     assert done.request_counts is not None
     assert (done.request_counts.completed, done.request_counts.failed) == (0, NUM_ROWS)
     assert len(read_lines(client, done.error_file_id)) == NUM_ROWS
+
+
+def test_a_dataset_that_goes_away_fails_the_batch_and_keeps_what_was_committed(server: Server, tmp_path: Path) -> None:
+    path = tmp_path / "in" / "a.parquet"
+    path.parent.mkdir()
+    chats = [json.dumps([{"role": "user", "content": f"say {row}"}]) for row in range(NUM_ROWS)]
+    pq.write_table(pa.table({"custom_id": [f"r{row}" for row in range(NUM_ROWS)], "messages": chats}), path)
+    client = server.client()
+    asked: Any = {"endpoint": CHAT, "completion_window": "24h", "extra_body": {"model": "slow"}}
+    batch = client.batches.create(input_file_id=f"file://{path}", **asked)
+    job = Storage(State(server.tree["store"]).job_url("acme", batch.id))
+    while not job.list_files("data", suffix=".parquet"):
+        time.sleep(0.1)
+    server.kill()
+    path.unlink()
+    server.start()
+    client = server.client()
+    done = wait_over(client, batch.id)
+    assert done.status == "failed"
+    assert done.errors is not None
+    assert done.errors.data
+    assert "a.parquet" in str(done.errors.data[0].message)
+    assert done.request_counts is not None
+    assert done.request_counts.total == NUM_ROWS
+    assert 0 < done.request_counts.completed < NUM_ROWS
+    assert len(read_lines(client, done.output_file_id)) == done.request_counts.completed

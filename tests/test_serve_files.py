@@ -216,6 +216,40 @@ def test_bodies_and_queries_that_make_no_sense(raw: httpx.Client) -> None:
         check_error(raw.get(f"/v1/files?{query}"), 400)
 
 
+@pytest.mark.parametrize(
+    ("line", "headers", "status"),
+    [
+        ("POST /v1/batches HTTP/1.1", {"Idempotency-Key": "k" * 300}, 400),
+        ("POST /v1/batches HTTP/1.1", {"Idempotency-Key": ""}, 400),
+        ("POST /v1/batches HTTP/1.1", {"x-stainless-retry-count": "123456789"}, 400),
+        ("POST /v1/batches HTTP/1.1", {"Content-Type": "text/plain"}, 400),
+        ("POST /v1/batches HTTP/1.1", {"Content-Type": "\xff;;;="}, 400),
+        ("POST /v1/batches HTTP/1.1", {"Idempotency-Key": "\xff"}, 404),
+        ("POST /v1/batches HTTP/1.1", {"x-stainless-retry-count": "\xb2"}, 404),
+        ("GET /v1/files HTTP/1.1", {"Authorization": "Bearer \xff\xfe"}, 401),
+        ("GET /v1/files HTTP/1.1", {"Authorization": "Basic abc"}, 401),
+        ("GET /v1/files?limit=%C2%B2 HTTP/1.1", {}, 400),
+        ("GET /v1/batches/%ff HTTP/1.1", {}, 404),
+        ("GET //v1/files HTTP/1.1", {}, 404),
+    ],
+)
+def test_odd_headers_and_lines(server: Server, line: str, headers: dict[str, str], status: int) -> None:
+    """As bytes, for no client would send them."""
+    body = json.dumps({"input_file_id": "file-x", "endpoint": "/v1/completions", "completion_window": "24h"}).encode()
+    known = {"Host": "x", "Authorization": f"Bearer {server.keys['acme']}", "Content-Type": "application/json"}
+    known |= {"Content-Length": str(len(body)), "Connection": "close", **headers}
+    text = "".join(f"{name}: {value}\r\n" for name, value in known.items())
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as sock:
+        sock.sendall(f"{line}\r\n{text}\r\n".encode("latin-1") + body)
+        answer = b"".join(iter(lambda: sock.recv(65536), b""))
+    head, _, content = answer.partition(b"\r\n\r\n")
+    assert int(head.split()[1]) == status
+    error = json.loads(content)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    if status == 400 and "Content-Type" not in headers:
+        assert error["param"] in (*headers, "limit")
+
+
 def test_cors_stays_closed(raw: httpx.Client) -> None:
     headers = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
     assert raw.options("/v1/files", headers=headers).status_code == 405

@@ -94,7 +94,7 @@ def test_three_kills_lose_nothing_and_repeat_only_what_was_not_safe(tmp_path: Pa
 @pytest.mark.timeout(1200)
 def test_twenty_kills_lose_nothing(tmp_path: Path) -> None:
     rng = random.Random(2)
-    run_with_kills(tmp_path, [rng.randint(0, 90) for _ in range(20)], 2400)
+    run_with_kills(tmp_path, [rng.randint(0, 240) for _ in range(20)], 4500)
 
 
 @pytest.mark.parametrize("path", ["t/acme/batches", "open/acme", "t/acme/content", "t/acme/inputs", "claims"])

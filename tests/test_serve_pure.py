@@ -6,6 +6,7 @@ import json
 import logging
 import pickle
 import threading
+import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +27,7 @@ from batchgen.serve.batch_spec import make_batch_spec
 from batchgen.serve.bodies import COMMON, INERT, ONLY_CHAT, ONLY_TEXT, read_body
 from batchgen.serve.body_sampling import Abilities
 from batchgen.serve.claims import Claims
+from batchgen.serve.conductor import Conductor
 from batchgen.serve.door import BulkJob
 from batchgen.serve.endpoint import Endpoint
 from batchgen.serve.errors import ApiError
@@ -43,7 +45,7 @@ from batchgen.serve.records import BatchRecord, FileRecord, JobInput
 from batchgen.serve.results import Tally
 from batchgen.serve.routes_page import FRESH_S, RecentReports
 from batchgen.serve.spec import Limits, ServedModel
-from batchgen.serve.state import State
+from batchgen.serve.state import State, make_batch_path
 from batchgen.serve.steps import FORGET_S, Steps, is_passing
 from batchgen.serve.sweep import sweep
 from batchgen.serve.upload import receive_file
@@ -92,6 +94,7 @@ INPUT = JobInput(url="/in", form="messages", has_tools=False, num_rows=9)
 CHANGES = {
     "begin": lambda record, now: records.begin(record, INPUT, "m", 9, now),
     "fail": lambda record, now: records.fail(record, [], now),
+    "refuse": lambda record, now: records.refuse(record, [], now),
     "count": lambda record, now: records.count(record, int(now) % 12, int(now) % 5),
     "cancel": records.cancel,
     "expire": records.expire,
@@ -109,6 +112,7 @@ LEGAL = {
     ("in_progress", "cancelling"),
     ("finalizing", "completed"),
     ("finalizing", "expired"),
+    ("finalizing", "failed"),  # with what was finished: not OpenAI's, who keep a job's model as it was
     ("cancelling", "cancelled"),
 }
 
@@ -524,3 +528,22 @@ def test_a_store_that_is_away_refuses_no_batch() -> None:
     assert not is_passing(make(InputChanged("the dataset is another")))
     assert not is_passing(make(None))
     assert not is_passing(OutputError("another model"))
+
+
+def test_what_is_damaged_holds_up_no_other_batch(tmp_path: Path) -> None:
+    state, told = State(str(tmp_path)), list[str]()
+    spec = make_endpoint({"store": str(tmp_path), "models": {"m": {"engine": {"kind": "simulated"}}}})
+    made = sorted((make_record() for _ in range(3)), key=lambda record: record.id)  # the order in which they are taken
+    for record in made:
+        state.create_batch(record)
+    state.storage.put(make_batch_path("acme", made[0].id), b"{")
+    state.storage.put(f"claims/{made[1].id}/_batchgen/lease/000000001.json", b"{")
+    conductor = Conductor(spec, state, say=told.append)
+    conductor.start()
+    give_up_at = time.monotonic() + 60
+    while (known := state.read_batch("acme", made[2].id)) is None or known.batch.status != "failed":
+        assert time.monotonic() < give_up_at
+        time.sleep(0.05)
+    conductor.stop()
+    assert any(made[0].id in each for each in told)
+    assert any(made[1].id in each for each in told)

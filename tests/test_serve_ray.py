@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -41,6 +40,8 @@ ENGINE = {
     "sigma": 0.3,
     "mean_tokens": 20,
     "decode_tokens_per_s": 60,
+    "reject_text": "refuse this",
+    "die_text": "die of this",
 }
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 CHAT = "/v1/chat/completions"
@@ -217,19 +218,55 @@ def test_the_async_client_is_answered_whole_and_streamed(served: Served) -> None
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_what_an_engine_refuses_is_a_400(served: Served, is_stream: bool) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(served.client, "refuse this", stream=is_stream)
+    assert caught.value.type == "invalid_request_error"
+
+
+def test_an_engine_that_dies_of_a_request_is_a_503_and_another_comes(served: Served) -> None:
+    """Not a 500: it may be sent again, and says when."""
+    client = served.client.with_options(max_retries=0)
+    with pytest.raises(openai.InternalServerError) as caught:
+        ask(client, "die of this")
+    assert (caught.value.status_code, caught.value.code) == (503, "engine_unavailable")
+    assert int(caught.value.response.headers["retry-after"]) > 0
+    assert caught.value.response.headers.get_list("x-request-id") == [caught.value.request_id]
+    served.wait_up()
+
+
+def test_a_thousand_requests_at_once_are_answered_or_told_to_wait(served: Served) -> None:
+    """No error but 429, which says when to come again."""
+
+    async def main() -> tuple[int, int]:
+        async with openai.AsyncOpenAI(base_url=served.url, api_key="none", max_retries=0, timeout=200) as client:
+            messages: Any = [{"role": "user", "content": "x"}]
+            asked = [client.chat.completions.create(model="slow", messages=messages, max_tokens=2) for _ in range(1000)]
+            found = await asyncio.gather(*asked, return_exceptions=True)
+        refused = [each for each in found if isinstance(each, openai.RateLimitError)]
+        assert all(int(error.response.headers["retry-after"]) > 0 for error in refused)
+        answers = [each for each in found if isinstance(each, openai.types.chat.ChatCompletion)]
+        assert len(answers) + len(refused) == 1000, {type(each) for each in found}
+        return len(answers), len(refused)
+
+    num_answered, _ = asyncio.run(main())
+    assert num_answered >= 2 * ENGINE["max_inflight"]  # as many as one engine takes at a time
+
+
 def test_an_answer_that_is_cut_off_leaves_no_work_behind(served: Served) -> None:
     """A client that stops listening: its place is free again."""
 
-    def count_urgent() -> float:
+    def count_under_way() -> float:
         text = served.client.get(f"{served.url[:-3]}/metrics", cast_to=str)
-        return sum(
-            float(line.split()[-1]) for line in text.splitlines() if re.match(r"batchgen_.*urgent|.*interactive", line)
-        )
+        lines = [line for line in text.splitlines() if line.startswith("batchgen_engine_interactive_inflight{")]
+        assert lines
+        return sum(float(line.split()[-1]) for line in lines)
 
     with ask(served.client, "tell me", stream=True) as stream:
         next(iter(stream))
     give_up_at = time.monotonic() + 30
-    while count_urgent():
+    while count_under_way():
         assert time.monotonic() < give_up_at
         time.sleep(0.2)
 
@@ -266,6 +303,15 @@ def test_interactive_requests_and_the_earlier_deadline_go_before_bulk(served: Se
     check_whole(client, wait_ended(client, early.id), 40)
     assert client.batches.retrieve(late.id).status == "in_progress"
     check_whole(client, wait_ended(client, late.id), 200)
+
+
+def test_interactive_requests_go_on_while_the_controller_is_away(served: Served) -> None:
+    client = served.client.with_options(max_retries=0)
+    ask(client, "hello")  # the ingress knows the engine
+    served.kill(PARTS[1])
+    for _ in range(5):
+        assert ask(client, "hello").choices[0].message.content
+    served.wait_up()
 
 
 def test_each_part_is_killed_and_nothing_is_lost_or_there_twice(served: Served) -> None:

@@ -22,6 +22,7 @@ from batchgen.serve.engine_actor import EngineActor
 from batchgen.serve.errors import ApiError
 from batchgen.serve.host import EngineHost
 from batchgen.serve.interactive import Ask
+from batchgen.serve.interpreter import SWITCH_MEMORY_S, SWITCH_S, Switching
 from batchgen.serve.places import Places
 from batchgen.serve.room import MEMORY_S, Peak, count_bulk_room
 from batchgen.serve.spec import ServedModel
@@ -140,6 +141,24 @@ def test_suspected_rows_are_tried_with_nothing_else_on_the_engine() -> None:
     asyncio.run(main())
 
 
+def test_threads_take_turns_often_only_while_interactive_requests_come() -> None:
+    now, usual = [0.0], sys.getswitchinterval()
+    intervals: list[float] = []
+    switching = Switching(lambda: now[0], intervals.append)
+    switching.look(0)
+    switching.note()
+    switching.note()
+    assert intervals == [SWITCH_S]
+    now[0] = SWITCH_MEMORY_S + 1
+    switching.look(1)  # one is still here
+    assert intervals == [SWITCH_S]
+    switching.look(0)
+    switching.look(0)
+    assert intervals == [SWITCH_S, usual]
+    switching.note()
+    assert intervals == [SWITCH_S, usual, SWITCH_S]
+
+
 # ---- text as it grows
 
 
@@ -223,7 +242,6 @@ def test_a_worker_that_is_let_go_while_the_engine_loads_does_not_stay(
 ) -> None:
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "node"))
     served = ServedModel.model_validate({"engine": SIMULATED})
-    monkeypatch.setattr(sys, "setswitchinterval", lambda _: None)
     spec = make_batch_spec(served, "text", input_url=str(tmp_path / "in"), out_url=str(tmp_path / "out"))
     setup = WorkerSetup("w1", spec, 1, Storage(spec.output.path), pa.schema([]))
 

@@ -224,10 +224,13 @@ def test_a_lost_batch_knows_what_was_journaled_or_nothing() -> None:
     assert saved.tokens_per_s is None
 
 
-@pytest.mark.parametrize(("kind", "told"), [("simulated", {"rejected": "too hard"}), ("openai", {}), (None, {})])
-def test_a_servers_words_stay_in_the_rows_of_a_lost_batch_too(kind: str | None, told: dict[str, str]) -> None:
-    saved = make_lost_stats("shard-000000042-e7-a3", engine_kind=kind, rows=make_rows(make_error(0)))
-    assert (saved.error_types, saved.error_examples, saved.engine_kind) == ({"rejected": 1}, told, kind)
+@pytest.mark.parametrize(
+    ("known", "told"), [({"may_quote": False}, {"rejected": "too hard"}), ({"may_quote": True}, {}), ({}, {})]
+)
+def test_a_servers_words_stay_in_the_rows_of_a_lost_batch_too(known: dict[str, bool], told: dict[str, str]) -> None:
+    """As do those of an engine that nobody knows."""
+    saved = make_lost_stats("shard-000000042-e7-a3", engine_kind="some", rows=make_rows(make_error(0)), **known)
+    assert (saved.error_types, saved.error_examples, saved.engine_kind) == ({"rejected": 1}, told, "some")
 
 
 def test_merging_takes_each_field_from_the_first_that_knows_it() -> None:

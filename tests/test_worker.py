@@ -236,6 +236,32 @@ def test_thinking_without_marks_is_refused(tmp_path: Path, monkeypatch: pytest.M
         asyncio.run(open_worker(setup, "here"))
 
 
+def test_an_engine_is_closed_when_what_is_opened_beside_it_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The index of earlier outputs fails at once, the engine is up later: it is closed after that, not left open."""
+    done: list[str] = []
+
+    class SlowEngine(ChangingEngine):
+        async def open(self) -> None:
+            await asyncio.sleep(0.05)
+            await super().open()
+            done.append("opened")
+
+        async def close(self) -> None:
+            await super().close()
+            done.append("closed")
+
+    spec = make_job(tmp_path)
+    spec = spec.model_copy(update={"input": spec.input.model_copy(update={"reuse_from": (str(tmp_path / "gone"),)})})
+    monkeypatch.setattr("batchgen.worker.worker.create_engine", SlowEngine)
+    monkeypatch.setattr("batchgen.worker.worker.Carrier.open", lambda _: open(tmp_path / "gone"))  # noqa: PTH123, SIM115
+    setup = WorkerSetup("w1", spec, 1, Storage(spec.output.path), NO_PASSTHROUGH)
+    with pytest.raises(EngineDied, match="FileNotFoundError"):
+        asyncio.run(open_worker(setup, "here"))
+    assert done == ["opened", "closed"]
+
+
 def test_thinking_without_marks_is_refused_for_the_row_that_asks_it(tmp_path: Path) -> None:
     spec = make_job(tmp_path, prompt={"column": "prompt", "sampling": "how"})
     how = ['{"thinking": true}', '{"thinking": false}', None]

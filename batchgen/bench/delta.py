@@ -52,7 +52,7 @@ def make_text(rng: random.Random) -> str:
 
 
 def measure(folder: Path, name: str, prompts: list[str], sections: dict[str, Any]) -> dict[str, Any]:
-    """Engine calls, seconds, and what `verify` says. Raises RuntimeError for a run that did not do all of its rows."""
+    """Engine calls, seconds, CPU a row, and what `verify` says. Raises RuntimeError where a run did not do all its rows."""
     pq.write_table(pa.table({"prompt": prompts}), folder / f"{name}.parquet", row_group_size=10_000)
     with tempfile.TemporaryDirectory() as calls:
         spec = make_spec(
@@ -66,9 +66,9 @@ def measure(folder: Path, name: str, prompts: list[str], sections: dict[str, Any
                 "input": {"paths": [str(folder / f"{name}.parquet")], **sections.get("input", {})},
             }
         )
-        started = time.perf_counter()
+        started, started_cpu = time.perf_counter(), time.process_time()
         report = run_job(spec, SilentView())
-        seconds = time.perf_counter() - started
+        seconds, cpu_s = time.perf_counter() - started, time.process_time() - started_cpu
         num_calls = len(read_calls(calls))
     if report["rows"]["ok"] != len(prompts):
         raise RuntimeError(f"{report['rows']['ok']} of {len(prompts)} rows are ok: {report['message']}")
@@ -76,6 +76,7 @@ def measure(folder: Path, name: str, prompts: list[str], sections: dict[str, Any
     return {
         "calls": num_calls,
         "seconds": round(seconds, 1),
+        "cpu_us_a_row": round(1e6 * cpu_s / len(prompts), 1),
         "reused": report["job"]["rows_reused"],
         "verify": verdict.state,
     }

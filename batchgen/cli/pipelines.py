@@ -169,6 +169,9 @@ def run_pipeline(
         ask(spec, [key])
         (keeper,) = create_keepers([spec], address, local=not ray, only=key)
         keeper.log.catch_up()  # from a copy it may not know yet that the date was asked for
+        others = [active for active in keeper.history.active if active != key]
+        if len(others) >= spec.max_active_runs:
+            say(f"{spec.name} {key}: waits for {', '.join(others)} to end; max_active_runs is {spec.max_active_runs}")
         with stop_on_signal() as check:
             run_scheduler([keeper], check, lambda: has_ended(keeper, key), tick_s=0.5)
         run = keeper.history.runs[key]

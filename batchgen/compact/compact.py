@@ -95,7 +95,7 @@ def _freeze(out: Storage, dest: Storage, target_bytes: int, parts: list[list[Sou
 
 def _make_part(out: Storage, dest: Storage, path: str, part: list[Source]) -> None:
     sink, digest, writer = io.BytesIO(), None, None
-    for group in gather(table for source in part for table in [_read_shard(out, source)]):
+    for group in gather(_read_alike(out, part)):
         if digest is None or writer is None:
             digest = RowDigest(group.schema)
             writer = pq.ParquetWriter(sink, group.schema, compression="zstd")
@@ -125,6 +125,18 @@ def _read_shard(out: Storage, source: Source) -> pa.Table:
     if digest_footer(data) != source.footer_sha256:
         raise OutputError(f"{out.url(path)}: was changed since the compaction began; give a new folder")
     return read_table(pa.BufferReader(data)).replace_schema_metadata(None)
+
+
+def _read_alike(out: Storage, part: list[Source]) -> Iterator[pa.Table]:
+    """The part's shards. Raises OutputError where one has other columns than the first."""
+    first: pa.Schema | None = None
+    for source in part:
+        table = _read_shard(out, source)
+        first = first or table.schema
+        if not table.schema.equals(first):
+            where = out.url(make_data_path(source.shard))
+            raise OutputError(f"{where}: its columns are not those of the shards before it; {RESTORE}")
+        yield table
 
 
 def gather(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:

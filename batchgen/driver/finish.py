@@ -22,6 +22,7 @@ from batchgen.gates.decide import EXIT_CODE, make_gate_report
 from batchgen.gates.watch import GateWatch, tell
 from batchgen.length_files import write_lengths
 from batchgen.manifest import CommittedShard
+from batchgen.queue.pulse import Snapshot
 from batchgen.report.generations import read_generations
 from batchgen.report.page import make_html
 from batchgen.report.records import REPORT_HTML, REPORT_JSON, read_records
@@ -41,9 +42,10 @@ def finish(
     *,
     message: str | None = None,
     is_trial: bool = False,
+    last: Snapshot | None = None,
 ) -> dict[str, Any]:
-    """Write everything that is written last; the report. `dispatcher` is None when nothing was left to do. Raises
-    LeaseLost when the folder is not ours any more."""
+    """Write everything that is written last; the report. `dispatcher` and `last`, how the run looked at its end, are None
+    when nothing was left to do. Raises LeaseLost when the folder is not ours any more."""
     storage = job.storage
     fence = Fence(storage, (*REWRITTEN, MANIFEST, GATES, manifest.SUCCESS), hold.check_lease)
     own = dispatcher.ledger.committed if dispatcher else {}
@@ -79,8 +81,8 @@ def finish(
     fence.put(REPORT_JSON, json.dumps(report, indent=1, ensure_ascii=False).encode())
     fence.put(REPORT_HTML, make_html(report).encode())
     write_manifest(storage, fence.put, job.spec, committed.values(), report, is_trial=is_trial)
-    if dispatcher is not None:
-        write_status(storage, hold.epoch, report["state"], dispatcher.make_progress(), unsettled, message)
+    if last is not None:
+        write_status(storage, hold.epoch, report["state"], last, unsettled, failed or message)
     hold.check_lease()
     mark_success(job, fence.put, report, hold.epoch, is_trial=is_trial)
     return report

@@ -1,9 +1,9 @@
 """What a run will take, said before it starts: time, GPU-hours, cost, and what that is known from.
 
-Best first: what earlier runs of this very folder measured (a trial with `--limit` is enough), what the run at
-`input.length_prior` measured with the same engine, and for `tensorrt_llm` the model that `batchgen simulate` runs, with the
-prior's lengths or the plan's stated assumption. Anything else is unknown, and said to be. Cost is GPU-hours times
-`cluster.gpu_hour_cost`.
+Best first: what earlier runs of this very folder measured (a trial with `--limit` is enough), what the runs at
+`input.length_prior` measured with the same engine and model on as many GPUs a worker, and for `tensorrt_llm` the model that
+`batchgen simulate` runs, with the prior's lengths or the plan's stated assumption. Anything else is unknown, and said to
+be. Cost is GPU-hours times `cluster.gpu_hour_cost`.
 """
 
 import time
@@ -26,6 +26,7 @@ from batchgen.storage import Storage
 
 # A run that finished fewer rows than this says nothing of a rate.
 MIN_ROWS = 20
+TRIAL_ROWS = 100
 # For the model: so many virtual runs, and what nobody has measured yet.
 NUM_RUNS = 3
 # A trial's time is its start-up: seconds of modelling would say nothing of it.
@@ -88,17 +89,23 @@ def foresee(job: Job) -> Foresight:
             spread = None if hours is None else (hours, hours, hours)
             return Foresight(num_rows, source, (time_s, time_s, time_s), spread, price)
     if spec.engine.kind != "tensorrt_llm" or num_rows < MIN_MODELLED_ROWS:
-        return Foresight(
-            num_rows, "nothing was measured yet; try --limit 100 first, and it is known", None, None, price
-        )
+        mend = "; try --limit 100 first, and it is known" if num_rows > TRIAL_ROWS else ""
+        return Foresight(num_rows, f"nothing was measured yet{mend}", None, None, price)
     return _model(spec, num_rows, price)
 
 
 def _iter_measured(job: Job) -> Iterator[tuple[Sequence[RunRecord], str]]:
-    yield read_records(job.storage), "as earlier runs of this folder went"
-    if (prior := job.spec.input.length_prior) is not None:
-        same = [record for record in read_records(Storage(prior)) if record.get("engine") == job.spec.engine.kind]
-        yield same, f"as the runs of {prior} went"
+    spec = job.spec
+    yield [one for one in read_records(job.storage) if is_alike(one, spec)], "as earlier runs of this folder went"
+    if (prior := spec.input.length_prior) is not None:
+        yield [one for one in read_records(Storage(prior)) if is_alike(one, spec)], f"as the runs of {prior} went"
+
+
+def is_alike(record: Mapping[str, Any], spec: JobSpec) -> bool:
+    """Did that run's workers do what this one's will: the same model, by the same kind of engine, on as many GPUs each?"""
+    model = record.get("spec", {}).get("model", {}).get("path")
+    theirs = (record.get("engine"), model, record.get("cluster", {}).get("gpus_per_worker"))
+    return theirs == (spec.engine.kind, spec.model.path, spec.cluster.gpus_per_worker)
 
 
 @dataclass(frozen=True, slots=True)

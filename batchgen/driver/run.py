@@ -77,7 +77,8 @@ def run_job(
                 dispatcher = make_dispatcher(job, hold, pool, view, check_all, recorder, gates, watch, page)
                 message = dispatch(dispatcher, view)
             recorder.close(dispatcher, message)
-        report = finish(job, dispatcher, hold, gates, message=message, is_trial=limit is not None)
+            last = watch.sum_up(dispatcher)
+        report = finish(job, dispatcher, hold, gates, message=message, is_trial=limit is not None, last=last)
         told = {name: report[name] for name in ("state", "exit_code", "rows", "run", "output")}
         log_event("run_ended", report["message"] or "", **told)
         return report

@@ -7,6 +7,7 @@ keeps what it has.
 
 import contextlib
 import dataclasses
+import functools
 import platform
 import time
 from dataclasses import replace
@@ -139,6 +140,7 @@ def make_run_facts(spec: JobSpec) -> dict[str, Any]:
     }
 
 
+@functools.cache  # what a process has loaded stays; the package's files are read anew each time
 def _find_version(package: str) -> str | None:
     try:
         return version(package)

@@ -5,13 +5,15 @@ What costs more than a few additions is looked at once a second: at 1,000 worker
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
 
 from batchgen.driver.control import StatusWriter
 from batchgen.driver.dispatch import Dispatcher
 from batchgen.driver.view import View
 from batchgen.metrics import Point, measure_run
 from batchgen.queue.progress import Progress
-from batchgen.queue.pulse import Pulse
+from batchgen.queue.pulse import Pulse, Snapshot
 
 LOOK_S = 1.0
 
@@ -38,10 +40,18 @@ class Watch:
             self._view.show(progress)
             return
         self._next = now + self._look_s
-        at = dispatcher.clock()
-        hours, price = dispatcher.count_gpu_hours(), dispatcher.spec.cluster.gpu_hour_cost
-        tally = dispatcher.ledger.tally
-        seen = self._pulse.look(progress, dispatcher.queue, dispatcher.roster, tally, at, hours, price)
+        seen = self._look(dispatcher, progress)
         self._view.show(seen)
         self._publish(measure_run(seen, time.time()))
         self._status.update(dispatcher, seen)
+
+    def sum_up(self, dispatcher: Dispatcher) -> Snapshot:
+        """What the run was, now that it has ended: no worker works, and nothing is foreseen."""
+        seen = self._look(dispatcher, dispatcher.make_progress())
+        over: dict[str, Any] = dict.fromkeys(("tokens_per_s", "eta_s", "eta_low_s", "eta_high_s"))
+        return replace(seen, workers=(), worker_states={}, **over)
+
+    def _look(self, dispatcher: Dispatcher, progress: Progress) -> Snapshot:
+        at, tally = dispatcher.clock(), dispatcher.ledger.tally
+        hours, price = dispatcher.count_gpu_hours(), dispatcher.spec.cluster.gpu_hour_cost
+        return self._pulse.look(progress, dispatcher.queue, dispatcher.roster, tally, at, hours, price)

@@ -30,6 +30,7 @@ class Capabilities:
     partial answer (`Request.partial`); `resumable_fields` names the sampling fields beyond `budget.ALWAYS_RESUMABLE` that
     then mean the same as in one shot. `has_ranks`: a request can be pinned to a rank (`Request.rank`). `is_streaming`: it
     is a `StreamingEngine`. `has_urgency`: it serves urgent requests (`Request.is_urgent`) before all that wait.
+    `quotes_prompts`: messages of its errors may quote the request, as a server's own words do; they stay in the rows.
     """
 
     is_seeded: bool
@@ -41,6 +42,7 @@ class Capabilities:
     has_ranks: bool = False
     is_streaming: bool = False
     has_urgency: bool = False
+    quotes_prompts: bool = False
 
 
 @dataclass(frozen=True, slots=True)

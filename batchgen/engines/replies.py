@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # Each answer to a row of a batch takes about 0.1 ms: its result, and the next row sent.
 ANSWERS_AT_ONCE = 8
+# As often as bulk has a turn among urgent ones.
+HOLD_TURNS = 32
 Reply = tuple[asyncio.Future[Generation], Generation | BatchgenError]
 
 
@@ -70,6 +72,31 @@ def answer(values: Sequence[tuple[Job, Generation | BatchgenError]]) -> None:
     for loop, some in replies.items():
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(settle, loop, some)
+
+
+class HeldAnswers:
+    """Answers to bulk's rows while something urgent is decoded: what their callers do with them is work for the same
+    interpreter, as much as the urgent row's own. Held for `HOLD_TURNS` urgent turns at most. Belongs to the thread."""
+
+    def __init__(self) -> None:
+        self._held: list[tuple[Job, Generation | BatchgenError]] = []
+        self._num_turns = 0
+
+    def add(self, values: Sequence[tuple[Job, Generation | BatchgenError]]) -> None:
+        urgent = [each for each in values if each[0].request.is_urgent]
+        self._held += [each for each in values if not each[0].request.is_urgent]
+        if urgent:
+            answer(urgent)
+
+    def note_turn(self, *, is_urgent: bool) -> None:
+        """Before each turn."""
+        self._num_turns = self._num_turns + 1 if is_urgent else 0
+        if not is_urgent or self._num_turns % HOLD_TURNS == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        held, self._held = self._held, []
+        answer(held)
 
 
 def settle(loop: asyncio.AbstractEventLoop, replies: Sequence[Reply]) -> None:

@@ -48,13 +48,19 @@ class Row:
 
 
 def make_row(token_ids: tuple[int, ...], sampling: SamplingParams, max_tokens: int, eos_ids: frozenset[int]) -> Row:
-    """A row that has not begun. Without a seed its generator takes fresh entropy."""
+    """A row that has not begun. One that always takes the likeliest token has no generator."""
+    generator = make_generator(sampling.seed) if sampling.temperature > 0 else None
+    return Row(token_ids, sampling, max_tokens, eos_ids | frozenset(sampling.stop_token_ids), generator)
+
+
+def make_generator(seed: int | None) -> Any:
+    """Without a seed it takes fresh entropy."""
     generator = torch.Generator()
-    if sampling.seed is None:
+    if seed is None:
         generator.seed()
     else:
-        generator.manual_seed((sampling.seed ^ sampling.seed >> 32) & 0xFFFFFFFF)  # it heeds no higher bit
-    return Row(token_ids, sampling, max_tokens, eos_ids | frozenset(sampling.stop_token_ids), generator)
+        generator.manual_seed((seed ^ seed >> 32) & 0xFFFFFFFF)  # it heeds no higher bit
+    return generator
 
 
 def accept(rows: Sequence[Row], logits: Any, decode: Decode) -> None:

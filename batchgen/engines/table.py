@@ -149,7 +149,9 @@ ENGINES: dict[str, EngineKind[Any]] = {
     # out (send_token_ids, extra_body {return_token_ids: true}); what its penalties count is the server's affair.
     "openai": EngineKind(
         OpenAIEngineSpec,
-        Capabilities(is_seeded=True, has_logprobs=True, has_sampling=True, is_guided=True, is_resumable=True),
+        Capabilities(
+            is_seeded=True, has_logprobs=True, has_sampling=True, is_guided=True, is_resumable=True, quotes_prompts=True
+        ),
         _create_openai,
         _create_hf_tokenizer,
         _make_openai_facts,

@@ -100,11 +100,6 @@ def list_unasked(gate: RateLimits) -> set[str]:
     return {name for name, limits in IN_ROWS.items() if all(getattr(gate, limit, None) is None for limit in limits)}
 
 
-def needs_rows(gate: RateLimits) -> bool:
-    """Does it ask anything that no footer knows?"""
-    return not IN_ROWS.keys() <= list_unasked(gate)
-
-
 def list_canary(spec: JobSpec, shards: Sequence[Shard]) -> list[Shard]:
     """Those that hold the first rows."""
     if (gate := spec.gates.canary) is None:

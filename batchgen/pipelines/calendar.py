@@ -35,7 +35,8 @@ class Calendar:
 
     def find_latest(self, instant: datetime) -> datetime | None:
         """The last logical date at or before an instant."""
-        local = (instant + timedelta(minutes=1)).astimezone(ZoneInfo(self.timezone))
+        # From after any hour that may come twice: backwards, cronsim would start in its first time, whichever it is.
+        local = (instant + timedelta(hours=3)).astimezone(ZoneInfo(self.timezone))
         found = (date.astimezone(UTC) for date in CronSim(self.cron, local, reverse=True))
         return next((date for date in found if date <= instant), None)
 

@@ -4,7 +4,9 @@ That the stages fit together, that every template variable is known, that each j
 that no two jobs, of any two dates or pipelines, write to one folder. Each check raises SpecError.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from bisect import bisect_right
+from collections.abc import Container, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from itertools import islice, takewhile
 
@@ -15,6 +17,7 @@ from batchgen.pipelines.graph import (
     GraphError,
     StageJob,
     check_names,
+    find_needs,
     find_overlap,
     list_outputs,
     make_date_values,
@@ -28,12 +31,13 @@ from batchgen.pipelines.source import Pipeline, Source
 from batchgen.pipelines.spec import PipelineSpec
 from batchgen.pipelines.template import Path, TemplateError, render
 from batchgen.spec import JobSpec
-from batchgen.specs.load import describe, make_spec
+from batchgen.specs.load import describe, make_spec, sort_errors
 from batchgen.specs.validate import check_spec
 from batchgen.storage import Storage
 
-# How far ahead outputs are compared: a year, so that both changes of daylight saving are in it, or so many dates.
-AHEAD, MAX_AHEAD = timedelta(days=370), 9000
+# How far ahead outputs are compared: a year, so that both changes of daylight saving are in it, or so many dates (fewer of
+# many partitions).
+AHEAD, MAX_AHEAD, MIN_AHEAD = timedelta(days=370), 9000, 25
 
 
 def check(pipeline: Pipeline, now: datetime) -> None:
@@ -46,10 +50,13 @@ def check(pipeline: Pipeline, now: datetime) -> None:
     date = spec.schedule.calendar.find_next(now) or now
     previous_of = {job.name: job.output for job in _make_jobs(pipeline, date - timedelta(days=1), None, outputs=True)}
     for previous in (None, previous_of):
-        specs: dict[str, JobSpec] = {}
-        for job in _make_jobs(pipeline, date, previous):
+        jobs, specs, filters = _make_jobs(pipeline, date, previous), dict[str, JobSpec](), set[tuple[str, str | None]]()
+        for job in jobs:
             specs[job.name] = _check_job(pipeline, job)
-            _check_filter(pipeline, job, specs)
+            if (job.stage.name, job.filter) not in filters:  # often the same in each of a thousand partitions
+                _check_filter(pipeline, job, specs)
+                filters.add((job.stage.name, job.filter))
+        _check_inputs(pipeline, specs)
     values = make_date_values(spec, date, next(iter(list_partitions(spec).values())))
     for number, wait in enumerate(spec.wait_for):
         for name in ("marker", "stable"):
@@ -84,7 +91,7 @@ def _check_job(pipeline: Pipeline, job: StageJob) -> JobSpec:
     try:
         JobSpec.model_validate(tree)
     except ValidationError as error:
-        location = tuple(error.errors(include_url=False, include_input=False)[0]["loc"])
+        location = tuple(sort_errors(error)[0]["loc"])
         if location[:1] == ("engine",):  # pydantic names the kind of engine after it
             location = ("engine", *location[2:])
         raise SpecError(f"{pipeline.source.locate((*path, *location))}: {describe(error)}") from error
@@ -96,15 +103,52 @@ def _check_job(pipeline: Pipeline, job: StageJob) -> JobSpec:
     return spec
 
 
+def _check_inputs(pipeline: Pipeline, specs: Mapping[str, JobSpec]) -> None:
+    """No job may read what it writes itself, nor what another one writes without saying so: they may run in any order."""
+    stages = pipeline.spec.stages
+    needs = {stage.name: find_needs(pipeline.spec, number).keys() for number, stage in enumerate(stages)}
+    outputs = {f"{Storage(spec.output.path).root.rstrip('/')}/": name for name, spec in specs.items()}
+    ordered = sorted(outputs)
+    for reader, spec in specs.items():
+        stage, _, partition = reader.partition("/")
+        for path in spec.input.paths:
+            for writer in (outputs[output] for output in _find_read(path, outputs, ordered)):
+                written, _, its_partition = writer.partition("/")
+                if written not in needs[stage] or partition != its_partition:
+                    number = next(number for number, known in enumerate(stages) if known.name == stage)
+                    where = pipeline.source.locate(("stages", number, "job", "input", "paths"))
+                    raise SpecError(f"{where}: {_describe_read(path, reader, writer, specs[writer].output.path)}")
+
+
+def _find_read(path: str, outputs: Container[str], ordered: Sequence[str]) -> Iterator[str]:
+    """Outputs in which a path lies, or around which it is a folder."""
+    is_glob = any(char in path for char in "*?[")
+    read = f"{path if is_glob else Storage(path).root}".rstrip("/") + "/"
+    yield from (read[: found.end()] for found in re.finditer("/", read) if read[: found.end()] in outputs)
+    if not is_glob:
+        inside = ordered[bisect_right(ordered, read) :]
+        yield from takewhile(lambda output: output.startswith(read), inside)
+
+
+def _describe_read(path: str, reader: str, writer: str, output: str) -> str:
+    if reader == writer:
+        return f"{reader} would read what it writes ({path} and {output}); part them"
+    stage = writer.partition("/")[0]
+    return (
+        f"{reader} would read what {writer} writes ({path} and {output}); part them, or say so with `input: {{stage: "
+        f"{stage}}}` beside the job or {{{{ stages.{stage}.data }}}}, within a partition"
+    )
+
+
 def _check_filter(pipeline: Pipeline, job: StageJob, specs: Mapping[str, JobSpec]) -> None:
     read = job.stage.input
-    if read is None or read.filter is None:
+    if read is None or job.filter is None:
         return
     from batchgen.pipelines.filters import check_filter
 
     source = specs[make_job_name(read.stage, job.partition)]
     try:
-        check_filter(read.filter, source)
+        check_filter(job.filter, source)
     except ValueError as error:
         path: Path = ("stages", pipeline.spec.stages.index(job.stage), "input", "filter")
         raise SpecError(f"{pipeline.source.locate(path)}: {error}") from error
@@ -113,7 +157,8 @@ def _check_filter(pipeline: Pipeline, job: StageJob, specs: Mapping[str, JobSpec
 def list_ahead(spec: PipelineSpec, now: datetime) -> list[datetime]:
     """The logical dates of the next year, or as many as are looked at."""
     dates = spec.schedule.calendar.iterate_after(now)
-    return list(islice(takewhile(lambda date: date < now + AHEAD, dates), MAX_AHEAD))
+    max_dates = max(MIN_AHEAD, MAX_AHEAD // len(list_partitions(spec)))
+    return list(islice(takewhile(lambda date: date < now + AHEAD, dates), max_dates))
 
 
 def _refuse_overlap(pipeline: Pipeline, one: tuple[datetime, StageJob], other: tuple[datetime, StageJob]) -> None:

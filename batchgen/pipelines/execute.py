@@ -103,8 +103,8 @@ class Attempt:
         """What the pointer says of its output. Raises JobFailed and what a job raises."""
         read = job.stage.input
         spec = make_spec(self._limit(job.tree), source=f"stage {job.name}")
-        if read is not None and read.filter is not None and job.source is not None and not is_done(spec):
-            num_rows = self._filter(job, read.stage, read.filter, job.source, spec.output.path)
+        if read is not None and job.filter is not None and job.source is not None and not is_done(spec):
+            num_rows = self._filter(job, read.stage, job.filter, job.source, spec.output.path)
             self._say(f"{job.name}: {num_rows:,} rows of {read.stage} go on")
         self._say(f"{job.name}: {spec.output.path}")
         report = self._run_job(spec)

@@ -15,7 +15,7 @@ from typing import Any
 from batchgen.pipelines.calendar import make_key
 from batchgen.pipelines.partitions import Partition, list_partitions, make_partition_name
 from batchgen.pipelines.spec import PipelineSpec, StageSpec
-from batchgen.pipelines.template import Path, TemplateError, list_names, render
+from batchgen.pipelines.template import Path, TemplateError, check_closed, list_names, render
 
 # Names of template variables that are not partitions'.
 OWN_VARIABLES = frozenset(
@@ -37,13 +37,15 @@ class GraphError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class StageJob:
-    """One job of a run. `tree`: its rendered spec; `source`: output folder of the stage whose rows it reads."""
+    """One job of a run. `tree`: its rendered spec; `source`: output folder of the stage whose rows it reads; `filter`:
+    which of them, None for all."""
 
     stage: StageSpec
     partition: Partition
     tree: dict[str, Any]
     output: str
     source: str | None
+    filter: str | None = None
 
     @property
     def name(self) -> str:
@@ -152,6 +154,7 @@ def _make_job(
     spec: PipelineSpec, number: int, partition: Partition, values: Mapping[str, str | None], only_outputs: bool
 ) -> StageJob:
     stage, root = spec.stages[number], ("stages", number, "job")
+    chosen = _render_filter(stage, number, values)
     path = stage.job.get("output", {}).get("path") if isinstance(stage.job.get("output"), dict) else None
     if not isinstance(path, str):
         raise GraphError(root, f"the job of stage '{stage.name}' needs output.path; add it")
@@ -159,15 +162,21 @@ def _make_job(
         output = render(path, values, ("output", "path"))
         if not isinstance(output, str):
             raise TemplateError(("output", "path"), 0, "has no value on the first run; name a folder")
+        check_closed(output, ("output", "path"))
         source = None if stage.input is None else values[f"stages.{stage.input.stage}.output"]
         known = dict(values)
         if source is not None:
-            is_filtered = stage.input is not None and stage.input.filter is not None
-            known["input"] = f"{output.rstrip('/')}{FILTERED}" if is_filtered else f"{source.rstrip('/')}/data"
+            known["input"] = f"{source.rstrip('/')}/data" if chosen is None else f"{output.rstrip('/')}{FILTERED}"
         tree = {} if only_outputs else render(stage.job, known)
     except TemplateError as error:
         raise TemplateError((*root, *error.path), error.line, str(error)) from None
-    return StageJob(stage, partition, tree, output, source)
+    return StageJob(stage, partition, tree, output, source, chosen)
+
+
+def _render_filter(stage: StageSpec, number: int, values: Mapping[str, str | None]) -> str | None:
+    if stage.input is None or stage.input.filter is None:
+        return None
+    return str(render(stage.input.filter, values, ("stages", number, "input", "filter")))
 
 
 def find_overlap(outputs: Sequence[tuple[str, Any]]) -> tuple[Any, Any] | None:
@@ -181,5 +190,7 @@ def find_overlap(outputs: Sequence[tuple[str, Any]]) -> tuple[Any, Any] | None:
 
 
 def list_outputs(spec: PipelineSpec, dates: Iterable[datetime]) -> list[tuple[str, tuple[datetime, StageJob]]]:
-    """(output folder, who writes it) of every job on these dates."""
-    return [(job.output, (date, job)) for date in dates for job in make_jobs(spec, date, None, only_outputs=True)]
+    """(output folder, who writes it) of every job on these dates, and of what its filter lets through."""
+    jobs = [(date, job) for date in dates for job in make_jobs(spec, date, None, only_outputs=True)]
+    filtered = [(f"{job.output.rstrip('/')}{FILTERED}", (date, job)) for date, job in jobs if job.filter is not None]
+    return [*((job.output, (date, job)) for date, job in jobs), *filtered]

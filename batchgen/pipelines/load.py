@@ -13,7 +13,7 @@ from batchgen.pipelines.check import check, check_between
 from batchgen.pipelines.source import Pipeline, Source, parse_source
 from batchgen.pipelines.spec import PipelineSpec
 from batchgen.pipelines.template import Path
-from batchgen.specs.load import describe, is_local
+from batchgen.specs.load import describe, is_local, sort_errors
 from batchgen.storage import Storage, read_text
 
 # Paths in a job's tree.
@@ -25,7 +25,7 @@ def load_pipelines(urls: Sequence[str], now: datetime) -> list[Pipeline]:
     pipelines = [load_pipeline(url, now) for url in urls]
     for number, pipeline in enumerate(pipelines):
         for other in pipelines[:number]:
-            if (other.spec.name, other.spec.state) == (pipeline.spec.name, pipeline.spec.state):
+            if other.spec.name == pipeline.spec.name:  # wherever their states lie: submission ids are made of it
                 where = pipeline.source.locate(("name",))
                 raise SpecError(f"{where}: {other.source.file} has the name '{other.spec.name}', too; choose another")
     check_between(pipelines, now)
@@ -41,7 +41,7 @@ def load_pipeline(url: str, now: datetime) -> Pipeline:
     try:
         spec = PipelineSpec.model_validate(tree)
     except ValidationError as error:
-        path = tuple(error.errors(include_url=False, include_input=False)[0]["loc"])
+        path = tuple(sort_errors(error)[0]["loc"])
         raise SpecError(f"{source.locate(path)}: {describe(error, PipelineSpec)}") from error
     pipeline = Pipeline(with_absolute_paths(spec), source)
     check(pipeline, now)

@@ -55,7 +55,7 @@ class RaySubmitter:
         found = self._call(lambda client: _find_job(client, submission.id))
         if found is None:
             return "unknown"
-        if found.entrypoint != make_entrypoint(submission):
+        if submission.arguments[-1] not in shlex.split(found.entrypoint):
             raise SubmitterAway(
                 f"Ray has another job of the id {submission.id}: of a pipeline with the same name whose state lies "
                 "elsewhere; give one of them another name"

@@ -47,8 +47,29 @@ def parse_source(text: str, file: str) -> tuple[dict[str, Any], Source]:
             f'{file}{where}: not valid YAML; mend the syntax there, and quote text with "{{{{ }}}}"'
         ) from error
     if not isinstance(tree, dict) or node is None:
-        raise SpecError(f"{file}: must be a mapping with name, state, schedule and stages")
+        raise SpecError(f"{file} line 1: must be a mapping with name, state, schedule and stages")
+    if (twice := _find_twice(node)) is not None:
+        line = twice.start_mark.line + 1
+        raise SpecError(
+            f"{file} line {line}: '{twice.value}' stands there a second time; YAML would keep only this one"
+        )
     return tree, Source(file, {path: (file, line) for path, line in _walk(node, ())})
+
+
+def _find_twice(node: yaml.Node) -> yaml.Node | None:
+    """A key that its mapping has already."""
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        seen = set[str]()
+        for key, value in node.value:
+            name = str(key.value)
+            if name in seen and name != "<<":
+                return key  # type: ignore[no-any-return]
+            seen.add(name)
+            children.append(value)
+    elif isinstance(node, yaml.SequenceNode):
+        children = node.value
+    return next((found for child in children if (found := _find_twice(child)) is not None), None)
 
 
 def _walk(node: yaml.Node, path: Path) -> Iterator[tuple[Path, int]]:
@@ -57,8 +78,9 @@ def _walk(node: yaml.Node, path: Path) -> Iterator[tuple[Path, int]]:
     yield path, node.start_mark.line + 1 + is_block
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            yield (*path, str(key.value)), key.start_mark.line + 1
             yield from _walk(value, (*path, str(key.value)))
+            if isinstance(value, yaml.CollectionNode):  # begins below its key, which is what people look for
+                yield (*path, str(key.value)), key.start_mark.line + 1
     elif isinstance(node, yaml.SequenceNode):
         for number, value in enumerate(node.value):
             yield from _walk(value, (*path, number))

@@ -18,7 +18,16 @@ from batchgen.urls import check_url
 
 NAME = r"^[a-z][a-z0-9_-]{0,62}$"
 
+
+def check_plain(text: str) -> str:
+    """Raises ValueError for what looks like a template where none is rendered."""
+    if "{{" in text:
+        raise ValueError(f"'{text}' is the same for every date; write it without {{{{ }}}}")
+    return text
+
+
 Url = Annotated[str, AfterValidator(check_url)]
+PlainUrl = Annotated[Url, AfterValidator(check_plain)]
 Name = Annotated[str, Field(pattern=NAME)]
 
 
@@ -58,6 +67,12 @@ class ScheduleSpec(Section):
         description="When several dates are due at once: run all of them, oldest first (true), or only the newest (false).",
     )
 
+    @model_validator(mode="after")
+    def _has_dates(self) -> "ScheduleSpec":
+        if self.start is not None and self.end is not None and self.end < self.start:
+            raise ValueError("end lies before start, so there is no date; correct one of them")
+        return self
+
     @property
     def calendar(self) -> Calendar:
         return Calendar(self.cron, self.timezone)
@@ -89,7 +104,7 @@ class WaitSpec(Section):
 class HookSpec(Section):
     """What is told of a run's end: an HTTP POST with a JSON body, or a command with the same JSON on its standard input."""
 
-    webhook: Url | None = Field(default=None, description="http(s) address.")
+    webhook: PlainUrl | None = Field(default=None, description="http(s) address.")
     webhook_env: str | None = Field(
         default=None, description="Environment variable of the scheduler that holds the address, where it is a secret."
     )
@@ -118,7 +133,8 @@ class StageInput(Section):
     stage: Name = Field(description="The stage whose output is read; of the same partition.")
     filter: str | None = Field(
         default=None,
-        description="One DuckDB SQL expression over the columns of that output; rows for which it isn't true stay behind.",
+        description="One DuckDB SQL expression over the columns of that output, `{{ ... }}` put in as it stands; rows for "
+        "which it isn't true stay behind.",
     )
 
 
@@ -142,7 +158,7 @@ class PipelineSpec(Section):
     """A whole pipeline."""
 
     name: Name
-    state: Url = Field(description="Folder for the records of its runs, on a store with conditional writes.")
+    state: PlainUrl = Field(description="Folder for the records of its runs, on a store with conditional writes.")
     schedule: ScheduleSpec
     partitions: dict[Name, Annotated[tuple[str, ...], Field(min_length=1)]] = Field(
         default={},
@@ -167,7 +183,7 @@ class PipelineSpec(Section):
         default=None, gt=0, description="Of one run: all its stages, partitions and attempts (GPU-hours)."
     )
     stages: tuple[StageSpec, ...] = Field(min_length=1)
-    publish: Url | None = Field(
+    publish: PlainUrl | None = Field(
         default=None, description="Folder for latest.json and dates/KEY.json, which name the outputs of whole runs."
     )
     retention: RetentionSpec | None = None

@@ -76,6 +76,13 @@ def _look_up(written: str, values: Values, path: Path, line: int) -> str | None:
     return values[name]
 
 
+def check_closed(text: str, path: Path) -> None:
+    """For a rendered text in which no brace is meant to be one. Raises TemplateError."""
+    left = next((braces for braces in ("{{", "}}") if braces in text), None)
+    if left is not None:
+        raise TemplateError(path, 0, f"'{left}' has no counterpart in '{text}'; write {{{{ name }}}}")
+
+
 def list_names(tree: Any) -> Iterator[str]:
     """Every name that stands in a tree."""
     if isinstance(tree, str):

@@ -78,7 +78,9 @@ class Inquiry:
 
     def lend(self, now: float, *, num_starting: int) -> list[Lease]:
         """The next group that nobody tries, to an idle worker. None is idle and none will be soon: one is kept free."""
+        self._settle()
         tried = {trial.group for trial in self._trials.values()}
+        tried |= {group.number for group in self._list_convicted()}
         free = [group for group in self.state.groups if group.number not in tried]
         ready = next((g for g in free if self.queue.can_lend_rows(number for number, _ in g.rows)), None)
         idle = self.queue.find_idle() if ready is not None else None
@@ -140,28 +142,43 @@ class Inquiry:
         self, worker_id: str, reason: str, inflight: Sequence[ShardRows] | None, held: Sequence[LostLease], window: int
     ) -> bool:
         trial, now = self._trials.pop(worker_id, None), time.time()
-        before, num_before = self.state, self.state.num_quarantined
+        before = self.state
         if trial is not None and any(group.number == trial.group for group in before.groups):
             rows = self._list_unfinished(held) if inflight is None else inflight
-            self._change(suspects.blame(before, trial.group, rows, now, self.spec.retry.max_deaths_alone))
+            self._change(suspects.blame(before, trial.group, rows, now))
         elif inflight is None:
             self._change(suspects.accuse_unknown(before, self._list_unfinished(held), window, now))
         else:
             self._change(suspects.accuse(before, inflight, window, now))
-        self._tell(worker_id, reason, before, num_before)
-        return self.state.groups != before.groups or self.state.num_quarantined > num_before
-
-    def _tell(self, worker_id: str, reason: str, before: Suspects, num_before: int) -> None:
         known = {group.number for group in before.groups}
         if new := [group for group in self.state.groups if group.number not in known]:
             count = sum(group.num_rows for group in new)
             self.on_warning(f"{count} rows were in flight when {worker_id}'s engine died; they are tried apart")
-        if self.state.num_quarantined == num_before:
+        has_changed = self.state.groups != before.groups
+        self._settle()
+        self._check_engine(reason)
+        return has_changed
+
+    # ---- the verdict -------------------------------------------------------------------------------------------------
+
+    def _list_convicted(self) -> list[suspects.Group]:
+        return suspects.list_convicted(self.state, time.time(), self.spec.retry.max_deaths_alone)
+
+    def _settle(self) -> None:
+        """Asked at every turn: deaths by chance are forgotten after a while, and then the verdict is due."""
+        if not self.state.groups:
             return
-        self.on_warning(f"a row is quarantined: engines died with it alone in flight, {worker_id}'s last")
-        if self.state.num_quarantined > self.spec.retry.max_quarantined:
+        num_before = self.state.num_quarantined
+        self._change(suspects.settle(self.state, time.time(), self.spec.retry.max_deaths_alone))
+        if num_more := self.state.num_quarantined - num_before:
+            self.on_warning(f"{num_more} rows are quarantined: engines died with each of them alone in flight")
+
+    def _check_engine(self, reason: str) -> None:
+        """An engine that dies of everything would leave nobody to wait for before the first verdict."""
+        num_guilty = self.state.num_quarantined + len(self._list_convicted())
+        if num_guilty > self.spec.retry.max_quarantined:
             raise RunStopped(
-                f"{self.state.num_quarantined} rows killed engines (retry.max_quarantined is "
+                f"{num_guilty} rows killed engines (retry.max_quarantined is "
                 f"{self.spec.retry.max_quarantined}); it may be the engine that is broken, the last one's reason: {reason}"
             )
 

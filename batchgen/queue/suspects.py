@@ -2,14 +2,17 @@
 
 Pure: a frozen value, and what follows from a fact. Suspects stand in groups. A group is tried by an engine that has
 nothing else in flight: when all its rows end, they are cleared (and their generations kept); when the engine dies, it died
-of one of them, and what was still in flight is halved. A row with which an engine died twice while it was alone is the
-culprit, and is quarantined. Groups are tried in turn, halves after all that stand already: so an engine that works shows
-it soon, and the cleared don't wait for the guilty.
+of one of them, and what was still in flight is halved. A row with which an engine died twice while it was alone is taken
+for the culprit, and tried no more. Groups are tried in turn, halves after all that stand already: so an engine that works
+shows it soon, and the cleared don't wait for the guilty.
 
 For n suspects and one culprit that takes at most ceil(log2 n) + 1 further deaths, and as many for each further culprit:
 a group of m rows costs one death and a half of it the next, m = n / 2 at first, and the last row costs two. Unless engines
-die by chance as well (somebody kills them, a node is broken). A death whose suspects were all cleared was chance, and for
-each of the last hour a culprit must have died twice more alone: else a storm of kills would condemn the innocent.
+die by chance as well (somebody kills them, a node is broken). Two culprits and a storm of kills look alike until all others
+were tried: then either nobody is left who explains a death, and it was chance, or a second culprit is. So no verdict is
+given before every other suspect is cleared or taken for a culprit himself (`settle`), which costs no death; and for each
+death by chance of the last hour a culprit must have died twice more alone. What that can't tell apart: a job's only two
+deaths, both of which somebody caused while the same row was alone.
 Where it is not known what was in flight, all unfinished rows of the worker's shards are suspects, in groups of at most a
 window; and when these are many, the first death is only remembered (`struck`), for it costs less than to try them all.
 """
@@ -105,11 +108,8 @@ def clear(state: Suspects, group_number: int) -> Suspects:
     return replace(state, groups=tuple(group for group in state.groups if group.number != group_number))
 
 
-def blame(
-    state: Suspects, group_number: int, inflight: Sequence[ShardRows], now: float, max_alone: int = 2
-) -> Suspects:
-    """The engine died while it tried the group, with these of its rows in flight; the group's other rows are cleared.
-    `max_alone`: so often with one row alone, and the row is the reason."""
+def blame(state: Suspects, group_number: int, inflight: Sequence[ShardRows], now: float) -> Suspects:
+    """The engine died while it tried the group, with these of its rows in flight; the group's other rows are cleared."""
     group = next(group for group in state.groups if group.number == group_number)
     rows = _clean(inflight, ())
     num_rows = count_suspects(rows)
@@ -120,16 +120,32 @@ def blame(
     if num_rows > 1:
         return _add(state, _split(rows, 2), deaths)
     # A row that was in flight with others of its group until those ended died alone as well.
-    num_alone = 1 + (group.num_alone if group.num_rows == 1 else 0)
-    if num_alone < max_alone + CHANCE_DEATHS_ALONE * _count_chance(state, deaths, now):
-        return _add(state, [rows], deaths, num_alone)
-    ((number, ranges),) = rows
+    return _add(state, [rows], deaths, 1 + (group.num_alone if group.num_rows == 1 else 0))
+
+
+# ---- the verdict -----------------------------------------------------------------------------------------------------
+
+
+def list_convicted(state: Suspects, now: float, max_alone: int) -> list[Group]:
+    """Rows taken for culprits: `max_alone` engines died of each alone, and more where engines die by chance."""
+    least = max_alone + CHANCE_DEATHS_ALONE * _count_chance(state, now)
+    return [group for group in state.groups if group.num_rows == 1 and group.num_alone >= least]
+
+
+def settle(state: Suspects, now: float, max_alone: int) -> Suspects:
+    """The verdict, once there is nobody else to try; no change before."""
+    convicted = list_convicted(state, now, max_alone)
+    if not convicted or len(convicted) < len(state.groups):
+        return state
     quarantined = dict(state.quarantined)
-    quarantined[number] = unite(quarantined.get(number, ()), ranges)
+    for number, ranges in chain.from_iterable(group.rows for group in convicted):
+        quarantined[number] = unite(quarantined.get(number, ()), ranges)
+    explained = {death for group in convicted for death in group.deaths}
     return replace(
         state,
+        groups=(),
         quarantined=tuple(sorted(quarantined.items())),
-        deaths=tuple(death for death in state.deaths if death[0] not in deaths),
+        deaths=tuple(death for death in state.deaths if death[0] not in explained),
     )
 
 
@@ -140,9 +156,9 @@ def _note_death(state: Suspects, earlier: tuple[int, ...], now: float) -> tuple[
     return replace(state, deaths=(*recent, (number, now)), next_number=number + 1), (*earlier, number)
 
 
-def _count_chance(state: Suspects, own: tuple[int, ...], now: float) -> int:
+def _count_chance(state: Suspects, now: float) -> int:
     """Deaths of which nobody is suspected any more, and no culprit was found."""
-    open_deaths = {number for group in state.groups for number in group.deaths} | set(own)
+    open_deaths = {number for group in state.groups for number in group.deaths}
     return sum(number not in open_deaths and now - at < CHANCE_MEMORY_S for number, at in state.deaths)
 
 

@@ -27,14 +27,29 @@ from batchgen.verify.damage import RESTORE
 
 def read_report(storage: Storage, *, num_generations: int = 0) -> dict[str, Any]:
     """As of now. Raises OutputError where no run has worked on the folder."""
+    return _make(storage, *_read_said(storage), num_generations)
+
+
+def find_report(storage: Storage) -> dict[str, Any]:
+    """The report that the last run left; made anew where a later run has not ended yet, or left none."""
+    saved, records = _read_said(storage)
+    return saved if saved is not None else _make(storage, saved, records, 0)
+
+
+def _read_said(storage: Storage) -> tuple[dict[str, Any] | None, list[RunRecord]]:
+    """(the report that the last run left, None where it has not ended or left none; records of all runs)."""
+    records, saved = read_records(storage), manifest.read_json(storage, REPORT_JSON)
+    last = records[-1]["epoch"] if records else 0
+    return (saved if saved is not None and saved.get("epoch", 0) >= last else None), records
+
+
+def _make(
+    storage: Storage, saved: dict[str, Any] | None, records: list[RunRecord], num_generations: int
+) -> dict[str, Any]:
     facts = manifest.read_json(storage, manifest.SPEC)
     if facts is None:
         raise OutputError(f"{storage.root}: holds no job of batchgen; give the output.path of one")
-    records = read_records(storage)
     record = records[-1] if records else None
-    saved = manifest.read_json(storage, REPORT_JSON)
-    if saved is not None and record is not None and record["epoch"] > saved["epoch"]:
-        saved = None  # a later run has not ended yet
     spec = _read_spec(storage, saved or record or facts, facts)
     committed = {} if saved and not num_generations else manifest.load_committed(storage, spec.fingerprint())
     found = make_report(
@@ -99,12 +114,3 @@ def read_all_batches(storage: Storage, committed: dict[int, manifest.CommittedSh
     newer = make_stats_table({batch.batch_id: batch for batch in footers}.values())
     is_known = pc.is_in(newer["batch_id"], value_set=table["batch_id"].combine_chunks())
     return pa.concat_tables([table, newer.filter(pc.invert(is_known))])
-
-
-def find_report(storage: Storage) -> dict[str, Any]:
-    """The report that the last run left; made anew where a later run has not ended yet, or left none."""
-    saved = manifest.read_json(storage, REPORT_JSON)
-    last = max((record["epoch"] for record in read_records(storage)), default=0)
-    if saved is not None and saved.get("epoch", 0) >= last:
-        return saved
-    return read_report(storage)

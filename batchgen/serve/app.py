@@ -108,7 +108,9 @@ async def _answer_invalid(_: Request, error: Exception) -> JSONResponse:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return make_response(bad_request("The body is not valid JSON.", None, "invalid_json"))
-    place = [str(part) for part in first["loc"][1:] if isinstance(part, int) or str(part).isidentifier()]
+    where, *parts = first["loc"]
+    # The name of a header is ours, what stands in a body may be anybody's.
+    place = [str(part) for part in parts if where == "header" or isinstance(part, int) or str(part).isidentifier()]
     param = ".".join(place)[:128] or None
     code = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}.get(first["type"])
     return make_response(bad_request(f"{param or 'body'}: {first['msg']}", param, code or "invalid_value"))

@@ -105,12 +105,16 @@ def make_job_spec(spec: EndpointSpec, state: State, record: BatchRecord) -> JobS
     return _make_spec(spec.models[record.model], state, record)
 
 
+def has_begun(state: State, record: BatchRecord) -> bool:
+    """Was a run of its job ever started?"""
+    return Storage(state.job_url(record.tenant, record.id)).info(SPEC) is not None
+
+
 def find_job_spec(spec: EndpointSpec, state: State, record: BatchRecord) -> JobSpec:
     """Of the job as it was begun, whatever is served by now: for what needs no engine any more. One that was never begun
     of a model that is gone is closed in the name of an engine that is nobody's."""
-    storage = Storage(state.job_url(record.tenant, record.id))
-    if storage.info(SPEC) is not None:
-        return read_spec(storage, ())
+    if has_begun(state, record):
+        return read_spec(Storage(state.job_url(record.tenant, record.id)), ())
     nobody = ServedModel(engine=SimulatedEngineSpec(kind="simulated"))
     return _make_spec(spec.models.get(record.model or "", nobody), state, record)
 

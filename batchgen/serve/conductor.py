@@ -137,7 +137,11 @@ class Conductor:
         is_long = record.batch.status == "in_progress" and self._state.now() < record.expires_at
         if is_long and len(self._running) >= self._spec.limits.max_running:
             return
-        if not self._claims.is_free(record.id):
+        try:
+            if not self._claims.is_free(record.id):
+                return
+        except OutputError as error:  # nor a damaged claim
+            self._back_off(record.id, str(error))
             return
         lane = self._long if is_long else self._short
         self._busy[record.id] = lane.submit(self._work, record.tenant, record.id)

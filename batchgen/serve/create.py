@@ -7,7 +7,7 @@ from batchgen.serve.dataset import is_allowed, is_dataset
 from batchgen.serve.endpoint import Endpoint, Tenant
 from batchgen.serve.errors import ApiError, bad_request, not_found, too_many
 from batchgen.serve.ids import is_file_id, make_batch_id
-from batchgen.serve.once import choose_batch_id
+from batchgen.serve.once import choose_batch_id, find_batch_id
 from batchgen.serve.records import BatchRecord
 from batchgen.serve.wire import CHAT, COMPLETIONS, Batch, CreateBatch, parse_window
 
@@ -18,9 +18,15 @@ def create_batch(
     endpoint: Endpoint, tenant: Tenant, asked: CreateBatch, *, key: str | None, is_repeat: bool
 ) -> BatchRecord:
     """The batch, new or, where the create was sent before, as it stands now. Raises ApiError."""
-    check_asked(endpoint, tenant, asked)
     state = endpoint.state
     body = json.dumps(asked.model_dump(mode="json"), sort_keys=True)
+    try:
+        check_asked(endpoint, tenant, asked)
+    except ApiError:  # since the first create, which made it, the input file may have gone
+        made = find_batch_id(state, tenant.name, body, key=key) if is_repeat or key is not None else None
+        if made is None or (standing := state.read_batch(tenant.name, made)) is None:
+            raise
+        return standing
     new_id = make_batch_id(state.now())
     batch_id = choose_batch_id(state, tenant.name, body, new_id, key=key, is_repeat=is_repeat)
     if batch_id != new_id and (standing := state.read_batch(tenant.name, batch_id)) is not None:

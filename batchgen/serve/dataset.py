@@ -11,14 +11,17 @@ from pathlib import Path
 
 import pyarrow.compute as pc
 
+from batchgen.engines import create_tokenizer
 from batchgen.errors import InputError
 from batchgen.parquet import read_table
 from batchgen.read import read_footers
+from batchgen.serve.batch_run import find_job_spec
 from batchgen.serve.batch_spec import CUSTOM_ID, PROMPT_COLUMNS, SAMPLING, TOOLS
 from batchgen.serve.records import BatchRecord, FileRecord, JobInput, make_result_file_id
 from batchgen.serve.results import LineMaker, Results, Tally, dump_line, iter_rows
+from batchgen.serve.spec import EndpointSpec
 from batchgen.serve.state import State
-from batchgen.serve.wire import CHAT, RequestCounts
+from batchgen.serve.wire import CHAT
 from batchgen.specs.sections import PromptForm
 from batchgen.storage import FileInfo, Storage, list_inputs
 
@@ -86,18 +89,15 @@ def write_dataset_results(state: State, record: BatchRecord) -> Results:
         cached = None if ok["cached_tokens"].null_count else pc.sum(ok["cached_tokens"]).as_py() or 0
         tally.cached_tokens = None if cached is None or tally.cached_tokens is None else tally.cached_tokens + cached
         tally.has_reasoning = tally.has_reasoning or ok["reasoning"].null_count < ok.num_rows
-    counts = tally.make_counts(record.batch.request_counts.total)
     return Results(
-        counts,
+        tally.make_counts(record.batch.request_counts.total),
         tally.make_usage(),
-        _create(state, record, num_bytes, counts, is_ok=True),
-        _create(state, record, num_bytes, counts, is_ok=False),
+        _create(state, record, num_bytes, is_ok=True) if tally.completed else None,
+        _create(state, record, num_bytes, is_ok=False) if tally.failed else None,
     )
 
 
-def _create(state: State, record: BatchRecord, num_bytes: int, counts: RequestCounts, *, is_ok: bool) -> str | None:
-    if (counts.completed if is_ok else counts.failed) == 0:
-        return None
+def _create(state: State, record: BatchRecord, num_bytes: int, *, is_ok: bool) -> str:
     file_id = make_result_file_id(record, "output" if is_ok else "error")
     made_at = record.batch.finalizing_at or record.batch.cancelling_at or record.batch.created_at
     state.create_file(
@@ -116,13 +116,18 @@ def _create(state: State, record: BatchRecord, num_bytes: int, counts: RequestCo
     return file_id
 
 
-def iter_dataset_lines(state: State, file: FileRecord) -> Iterator[bytes]:
+def iter_dataset_lines(spec: EndpointSpec, state: State, file: FileRecord) -> Iterator[bytes]:
     """The dataset's rows of one status as lines."""
     record = state.read_batch(file.tenant, file.dataset_of or "")
     if record is None:
         return
     maker = LineMaker(record, None)
     for row in iter_rows(Storage(state.job_url(record.tenant, record.id)), ("sample_index",)):
+        if (
+            row.get("logprobs") is not None and maker.decode is None
+        ):  # tokens are told by their text; seldom, and it loads
+            tokenizer = create_tokenizer(find_job_spec(spec, state, record))
+            maker.decode = None if tokenizer is None else tokenizer.decode
         if row["status"] == file.dataset_status:
             key = f"{row['source_file']}:{row['source_row']}:{row['sample_index']}"
             _, line = maker.make([{**row, "line": key, "samples": 1, "refusal": None}])

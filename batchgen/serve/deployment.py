@@ -13,7 +13,9 @@ from fastapi import APIRouter, FastAPI
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve import Application
+from ray.serve.exceptions import RayServeException
 
 from batchgen.engines import create_tokenizer
 from batchgen.queue.events import WorkerPool
@@ -24,8 +26,9 @@ from batchgen.serve.conductor import Conductor
 from batchgen.serve.door import BulkJob
 from batchgen.serve.endpoint import Endpoint
 from batchgen.serve.exposition import make_exposition
-from batchgen.serve.gateway import Gateway
+from batchgen.serve.gateway import Gateway, make_away
 from batchgen.serve.host import HostReport
+from batchgen.serve.interpreter import freeze_loaded
 from batchgen.serve.keys import load_keys
 from batchgen.serve.load import check_models, load_endpoint
 from batchgen.serve.ray_engines import SharedEngines
@@ -104,7 +107,9 @@ def create_endpoint_app(spec: EndpointSpec, args: AppArgs) -> FastAPI:
     }
     completions = create_completions_router(Gateway(controller), abilities, tokenizers)
     endpoint = Endpoint(spec, State(spec.store), keys, lambda: controller.wake.remote() and None)
-    return create_app(endpoint, [completions, create_metrics_router(controller)])
+    made = create_app(endpoint, [completions, create_metrics_router(controller)])
+    freeze_loaded()
+    return made
 
 
 def create_metrics_router(controller: Any) -> APIRouter:
@@ -113,7 +118,10 @@ def create_metrics_router(controller: Any) -> APIRouter:
     @router.get("/metrics", tags=["health"], response_class=PlainTextResponse)
     async def metrics() -> str:
         """Prometheus text: engines, what they have in flight, tokens."""
-        return make_exposition(await controller.list_reports.remote())
+        try:
+            return make_exposition(await controller.list_reports.remote())
+        except (RayError, RayServeException):  # it is being started anew
+            raise make_away() from None
 
     return router
 

@@ -5,7 +5,6 @@ An engine that no controller has asked for `LEASH_S` seconds ends itself: nobody
 
 import asyncio
 import os
-import sys
 import time
 from collections.abc import AsyncIterator
 
@@ -20,13 +19,11 @@ from batchgen.serve.deltas import Delta
 from batchgen.serve.errors import ApiError
 from batchgen.serve.host import EngineHost, HostReport, Left
 from batchgen.serve.interactive import Ask
+from batchgen.serve.interpreter import Switching, freeze_loaded
 from batchgen.serve.spec import ServedModel
 from batchgen.worker.setup import WorkerSetup
 
 LEASH_S = 120.0
-# A request changes threads several times on its way through the engine's process, and each time waits up to this long for
-# the interpreter beside bulk's threads; Python's own 5 ms would be most of an interactive request's time.
-SWITCH_S = 0.0005
 
 
 class EngineActor:
@@ -39,13 +36,17 @@ class EngineActor:
         self._opened: asyncio.Future[None] | None = None
         self._leash: asyncio.Future[None] | None = None
         self._coming: set[str] = set()
+        self._switching = Switching()
 
     async def open(self) -> None:
-        sys.setswitchinterval(SWITCH_S)
         if self._opened is None:
-            self._opened = asyncio.ensure_future(self._host.open())
+            self._opened = asyncio.ensure_future(self._load())
             self._leash = asyncio.ensure_future(self._watch())
         await asyncio.shield(self._opened)
+
+    async def _load(self) -> None:
+        await self._host.open()
+        freeze_loaded()
 
     async def get_identity(self) -> tuple[str, int]:
         """(identity, process id)."""
@@ -64,11 +65,9 @@ class EngineActor:
 
     async def attach(self, key: str, setup: WorkerSetup, deadline: float) -> WorkerInfo:
         """`key`: the worker's here, where those of several jobs are."""
-        if self._opened is None:
-            raise EngineDied("it was not opened")
         self._coming.add(key)
         try:
-            await asyncio.shield(self._opened)
+            await self.open()  # Ray may begin this call before the one that opens, though it was sent later
             info = await self._host.attach(key, setup, deadline)
             if key not in self._coming:  # its run ended while the engine loaded, and nobody else would ever end it
                 await self._host.detach(key)
@@ -94,16 +93,19 @@ class EngineActor:
         return await self._host.get_worker(worker_id).drain(timeout_s)
 
     async def answer(self, ask: Ask) -> list[Result] | ApiError:
+        self._switching.note()
         try:
             return await self._host.answer(ask)
         except ApiError as error:  # as a value: Ray would wrap it in an error of its own
             return error
 
     async def stream(self, ask: Ask) -> AsyncIterator[Delta | Result | ApiError]:
+        self._switching.note()
         async for news in self._host.stream(ask):
             yield news
 
     async def _watch(self) -> None:
         while time.monotonic() - self._heard_at < LEASH_S:
             await asyncio.sleep(1.0)
+            self._switching.look(self._host.make_report().num_urgent)
         os._exit(0)

@@ -5,6 +5,8 @@ whose engine died before anything was answered is sent to one more engine, once:
 kill them all.
 """
 
+import asyncio
+import logging
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator
@@ -13,6 +15,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from batchgen.errors import EngineDied
 from batchgen.records import Result
@@ -21,7 +24,10 @@ from batchgen.serve.errors import ApiError
 from batchgen.serve.interactive import Ask
 from batchgen.serve.ray_engines import NAMESPACE
 
+log = logging.getLogger("batchgen.serve")
 FRESH_S = 3.0
+# A controller that is started anew takes seconds, in which nobody need wait for it.
+LOOK_S = 1.0
 RETRY_AFTER_S = 5
 
 
@@ -48,6 +54,7 @@ class Gateway:
             try:
                 answered: list[Result] | ApiError = await self._get(name).answer.remote(ask)
             except RayError as error:
+                log.warning("%s failed a request: %s", name, type(error).__name__)
                 self._forget(name)
                 if is_last or not is_death(error):
                     raise make_away() from error
@@ -73,6 +80,7 @@ class Gateway:
                         yield news
                 return
             except RayError as error:
+                log.warning("%s failed a request: %s", name, type(error).__name__)
                 self._forget(name)
                 if is_last or has_begun or not is_death(error):
                     raise make_away() from error
@@ -89,12 +97,19 @@ class Gateway:
 
     async def _choose(self, model: str) -> str:
         if not (names := self._names.get(model)) or time.monotonic() - self._looked_at > FRESH_S:
-            self._names = await self._controller.list_engines.remote()
-            self._looked_at = time.monotonic()
+            await self._look()
             names = self._names.get(model)
         if not names:
             raise make_away()
         return min(names, key=lambda name: self._inflight[name])
+
+    async def _look(self) -> None:
+        """Where the controller is away, the engines that were up are asked all the same: they outlive it."""
+        try:
+            self._names = await asyncio.wait_for(self._controller.list_engines.remote(), LOOK_S)
+        except (RayError, RayServeException, TimeoutError) as error:
+            log.warning("the controller does not say which engines are up: %s", type(error).__name__)
+        self._looked_at = time.monotonic()
 
     def _get(self, name: str) -> Any:
         if name not in self._actors:

@@ -1,7 +1,7 @@
 """API keys: which tenant a key is of. Only their SHA-256 is ever written down; the keys are random, so that is enough.
 
 One line a key, `TENANT sha256:HEX`, in a file or in the environment variable BATCHGEN_API_KEYS; several keys of one tenant
-are how they are changed. `python -m batchgen.serve.keys TENANT` makes one: the key for the tenant, the line for the file.
+are how they are changed. `python -m batchgen.serve.keys TENANT >> FILE` makes one and shows it; the file gets its line.
 """
 
 import hashlib
@@ -79,7 +79,8 @@ def main() -> None:
     if len(sys.argv) != 2 or not TENANT.fullmatch(sys.argv[1]):
         raise SystemExit("usage: python -m batchgen.serve.keys TENANT   (a-z, 0-9, - and _)")
     key, line = make_key(sys.argv[1])
-    print(f"key (shown once): {key}\nline for the key file: {line}")
+    print(f"key (shown once): {key}", file=sys.stderr)
+    print(line)
 
 
 if __name__ == "__main__":

@@ -31,8 +31,7 @@ class Note:
 
 def choose_batch_id(state: State, tenant: str, body: str, new_id: str, *, key: str | None, is_repeat: bool) -> str:
     """The id of the batch that this create is to make, or has made. Raises ApiError for a key with another body."""
-    digest = make_digest("key", key) if key is not None else make_digest("body", body)
-    path, now = make_once_path(tenant, digest), state.now()
+    path, now = _make_path(tenant, body, key), state.now()
     note = Note(new_id, now, make_digest(body), is_repeat)
     while True:
         try:
@@ -44,7 +43,7 @@ def choose_batch_id(state: State, tenant: str, body: str, new_id: str, *, key: s
                 continue
             return new_id
         known = Note(**json.loads(data))
-        is_fresh = now - known.made_at < (REPEAT_S if key is None else KEY_S)
+        is_fresh = _is_fresh(known, key, now)
         if key is not None and is_fresh and known.body != note.body:
             raise bad_request("this Idempotency-Key was used with another body", None, "idempotency_key_reused")
         if is_fresh and (key is not None or is_repeat):
@@ -56,6 +55,23 @@ def choose_batch_id(state: State, tenant: str, body: str, new_id: str, *, key: s
         except Conflict:
             continue
         return following.batch_id
+
+
+def find_batch_id(state: State, tenant: str, body: str, *, key: str | None) -> str | None:
+    """Of the batch that such a create made before. Notes nothing."""
+    try:
+        known = Note(**json.loads(state.storage.read_bytes(_make_path(tenant, body, key))))
+    except NotFound:
+        return None
+    return known.batch_id if known.body == make_digest(body) and _is_fresh(known, key, state.now()) else None
+
+
+def _make_path(tenant: str, body: str, key: str | None) -> str:
+    return make_once_path(tenant, make_digest("key", key) if key is not None else make_digest("body", body))
+
+
+def _is_fresh(note: Note, key: str | None, now: float) -> bool:
+    return now - note.made_at < (REPEAT_S if key is None else KEY_S)
 
 
 def delete_old_notes(state: State, say: Callable[[str], None]) -> None:

@@ -114,7 +114,7 @@ def begin(record: BatchRecord, job_input: JobInput, model: str, num_requests: in
 
 def fail(record: BatchRecord, errors: list[BatchError], now_s: float) -> BatchRecord | None:
     """Nothing of it was or will be run."""
-    if record.batch.status != "validating":
+    if record.batch.status not in ("validating", "in_progress"):
         return None
     counts = RequestCounts()
     batch = _move(

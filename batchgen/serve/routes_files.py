@@ -101,7 +101,7 @@ def make_content(endpoint: Endpoint, record: FileRecord, range_: str | None) -> 
     headers = {"content-disposition": f"attachment; filename*=UTF-8''{quote(record.filename)}"}
     kind = "application/octet-stream"
     if record.dataset_of is not None:
-        return StreamingResponse(iter_dataset_lines(endpoint.state, record), 200, headers, kind)
+        return StreamingResponse(iter_dataset_lines(endpoint.spec, endpoint.state, record), 200, headers, kind)
     try:
         part = parse_range(range_, record.num_bytes)
     except Unsatisfiable:

@@ -7,7 +7,7 @@ from batchgen.engines import create_tokenizer
 from batchgen.errors import Damaged, InputChanged, LeaseHeld, Refusal, StorageError
 from batchgen.serve import records
 from batchgen.serve.abilities import find_abilities
-from batchgen.serve.batch_run import BatchRun, find_job_spec, is_cancelled_elsewhere, make_job_spec
+from batchgen.serve.batch_run import BatchRun, find_job_spec, has_begun, is_cancelled_elsewhere, make_job_spec
 from batchgen.serve.batch_spec import make_served_spec
 from batchgen.serve.body_sampling import Abilities
 from batchgen.serve.claims import Claims
@@ -91,7 +91,8 @@ class Steps:
             self._say(f"{record.id}: refused: {error}")
             message = "The batch can't be run as it is." if record.input and record.input.is_own else str(error)
             told = [BatchError(code="job_refused", message=message)]
-            self._change(record, lambda known: records.refuse(known, told, self._state.now()))
+            end = records.refuse if has_begun(self._state, record) else records.fail
+            self._change(record, lambda known: end(known, told, self._state.now()))
             return None
         if report["state"] == "finished":
             self._change(record, lambda known: records.finalize(known, self._state.now()))

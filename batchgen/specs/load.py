@@ -102,10 +102,14 @@ def _set(tree: dict[str, Any], override: str) -> None:
 
 def describe(error: ValidationError, root: type[BaseModel] = JobSpec) -> str:
     """One sentence for the first thing wrong, and how many more there are. `root`: what was validated."""
-    # A misspelt field is told before the required one that it was meant to be.
-    errors = sorted(error.errors(include_url=False, include_input=False), key=lambda e: e["type"] != "extra_forbidden")
+    errors = sort_errors(error)
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return _describe_one(errors[0], root) + more
+
+
+def sort_errors(error: ValidationError) -> list[ErrorDetails]:
+    """A misspelt field is told before the required one that it was meant to be."""
+    return sorted(error.errors(include_url=False, include_input=False), key=lambda e: e["type"] != "extra_forbidden")
 
 
 def _describe_one(error: ErrorDetails, root: type[BaseModel]) -> str:
@@ -144,6 +148,8 @@ def list_field_names(path: Sequence[str], location: Sequence[str], root: type[Ba
         return list(section.model_fields)
     models: list[type[BaseModel]] = [root]
     for name in path:
+        if name.isdigit():  # a place in a list, whose members are the models already
+            continue
         fields = [model.model_fields[name] for model in models if name in model.model_fields]
         models = [member for field in fields for member in _members(field.annotation)]
     return [name for model in models for name in model.model_fields]

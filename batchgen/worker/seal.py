@@ -97,19 +97,17 @@ def read_seal(footer: bytes | memoryview, parquet: ParquetFile) -> Seal:
     return Seal(digest(footer), None if body is None else body.decode(errors="replace"))
 
 
-def is_body_whole(data: bytes | memoryview, body_sha256: str) -> bool:
-    """Is everything before the footer of this file what was sealed?"""
-    start = find_footer(data[-END_BYTES:], len(data))
-    return digest(memoryview(data)[:start]) == body_sha256
-
-
 # ---- JSON ------------------------------------------------------------------------------------------------------------
 
 
 def seal_json(value: Mapping[str, Any]) -> bytes:
     """The bytes of a sealed object."""
-    content = {"is_sealed": True, **value}
-    return _dump({**content, "sha256": digest(_dump(content))})
+    return _append_digest(_dump({"is_sealed": True, **value}))
+
+
+def _append_digest(content: bytes) -> bytes:
+    """The JSON object with its own digest as the last member."""
+    return content[:-1] + f', "sha256": "{digest(content)}"}}'.encode()
 
 
 def is_json_whole(raw: bytes) -> bool | None:
@@ -120,7 +118,7 @@ def is_json_whole(raw: bytes) -> bool | None:
     if "is_sealed" not in value and "sha256" not in value:
         return None
     content = {name: held for name, held in value.items() if name != "sha256"}
-    return value.get("sha256") == digest(_dump(content)) and _dump(value) == raw
+    return _append_digest(_dump(content)) == raw
 
 
 def _dump(value: Mapping[str, Any]) -> bytes:

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from batchgen import journal
 from batchgen.batches import BatchStats, FileFooter
+from batchgen.engines import get_engine_kind
 from batchgen.errors import AlreadyExists, Conflict, Damaged
 from batchgen.gates.count import make_counter, make_rules
 from batchgen.lengths import make_template_lengths
@@ -60,6 +61,7 @@ class ShardFiles:
 
     def __init__(self, storage: Storage, spec: JobSpec, passthrough: pa.Schema) -> None:
         self._storage, self._spec = storage, spec
+        self._may_quote = get_engine_kind(spec.engine.kind).capabilities.quotes_prompts
         self._fingerprint = spec.fingerprint()
         self.result_schema = make_result_schema(spec)
         self._output_schema = make_output_schema(spec, passthrough)
@@ -139,6 +141,7 @@ class ShardFiles:
             num_copied=shard.num_copied,
             read_s=shard.read_s + shard.prepare_s,
             write_s=None,
+            may_quote=self._may_quote,
         )
         footer = FileFooter(
             format_version=FORMAT_VERSION,
@@ -184,9 +187,10 @@ class ShardFiles:
         for batch_id in pc.unique(recovered["batch_id"]).to_pylist():
             rows = recovered.filter(pc.equal(recovered["batch_id"], batch_id))
             outcome = "reused" if is_reused_id(batch_id) else "shared" if batch_id in shard.shared_ids else "lost"
-            batches.append(
-                known.get(batch_id) or make_lost_stats(batch_id, engine_kind=kind, rows=rows, outcome=outcome)
-            )
+            if (stats := known.get(batch_id)) is None:
+                quotes = self._may_quote
+                stats = make_lost_stats(batch_id, engine_kind=kind, rows=rows, outcome=outcome, may_quote=quotes)
+            batches.append(stats)
         return batches
 
 

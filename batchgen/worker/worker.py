@@ -64,8 +64,7 @@ class Worker:
         self._setup, self._engine, self._node, self._shared_window = setup, engine, node, window
         self._spec = setup.spec
         self._files = ShardFiles(setup.storage, setup.spec, setup.passthrough)
-        self._shards: dict[str, OpenShard] = {}
-        self._events: list[PoolEvent] = []
+        self._shards, self._events = dict[str, OpenShard](), list[PoolEvent]()
         self._shard_tasks = TaskGroup(self._die)
         self._other_tasks = TaskGroup(self._die)
         self._has_ended, self._last_sent, self.meter = False, (-1, 0), Meter()
@@ -76,7 +75,10 @@ class Worker:
         """Load the engine. Raises EngineDied or SpecError with the reason."""
         started = time.monotonic()
         carrier = Carrier(self._spec) if self._spec.input.reuse_from else None
-        await asyncio.gather(self._engine.open(), *([asyncio.to_thread(carrier.open)] if carrier else ()))
+        opening = [self._engine.open(), *([asyncio.to_thread(carrier.open)] if carrier else ())]
+        for error in await asyncio.gather(*opening, return_exceptions=True):  # one that is being opened can't be closed
+            if error is not None:
+                raise error
         spec, engine, setup, size = self._spec, self._engine, self._setup, self._spec.engine.max_inflight
         preparer = Preparer(spec, engine.tokenizer, engine.max_model_len, list_refused(spec.engine), setup.prior)
         serving, hints = make_serving(engine, spec, setup.prior), HintCheck(setup.num_requests, size)
@@ -283,13 +285,11 @@ class Worker:
 async def open_worker(setup: WorkerSetup, node: str) -> Worker:
     """A worker that is up. Raises EngineDied with the reason, whatever kept the engine from starting."""
     try:
-        engine = create_engine(setup.spec)
-        try:
-            worker = Worker(setup, engine, node)
-            await worker.open()
-        except Refusal:
-            await engine.close()  # it may be up already, and its tokenizer not fit for the job
-            raise
+        async with contextlib.AsyncExitStack() as stack:
+            engine = create_engine(setup.spec)
+            stack.push_async_callback(engine.close)  # whatever fails: it may be up already, or by half
+            await (worker := Worker(setup, engine, node)).open()
+            stack.pop_all()
     except EngineDied:
         raise
     except Refusal as error:  # its own sentence says all

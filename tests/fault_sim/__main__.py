@@ -13,8 +13,11 @@ import pytest
 
 from .world import Outcome, run_world  # isort: skip  # before anything of batchgen
 from .mutants import MUTANTS
+from .reuse_mutants import REUSE_MUTANTS
 
 MAX_SEEDS = 1000
+# A soak that is cut goes on behind the last seed that it told.
+TELL_SEEDS = 100
 
 
 def main() -> int:
@@ -26,7 +29,7 @@ def main() -> int:
     first, _, end = arguments.seeds.partition(":")
     quieten()
     if arguments.mutants:
-        return int(False in [find(mutant, int(first)) for mutant in MUTANTS])
+        return int(False in [find(mutant, int(first)) for mutant in [*MUTANTS, *REUSE_MUTANTS]])
     started, totals, strikes, num_failed = time.perf_counter(), Counter[str](), Counter[str](), 0
     seeds = range(int(first), int(end or int(first) + 1))
     for number, seed in enumerate(seeds, 1):
@@ -35,7 +38,7 @@ def main() -> int:
         if arguments.story or outcome.violation is not None:
             print(outcome.tell(), flush=True)
         num_failed += outcome.violation is not None
-        if number % 1000 == 0:
+        if number % TELL_SEEDS == 0:
             rate = number / (time.perf_counter() - started)
             print(f"seeds {first} to {seed}: {num_failed} violations, {rate:.1f} seeds/s", flush=True)
     elapsed_s = time.perf_counter() - started

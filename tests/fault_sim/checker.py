@@ -1,11 +1,11 @@
 """What must hold at every instant of a world, and at its end. Reads the output as a stranger would, with pyarrow alone; of
 ours it uses file names and column names."""
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 Key = tuple[str, int, int]
@@ -130,5 +130,7 @@ def get_key(row: Mapping[str, Any]) -> Key:
 
 
 def read_rows(data: bytes, columns: list[str] | None = None) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = pq.ParquetFile(io.BytesIO(data)).read(columns=columns).to_pylist()
+    rows: list[dict[str, Any]] = (
+        pq.ParquetFile(pa.BufferReader(data)).read(columns=columns, use_threads=False).to_pylist()
+    )
     return rows

@@ -15,6 +15,9 @@ from .checker import Violation, read_rows
 
 EARLIER = "sim://earlier"
 NUM_PROMPTS = 3
+MAX_TOKENS = 40
+# A prompt, and which of its samples.
+Asked = tuple[str, int]
 
 
 class Earlier:
@@ -25,7 +28,7 @@ class Earlier:
         self.has_duplicates = random.Random(f"{seed}:duplicates").random() < 0.2
         self.files = make_earlier_files() if random.Random(f"{seed}:reuse").random() < 0.2 else {}
         self._known = find_answers(self.files)
-        self._made: dict[bytes, set[str]] = {}
+        self._made: dict[Asked, set[str]] = {}
         self.num_reused = self.num_copied = 0
 
     def make_input(self) -> dict[str, Any]:
@@ -34,38 +37,45 @@ class Earlier:
         return reused | ({"duplicates": "copy"} if self.has_duplicates else {})
 
     def choose_prompt(self, name: str, row: int) -> str:
-        return f"{name} {row % NUM_PROMPTS if self.has_duplicates else row}?"
+        return make_prompt(name, row % NUM_PROMPTS if self.has_duplicates else row)
 
     def check_sent(self, request: Request, engine: Any) -> None:
         """Nothing that is known is sent; what will come of it is noted, in however many parts it is asked for."""
-        assert request.fingerprint is not None
-        if request.fingerprint in self._known:
+        asked = self._find_asked(*request.row_id.slot, request.row_id.source_file)
+        if asked in self._known:
             raise Violation(f"{request.row_id} was sent to an engine, and the earlier output has it")
         if request.partial is None:
             whole = replace(request, sampling=replace(request.sampling, max_tokens=MAX_TOKENS))
             answer = engine._answer(whole, queued_s=0.0, ttft_s=0.0)
-            self._made.setdefault(request.fingerprint, set()).add(answer.text)
+            self._made.setdefault(asked, set()).add(answer.text)
 
     def check_end(self, rows: list[dict[str, Any]]) -> None:
-        """What was known stands there as the earlier output has it; all else is an answer to the same request."""
+        """What was known stands there as the earlier output has it; all else is an answer to the same request. Nothing of
+        ours is asked which that is: the prompt follows from the row's place."""
         for row in (row for row in rows if row["status"] == "ok"):
-            fingerprint, origin = row["row_fingerprint"], row["reused_from"] or ""
-            is_known = fingerprint in self._known
+            asked = self._find_asked(row["source_row"], row["sample_index"], row["source_file"])
+            origin, is_known = row["reused_from"] or "", asked in self._known
             if is_known != origin.startswith(f"{EARLIER}/"):
                 raise Violation(f"{row['custom_id']} is from {origin or 'here'}")
-            if row["text"] not in (self._known if is_known else self._made)[fingerprint]:
+            if row["text"] not in (self._known if is_known else self._made)[asked]:
                 raise Violation(f"{row['custom_id']} has another request's answer, from {origin or 'here'}")
             self.num_reused += is_known
             self.num_copied += bool(origin) and not is_known
 
+    def _find_asked(self, row: int, sample_index: int, name: str) -> Asked:
+        return self.choose_prompt(name, row), sample_index
 
-MAX_TOKENS = 40
+
+def make_prompt(name: str, row: int) -> str:
+    return f"{name} {row}?"
 
 
-def find_answers(files: Mapping[str, bytes]) -> dict[bytes, set[str]]:
-    found: dict[bytes, set[str]] = {}
+def find_answers(files: Mapping[str, bytes]) -> dict[Asked, set[str]]:
+    found: dict[Asked, set[str]] = {}
     for row in (row for path, data in files.items() if path.startswith("data/") for row in read_rows(data)):
-        found.setdefault(row["row_fingerprint"], set()).add(row["text"])
+        if row["status"] == "ok":
+            asked = make_prompt(row["source_file"], row["source_row"]), row["sample_index"]
+            found.setdefault(asked, set()).add(row["text"])
     return found
 
 

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from .kernel import Kernel, Threading
 
 _kernels: list[Kernel] = []
+_digests: dict[str, str | None] = {}
 _real_monotonic, _real_time, _real_sleep, _real_uuid4 = time.monotonic, time.time, time.sleep, uuid.uuid4
 
 
@@ -107,16 +108,18 @@ class CachedParquet:
         return file.iter_batches(max_rows, use_threads=use_threads, columns=columns, row_groups=row_groups)
 
 
-@functools.lru_cache(256)
-def _open_parquet(data: bytes, is_checked: bool) -> Any:
-    return _Opened(data, is_checked)
-
-
 class _Opened:
+    """A real one, with what it would make anew each time that it is asked."""
+
     def __init__(self, data: bytes, is_checked: bool) -> None:
         file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False, page_checksum_verification=is_checked)
         self.read, self.read_row_group, self.iter_batches = file.read, file.read_row_group, file.iter_batches
         self.metadata, self.schema_arrow, self.num_row_groups = file.metadata, file.schema_arrow, file.num_row_groups
+
+
+@functools.lru_cache(256)
+def _open_parquet(data: bytes, is_checked: bool) -> _Opened:
+    return _Opened(data, is_checked)
 
 
 @functools.lru_cache(1024)
@@ -127,23 +130,43 @@ def _read_parquet(data: bytes, is_checked: bool, group: int | None, columns: tup
     return file.read_row_group(group, columns=names, use_threads=False)
 
 
+class QuickWriter(pq.ParquetWriter):
+    """Files of ten rows in Snappy: zstd makes a context for each of their columns, which is half of writing them."""
+
+    def __init__(self, where: Any, schema: pa.Schema, **options: Any) -> None:
+        super().__init__(where, schema, **{**options, "compression": "snappy", "compression_level": None})
+
+
+def _digest_tokenizer(spec: Any) -> str | None:
+    """The embedded model's, whose files do not change while worlds run."""
+    assert spec.model.path == "embedded"
+    if spec.engine.kind not in _digests:
+        _digests[spec.engine.kind] = tokenizer_files.digest_tokenizer(spec)
+    return _digests[spec.engine.kind]
+
+
 def _group_by_in_this_thread(*args: Any, **options: Any) -> pa.Table:
     return _group_by(*args, **{**options, "use_threads": False})
 
 
 _group_by = acero._group_by
 acero._group_by = _group_by_in_this_thread
+pq.ParquetWriter = pq.core.ParquetWriter = QuickWriter
 
 from batchgen import parquet  # noqa: E402, I001
-
-from batchgen.driver import run  # noqa: E402, I001
+from batchgen.driver import job  # noqa: E402
+from batchgen.driver import run  # noqa: E402
 from batchgen.driver import hold  # noqa: E402
 from batchgen.driver import lease as driver_lease  # noqa: E402
+from batchgen.preflight import tokenizer_files  # noqa: E402
 from batchgen.stores.probe import StoreAbilities  # noqa: E402
 from batchgen.reuse import carrier  # noqa: E402
+from batchgen.verify import verify  # noqa: E402
 from batchgen.worker import worker  # noqa: E402
 
 parquet.pq = types.SimpleNamespace(ParquetFile=CachedParquet)  # type: ignore[assignment]
+for _module in (job, verify):
+    _module.digest_tokenizer = _digest_tokenizer  # type: ignore[attr-defined]
 threads = Threading(get_kernel)
 hold.threading = threads  # type: ignore[assignment]
 driver_lease.threading = threads  # type: ignore[assignment]

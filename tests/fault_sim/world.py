@@ -28,7 +28,7 @@ from batchgen.stores.opening import opening_through
 from batchgen.verify.verify import verify
 
 from .checker import Checker, Key, Violation
-from .earlier import EARLIER, Earlier
+from .earlier import EARLIER, Earlier, make_prompt
 from .faults import CALM, Weather, choose, make_weather
 from .kernel import Kernel, Process
 from .pool import SimPool
@@ -165,7 +165,7 @@ class World:
         """One file; a bad row has no prompt."""
         num_rows = len(is_bad)
         prompts = [
-            self.earlier.choose_prompt(name, row) if self.earlier else f"{name} {row}?" for row in range(num_rows)
+            self.earlier.choose_prompt(name, row) if self.earlier else make_prompt(name, row) for row in range(num_rows)
         ]
         rows = {
             "prompt": pa.array([None if bad else text for text, bad in zip(prompts, is_bad, strict=True)], pa.string()),
