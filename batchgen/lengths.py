@@ -28,6 +28,9 @@ STEPS_PER_OCTAVE = 4
 # A prompt bucket with fewer rows than this leans on the mean of all of them.
 MIN_ROWS = 16
 # Rough size of a token in a prompt column; it decides an order, nothing else.
+# Many requests are so many, and so many times what a worker has in flight: what goes by before a proof is there, some 130
+# and a window, is a small part of them.
+MANY_REQUESTS, MANY_WINDOWS = 2048, 32
 BYTES_PER_TOKEN = 4.5
 
 # A footer holds the lengths of so many templates at most, a run's of so many; rows of others count for all alike.
@@ -260,10 +263,30 @@ def choose_work(
     return n * shard.num_rows * row_tokens / window
 
 
+def must_prove(num_requests: int, window: int) -> bool:
+    """Must hints of a worker's rows prove themselves before they are followed? Where many rows follow; of few they would
+    be proved too late."""
+    return num_requests >= max(MANY_REQUESTS, MANY_WINDOWS * window)
+
+
+def can_go_in_order(num_requests: int, num_workers: int, window: int) -> bool:
+    """A lone worker with many rows gets its shards as they come: it sorts their rows itself, once hints are proved."""
+    return num_workers == 1 and must_prove(num_requests, window)
+
+
 def choose_cost(
-    shard: Shard, *, n: int, window: int, max_tokens: int, prior: LengthPrior | None, default_tokens: float
+    shard: Shard,
+    *,
+    n: int,
+    window: int,
+    max_tokens: int,
+    prior: LengthPrior | None,
+    default_tokens: float,
+    is_in_order: bool = False,
 ) -> float:
     """How long a shard keeps one worker busy: its work, or its longest row alone where that is more. What is longest
-    begins first."""
+    begins first. `is_in_order`: the input's, whatever is expected (`can_go_in_order`)."""
+    if is_in_order:
+        return 0.0
     work = choose_work(shard, n=n, window=window, max_tokens=max_tokens, prior=prior, default_tokens=default_tokens)
     return max(work, shard.max_expected_tokens or 0.0)

@@ -121,6 +121,14 @@ def test_the_driver_is_more_patient_than_its_engine(
         check_supported(make_job_spec(engine=engine, cluster=cluster))
 
 
+def test_a_worker_reserves_the_gpus_of_its_engine() -> None:
+    """Else the node is taken first, and then found to have too few."""
+    for num_gpus in (0, 8):
+        check_supported(make_job_spec(engine={"kind": "tensorrt_llm"}, cluster={"gpus_per_worker": num_gpus}))
+    with pytest.raises(SpecError, match="gpus_per_worker: 4 are too few, an engine takes 8"):
+        check_supported(make_job_spec(engine={"kind": "tensorrt_llm"}, cluster={"gpus_per_worker": 4}))
+
+
 def test_only_an_engine_with_a_tokenizer_makes_one() -> None:
     assert create_tokenizer(make_job_spec(engine=openai())) is None
     assert create_tokenizer(make_job_spec(engine=IDS)) is not None

@@ -19,8 +19,11 @@ from batchgen.engines.simulated import ByteTokenizer
 from batchgen.errors import InputError, Refusal, SpecError
 from batchgen.length_files import LENGTHS, measure_shards, read_prior
 from batchgen.lengths import (
+    MANY_REQUESTS,
+    MANY_WINDOWS,
     MAX_FILE_TEMPLATES,
     LengthCounts,
+    can_go_in_order,
     choose_cost,
     choose_prompt_bucket,
     choose_work,
@@ -126,6 +129,14 @@ def test_a_cost_is_the_longer_of_the_work_and_the_longest_row() -> None:
     prior = make_prior(LengthCounts({(5, 40): 1000}))
     assert cost(Shard(0, file, 0, 10, prompt_bytes=900.0), prior=prior) == pytest.approx(939, rel=0.01)
     assert cost(Shard(0, file, 0, 10), n=3) == 150.0
+    assert cost(known, is_in_order=True) == 0.0
+
+
+def test_a_lone_worker_with_many_rows_has_its_shards_in_order() -> None:
+    assert can_go_in_order(100 * MANY_WINDOWS, 1, 100)
+    assert not can_go_in_order(100 * MANY_WINDOWS - 1, 1, 100)
+    assert not can_go_in_order(100 * MANY_WINDOWS, 2, 100)
+    assert not can_go_in_order(MANY_REQUESTS - 1, 1, 1)
 
 
 def test_prompt_bytes_follow_the_row_groups() -> None:

@@ -215,6 +215,11 @@ def check_supported(spec: JobSpec) -> None:
     if spec.prompt.form not in spec.engine.prompt_forms:
         raise SpecError(f"prompt: the engine '{kind}' can't be sent it; {FORM_MENDS[spec.prompt.form]}")
     check_patience(spec)
+    if 0 < spec.cluster.gpus_per_worker < spec.engine.num_gpus:
+        told = f"an engine takes {spec.engine.num_gpus} (engine.tensor_parallel_size)"
+        raise SpecError(
+            f"cluster.gpus_per_worker: {spec.cluster.gpus_per_worker:g} are too few, {told}; make them equal"
+        )
     if spec.prompt.on_overflow == "truncate_left" and not spec.engine.has_tokenizer:
         raise SpecError(f"prompt.on_overflow: the engine '{kind}' counts no tokens here; use error")
 
