@@ -362,8 +362,11 @@ def kill_in_turn(served: Served, parts: list[str], *, num_rows: int, gap: int) -
 
 
 def test_its_metrics_are_prometheus(served: Served) -> None:
-    text = served.client.get(f"http://127.0.0.1:{served.port}/metrics", cast_to=str)
-    assert 'batchgen_engines_up{model="slow"} 1' in text
+    """A controller that was started anew counts its engine once it has heard of it."""
+    give_up_at = time.monotonic() + 60
+    while 'batchgen_engines_up{model="slow"} 1' not in served.client.get(f"{served.url[:-3]}/metrics", cast_to=str):
+        assert time.monotonic() < give_up_at
+        time.sleep(0.5)
 
 
 def test_a_signal_drains_it(served: Served) -> None:
