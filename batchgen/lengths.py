@@ -28,6 +28,9 @@ STEPS_PER_OCTAVE = 4
 # A prompt bucket with fewer rows than this leans on the mean of all of them.
 MIN_ROWS = 16
 # Rough size of a token in a prompt column; it decides an order, nothing else.
+# Many requests are so many, and so many times what a worker has in flight: what goes by before a proof is there, some 130
+# and a window, is a small part of them.
+MANY_REQUESTS, MANY_WINDOWS = 2048, 32
 BYTES_PER_TOKEN = 4.5
 
 # A footer holds the lengths of so many templates at most, a run's of so many; rows of others count for all alike.
@@ -162,13 +165,21 @@ def _make_one(counts: LengthCounts, mean_of_all: float | None) -> LengthPrior | 
 
 def list_quantiles(prior: LengthPrior, num: int) -> list[float]:
     """The measured completion lengths, all prompts together, as `num` of equal weight, sorted."""
+    return _find_ranks(prior.counts, [(2 * each + 1) / (2 * num) for each in range(num)])
+
+
+def find_quantile(counts: LengthCounts, q: float) -> float | None:
+    """Completion tokens of the answer of this rank, to a tenth; None where nothing was counted."""
+    return _find_ranks(counts, [q])[0] if counts.total() else None
+
+
+def _find_ranks(counts: Mapping[tuple[int | None, int], int], shares: list[float]) -> list[float]:
     lengths: Counter[int] = Counter()
-    for (_, length), rows in prior.counts.items():
+    for (_, length), rows in counts.items():
         lengths[length] += rows
     ordered = sorted(lengths.items())
     ends = list(accumulate(rows for _, rows in ordered))
-    places = ((2 * each + 1) * ends[-1] / (2 * num) for each in range(num))
-    return [bucket_middle(ordered[bisect_left(ends, place)][0]) for place in places]
+    return [bucket_middle(ordered[bisect_left(ends, share * ends[-1])][0]) for share in shares]
 
 
 def _lean(tokens: float, num_rows: int, mean: float) -> float:
@@ -252,10 +263,30 @@ def choose_work(
     return n * shard.num_rows * row_tokens / window
 
 
+def must_prove(num_requests: int, window: int) -> bool:
+    """Must hints of a worker's rows prove themselves before they are followed? Where many rows follow; of few they would
+    be proved too late."""
+    return num_requests >= max(MANY_REQUESTS, MANY_WINDOWS * window)
+
+
+def can_go_in_order(num_requests: int, num_workers: int, window: int) -> bool:
+    """A lone worker with many rows gets its shards as they come: it sorts their rows itself, once hints are proved."""
+    return num_workers == 1 and must_prove(num_requests, window)
+
+
 def choose_cost(
-    shard: Shard, *, n: int, window: int, max_tokens: int, prior: LengthPrior | None, default_tokens: float
+    shard: Shard,
+    *,
+    n: int,
+    window: int,
+    max_tokens: int,
+    prior: LengthPrior | None,
+    default_tokens: float,
+    is_in_order: bool = False,
 ) -> float:
     """How long a shard keeps one worker busy: its work, or its longest row alone where that is more. What is longest
-    begins first."""
+    begins first. `is_in_order`: the input's, whatever is expected (`can_go_in_order`)."""
+    if is_in_order:
+        return 0.0
     work = choose_work(shard, n=n, window=window, max_tokens=max_tokens, prior=prior, default_tokens=default_tokens)
     return max(work, shard.max_expected_tokens or 0.0)

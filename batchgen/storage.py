@@ -177,6 +177,8 @@ def read_text(url: str) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{url} is not UTF-8 text; save it as UTF-8") from error
+    except NotFound as error:
+        raise InputError(f"{error}; correct the path") from error
     except StorageError as error:
         raise InputError(str(error)) from error
 

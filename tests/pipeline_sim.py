@@ -63,7 +63,8 @@ class MemoryClient:
         self.held: dict[str, tuple[bytes, str]] = {}
         self.below: defaultdict[str, set[str]] = defaultdict(set)
         self.rng, self.faults = rng, faults
-        self.num_operations = self.num_kills = 0
+        self.num_operations = self.num_kills = self.num_of_schedulers = 0
+        self.kill_at: tuple[int, bool] | None = None  # at this operation of a scheduler, before it or after it
         self.hub = getcurrent()
 
     def find(self, folder: str) -> Iterator[FileInfo]:
@@ -130,13 +131,22 @@ class MemoryClient:
         self.num_operations += 1
         if threading.current_thread() is not threading.main_thread() or getcurrent() is self.hub:
             return act()
+        self.num_of_schedulers += 1
+        self._kill_at(False)
         self._meet(self.faults.kills / 2, Killed())
         if self.rng.random() < self.faults.yields:
             self.hub.switch()
         value = act()
+        self._kill_at(True)
         self._meet(self.faults.loses, StorageError("its reply was lost"))
         self._meet(self.faults.kills / 2, Killed())
         return value
+
+    def _kill_at(self, is_after: bool) -> None:
+        if self.kill_at == (self.num_of_schedulers, is_after):
+            self.kill_at = None
+            self.num_kills += 1
+            raise Killed
 
     def _meet(self, chance: float, error: BaseException) -> None:
         if self.rng.random() < chance:

@@ -115,6 +115,21 @@ def test_one_that_comes_back_does_not_wait_for_itself() -> None:
     assert shard.is_finished(*second.row_id.slot)
 
 
+def test_what_waits_for_a_copy_is_not_given_away() -> None:
+    """Another worker would generate it; it is, once nobody answers for it."""
+    shard = OpenShard(make_lease(make_shard(row_end=4)), 1, make_result_schema(make_job_spec()))
+    shard.is_recovered = True
+    duplicates = make_duplicates(make_job_spec(**GREEDY), never)
+    assert duplicates is not None
+    assert duplicates.admit(shard, make_request(0, b"same"))
+    shard.note_sent(RowId("/f", 0, 0))
+    assert not duplicates.admit(shard, make_request(1, b"same"))
+    assert shard.choose_to_give(9) == [(3, 0), (2, 0)]
+    duplicates.note_answer(shard, make_request(0, b"same"), make_ok(0))
+    assert shard.is_finished(1, 0)
+    assert shard.waiting == set()
+
+
 def make_request(row: int, fingerprint: bytes) -> Request:
     return Request(RowId("/f", row, 0), (1,), SamplingParams(temperature=0), fingerprint=fingerprint)
 

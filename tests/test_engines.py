@@ -121,6 +121,14 @@ def test_the_driver_is_more_patient_than_its_engine(
         check_supported(make_job_spec(engine=engine, cluster=cluster))
 
 
+def test_a_worker_reserves_the_gpus_of_its_engine() -> None:
+    """Else the node is taken first, and then found to have too few."""
+    for num_gpus in (0, 8):
+        check_supported(make_job_spec(engine={"kind": "tensorrt_llm"}, cluster={"gpus_per_worker": num_gpus}))
+    with pytest.raises(SpecError, match="gpus_per_worker: 4 are too few, an engine takes 8"):
+        check_supported(make_job_spec(engine={"kind": "tensorrt_llm"}, cluster={"gpus_per_worker": 4}))
+
+
 def test_only_an_engine_with_a_tokenizer_makes_one() -> None:
     assert create_tokenizer(make_job_spec(engine=openai())) is None
     assert create_tokenizer(make_job_spec(engine=IDS)) is not None
@@ -190,3 +198,9 @@ def test_a_broken_package_is_refused_when_the_spec_is_made(kind: str, sentence: 
 def test_a_kind_that_was_there_when_the_spec_was_made_may_be_missing_on_a_node() -> None:
     with pytest.raises(SpecError, match="'other' is not installed here; install the package"):
         create_engine(make_job_spec().model_copy(update={"engine": OtherSpec()}))
+
+
+def test_a_field_that_an_engine_cannot_honour_is_told_with_those_that_can() -> None:
+    guided = {"guided": {"json_schema": {"type": "object"}}}
+    with pytest.raises(SpecError, match=r"^sampling.guided: .* choose another engine \(openai, tensorrt_llm\)$"):
+        check_supported(make_job_spec(engine={"kind": "transformers"}, sampling=guided))

@@ -66,6 +66,14 @@ def test_the_final_gate_looks_at_the_whole() -> None:
     ]
     assert [failed.found for failed in judge_final(FinalGate(min_mean_tokens=1), Counts(rows=3, errors=3))] == [None]
     assert judge_final(FinalGate(), COUNTS) == judge_canary(CanaryGate(), COUNTS) == []
+    spread = FinalGate(min_p50_tokens=20, max_p99_tokens=900)
+    assert judge_final(spread, COUNTS, 20.0, 900.0) == []
+    told = [str(failed) for failed in judge_final(spread, COUNTS, 19.0, 901.0)]
+    assert told == [
+        "gates.final.min_p50_tokens: 19 where the limit is 20",
+        "gates.final.max_p99_tokens: 901 where the limit is 900",
+    ]
+    assert [failed.what for failed in judge_final(spread, Counts(rows=3, errors=3))] == ["min_p50_tokens"]
 
 
 @given(
@@ -228,6 +236,22 @@ def test_errors_that_are_tried_again_are_judged_by_what_comes_of_them(tmp_path: 
     report, _ = run(tree)
     assert (report["exit_code"], report["gates"]["seen"]["canary"]["errors"]) == (0, 0)
     assert read_gates(tmp_path) == report["gates"]
+
+
+def test_a_final_gate_knows_how_lengths_are_spread(tmp_path: Path) -> None:
+    """Half of the answers are short: their mean and their largest say little of that. From footers alone."""
+    own = [{"max_tokens": 3 if row % 2 else 100} for row in range(60)]
+    write_file(tmp_path / "in.parquet", make_prompts(60).append_column("own", pa.array(own)))
+    over: Tree = {"engine": {"mean_tokens": 3000, "sigma": 0.1}, "prompt": {"sampling": "own"}}
+    tree = make_tree(tmp_path / "in.parquet", tmp_path / "out", **over)
+    for gate, failed in (
+        ({"min_p50_tokens": 3.5, "max_p99_tokens": 80}, {"min_p50_tokens": 3.0, "max_p99_tokens": 100.0}),
+        ({"min_p50_tokens": 2.5, "max_p99_tokens": 120}, {}),
+    ):
+        tree["gates"] = {"final": gate}
+        report, _ = run(tree)
+        assert {one["what"]: one["found"] for one in report["gates"]["failed"]} == pytest.approx(failed, rel=0.1)
+        assert report["exit_code"] == (4 if failed else 0)
 
 
 def test_gates_json_is_of_the_last_run(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 from batchgen.bench.oracle import find_fifo_s, find_longest_first_s
 from batchgen.bench.saturation import make_hints
 from batchgen.bench.workload import Workload
-from batchgen.worker.hint_check import HALF_LIFE, MANY_WINDOWS, MIN_ANSWERS, HintCheck
+from batchgen.lengths import MANY_WINDOWS
+from batchgen.worker.hint_check import HALF_LIFE, MIN_ANSWERS, HintCheck
 from batchgen.worker.read_ahead import ReadAhead, Stretch
 
 SLOTS = 64

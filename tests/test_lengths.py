@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,12 +15,15 @@ from jobs_util import check_output, list_output, make_tree, merge, read_rows, ru
 from makers import make_error, make_file, make_job_spec, make_ok, make_rows
 
 from batchgen.driver.job import open_job
-from batchgen.engines.simulated import read_calls
+from batchgen.engines.simulated import ByteTokenizer
 from batchgen.errors import InputError, Refusal, SpecError
 from batchgen.length_files import LENGTHS, measure_shards, read_prior
 from batchgen.lengths import (
+    MANY_REQUESTS,
+    MANY_WINDOWS,
     MAX_FILE_TEMPLATES,
     LengthCounts,
+    can_go_in_order,
     choose_cost,
     choose_prompt_bucket,
     choose_work,
@@ -33,9 +37,10 @@ from batchgen.lengths import (
 )
 from batchgen.manifest import read_json, read_plan, write_plan_files, write_plan_shards
 from batchgen.plan import add_prompt_bytes, make_plan
-from batchgen.records import Generation, Shard, Usage
+from batchgen.records import Generation, Request, Shard, Usage
 from batchgen.specs.load import make_spec
 from batchgen.storage import Storage
+from batchgen.worker.prepare import Preparer
 
 counts_of = st.dictionaries(
     st.tuples(st.none() | st.integers(0, 20), st.integers(0, 70)), st.integers(1, 1000), max_size=20
@@ -124,6 +129,14 @@ def test_a_cost_is_the_longer_of_the_work_and_the_longest_row() -> None:
     prior = make_prior(LengthCounts({(5, 40): 1000}))
     assert cost(Shard(0, file, 0, 10, prompt_bytes=900.0), prior=prior) == pytest.approx(939, rel=0.01)
     assert cost(Shard(0, file, 0, 10), n=3) == 150.0
+    assert cost(known, is_in_order=True) == 0.0
+
+
+def test_a_lone_worker_with_many_rows_has_its_shards_in_order() -> None:
+    assert can_go_in_order(100 * MANY_WINDOWS, 1, 100)
+    assert not can_go_in_order(100 * MANY_WINDOWS - 1, 1, 100)
+    assert not can_go_in_order(100 * MANY_WINDOWS, 2, 100)
+    assert not can_go_in_order(MANY_REQUESTS - 1, 1, 1)
 
 
 def test_prompt_bytes_follow_the_row_groups() -> None:
@@ -295,17 +308,16 @@ def write_tasks(folder: Path, num_rows: int) -> None:
     (folder / "a.parquet").write_bytes(to_parquet(table, row_group_size=20))
 
 
-def test_the_next_run_plans_and_sends_by_template(tmp_path: Path) -> None:
-    """The long task's shards go first, and no row becomes another one for it."""
+def test_the_next_run_orders_by_template(tmp_path: Path) -> None:
+    """The long task's shards go first, so do its rows within a worker, and no row becomes another one for it."""
     write_tasks(tmp_path / "in", 120)
     over = {
         "input": {"passthrough": ["task"], "length_template": "task"},
         "prompt": {"sampling": "own"},
-        "engine": {"mean_tokens": 500, "slots": 2, "max_inflight": 2},
+        "engine": {"mean_tokens": 500},
         "output": {"rows_per_shard": 20},
-        "cluster": {"workers": {"min": 1, "max": 1}},
     }
-    first = make_tree(tmp_path / "in", tmp_path / "out", tmp_path / "calls", **over)
+    first = make_tree(tmp_path / "in", tmp_path / "out", **over)
     run(first)
     facts = read_json(Storage(str(tmp_path / "out")), LENGTHS)
     assert facts is not None
@@ -315,7 +327,7 @@ def test_the_next_run_plans_and_sends_by_template(tmp_path: Path) -> None:
         "label": 60,
     }
     later = merge(
-        make_tree(tmp_path / "in", tmp_path / "later", tmp_path / "calls-later", **over),
+        make_tree(tmp_path / "in", tmp_path / "later", **over),
         {"input": {"length_prior": str(tmp_path / "out")}},
     )
     spec = make_spec(later)
@@ -329,8 +341,12 @@ def test_the_next_run_plans_and_sends_by_template(tmp_path: Path) -> None:
     assert min(queued.cost for queued in job.todo[half:]) > max(queued.cost for queued in job.todo[:half])
     report, _ = run(later)
     assert report["exit_code"] == 0
-    sent = [row for _, row, _, _ in read_calls(str(tmp_path / "calls-later"))]
-    assert sum(row >= 60 for row in sent[:60]) > 50
+    # So does the worker, before it has rendered a row and after.
+    rows = pq.read_table(tmp_path / "in" / "a.parquet").combine_chunks().to_batches()[0].slice(59, 2)
+    preparer = Preparer(spec, ByteTokenizer(), None, prior=job.prior)
+    requests = [item for item in preparer.prepare(rows, "a.parquet", [59, 60]) if isinstance(item, Request)]
+    for found in (preparer.expect(rows), [request.expected_tokens for request in requests]):
+        assert found == pytest.approx([3.0, 60.0], rel=0.2)
     texts = [[row["text"] for row in read_rows(tmp_path / name)] for name in ("out", "later")]
     assert texts[0] == texts[1]
     # A plan that stands keeps what it was made with; without the prior nothing is expected.

@@ -186,6 +186,51 @@ def test_a_keeper_forgets_runs_that_the_history_has_forgotten(tmp_path: Path, mo
     assert not keeper._arrivals
 
 
+def test_a_partition_that_left_the_file_ends_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at once: two schedulers are not given a new file in the same second."""
+    spec = make_spec(tmp_path)
+    keeper = make_keeper(spec, OnlyEnds())
+    assert keeper.log.append(Began(ONE, "asked", 0.0, None, ("fr",)))
+    keeper.keep(0.0)
+    assert keeper.history.runs[ONE].state == "waiting"
+    monkeypatch.setattr("batchgen.pipelines.keeper.GONE_GRACE_S", 0.0)
+    keeper.keep(0.0)
+    assert "no partition 'fr' any more" in keeper.history.runs[ONE].message
+
+
+def test_while_the_head_is_away_what_waits_for_its_input_too_long_fails(tmp_path: Path) -> None:
+    """And nothing is submitted to it."""
+    spec = make_spec(tmp_path, max_active_runs=3, wait_for=[{"marker": str(tmp_path / "_DONE")}], wait_deadline="1h")
+    keeper = make_keeper(spec, Away())
+    submit(spec, keeper.log, ONE)
+    assert keeper.log.append(Began(OTHER, "asked", 0.0))
+    with pytest.raises(SubmitterAway):
+        keeper.keep(3601.0)
+    runs = keeper.history.runs
+    assert (runs[ONE].state, runs[OTHER].state) == ("running", "failed")
+    assert "_DONE is not there" in runs[OTHER].message
+    (tmp_path / "_DONE").write_text("")
+    assert keeper.log.append(Began("2026-11-17T0100Z", "asked", 3601.0))
+    with pytest.raises(SubmitterAway):
+        keeper.keep(3602.0)
+    assert runs["2026-11-17T0100Z"].state == "waiting"
+
+
+class Away:
+    """A submitter that never answers."""
+
+    kind = "local"
+
+    def submit(self, submission: Submission) -> None:
+        raise AssertionError(submission.id)
+
+    def get_status(self, submission: Submission) -> Status:
+        raise SubmitterAway(submission.id)
+
+    def stop(self, submission: Submission) -> None:
+        raise SubmitterAway(submission.id)
+
+
 def test_a_filter_that_leaves_nothing_is_not_tried_again(tmp_path: Path) -> None:
     tree = make_pipeline(str(tmp_path))
     tree["stages"][1]["input"]["filter"] = "score > 100"

@@ -15,7 +15,6 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from pipeline_util import make_pipeline, write_pipeline, write_prompts
-from ray.job_submission import JobSubmissionClient
 from ray_cluster import REPO, RayCluster, find_port, run_ray_cluster
 
 from batchgen.pipelines.calendar import parse_key
@@ -108,9 +107,10 @@ def test_a_scheduler_that_is_a_ray_job_itself_gives_its_files_to_its_runs(cluste
     submit = ["job", "submit", "--address", cluster.dashboard, "--no-wait", "--submission-id", "keeper"]
     cluster.call(*submit, "--runtime-env-json", own, "--", *command)
     (run,) = wait_for_states(file, ["succeeded"], 90)
-    client = JobSubmissionClient(cluster.dashboard)
-    assert client.get_job_info(f"batchgen-nightly-{run['key']}-1").runtime_env == json.loads(own)
-    client.stop_job("keeper")
+    described = cluster.call("job", "list", "--address", cluster.dashboard).split("JobDetails(")
+    (own_run,) = [job for job in described if f"'batchgen-nightly-{run['key']}-1'" in job]
+    assert "BATCHGEN_TEST_OWN" in own_run
+    cluster.call("job", "stop", "--address", cluster.dashboard, "keeper")
 
 
 def test_a_head_that_is_not_there_is_away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

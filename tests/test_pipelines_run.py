@@ -155,6 +155,7 @@ def test_a_partition_that_failed_is_all_that_is_made_again(root: str, tmp_path: 
     assert {part: value["state"] for part, value in run["partitions"].items()} == {"en": "succeeded", name: "failed"}
     assert run["message"].startswith(f"1 of 2 partitions failed; {name}: the input has not arrived")
     assert not (tmp_path / "published").exists()
+    assert f"1 failed ({name})" in CliRunner().invoke(app, ["pipelines", "show", file]).output
     write_prompts(tmp_path / "in" / "zh Hant" / "rows.parquet", 6)
     (tmp_path / "in" / "zh Hant" / "_DONE").write_text("")
     run = call("pipelines", "run", file, "--date", "2026-11-20")

@@ -111,6 +111,31 @@ def test_every_partition_of_every_date_exactly_once(seed: int) -> None:
     assert len(standing - world.ray.list_at_work()) == 3
 
 
+def run_killed_at(kill_at: tuple[int, bool] | None) -> World:
+    """Three dates of four partitions, one of two schedulers killed once."""
+    calm = Faults(kills=0, loses=0, yields=0.05, head_dies=0, clock_jumps=0, job_fails=0.1)
+    world = World(make_spec(**{**make_partitioned(), "retention": {"keep": 1}}), 3, calm)
+    world.client.kill_at = kill_at
+    with opening_through(lambda _: world.client):
+        world.run(3)
+    return world
+
+
+@pytest.mark.parametrize("step", [61, pytest.param(1, marks=pytest.mark.soak)])
+@pytest.mark.timeout(1800)
+def test_a_kill_at_each_operation_in_turn(step: int) -> None:
+    """Before it and after it: whatever was written down and not done is done by the next."""
+    num_operations = run_killed_at(None).client.num_of_schedulers
+    numbers, num_kills = range(1, num_operations, step), 0
+    for number in numbers:
+        for is_after in (False, True):
+            world = run_killed_at((number, is_after))
+            check_each_date_once(world, 3)
+            num_kills += world.client.num_kills
+    assert num_kills >= len(numbers), "after an operation that failed there is none"
+    print(f"\n{num_operations} operations of two schedulers in three days, {num_kills} kills")
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("is_partitioned", [False, True])

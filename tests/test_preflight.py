@@ -1,6 +1,7 @@
 """What is judged of a node and a checkpoint, line by line, from facts of nodes that no test runs on."""
 
 import dataclasses
+import itertools
 import pickle
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,28 @@ def test_bytes_of_a_token() -> None:
         == 32 * 2 * 4 * 128 * 2
     )
     assert find_kv_token_bytes(dataclasses.replace(REAL, config={}), NEEDS) is None
+
+
+STRANGE: list[Any] = [None, [], {}, "x", "9" * 50, -1, 1e308, True, ["a"], [None], {"a": 1}]
+NUMBERS = ["num_hidden_layers", "kv_lora_rank", "qk_rope_head_dim", "index_head_dim", "max_position_embeddings"]
+NUMBERS += ["num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "architectures"]
+
+
+def test_a_config_with_other_things_than_numbers_is_judged_all_the_same(tmp_path: Path) -> None:
+    """What it doesn't say is unknown, and told so; whether the engine takes it is the engine's affair."""
+    whole, needs = read(tmp_path, make_nvfp4_files()), dataclasses.replace(NEEDS, max_model_len=None)
+    plain = {key: value for key, value in whole.config.items() if key != "kv_lora_rank"}
+    for config, name, value in itertools.product(({**whole.config}, plain), NUMBERS, STRANGE):
+        strange = dataclasses.replace(whole, config={**config, name: value})
+        assert pick(check_model(strange, needs, NODE), "architecture").what
+
+
+@pytest.mark.parametrize("value", [3, True, "x", {"a": 1}])
+def test_a_list_of_excluded_modules_that_is_none(value: Any, tmp_path: Path) -> None:
+    found = read(tmp_path, make_nvfp4_files(exclude_modules=value))
+    (check,) = check_quantization(found, NODE)
+    assert (check.verdict, check.is_spec) == ("fail", True)
+    assert "exclude_modules of hf_quant_config.json is no list" in check.what
 
 
 def test_how_many_requests_fit() -> None:

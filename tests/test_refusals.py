@@ -70,7 +70,7 @@ BAD = [
     (["run", "SPEC", "--set", "input.paths=nowhere.parquet"], ["nowhere.parquet"]),
     (["run", "SPEC", "--set", "sampling.logprobs=3"], ["sampling.logprobs", "choose another engine"]),
     (["run", "SPEC", "--deadline", "soon"], ["--deadline soon", "write a time"]),
-    (["run", "nowhere.yaml"], ["nowhere.yaml"]),
+    (["run", "nowhere.yaml"], ["nowhere.yaml", "correct the path"]),
     (["plan", "SPEC", "--set", "cluster.workers.min=9"], ["min (9) is above max"]),
     (["validate", "SPEC", "--set", "prompt.template=Say {q}"], ["exactly one of column", "found column and template"]),
     (["status", "EMPTY"], ["EMPTY", "correct the path, or start one"]),
@@ -78,7 +78,7 @@ BAD = [
     (["report", "EMPTY"], ["EMPTY"]),
     (["cancel", "EMPTY"], ["nothing to cancel"]),
     (["verify", "EMPTY"], ["EMPTY"]),
-    (["doctor", "nowhere.yaml"], ["nowhere.yaml"]),
+    (["doctor", "nowhere.yaml"], ["nowhere.yaml", "correct the path"]),
     (["replay", "EMPTY", "--row", "x"], ["EMPTY", "give the output.path of one"]),
     (["simulate", "SPEC"], ["nothing says how long the answers are"]),
 ]

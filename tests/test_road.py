@@ -44,7 +44,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def paste(block: str, folder: Path, cluster: RayCluster) -> subprocess.CompletedProcess[str]:
     command = ["bash", "-e", "-c", block]
     done = subprocess.run(command, cwd=folder, env=cluster.env, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
 

@@ -17,7 +17,7 @@ from ray_cluster import MARK, RAY, REPO, RayCluster, find_port, list_marked, run
 
 from batchgen.serve.keys import make_key
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.soak, pytest.mark.timeout(400)]
 
 CHAT = "/v1/chat/completions"
 NUM_ROWS = 1200
@@ -160,9 +160,8 @@ def test_a_datasets_logprobs_are_told_in_its_lines(deployed: Deployed) -> None:
     assert "".join(token["token"] for token in choices[0]["logprobs"]["content"]).startswith("7")
 
 
-@pytest.mark.soak
-def test_50000_lines_are_accepted_and_never_held(deployed: Deployed) -> None:
-    """186 MB through Serve's proxy and the ingress."""
+def test_50000_lines_are_accepted_through_serve(deployed: Deployed) -> None:
+    """186 MB. What comes faster than it is stored, Serve queues without a bound, in its proxy and in the replica."""
     before = deployed.read_peaks()
     client, started = deployed.client, time.monotonic()
     batch_id = deployed.create("bulk", 50_000, text="y" * 3_600)
@@ -172,12 +171,11 @@ def test_50000_lines_are_accepted_and_never_held(deployed: Deployed) -> None:
     assert client.batches.retrieve(batch_id).status == "in_progress"
     client.batches.cancel(batch_id)
     print(f"50,000 lines made, sent and accepted in {seconds:.1f} s; peaks in MB before {before}, after {after}")
-    assert after["Ingress"] < 300
+    assert all(after[part] - before[part] < 400 for part in before)
     while client.batches.retrieve(batch_id).status != "cancelled":
         time.sleep(0.5)
 
 
-@pytest.mark.soak
 def test_engines_that_nobody_needs_go(deployed: Deployed) -> None:
     """After the batch above: back to the least number, a minute after."""
     give_up_at = time.monotonic() + 150

@@ -282,6 +282,7 @@ def test_limits(tmp_path: Path) -> None:
         "requests_per_minute": 120,
         "max_open_batches": 2,
         "max_running": 1,
+        "max_uploads": 1,
     }
     tree = make_endpoint_tree(str(tmp_path / "store"), limits=limits)
     with running(Server(tmp_path / "endpoint", tree, tenants=("acme", "globex", "third"))) as server:
@@ -293,6 +294,7 @@ def test_limits(tmp_path: Path) -> None:
             upload(client, b"x" * 10**6)
         assert caught.value.status_code == 413
         headers = {"Authorization": f"Bearer {server.keys['acme']}"}
+        check_one_upload_at_a_time(server)
 
         def endless() -> Iterator[bytes]:
             for _ in range(100):
@@ -314,6 +316,27 @@ def test_limits(tmp_path: Path) -> None:
         assert limited.value.code == "rate_limit_exceeded"
         assert int(limited.value.response.headers["retry-after"]) > 0
         assert server.client("acme").models.list()  # a tenant's rate is its own
+
+
+def check_one_upload_at_a_time(server: Server) -> None:
+    head = f"Host: x\r\nAuthorization: Bearer {server.keys['acme']}\r\nContent-Type: {KIND}\r\nContent-Length: 1000\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port)) as sock:
+        sock.sendall(f"POST /v1/files HTTP/1.1\r\n{head}".encode() + b"--b\r\n")
+        end = time.monotonic() + 20
+        while not any(path.is_file() for path in Path(server.tree["store"]).glob("uploads/*/*")):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        with pytest.raises(openai.RateLimitError) as limited:
+            upload(server.client("acme"), b"x")
+        assert limited.value.code == "too_many_uploads"
+        assert int(limited.value.response.headers["retry-after"]) > 0
+    while True:  # the first has broken off, and its place is free
+        try:
+            assert upload(server.client("acme"), b"x").bytes == 1
+            return
+        except openai.RateLimitError:
+            assert time.monotonic() < end
+            time.sleep(0.1)
 
 
 def test_without_keys_only_this_machine_is_answered(tmp_path: Path) -> None:

@@ -113,6 +113,17 @@ def test_hints_shorten_the_tail_and_useless_ones_cost_nothing() -> None:
     assert mean_makespan(hint_sigma=10.0) < 1.1 * fifo  # another order, as good as any: noise of four runs
 
 
+def test_useless_hints_never_cost_a_lone_worker_a_hundredth() -> None:
+    """With rows enough for hints to prove themselves. Which rows end a run is luck, so any other order would show."""
+    for seed in range(3):
+        fifo, useless, exact = (
+            run_exactly(make_scenario(num_workers=1, hint_sigma=sigma, num_rows=2100).with_seed(seed)).makespan_s
+            for sigma in (None, 10.0, 0.0)
+        )
+        assert useless <= 1.01 * fifo
+        assert exact < fifo
+
+
 def test_splitting_shortens_the_tail_of_unequal_shards() -> None:
     # Few large shards: one worker has two, the others one.
     options: dict[str, Any] = {"num_workers": 4, "rows_per_shard": 120}

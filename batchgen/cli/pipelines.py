@@ -206,9 +206,12 @@ def ask(spec: Any, keys: list[str]) -> list[str]:
         left = [key for key in keys if is_open(log.history, key)]
         if not left:
             states = sorted({str(log.history.get_state(key)) for key in keys})
-            raise OutputError(
-                f"{spec.name}: nothing to run: {len(keys)} dates, all {', '.join(states)}; ask for others"
+            told = (
+                "ask for others"
+                if {*states} <= {"succeeded", "failed"}
+                else "start `batchgen schedule`, which goes on with them"
             )
+            raise OutputError(f"{spec.name}: nothing to run: {len(keys)} dates, all {', '.join(states)}; {told}")
         if set(left) <= set(log.history.asked) or log.append(Asked(tuple(left), time.time())):
             return left
 

@@ -8,7 +8,7 @@ be. Cost is GPU-hours times `cluster.gpu_hour_cost`.
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from batchgen.driver.job import Job
@@ -80,6 +80,13 @@ def _between(values: Interval, shown: Any) -> str:
 
 def foresee(job: Job) -> Foresight:
     """Of what is left to do. Reads records of runs, writes nothing."""
+    found = _foresee(job)
+    if not job.spec.input.reuse_from or found.time_s is None:
+        return found
+    return replace(found, source=f"{found.source}, as if nothing could be reused")
+
+
+def _foresee(job: Job) -> Foresight:
     spec, num_rows = job.spec, sum(queued.shard.num_rows for queued in job.todo)
     price = spec.cluster.gpu_hour_cost
     for records, source in _iter_measured(job):

@@ -19,7 +19,7 @@ from batchgen.errors import Foreign, InputError, OutputError, Refusal, SpecError
 from batchgen.gates.decide import list_canary
 from batchgen.journal import JournalIndex, list_segments, read_indexes
 from batchgen.length_files import Measured, find_measured, measure_shards, read_prior
-from batchgen.lengths import LengthPrior, choose_cost, choose_work
+from batchgen.lengths import LengthPrior, can_go_in_order, choose_cost, choose_work
 from batchgen.manifest import CommittedShard
 from batchgen.plan import Plan, expected_tokens, make_plan
 from batchgen.preflight.tokenizer_files import digest_tokenizer
@@ -55,7 +55,10 @@ class Job:
     def todo(self) -> list[QueuedShard]:
         """Shards to be done: not committed, or holding errors that this run tries again."""
         canary = {shard.number for shard in list_canary(self.spec, self.plan.shards)}
-        queued = (self._queue(shard, is_canary=shard.number in canary) for shard in self.wanted)
+        spec, num_requests = self.spec, self.num_wanted_rows * self.spec.sampling.n
+        in_order = can_go_in_order(num_requests, spec.cluster.workers.max, spec.engine.max_inflight)
+        wanted = self.wanted
+        queued = (self._queue(each, is_canary=each.number in canary, is_in_order=in_order) for each in wanted)
         return [one for one in queued if one is not None]
 
     @property
@@ -68,11 +71,11 @@ class Job:
             position += shard.num_rows
         return wanted
 
-    def _queue(self, shard: Shard, *, is_canary: bool) -> QueuedShard | None:
+    def _queue(self, shard: Shard, *, is_canary: bool, is_in_order: bool) -> QueuedShard | None:
         done = self.committed.get(shard.number)
         known = self._make_length_facts()
         work = choose_work(shard, **known)
-        cost = math.inf if is_canary else choose_cost(shard, **known)  # what is longest goes first
+        cost = math.inf if is_canary else choose_cost(shard, **known, is_in_order=is_in_order)
         if done is None:
             return QueuedShard(shard, cost=cost, work=work)
         num_again = {

@@ -190,10 +190,11 @@ def list_refused(section: EngineSection) -> frozenset[str]:
     return section.unheeded_fields | {name for name, need in NEEDS.items() if not getattr(capabilities, need)}
 
 
-def name_able(field: str) -> str:
-    """The mend for a sampling field that the chosen engine can't honour."""
-    able = [kind for kind, known in ENGINES.items() if getattr(known.capabilities, NEEDS[field])]
-    return f"leave it out or choose another engine ({', '.join(able)})"
+def name_able(field: str, kind: str) -> str:
+    """The mend for a sampling field that an engine of this kind can't honour."""
+    need = NEEDS.get(field)  # the section of somebody's own engine may leave any field unheeded
+    able = [name for name, known in ENGINES.items() if name != kind and need and getattr(known.capabilities, need)]
+    return "leave it out or choose another engine" + (f" ({', '.join(able)})" if able else "")
 
 
 def check_supported(spec: JobSpec) -> None:
@@ -202,7 +203,7 @@ def check_supported(spec: JobSpec) -> None:
     for name in sorted(list_refused(spec.engine)):
         if getattr(spec.sampling, name) is not None:
             is_dropped = name in spec.engine.unheeded_fields
-            mend = (is_dropped and UNHEEDED_MENDS.get(kind)) or name_able(name)
+            mend = (is_dropped and UNHEEDED_MENDS.get(kind)) or name_able(name, kind)
             raise SpecError(f"sampling.{name}: the engine '{kind}' can't honour it; {mend}")
     guided = spec.sampling.guided
     if guided is not None and guided.form not in spec.engine.guided_forms:
@@ -214,6 +215,11 @@ def check_supported(spec: JobSpec) -> None:
     if spec.prompt.form not in spec.engine.prompt_forms:
         raise SpecError(f"prompt: the engine '{kind}' can't be sent it; {FORM_MENDS[spec.prompt.form]}")
     check_patience(spec)
+    if 0 < spec.cluster.gpus_per_worker < spec.engine.num_gpus:
+        told = f"an engine takes {spec.engine.num_gpus} (engine.tensor_parallel_size)"
+        raise SpecError(
+            f"cluster.gpus_per_worker: {spec.cluster.gpus_per_worker:g} are too few, {told}; make them equal"
+        )
     if spec.prompt.on_overflow == "truncate_left" and not spec.engine.has_tokenizer:
         raise SpecError(f"prompt.on_overflow: the engine '{kind}' counts no tokens here; use error")
 

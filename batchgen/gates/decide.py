@@ -58,11 +58,15 @@ def judge_canary(gate: CanaryGate, counts: Counts) -> list[Failed]:
     return _judge_rates("canary", gate, counts)
 
 
-def judge_final(gate: FinalGate, counts: Counts) -> list[Failed]:
+def judge_final(
+    gate: FinalGate, counts: Counts, p50_tokens: float | None = None, p99_tokens: float | None = None
+) -> list[Failed]:
+    """`p50_tokens` and `p99_tokens`: of all answers, None where there are none."""
     failed = _judge_rates("final", gate, counts)
     mean = counts.tokens / counts.num_ok if counts.num_ok else None
-    lows = {"min_rows_ok": float(counts.num_ok), "min_mean_tokens": mean}
-    highs = {"max_mean_tokens": mean, "max_duplicate_rate": _share(counts.num_repeated, counts.num_hashed)}
+    lows = {"min_rows_ok": float(counts.num_ok), "min_mean_tokens": mean, "min_p50_tokens": p50_tokens}
+    highs = {"max_mean_tokens": mean, "max_p99_tokens": p99_tokens}
+    highs |= {"max_duplicate_rate": _share(counts.num_repeated, counts.num_hashed)}
     for name, found in lows.items():
         if (limit := getattr(gate, name)) is not None and (found is None or found < limit):
             failed.append(Failed("final", name, limit, found))

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from batchgen.errors import GateFailed, OutputError, StorageError
 from batchgen.gates.decide import Counts, Failed, judge_canary, judge_final, list_canary
 from batchgen.gates.scan import make_scan
+from batchgen.lengths import find_quantile, merge_lengths
 from batchgen.manifest import CommittedShard
 from batchgen.records import Shard
 from batchgen.spec import JobSpec
@@ -54,7 +55,9 @@ class GateWatch:
             if is_whole and (gate := self._spec.gates.final) is not None:
                 shards = [committed.get(shard.number) or earlier[shard.number] for shard in self._wanted]
                 self.seen["final"] = make_scan(self._storage, shards, self._spec, gate).run()
-                self.failed += judge_final(gate, self.seen["final"])
+                lengths = merge_lengths(batch.lengths for shard in shards for batch in shard.footer.batches)
+                p50, p99 = find_quantile(lengths, 0.5), find_quantile(lengths, 0.99)
+                self.failed += judge_final(gate, self.seen["final"], p50, p99)
         except (StorageError, OutputError) as error:
             return f"gates could not be looked at: {error}; run it again"
         return None

@@ -40,6 +40,9 @@ from batchgen.pipelines.spec import PipelineSpec
 from batchgen.pipelines.submit import SILENCE_S, LifeSigns, Submission, Submitter, SubmitterAway
 from batchgen.storage import Storage
 
+# Schedulers get a new file one after the other; so long one with an old file leaves alone what it does not know.
+GONE_GRACE_S = 3600.0
+
 
 @dataclass(slots=True)
 class Keeper:
@@ -61,6 +64,7 @@ class Keeper:
     _signs: LifeSigns = field(init=False)
     _silent_since: dict[tuple[str, str, int], float] = field(default_factory=dict)
     _arrivals: dict[tuple[str, str], str] = field(default_factory=dict)
+    _gone_since: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.folder = open_folder(self.spec)
@@ -85,10 +89,10 @@ class Keeper:
         away: SubmitterAway | None = None
         for key in [key for key in self.history.active if self.only in (None, key)]:
             try:
-                self._advance(key, now)
+                self._advance(key, now, is_away=away is not None)
             except SubmitterAway as error:
-                away = error
-                break  # for every run: it may take a minute to find that out, and others wait for us
+                away = error  # for every run: it may take a minute to find that out, and others wait for us
+                self._advance(key, now, is_away=True)
         self.aftermath.tell_ends()
         self.aftermath.retire(now)
         self._forget()
@@ -100,6 +104,7 @@ class Keeper:
         active = self.history.active
         self._silent_since = {name: since for name, since in self._silent_since.items() if name[0] in active}
         self._arrivals = {name: missing for name, missing in self._arrivals.items() if name[0] in active}
+        self._gone_since = {name: since for name, since in self._gone_since.items() if name[0] in active}
         self._watch.forget()
         self.aftermath.forget()
 
@@ -118,14 +123,15 @@ class Keeper:
         is_wanted = self.only in self.history.asked and is_open(self.history, self.only)
         return make_began(self.spec, self.only, "asked", now) if has_place and is_wanted else None
 
-    def _advance(self, key: str, now: float) -> None:
-        for run, name in self._iterate_parts(key, "running"):
+    def _advance(self, key: str, now: float, *, is_away: bool) -> None:
+        """All that is to be done for a run; where the submitter is away, what can be done without it."""
+        for run, name in () if is_away else self._iterate_parts(key, "running"):
             self._look_after(run, name, now)
         for run, name in self._iterate_parts(key, "retrying", "waiting"):
             if name not in self._partitions:
-                self._note(decide_gone(run, name, now))
+                self._give_up(run, name, now)
             elif has_room(self.spec, run) or is_late(self.spec, run, now):
-                self._consider(run, name, now)
+                self._consider(run, name, now, is_away=is_away)
         self._finish(key, now)
 
     def _iterate_parts(self, key: str, *states: State) -> Iterator[tuple[Run, str]]:
@@ -182,12 +188,18 @@ class Keeper:
 
     # ---- partitions --------------------------------------------------------------------------------------------------
 
-    def _consider(self, run: Run, name: str, now: float) -> None:
+    def _consider(self, run: Run, name: str, now: float, *, is_away: bool) -> None:
         decision = decide_start(self.spec, run, name, self._look_for_input(run, name, now), now)
         if isinstance(decision, PartitionEnded):
             self._note(decision)
-        elif decision:
+        elif decision and not is_away:
             self._start(run, name, now)
+
+    def _give_up(self, run: Run, name: str, now: float) -> None:
+        """A partition that the file doesn't have: another scheduler may have a newer one, and get to it in a while."""
+        since = self._gone_since.setdefault((run.key, name), self.monotonic())
+        if self.monotonic() - since >= GONE_GRACE_S or is_late(self.spec, run, now):
+            self._note(decide_gone(run, name, now))
 
     def _look_for_input(self, run: Run, name: str, now: float) -> Arrival:
         if run.parts[name].state != "waiting" or not self.spec.wait_for or is_late(self.spec, run, now):

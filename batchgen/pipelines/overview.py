@@ -13,6 +13,8 @@ from batchgen.pipelines.history import History, Run
 from batchgen.pipelines.spec import PipelineSpec
 
 MAX_BACKFILL = 10_000
+# Partitions that failed.
+MAX_NAMED = 5
 
 
 def make_row(spec: PipelineSpec, history: History, now: datetime) -> dict[str, Any]:
@@ -55,10 +57,18 @@ def describe_run(run: Run) -> str:
     hours = f", {run.gpu_hours:.2f} GPU-hours" if run.gpu_hours else ""
     gone = ", outputs deleted" if run.is_deleted else ", outputs being deleted" if run.is_retired else ""
     message = f": {run.last_message}" if run.last_message else ""
-    if "" not in run.parts:
-        states = Counter(part.state for part in run.parts.values())
-        gone = f", partitions: {', '.join(f'{count} {state}' for state, count in states.items())}{gone}"
+    gone = f"{_describe_partitions(run)}{gone}"
     return f"{run.key}  {run.state:9}  began {began} UTC, {run.attempt} attempts{took}{hours}{gone}{message}"
+
+
+def _describe_partitions(run: Run) -> str:
+    """How many are where; by name those that failed, as far as they fit."""
+    if "" in run.parts:
+        return ""
+    states = Counter(part.state for part in run.parts.values())
+    failed = run.list_parts("failed")
+    names = f" ({', '.join(failed[:MAX_NAMED])}{', ...' if len(failed) > MAX_NAMED else ''})" if failed else ""
+    return f", partitions: {', '.join(f'{count} {state}' for state, count in states.items())}{names}"
 
 
 def choose_date(spec: PipelineSpec, text: str | None, now: datetime) -> str:

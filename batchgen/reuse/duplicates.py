@@ -71,6 +71,7 @@ class Duplicates:
             return True
         self._num_waiting_bytes += request.num_bytes
         sent.waiting.append((shard, request))
+        shard.waiting.add(request.row_id.slot)
         return False
 
     def note_answer(self, shard: OpenShard, request: Request, result: Result) -> None:
@@ -101,6 +102,8 @@ class Duplicates:
 
     def _take_waiting(self, sent: Sent) -> list[Asked]:
         self._num_waiting_bytes -= sum(request.num_bytes for _, request in sent.waiting)
+        for shard, request in sent.waiting:
+            shard.waiting.discard(request.row_id.slot)
         return sent.waiting
 
     def _keep(self, fingerprint: bytes, batch_id: str, result: Result) -> None:

@@ -106,7 +106,7 @@ def create_endpoint_app(spec: EndpointSpec, args: AppArgs) -> FastAPI:
         name: find_abilities(served, tokenizers[name], spec.limits.max_choices) for name, served in spec.models.items()
     }
     completions = create_completions_router(Gateway(controller), abilities, tokenizers)
-    endpoint = Endpoint(spec, State(spec.store), keys, lambda: controller.wake.remote() and None)
+    endpoint = Endpoint(spec, State(spec.store), keys, lambda: controller.wake.remote() and None, has_front_ids=True)
     made = create_app(endpoint, [completions, create_metrics_router(controller)])
     freeze_loaded()
     return made

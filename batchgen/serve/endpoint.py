@@ -18,12 +18,14 @@ class Tenant:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """`keys`: None lets everybody in as one tenant, on loopback only (`keys.check_bind`). `wake`: called after a create."""
+    """`keys`: None lets everybody in as one tenant, on loopback only (`keys.check_bind`). `wake`: called after a create.
+    `has_front_ids`: a server before this one gives each request its `x-request-id`, and puts it on the answer."""
 
     spec: EndpointSpec
     state: State
     keys: KeyRing | None
     wake: Callable[[], None] = lambda: None
+    has_front_ids: bool = False
 
     def make_tenant(self, name: str) -> Tenant:
         return Tenant(name, self.spec.tenants.get(name, TenantSpec()))

@@ -29,6 +29,7 @@ LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 # Boundaries and headers of a multipart body.
 MULTIPART_BYTES = 2**16
 MAX_DIGITS = 18
+MAX_ID_CHARS = 64
 # In the audit line, of a caller that went away first.
 NOT_ANSWERED = 499
 
@@ -43,14 +44,15 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id, started = f"req_{secrets.token_hex(12)}", time.monotonic()
+        request_id, started = self._make_id(scope), time.monotonic()
         seen: dict[str, Any] = {"status": NOT_ANSWERED, "tenant": None}
 
         async def send_marked(message: Message) -> None:
             if message["type"] == "http.response.start":
                 seen["status"] = message["status"]
                 headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = request_id
+                if not self._endpoint.has_front_ids:  # else there would be two
+                    headers["x-request-id"] = request_id
                 headers["x-content-type-options"] = "nosniff"
             await send(message)
 
@@ -73,6 +75,10 @@ class Guard:
                 "ms": round(1000 * (time.monotonic() - started)),
             }
             audit.info(json.dumps(line))
+
+    def _make_id(self, scope: Scope) -> str:
+        given = Headers(scope=scope).get("x-request-id", "")[:MAX_ID_CHARS] if self._endpoint.has_front_ids else ""
+        return given or f"req_{secrets.token_hex(12)}"
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, seen: dict[str, Any]) -> None:
         try:

@@ -1,5 +1,6 @@
 """`/v1/files`: upload, list, retrieve, content, delete."""
 
+import asyncio
 from collections.abc import Iterator
 from itertools import islice
 from typing import Annotated, Any, Literal
@@ -11,7 +12,7 @@ from starlette.responses import Response
 
 from batchgen.serve.dataset import iter_dataset_lines
 from batchgen.serve.endpoint import Endpoint
-from batchgen.serve.errors import ApiError, bad_request, not_found
+from batchgen.serve.errors import ApiError, bad_request, not_found, too_many
 from batchgen.serve.ids import is_file_id
 from batchgen.serve.paging import list_after
 from batchgen.serve.parts import read_content
@@ -21,6 +22,7 @@ from batchgen.serve.upload import PURPOSES, receive_file
 from batchgen.serve.wire import FileDeleted, FileList, FileObject
 
 MAX_PAGE = 10_000
+UPLOAD_RETRY_S = 5
 FORM: dict[str, Any] = {
     "type": "object",
     "required": ["file", "purpose"],
@@ -38,6 +40,7 @@ BYTES = {"content": {"application/octet-stream": {"schema": {"type": "string", "
 
 def create_files_router(endpoint: Endpoint) -> APIRouter:
     router, state = APIRouter(prefix="/v1/files", tags=["files"]), endpoint.state
+    uploads = asyncio.Semaphore(endpoint.spec.limits.max_uploads)
 
     def find(request: Request, file_id: str) -> FileRecord:
         record = state.read_file(request.state.tenant.name, file_id) if is_file_id(file_id) else None
@@ -49,7 +52,11 @@ def create_files_router(endpoint: Endpoint) -> APIRouter:
     async def upload(request: Request) -> FileObject:
         """Stream a file into the store."""
         kind, limits = request.headers.get("content-type", ""), endpoint.spec.limits
-        record = await receive_file(state, request.state.tenant.name, kind, request.stream(), limits)
+        if uploads.locked():  # Serve's proxy queues what comes faster than it is stored, without a bound of its own
+            told = f"{limits.max_uploads} files are being uploaded; try again soon."
+            raise too_many(told, UPLOAD_RETRY_S, "too_many_uploads")
+        async with uploads:
+            record = await receive_file(state, request.state.tenant.name, kind, request.stream(), limits)
         return record.to_wire()
 
     @router.get("")

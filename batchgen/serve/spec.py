@@ -44,6 +44,7 @@ class Limits(Section):
     max_line_bytes: int = Field(default=16 * MIB, ge=1024, description="One line of a batch (bytes).")
     max_body_bytes: int = Field(default=16 * MIB, ge=1024, description="Any other request's body (bytes).")
     max_choices: int = Field(default=128, ge=1, description="n times prompts of one request (rows).")
+    max_uploads: int = Field(default=8, ge=1, description="Files that come to one ingress at a time (requests).")
     max_errors: int = Field(default=100, ge=1, description="Validation errors that a failed batch names (errors).")
     max_open_batches: int = Field(default=100, ge=1, description="Batches of a tenant that have not ended (batches).")
     max_running: int = Field(default=4, ge=1, description="Batches that one conductor works on at a time (batches).")

@@ -7,8 +7,9 @@ longest, where there are hints) is told to the queue by the production `choose_c
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from batchgen.lengths import choose_cost
+from batchgen.lengths import can_go_in_order, choose_cost, choose_work
 from batchgen.queue.work_queue import QueuedShard
 from batchgen.records import InputFile, Shard
 from batchgen.simulate.cluster import VirtualCluster
@@ -62,16 +63,13 @@ def expect(shard: Shard, rows: Sequence[VirtualRow], n: int) -> Shard:
 def queue_shards(shards: Iterable[Shard], scenario: Scenario) -> Iterator[QueuedShard]:
     workload, worker = scenario.workload, scenario.worker
     default_tokens = workload.lengths.mean(workload.max_tokens)
+    num_workers = scenario.cluster.cluster.workers.max
+    in_order = can_go_in_order(scenario.num_rows * worker.n, num_workers, worker.window)
     for shard in shards:
-        cost = choose_cost(
-            shard,
-            n=worker.n,
-            window=worker.window,
-            max_tokens=workload.max_tokens,
-            prior=None,
-            default_tokens=default_tokens,
-        )
-        yield QueuedShard(shard, cost=cost)
+        known: dict[str, Any] = {"n": worker.n, "window": worker.window, "max_tokens": workload.max_tokens}
+        known |= {"prior": None, "default_tokens": default_tokens}
+        cost = choose_cost(shard, **known, is_in_order=in_order)
+        yield QueuedShard(shard, cost=cost, work=choose_work(shard, **known))
 
 
 def run_exactly(scenario: Scenario) -> VirtualRun:

@@ -39,6 +39,12 @@ class FinalGate(RateLimits):
     min_rows_ok: int | None = Field(default=None, ge=0, description="Generations there must be at least (output rows).")
     min_mean_tokens: float | None = Field(default=None, ge=0, description="Mean completion, at least (tokens).")
     max_mean_tokens: float | None = Field(default=None, ge=0, description="Mean completion, at most (tokens).")
+    min_p50_tokens: float | None = Field(
+        default=None, ge=0, description="Median completion, at least (tokens); p50 and p99 are known to a tenth."
+    )
+    max_p99_tokens: float | None = Field(
+        default=None, ge=0, description="Completion that 99 of 100 answers don't exceed, at most (tokens)."
+    )
     max_duplicate_rate: Rate | None = Field(
         default=None, description="Share of answers whose text another answer has, too, each text's first not counted."
     )

@@ -55,6 +55,11 @@ class EngineSection(Section):
         return frozenset()
 
     @property
+    def num_gpus(self) -> int:
+        """How many one engine takes, where its fields say so (GPUs). 0: they don't."""
+        return 0
+
+    @property
     def max_start_s(self) -> float:
         """How long the engine itself gives its start (s); the driver must wait longer. 0: it doesn't say."""
         return 0.0

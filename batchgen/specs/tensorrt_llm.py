@@ -232,6 +232,10 @@ class TensorRTLLMEngineSpec(EngineSection):
         return frozenset() if is_heeded else DROPPED
 
     @property
+    def num_gpus(self) -> int:
+        return self.tensor_parallel_size
+
+    @property
     def max_start_s(self) -> float:
         return self.start_timeout_s
 

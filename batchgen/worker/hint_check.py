@@ -11,10 +11,10 @@ less, so that hints which are good for one file and noise in the next are follow
 
 import math
 
+from batchgen.lengths import must_prove
+
 # Of fewer answers nothing is said.
 MIN_ANSWERS = 64
-# As many requests as are in flight at once, so many times, are many.
-MANY_WINDOWS = 32
 # Correlation below which they are noise: of 64 answers it is above this in one of 40 cases where there is none at all.
 MIN_CORRELATION = 0.25
 # An answer counts half once so many more have come.
@@ -26,7 +26,7 @@ class HintCheck:
     knows; `window`: how many it has in flight."""
 
     def __init__(self, num_requests: int | None = None, window: int = 1) -> None:
-        self._are_believed = num_requests is None or num_requests < MANY_WINDOWS * window
+        self._are_believed = num_requests is None or not must_prove(num_requests, window)
         self._decay = 0.5 ** (1 / HALF_LIFE)
         self._weight, self._x, self._y, self._xx, self._yy, self._xy = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
         self._num_answers = 0

@@ -65,6 +65,7 @@ class OpenShard:
         self._num_left_out = 0
         self._inputs: list[pa.Table] = []
         self._ended = asyncio.Event()
+        self.waiting = set[Slot]()  # for a copy (`reuse.duplicates`)
         if wanted is not None:
             self._leave_out_all_but(wanted)
 
@@ -153,11 +154,13 @@ class OpenShard:
     # ---- what others make --------------------------------------------------------------------------------------------
 
     def choose_to_give(self, max_requests: int) -> list[Slot]:
-        """Requests that another worker may have, from the end: those that nobody has finished, and that were never sent."""
+        """Requests that another worker may have, from the end: those that nobody has finished, that were never sent, and
+        that wait for no copy of another's answer."""
         if not self.is_recovered:
             return []  # the journal may hold what would be given
         slots = product(range(self.lease.shard.row_end - 1, self.lease.shard.row_start - 1, -1), range(self._n))
-        free = (slot for slot in slots if not self._sent[self._slot(*slot)] and not self.is_settled(*slot))
+        kept = self.waiting
+        free = (s for s in slots if not self._sent[self._slot(*s)] and s not in kept and not self.is_settled(*s))
         return list(islice(free, max_requests))
 
     def give(self, slots: Iterable[Slot], share_id: str) -> None:
