@@ -150,7 +150,8 @@ def test_a_run_stops_when_it_is_the_engine_that_is_broken(tree: Tree, tmp_path: 
     assert report["state"] == "stopped"
     assert report["exit_code"] == 3
     assert "in a row failed to start" in report["message"]
-    assert count_lost(view) <= 6
+    # Every second trial without a token counts; a first worker that had made tokens before it died counts for nothing.
+    assert count_lost(view) <= 1 + 2 * 3
     assert list_output(tmp_path / "out", "data") == []
 
 
