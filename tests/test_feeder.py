@@ -166,6 +166,8 @@ def test_few_rows_are_tokenised_before_they_can_be_sent(tmp_path: Path, hint: fl
         async with asyncio.timeout(20):
             while len(parts.engine.requests) < 8 or parts.feeder._ahead.num_rows < read_ahead.MAX_ROWS_IN_ORDER:
                 await asyncio.sleep(0.01)
+            while hint is not None and parts.feeder._ahead.num_rows + len(parts.tokenizer.texts) < 5000:
+                await asyncio.sleep(0.01)
         await asyncio.sleep(0.1)  # were there no bound, more would come
         for task in tasks:
             task.cancel()
