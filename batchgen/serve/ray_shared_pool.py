@@ -104,11 +104,12 @@ class SharedPool(RayPool):
     def _let_go(self, worker_id: str, *, is_killed: bool) -> None:
         if worker_id in self._asked:
             self._asked.remove(worker_id)
+        is_starting = any(each.worker_id == worker_id and each.call == "open" for each in self._waiting.values())
         on = self._drop(worker_id)
         if on is None:
             return
         told = on.detach.remote()
-        if on.engine.opening is None:
+        if on.engine.opening is None or not is_starting:  # a worker that is up says more than the last look did
             self._leaving_calls[told] = _Leaving(on.engine, is_killed, time.monotonic() + DETACH_S)
         else:  # it hears of it once it is up, if it ever is: nothing to wait for
             self._engines.give_back(on.engine, self._user)
