@@ -125,7 +125,7 @@ def test_alerts_say_what_and_the_mend() -> None:
 
 
 def test_no_alert_waits_for_what_a_series_of_ray_never_shows() -> None:
-    """A gauge that is not set again is gone in 20 s, so it has no age; a run younger than an `offset` has no value there."""
+    """A gauge not set again is gone in 20 s, so it has no age; a run younger than an `offset` has no value then."""
     (group,) = yaml.safe_load((REPO / "batchgen" / "grafana" / "alerts.yaml").read_text())["groups"]
     for rule in group["rules"]:
         assert "time()" not in rule["expr"]
