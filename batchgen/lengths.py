@@ -27,10 +27,10 @@ from batchgen.records import Shard
 STEPS_PER_OCTAVE = 4
 # A prompt bucket with fewer rows than this leans on the mean of all of them.
 MIN_ROWS = 16
-# Rough size of a token in a prompt column; it decides an order, nothing else.
 # Many requests are so many, and so many times what a worker has in flight: what goes by before a proof is there, some 130
 # and a window, is a small part of them.
 MANY_REQUESTS, MANY_WINDOWS = 2048, 32
+# Rough size of a token in a prompt column; it decides an order, nothing else.
 BYTES_PER_TOKEN = 4.5
 
 # A footer holds the lengths of so many templates at most, a run's of so many; rows of others count for all alike.

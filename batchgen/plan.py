@@ -135,7 +135,7 @@ def make_plan(
     """
     num_rows = sum(file.num_rows for file in files)
     if num_rows == 0:
-        raise InputError(f"input.paths: {len(files)} files with no rows; nothing to generate")
+        raise InputError(f"input.paths: {len(files)} files with no rows; give one that has some")
     wanted = choose_rows_per_shard(spec, num_rows, mean_tokens)
     limit = num_rows if spec.input.limit is None else min(spec.input.limit, num_rows)
 

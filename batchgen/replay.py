@@ -46,7 +46,7 @@ class Replay:
         self.spec = read_spec(storage, overrides)
         saved = manifest.read_plan(storage)
         if saved is None:
-            raise OutputError(f"{storage.root}: no run has planned it; there is no row to replay")
+            raise OutputError(f"{storage.root}: no run has planned it; start one, whose rows can be replayed")
         files, _, self._shards = saved
         if not 0 <= sample_index < self.spec.sampling.n:
             raise OutputError(
@@ -197,7 +197,7 @@ async def send(replay: Replay, *, show_text: bool) -> dict[str, Any]:
             "is_same_request": is_same(prepared, stored),
         }
         if isinstance(prepared, Result):
-            raise OutputError(f"{prepared.row_id}: the row makes no request; there is nothing to send")
+            raise OutputError(f"{prepared.row_id}: the row makes no request that could be sent; leave --run out")
         parse = engine.tokenizer.parse if engine.tokenizer else None
         try:
             generation = await engine.generate(replace(prepared, attempt=1))

@@ -95,6 +95,14 @@ def test_events_reach_the_users_own_logging(tmp_path: Path, caplog: pytest.LogCa
     assert all(record.run == {"job": record.run["job"], "epoch": 1} for record in committed)
 
 
+def test_a_run_that_has_nothing_to_do_ends_its_log_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    batchgen.run(make_tree(tmp_path))
+    with caplog.at_level(logging.INFO, "batchgen"):
+        batchgen.run(make_tree(tmp_path))
+    last = caplog.records[-1]
+    assert (last.event, last.run["epoch"], last.ids["exit_code"]) == ("run_ended", 2, 0)  # type: ignore[attr-defined]
+
+
 def test_importing_is_light_and_offers_what_it_says() -> None:
     code = (
         "import sys, batchgen; before = set(sys.modules); assert 'pyarrow' not in before and 'pydantic' not in before\n"

@@ -124,6 +124,14 @@ def test_alerts_say_what_and_the_mend() -> None:
         assert "$labels.run" in rule["annotations"]["summary"]
 
 
+def test_no_alert_waits_for_what_a_series_of_ray_never_shows() -> None:
+    """A gauge not set again is gone in 20 s, so it has no age; a run younger than an `offset` has no value then."""
+    (group,) = yaml.safe_load((REPO / "batchgen" / "grafana" / "alerts.yaml").read_text())["groups"]
+    for rule in group["rules"]:
+        assert "time()" not in rule["expr"]
+        assert " offset " not in rule["expr"]
+
+
 def test_names_are_found_in_promql() -> None:
     text = 'histogram_quantile(0.5, sum by (le) (rate(a_bucket{run=~"b"}[5m]))) / max(c) > 1 and d offset 1h > 0'
     assert list_metrics(text) == {"a_bucket", "c", "d"}

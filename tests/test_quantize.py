@@ -13,7 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from batchgen.cli import app
 from batchgen.errors import InputError, OutputError, SpecError
 from batchgen.preflight.checkpoint_facts import read_tensors
 from batchgen.quantize.architecture import list_tensors, read_shape
@@ -298,6 +300,16 @@ def test_gpus_that_ray_can_not_reserve_are_refused(tmp_path: Path) -> None:
 def test_too_few_rows_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"80 rows make a prompt, and calibration\.num_rows asks for 81"):
         quantize(make_spec(tmp_path, num_rows=81), lambda _: None)
+
+
+def test_the_command_tells_a_refusal_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "spec.json").write_text(make_spec(tmp_path).model_dump_json())
+    words = ["quantize", str(tmp_path / "spec.json"), "--set", "calibration.num_rows=81", "--json"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 2
+    assert done.stderr.startswith("batchgen: ")
+    assert done.stderr.rstrip().endswith("calibration.num_rows asks for 81; give more rows or ask for fewer")
+    assert json.loads(done.stdout.splitlines()[-1])["state"] == "refused"
 
 
 def test_a_quantized_source_is_refused(tmp_path: Path, made: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,7 +36,7 @@ from batchgen.report.text import make_text_rows
 from batchgen.report.value import make_report, make_timeline
 from batchgen.report.waste import LOSSES, make_waste
 from batchgen.specs.gates import GatesSpec
-from batchgen.stats import make_sketch, parse_sketches
+from batchgen.stats import SKETCH_FIELDS, make_sketch, parse_sketches
 from batchgen.storage import Storage
 from batchgen.worker.seal import seal_json
 
@@ -369,6 +371,39 @@ def test_a_report_made_of_stats_alone_says_the_same(job: tuple[Path, Tree]) -> N
     assert differing == {"made_at"}
 
 
+@pytest.fixture(scope="module")
+def large(job: tuple[Path, Tree], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """OUT as 1,000,000 rows in 2,000 batches of 16 workers leave it, stats synthesised, and no data/ at all."""
+    out = tmp_path_factory.mktemp("large") / "out"
+    shutil.copytree(job[0], out)
+    shutil.rmtree(out / "data")
+    first, *others = sorted((out / "batch_stats").iterdir())
+    for path in others:
+        path.unlink()
+    draw = np.random.default_rng(0)
+    sketches = [make_sketch(pa.chunked_array([pa.array(draw.lognormal(1, 1, 500))])) for _ in range(20)]
+    counts = {"num_rows_ok": 490, "num_rows_error": 10, "completion_tokens": 50_000, "prompt_tokens": 100_000}
+    texts = {"finish_reasons": {"stop": 490}, "error_types": {"timed_out": 10}, "lengths": "9.28:200 10.31:290"}
+    batches = [
+        make_batch(number, f"worker-{number % 16:04d}", 10 + 30 * (number // 16), 30 - number % 7, **counts, **texts,
+                   sketches=dict.fromkeys(SKETCH_FIELDS, sketches[number % 20]))
+        for number in range(2000)
+    ]  # fmt: skip
+    pq.write_table(make_stats_table(replace(batch, epoch=2) for batch in batches), first)
+    lives = [make_life(f"worker-{number:04d}", 0, 10, None, None) for number in range(16)]
+    storage = Storage(str(out))
+    record = {**unseal(read_records(storage)[-1]), "workers": lives, "began_at": 1e9, "elapsed_s": 3800.0}
+    record |= {"bin_s": 3800 / MAX_BINS, "bins": {name: [float(n) for n in range(MAX_BINS)] for name in SPAN_FIELDS}}
+    storage.put(make_record_path(2), seal_json(record))
+    return out
+
+
+def test_the_page_of_a_million_rows_is_made_of_stats_alone_and_stays_small(large: Path) -> None:
+    report = read_report(Storage(str(large)))
+    assert report["job"]["completion_tokens"] == 100_000_000
+    assert 50_000 < len(make_html(report).encode()) < 5_000_000
+
+
 def test_a_run_that_had_nothing_to_do_shows_the_times_of_the_one_before(job: tuple[Path, Tree], tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(job[0], out)
@@ -536,6 +571,19 @@ def test_a_browser_opens_the_page_without_a_request_or_a_complaint(
     assert (ground == "rgb(251, 250, 248)") == (scheme == "light")
     page.locator("summary").first.click()
     assert page.locator("details[open] table").first.is_visible()
+    context.close()
+
+
+def test_a_browser_shows_a_million_rows(large: Path, browser: Any) -> None:
+    context = browser.new_context(viewport={"width": 390, "height": 800}, color_scheme="dark")
+    page, said = context.new_page(), []
+    page.on("console", lambda message: said.append(message.text))
+    path = large / "shown.html"
+    path.write_text(make_html(read_report(Storage(str(large)))), encoding="utf-8")
+    page.goto(path.as_uri())
+    assert said == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert "worker-0015" in page.locator("#workers").inner_text()
     context.close()
 
 

@@ -122,7 +122,7 @@ def request_cancel(storage: Storage) -> int:
     """Ask the run that holds the folder to stop; its epoch. Raises OutputError when none is running."""
     holder = read_live_holder(find_lock(storage))
     if holder is None:
-        raise OutputError(f"{storage.root}: no run is working on it; nothing to cancel")
+        raise OutputError(f"{storage.root}: no run is working on it, nothing to cancel; see batchgen status OUT")
     storage.put(make_cancel_path(holder.epoch), json.dumps({"requested_at": time.time()}).encode())
     return holder.epoch
 

@@ -57,7 +57,7 @@ def run_job(
             view.say("nothing left to do: every planned row is committed")
             load_journal(job, view.warn)  # a driver that died behind its last commit left segments, and no run follows
             gates = GateWatch(job.spec, storage, job.wanted, view.say)
-            return finish(job, None, hold, gates, is_trial=limit is not None)
+            return tell_end(finish(job, None, hold, gates, is_trial=limit is not None))
         withdraw_success(storage)
         freeze(job)
         view.say(foresee(job).describe())
@@ -78,10 +78,14 @@ def run_job(
                 message = dispatch(dispatcher, view)
             recorder.close(dispatcher, message)
             last = watch.sum_up(dispatcher)
-        report = finish(job, dispatcher, hold, gates, message=message, is_trial=limit is not None, last=last)
-        told = {name: report[name] for name in ("state", "exit_code", "rows", "run", "output")}
-        log_event("run_ended", report["message"] or "", **told)
-        return report
+        return tell_end(finish(job, dispatcher, hold, gates, message=message, is_trial=limit is not None, last=last))
+
+
+def tell_end(report: dict[str, Any]) -> dict[str, Any]:
+    """The log's last word, also of a run that found nothing to do; the report."""
+    told = {name: report[name] for name in ("state", "exit_code", "rows", "run", "output")}
+    log_event("run_ended", report["message"] or "", **told)
+    return report
 
 
 def make_watch(job: Job, hold: Hold, view: View, publish: Callable[[Iterable[Point]], None]) -> Watch:

@@ -80,7 +80,7 @@ def write_filtered(expression: str, stage: str, source: str, output: str) -> int
             kept = kept.append_column(f"{stage}_text", kept["text"])
             _create(written, path.rpartition("/")[2], kept)
     if not num_kept:
-        raise InputError(f"{read.root}: the filter leaves none of its {num_rows:,} rows; nothing to go on with")
+        raise InputError(f"{read.root}: the filter leaves none of its {num_rows:,} rows; mend it, or look at them")
     return num_kept
 
 

@@ -46,7 +46,9 @@ class Log:
         except AlreadyExists:
             found = self._read(number)
             if found is None:
-                raise OutputError(f"{self._storage.url(make_path(number))}: was deleted; a log may not be") from None
+                raise OutputError(
+                    f"{self._storage.url(make_path(number))}: was deleted; restore it, or start with another state"
+                ) from None
             self._apply(found[0])
             return found[1] == token  # our own after a lost reply
         self._apply(event)

@@ -50,9 +50,7 @@ def parse_source(text: str, file: str) -> tuple[dict[str, Any], Source]:
         raise SpecError(f"{file} line 1: must be a mapping with name, state, schedule and stages")
     if (twice := _find_twice(node)) is not None:
         line = twice.start_mark.line + 1
-        raise SpecError(
-            f"{file} line {line}: '{twice.value}' stands there a second time; YAML would keep only this one"
-        )
+        raise SpecError(f"{file} line {line}: '{twice.value}' stands there a second time; remove one of them")
     return tree, Source(file, {path: (file, line) for path, line in _walk(node, ())})
 
 

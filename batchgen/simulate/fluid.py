@@ -10,8 +10,8 @@ What is aggregated, and what that costs:
 - shards are not split at the end, and the order of rows inside a shard has no effect. A run's end is overstated by up to
   the time of one shard on one engine.
 
-Against the same run row by row the makespan is within 5 % (`tests/test_simulate_fluid.py`). Queue, leases, losses, journal
-and scaling are the production code as in an exact run.
+Against the same run row by row the makespan is within 5 % (`tests/test_simulate_estimate.py`). Queue, leases, losses,
+journal and scaling are the production code as in an exact run.
 """
 
 import random

@@ -70,7 +70,8 @@ def _check_modelled(engine: TensorRTLLMEngineSpec) -> None:
     }
     for name, value in wanted.items():
         if getattr(engine, name) != value:
-            raise SpecError(f"engine.{name}: only {value} has a model to simulate; not {getattr(engine, name)}")
+            mend = f"simulate with --set engine.{name}={value}"
+            raise SpecError(f"engine.{name}: {getattr(engine, name)} has no model; {mend}")
 
 
 def choose_job_ladder(spec: JobSpec, model: EngineModel, lengths: Lengths) -> Ladder:

@@ -70,7 +70,7 @@ def count_pairs(table: pa.Table, path: str, prompt_tokens: int) -> Lengths:
             raise InputError(f"{path}: {name} is {table[name].type}; it must be a whole number of tokens")
     table = table.filter(pc.greater(table["completion_tokens"], 0))
     if table.num_rows == 0:
-        raise InputError(f"{path}: no row has completion_tokens above 0; nothing says how long answers are")
+        raise InputError(f"{path}: no row has completion_tokens above 0; give a file with lengths")
     prompts = table["prompt_tokens"].to_pylist() if "prompt_tokens" in table.column_names else [None] * table.num_rows
     pairs: Counter[tuple[int, int]] = Counter()
     for prompt, completion in zip(prompts, table["completion_tokens"].to_pylist(), strict=True):
