@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from makers import make_error, make_file, make_job_spec, make_lease, make_ok, make_request, make_shard, make_worker_info
 
 from batchgen import batches, errors, records
-from batchgen.batches import BatchStats, FileFooter
+from batchgen.batches import BatchStats, FileFooter, GateCounts
 from batchgen.errors import BatchgenError, RowError
 from batchgen.names import make_batch_id, make_data_path, parse_batch_id
 from batchgen.queue import events, orders
@@ -53,6 +53,7 @@ VALUES: list[Any] = [
     make_lease(journal=(REF,), replaces="etag", is_last_resort=True, reason="lost"),
     make_worker_info(),
     FOOTER,
+    GateCounts("a", 1, 2, refused=3),
     WorkerStarted(make_worker_info()),
     WorkerStartFailed("w", "why"),
     WorkerLost("w", "why", ((3, ((0, 2), (5, 6))),)),
