@@ -94,6 +94,7 @@ def test_two_schedulers_and_a_killed_one_submit_each_date_once(cluster: RayClust
         assert pq.read_table(f"{output['path']}/data").num_rows == 10
 
 
+@pytest.mark.soak
 def test_a_scheduler_that_is_a_ray_job_itself_gives_its_files_to_its_runs(cluster: RayCluster, tmp_path: Path) -> None:
     """The entry point under `ray job submit`, with a package of its own that the jobs have to be given."""
     write_prompts(tmp_path / "in" / "rows.parquet")

@@ -183,7 +183,7 @@ def test_whatever_reply_is_lost_each_date_is_made_once(s3_url: str, s3_proxy: S3
 
 @pytest.mark.parametrize(
     ("seed", "partitions"),
-    [(0, ["en"]), *(pytest.param(seed, ["en", "de"], marks=pytest.mark.soak) for seed in range(1, 5))],
+    [pytest.param(seed, ["en", "de"] if seed else ["en"], marks=pytest.mark.soak) for seed in range(5)],
 )
 def test_two_schedulers_come_through_a_bad_store(
     s3_url: str, s3_proxy: S3Proxy, tmp_path: Path, seed: int, partitions: list[str]
