@@ -158,6 +158,32 @@ def test_an_answer_that_no_file_can_hold_fails_its_row_alone(tmp_path: Path) -> 
     assert {row["error_type"] for row in read_output(spec)} >= {"bad_answer"}
 
 
+@pytest.mark.parametrize("num_turns", range(6))
+def test_a_poll_that_is_woken_and_cancelled_at_once_is_cancelled(tmp_path: Path, num_turns: int) -> None:
+    """Else a second Ctrl-C, which comes right after the drain has woken the worker, would not end the drain."""
+
+    async def poll_on(worker: Worker) -> None:
+        while True:
+            await worker.poll(60)
+            await asyncio.Event().wait()
+
+    async def main() -> None:
+        spec = make_job(tmp_path)
+        worker = make_worker(spec, ChangingEngine(spec))
+        await worker.open()
+        polling = asyncio.create_task(poll_on(worker))
+        await asyncio.sleep(0.05)
+        worker.wake()
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        polling.cancel()
+        await asyncio.wait({polling}, timeout=5)
+        assert polling.cancelled()
+        await worker.close()
+
+    asyncio.run(main())
+
+
 def test_the_loss_is_told_whatever_keeps_the_last_rows_from_being_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -125,13 +125,13 @@ class Worker:
         self._shard_tasks.spawn(self._shares.obey(order))
 
     async def poll(self, timeout_s: float) -> list[PoolEvent]:
-        """Events since the last poll, at once or when the first comes, and always a heartbeat; it comes early where rows
-        go fast."""
+        """Events since the last poll, or the first to come, and always a heartbeat: early where rows go fast."""
         wait_s = self._pace.choose_wait_s(self._sender.num_sent, time.monotonic(), timeout_s)
         if not self._events:
             self._wake.clear()
             with contextlib.suppress(TimeoutError):  # nothing happened: the heartbeat alone is the news
-                await asyncio.wait_for(self._wake.wait(), wait_s)
+                async with asyncio.timeout(wait_s):  # `wait_for` loses cancellations on 3.11
+                    await self._wake.wait()
         events, self._events = self._events, []
         return [*events, self._make_heartbeat()]
 
