@@ -204,10 +204,13 @@ def test_each_policy_is_turned_round_once() -> None:
     ("engine", "named"),
     [
         ({"kind": "transformers"}, "engine.kind: 'transformers' has no model"),
-        ({"tensor_parallel_size": 4}, "engine.tensor_parallel_size: only 8"),
-        ({"scheduler_policy": "MAX_UTILIZATION"}, "engine.scheduler_policy: only GUARANTEED_NO_EVICT"),
-        ({"kv_cache_dtype": "auto"}, "engine.kv_cache_dtype: only fp8"),
-        ({"enable_attention_dp": False}, "engine.enable_attention_dp: only True"),
+        (
+            {"tensor_parallel_size": 4},
+            "engine.tensor_parallel_size: 4 has no model; simulate with --set engine.tensor_parallel_size=8",
+        ),
+        ({"scheduler_policy": "MAX_UTILIZATION"}, "engine.scheduler_policy: MAX_UTILIZATION has no model"),
+        ({"kv_cache_dtype": "auto"}, "engine.kv_cache_dtype: auto has no model"),
+        ({"enable_attention_dp": False}, "engine.enable_attention_dp: False has no model"),
     ],
 )
 def test_what_has_no_model_is_refused(engine: dict[str, Any], named: str) -> None:

@@ -119,6 +119,11 @@ def start_actor(tmp_path: Path) -> "subprocess.Popen[str]":
     return actor
 
 
+def read_state(pid: int) -> str:
+    """As /proc has it: R, S, T for stopped, Z."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 @pytest.mark.parametrize("with_keeper", [False, True], ids=["actor", "actor and keeper"])
 def test_nothing_outlives_the_actor(with_keeper: bool, stand_in: StandIn, tmp_path: Path) -> None:
     """Ranks that nobody tells anything hold their memory for good: the keeper ends them, or whoever starts next."""
@@ -128,13 +133,17 @@ def test_nothing_outlives_the_actor(with_keeper: bool, stand_in: StandIn, tmp_pa
     assert len(ranks) == 2
     assert sorted(pid for pids in stand_in.list_held().values() for pid in pids) == sorted(ranks)
     (keeper,) = stand_in.list_pids(KEEPER)
-    for pid in [keeper, actor.pid] if with_keeper else [actor.pid]:
-        os.kill(pid, signal.SIGKILL)
+    if with_keeper:
+        # While its owner stands, nobody sweeps a rank, whoever starts an engine on this machine meanwhile.
+        os.kill(actor.pid, signal.SIGSTOP)
+        wait_until(lambda: read_state(actor.pid) == "T", "the actor stands still")
+        os.kill(keeper, signal.SIGKILL)
+        wait_until(lambda: not stand_in.list_pids(CHILD), "the engine's process goes with the keeper")
+        assert sorted(stand_in.list_pids(RANK)) == sorted(ranks), "the ranks are orphans"
+    os.kill(actor.pid, signal.SIGKILL)
     actor.wait(10)
     assert actor.stdout is not None
     actor.stdout.close()
     if with_keeper:
-        wait_until(lambda: not stand_in.list_pids(CHILD), "the engine's process goes with the keeper")
-        assert sorted(stand_in.list_pids(RANK)) == sorted(ranks), "the ranks are orphans"
-        assert set(ranks) <= set(sweep_orphans())
+        sweep_orphans()
     stand_in.check_nothing_left()
