@@ -2,6 +2,7 @@
 `OpenAI` and with `AsyncOpenAI`. Its docstring is the line of the contract that it holds."""
 
 import asyncio
+import contextlib
 import hashlib
 import inspect
 import json
@@ -32,9 +33,19 @@ class Sdk:
         known: dict[str, Any] = {"base_url": server.url, "max_retries": 0, "timeout": 60}
         self.client: Any = create(api_key=server.keys[tenant], **{**known, **fields})
         self.kind, self.server, self._loop = kind, server, asyncio.new_event_loop()
+        self._others: list[Sdk] = []
 
     def as_tenant(self, tenant: str, **fields: Any) -> "Sdk":
-        return Sdk(self.kind, self.server, tenant, **fields)
+        """Closed with this one."""
+        self._others.append(other := Sdk(self.kind, self.server, tenant, **fields))
+        return other
+
+    def close(self) -> None:
+        """An asynchronous client that is only dropped leaves its sockets to whichever test the collector comes by in."""
+        for other in self._others:
+            other.close()
+        self.call("close")
+        self._loop.close()
 
     def call(self, name: str, *args: Any, **fields: Any) -> Any:
         """`files.create`, say."""
@@ -120,8 +131,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(params=["sync", "async"])
-def sdk(request: pytest.FixtureRequest, server: Server) -> Sdk:
-    return Sdk(request.param, server)
+def sdk(request: pytest.FixtureRequest, server: Server) -> Iterator[Sdk]:
+    with contextlib.closing(Sdk(request.param, server)) as made:
+        yield made
 
 
 def test_create_and_retrieve(sdk: Sdk) -> None:
