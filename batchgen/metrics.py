@@ -35,7 +35,7 @@ class Metric:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """Add to a counter, set a gauge, observe in a histogram."""
+    """Add to a counter, set a gauge, observe in a histogram. A label `run` here is another run than that which tells it."""
 
     name: str
     value: float
@@ -78,7 +78,10 @@ METRICS: dict[str, Metric] = {
     "batchgen_gpu_hours": Metric("gauge", "GPU-hours of this run, start-up included."),
     "batchgen_eta_seconds": Metric("gauge", "Time left: low, middle, high (nine in ten).", ("bound",)),
     "batchgen_looked_at_seconds": Metric("gauge", "When the driver last looked, Unix seconds."),
+    # A counter, for Ray keeps these when their process has gone: a driver that never told its end has died.
+    "batchgen_runs_ended_total": Metric("counter", "1 once the run has ended, or one after it has begun.", ("state",)),
 }
+FOLLOWED = "followed"
 
 
 def measure_run(seen: Snapshot, now: float) -> list[Point]:
@@ -96,6 +99,18 @@ def measure_run(seen: Snapshot, now: float) -> list[Point]:
         *(Point("batchgen_eta_seconds", at, (("bound", name),)) for name, at in eta.items() if at is not None),
     ]
     return points if seen.gpu_hours is None else [*points, Point("batchgen_gpu_hours", seen.gpu_hours)]
+
+
+def measure_begin(run_before: str | None) -> list[Point]:
+    """What a driver says first: the run before its own is over, whatever became of it."""
+    if run_before is None:
+        return []
+    return [Point("batchgen_runs_ended_total", 1, (("run", run_before), ("state", FOLLOWED)))]
+
+
+def measure_end(state: str) -> list[Point]:
+    """What a driver says last: how the run ended."""
+    return [Point("batchgen_runs_ended_total", 1, (("state", state),))]
 
 
 @dataclass(slots=True)

@@ -10,10 +10,14 @@ import pytest
 import yaml
 from promql import list_metrics
 
-from batchgen.metrics import MAX_OBSERVED, METRICS, Meter, measure_run
+from batchgen.driver.control import StatusWriter
+from batchgen.driver.view import QuietView
+from batchgen.driver.watch import Watch
+from batchgen.metrics import MAX_OBSERVED, METRICS, Meter, Point, measure_begin, measure_end, measure_run
 from batchgen.queue.events import Heartbeat
 from batchgen.queue.pulse import Snapshot
 from batchgen.records import Failure, Generation, Result, RowId, ShardProgress, Timing, Usage
+from batchgen.storage import Storage
 
 REPO = Path(__file__).parents[1]
 
@@ -71,10 +75,20 @@ def test_every_point_has_a_metric_with_its_labels() -> None:
     meter.note(make_answer(1))
     meter.note(Result(RowId("f", 1, 0), 1, Timing(), failure=Failure("timed_out", "no answer", True)))
     seen = Snapshot(1, 1, 1, 1, 0, 0, 1, 1, 0, 1, 1, 0, 1.0, eta_s=1, eta_low_s=1, eta_high_s=2, gpu_hours=1.0)
-    points = [*meter.take(BEAT, 8), *measure_run(seen, 1.0)]
+    points = [*meter.take(BEAT, 8), *measure_run(seen, 1.0), *measure_end("finished")]
     for point in points:
         assert {name for name, _ in point.labels} <= set(METRICS[point.name].labels)
     assert {point.name for point in points} == METRICS.keys()
+
+
+def test_a_run_says_that_the_one_before_is_over_and_last_of_all_how_it_ended() -> None:
+    told: list[Point] = []
+    watch = Watch(QuietView(), StatusWriter(Storage("memory://x"), 2, 5.0), publish=told.extend, run_before="3f2a91c0-e1")
+    assert told == measure_begin("3f2a91c0-e1")
+    assert told[0].labels == (("run", "3f2a91c0-e1"), ("state", "followed"))
+    watch.tell_end("stopped")
+    assert told[1:] == [Point("batchgen_runs_ended_total", 1, (("state", "stopped"),))]
+    assert measure_begin(None) == [], "the first of its job"
 
 
 # ---- the dashboard and the alerts ------------------------------------------------------------------------------------
@@ -114,7 +128,7 @@ def test_every_metric_is_documented_and_on_the_board() -> None:
     page = (REPO / "docs" / "metrics.md").read_text()
     assert [name for name in METRICS if f"`{name}`" not in page] == []
     shown = {strip(name) for expression in list_expressions().values() for name in list_metrics(expression)}
-    assert METRICS.keys() - shown == {"batchgen_gpu_hours"}, "which runs without GPUs don't have"
+    assert METRICS.keys() == shown
 
 
 def test_alerts_say_what_and_the_mend() -> None:

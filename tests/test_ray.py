@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from jobs_util import run
+from prometheus_server import run_prometheus
 from promql import list_metrics
 from ray_cluster import MARK, RayCluster, list_marked, run_ray_cluster
 from s3_server import S3Proxy, S3Server, make_env
@@ -26,6 +27,7 @@ from trtllm_util import CHILD, KEEPER, RANK, SMALL, create_stand_in
 import batchgen
 from batchgen.batch_stats import read_stats_table
 from batchgen.engines.simulated import read_calls
+from batchgen.specs.load import load_spec
 from batchgen.storage import Storage
 from batchgen.worker.handoff import list_handoffs
 
@@ -44,7 +46,7 @@ def proxy(s3_server: S3Server) -> Iterator[S3Proxy]:
 
 @pytest.fixture(scope="module")
 def cluster(proxy: S3Proxy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
-    with run_ray_cluster(tmp_path_factory.mktemp("home"), make_env(proxy.endpoint)) as cluster:
+    with run_ray_cluster(tmp_path_factory.mktemp("home"), make_env(proxy.endpoint), num_gpus=1) as cluster:
         yield cluster
 
 
@@ -372,29 +374,95 @@ def test_driver_of_another_build_is_turned_away(cluster: RayCluster, tmp_path: P
     assert count_calls(tmp_path) == 0
 
 
+def write_metrics_job(path: Path, num_rows: int) -> str:
+    """A job that makes use of every metric: errors, retries, GPUs (Ray believes in one)."""
+    prompts = [f"row {row}: please" if row % 9 else None for row in range(num_rows)]
+    (path / "in").mkdir()
+    pq.write_table(pa.table({"prompt": prompts}), path / "in" / "part.parquet")
+    return write_spec(
+        path,
+        str(path / "in"),
+        str(path / "out"),
+        engine={"failure_rate": 0.2},
+        retry={"max_error_rate": 1},
+        cluster={"gpus_per_worker": 0.5},
+    )
+
+
 def test_a_run_exports_every_metric_that_dashboard_and_alerts_read(cluster: RayCluster, tmp_path: Path) -> None:
     """Scraped from Ray's own endpoint while the run works; a run with errors and answers."""
-    prompts = [f"row {row}: please" if row % 9 else None for row in range(900)]
-    (tmp_path / "in").mkdir()
-    pq.write_table(pa.table({"prompt": prompts}), tmp_path / "in" / "part.parquet")
-    spec = write_spec(
-        tmp_path, str(tmp_path / "in"), str(tmp_path / "out"), engine={"failure_rate": 0.2}, retry={"max_error_rate": 1}
-    )
-    job = cluster.submit(spec)
+    job = cluster.submit(write_metrics_job(tmp_path, 900))
     wanted = {name for expression in list_expressions().values() for name in list_metrics(expression)}
+    ends = {"ray_batchgen_runs_ended_total"}
     found: dict[str, str] = {}
 
-    def scrape() -> bool:
+    def scrape() -> set[str]:
         with urllib.request.urlopen(cluster.metrics, timeout=10) as answer:
             lines = answer.read().decode().splitlines()
         found.update({re.split(r"[{ ]", line, maxsplit=1)[0]: line for line in lines if not line.startswith("#")})
-        return wanted <= found.keys()
+        return wanted - found.keys()
 
-    wait_for(scrape, f"all of {sorted(wanted)}", 60)
+    wait_for(lambda: scrape() <= ends, f"all of {sorted(wanted)}", 60)
     assert cluster.wait(job, 90) == "SUCCEEDED", cluster.read_logs(job)[-3000:]
+    assert not scrape(), "the last word is there as soon as the driver is gone"
+    assert 'state="finished"' in found["ray_batchgen_runs_ended_total"]
     assert 'finished_reason="' in found["ray_batchgen_request_success_total"]
     assert 'error_type="null_prompt"' in found["ray_batchgen_request_failure_total"]
     assert not [line for line in found.values() if "please" in line], "no prompt in a label"
+
+
+def test_prometheus_answers_every_query_and_misses_a_driver_that_was_killed(cluster: RayCluster, tmp_path: Path) -> None:
+    """A real Prometheus, which finds Ray's agents by the file that Ray writes, as docs/metrics.md says."""
+    spec = write_metrics_job(tmp_path, 1500)
+    expressions = list_expressions()
+    fingerprint = load_spec(spec).fingerprint()[:8]
+    with run_prometheus(tmp_path, {"file_sd_configs": [{"files": [str(cluster.discovery)]}]}) as prometheus:
+        cluster.submit(spec)
+        run = ""
+
+        def list_empty() -> list[str]:
+            """Panels without data, but that of runs that have ended."""
+            filled = {
+                where: expression.replace("$run", run).replace("$__rate_interval", "10s")
+                for where, expression in expressions.items()
+                if not where.startswith(("Batchgen", "Runs that ended"))
+            }
+            return [where for where, expression in filled.items() if not prometheus.query(expression)]
+
+        def find_runs() -> list[str]:
+            """What the board's variable asks. Runs of other tests may be there for some seconds more."""
+            values: list[str] = prometheus.get("label/run/values", **{"match[]": "ray_batchgen_rows"})
+            return [value for value in values if value.startswith(fingerprint)]
+
+        def list_missed() -> list[dict[str, str]]:
+            found = [series["metric"] for series in prometheus.query(expressions["BatchgenDriverGone"])]
+            return [labels for labels in found if labels["run"].startswith(fingerprint)]
+
+        wait_for(find_runs, "a run to choose on the board")
+        (run,) = find_runs()
+        wait_for(lambda: not list_empty(), "data in every panel", 60)
+        (group,) = prometheus.get("rules")["groups"]
+        assert [(rule["name"], rule["health"], rule.get("lastError")) for rule in group["rules"]] == [
+            (name, "ok", None) for name in expressions if name.startswith("Batchgen")
+        ]
+        assert list_missed() == []
+
+        os.kill(json.loads((tmp_path / "out" / "_batchgen" / "lease" / "000000001.json").read_text())["pid"], signal.SIGKILL)
+        wait_for(list_missed, "the driver to be missed")
+        assert list_missed() == [{"run": run}]
+
+        again = cluster.submit(spec)
+        wait_for(lambda: not list_missed(), "the next run to say that this one is over")
+        assert cluster.wait(again, 90) == "SUCCEEDED", cluster.read_logs(again)[-3000:]
+        ended = 'max by (run, state) (ray_batchgen_runs_ended_total{run=~"RUN.*"})'.replace("RUN", run[:8])
+        states = {run: "followed", run.replace("-e1", "-e2"): "finished"}
+        wait_for(
+            lambda: {series["metric"]["run"]: series["metric"]["state"] for series in prometheus.query(ended)} == states,
+            f"{states}",
+        )
+        looked = f'ray_batchgen_looked_at_seconds{{run="{run[:8]}-e2"}}'
+        wait_for(lambda: not prometheus.query(looked), "the gauges to go with their driver")
+        assert list_missed() == []
 
 
 def test_nothing_of_a_run_is_left_behind(cluster: RayCluster) -> None:
