@@ -2,21 +2,25 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
+import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from ray_cluster import find_port
 
-RULES = Path(__file__).parents[1] / "batchgen" / "grafana" / "alerts.yaml"
+REPO = Path(__file__).parents[1]
+RULES = REPO / "batchgen" / "grafana" / "alerts.yaml"
+PAGE = REPO / "docs" / "metrics.md"
+DISCOVERY = "/tmp/ray/prom_metrics_service_discovery.json"
 
 
 def find_program(name: str) -> str:
@@ -31,6 +35,13 @@ def find_program(name: str) -> str:
 @dataclass(frozen=True, slots=True)
 class Prometheus:
     url: str
+
+    def is_ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/-/ready", timeout=5):
+                return True
+        except OSError:
+            return False  # refused, or a 503
 
     def get(self, path: str, **params: str) -> Any:
         """`data` of the API's answer. Fails where the server says that the request is wrong."""
@@ -47,15 +58,13 @@ class Prometheus:
 
 
 @contextmanager
-def run_prometheus(folder: Path, scrape: Mapping[str, Any]) -> Iterator[Prometheus]:
-    """With our rules, looking every second at what the one `scrape` section names."""
+def run_prometheus(folder: Path, discovery: Path) -> Iterator[Prometheus]:
+    """With the settings of docs/metrics.md, looking every second at the agents in Ray's file."""
     port = find_port()
-    settings = {
-        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
-        "rule_files": [str(RULES)],
-        "scrape_configs": [{"job_name": "ray", **scrape}],
-    }
-    (folder / "prometheus.yml").write_text(yaml.safe_dump(settings))
+    (block,) = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert block.count(DISCOVERY) == block.count("[alerts.yaml]") == 1
+    own = block.replace(DISCOVERY, str(discovery)).replace("alerts.yaml", str(RULES))
+    (folder / "prometheus.yml").write_text(f"global: {{scrape_interval: 1s, evaluation_interval: 1s}}\n{own}")
     command = [
         find_program("prometheus"),
         f"--config.file={folder / 'prometheus.yml'}",
@@ -63,8 +72,14 @@ def run_prometheus(folder: Path, scrape: Mapping[str, Any]) -> Iterator[Promethe
         f"--web.listen-address=127.0.0.1:{port}",
         "--log.level=warn",
     ]
+    prometheus = Prometheus(f"http://127.0.0.1:{port}")
     with (folder / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
         try:
-            yield Prometheus(f"http://127.0.0.1:{port}")
+            give_up_at = time.monotonic() + 30
+            while not prometheus.is_ready():
+                assert process.poll() is None, (folder / "log").read_text()[-2000:]
+                assert time.monotonic() < give_up_at
+                time.sleep(0.1)
+            yield prometheus
         finally:
             process.kill()

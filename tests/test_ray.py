@@ -416,7 +416,7 @@ def test_prometheus_answers_every_query_and_misses_a_driver_that_was_killed(clus
     spec = write_metrics_job(tmp_path, 1500)
     expressions = list_expressions()
     fingerprint = load_spec(spec).fingerprint()[:8]
-    with run_prometheus(tmp_path, {"file_sd_configs": [{"files": [str(cluster.discovery)]}]}) as prometheus:
+    with run_prometheus(tmp_path, cluster.discovery) as prometheus:
         cluster.submit(spec)
         run = ""
 
