@@ -9,6 +9,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from jobs_util import run
-from prometheus_server import run_prometheus
+from prometheus_server import Prometheus, run_prometheus
 from promql import list_metrics
 from ray_cluster import MARK, RayCluster, list_marked, run_ray_cluster
 from s3_server import S3Proxy, S3Server, make_env
@@ -411,58 +412,63 @@ def test_a_run_exports_every_metric_that_dashboard_and_alerts_read(cluster: RayC
     assert not [line for line in found.values() if "please" in line], "no prompt in a label"
 
 
-def test_prometheus_answers_every_query_and_misses_a_driver_that_was_killed(cluster: RayCluster, tmp_path: Path) -> None:
-    """A real Prometheus, which finds Ray's agents by the file that Ray writes, as docs/metrics.md says."""
-    spec = write_metrics_job(tmp_path, 1500)
-    expressions = list_expressions()
-    fingerprint = load_spec(spec).fingerprint()[:8]
-    with run_prometheus(tmp_path, cluster.discovery) as prometheus:
-        cluster.submit(spec)
-        run = ""
+@dataclass(frozen=True, slots=True)
+class Board:
+    """The dashboard and the alert rules of one job, asked of a real Prometheus."""
 
-        def list_empty() -> list[str]:
-            """Panels without data, but that of runs that have ended."""
-            filled = {
-                where: expression.replace("$run", run).replace("$__rate_interval", "10s")
-                for where, expression in expressions.items()
-                if not where.startswith(("Batchgen", "Runs that ended"))
-            }
-            return [where for where, expression in filled.items() if not prometheus.query(expression)]
+    prometheus: Prometheus
+    job: str
 
-        def find_runs() -> list[str]:
-            """What the board's variable asks. Runs of other tests may be there for some seconds more."""
-            values: list[str] = prometheus.get("label/run/values", **{"match[]": "ray_batchgen_rows"})
-            return [value for value in values if value.startswith(fingerprint)]
+    def list_runs(self) -> list[str]:
+        """What the dashboard's variable offers."""
+        values: list[str] = self.prometheus.get("label/run/values", **{"match[]": "ray_batchgen_rows"})
+        return [value for value in values if value.startswith(self.job)]
 
-        def list_missed() -> list[dict[str, str]]:
-            found = [series["metric"] for series in prometheus.query(expressions["BatchgenDriverGone"])]
-            return [labels for labels in found if labels["run"].startswith(fingerprint)]
-
-        wait_for(find_runs, "a run to choose on the board")
-        (run,) = find_runs()
-        wait_for(lambda: not list_empty(), "data in every panel", 60)
-        (group,) = prometheus.get("rules")["groups"]
-        assert [(rule["name"], rule["health"], rule.get("lastError")) for rule in group["rules"]] == [
-            (name, "ok", None) for name in expressions if name.startswith("Batchgen")
+    def list_empty_panels(self, run: str) -> list[str]:
+        """Queries without data, but that of runs that have ended."""
+        return [
+            where
+            for where, expression in list_expressions().items()
+            if not where.startswith(("Batchgen", "Runs that ended"))
+            and not self.prometheus.query(expression.replace("$run", run).replace("$__rate_interval", "10s"))
         ]
-        assert list_missed() == []
 
-        os.kill(json.loads((tmp_path / "out" / "_batchgen" / "lease" / "000000001.json").read_text())["pid"], signal.SIGKILL)
-        wait_for(list_missed, "the driver to be missed")
-        assert list_missed() == [{"run": run}]
+    def list_missed(self) -> list[str]:
+        """Runs whose driver is gone, as the rule has it, but for how long it waits."""
+        found = self.prometheus.query(list_expressions()["BatchgenDriverGone"])
+        return [series["metric"]["run"] for series in found if series["metric"]["run"].startswith(self.job)]
 
+    def list_ends(self) -> dict[str, str]:
+        found = self.prometheus.query(f'ray_batchgen_runs_ended_total{{run=~"{self.job}.*"}}')
+        return {series["metric"]["run"]: series["metric"]["state"] for series in found}
+
+
+def test_prometheus_answers_every_query_and_misses_a_driver_that_was_killed(cluster: RayCluster, tmp_path: Path) -> None:
+    """Set up as docs/metrics.md says: it finds Ray's agents by the file that Ray writes."""
+    spec = write_metrics_job(tmp_path, 1500)
+    job = load_spec(spec).fingerprint()[:8]
+    first, second = f"{job}-e1", f"{job}-e2"
+    with run_prometheus(tmp_path, cluster.discovery) as prometheus:
+        board = Board(prometheus, job)
+        cluster.submit(spec)
+        wait_for(lambda: board.list_runs() == [first], "a run to choose on the board")
+        wait_for(lambda: not board.list_empty_panels(first), "data in every panel")
+        (group,) = prometheus.get("rules")["groups"]
+        assert [(rule["name"], rule["health"]) for rule in group["rules"]] == [
+            (name, "ok") for name in list_expressions() if name.startswith("Batchgen")
+        ]
+        assert board.list_missed() == []
+
+        holder = json.loads((tmp_path / "out" / "_batchgen" / "lease" / "000000001.json").read_text())
+        os.kill(holder["pid"], signal.SIGKILL)
+        wait_for(lambda: board.list_missed() == [first], "the driver to be missed")
         again = cluster.submit(spec)
-        wait_for(lambda: not list_missed(), "the next run to say that this one is over")
+        wait_for(lambda: board.list_missed() == [], "the next run to say that this one is over")
         assert cluster.wait(again, 90) == "SUCCEEDED", cluster.read_logs(again)[-3000:]
-        ended = 'max by (run, state) (ray_batchgen_runs_ended_total{run=~"RUN.*"})'.replace("RUN", run[:8])
-        states = {run: "followed", run.replace("-e1", "-e2"): "finished"}
-        wait_for(
-            lambda: {series["metric"]["run"]: series["metric"]["state"] for series in prometheus.query(ended)} == states,
-            f"{states}",
-        )
-        looked = f'ray_batchgen_looked_at_seconds{{run="{run[:8]}-e2"}}'
+        wait_for(lambda: board.list_ends() == {first: "followed", second: "finished"}, "how it ended")
+        looked = f'ray_batchgen_looked_at_seconds{{run="{second}"}}'
         wait_for(lambda: not prometheus.query(looked), "the gauges to go with their driver")
-        assert list_missed() == []
+        assert board.list_missed() == []
 
 
 def test_nothing_of_a_run_is_left_behind(cluster: RayCluster) -> None:
