@@ -2,7 +2,11 @@
 
 import json
 import os
+import resource
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -373,9 +377,13 @@ def test_a_report_made_of_stats_alone_says_the_same(job: tuple[Path, Tree]) -> N
 
 @pytest.fixture(scope="module")
 def large(job: tuple[Path, Tree], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """OUT as 1,000,000 rows in 2,000 batches of 16 workers leave it, stats synthesised, and no data/ at all."""
-    out = tmp_path_factory.mktemp("large") / "out"
-    shutil.copytree(job[0], out)
+    """1,000,000 rows."""
+    return make_large(job[0], tmp_path_factory.mktemp("large") / "out", num_batches=2000, num_workers=16)
+
+
+def make_large(source: Path, out: Path, *, num_batches: int, num_workers: int) -> Path:
+    """OUT as batches of 500 rows on so many workers leave it, stats synthesised, and no data/ at all."""
+    shutil.copytree(source, out)
     shutil.rmtree(out / "data")
     first, *others = sorted((out / "batch_stats").iterdir())
     for path in others:
@@ -385,17 +393,32 @@ def large(job: tuple[Path, Tree], tmp_path_factory: pytest.TempPathFactory) -> P
     counts = {"num_rows_ok": 490, "num_rows_error": 10, "completion_tokens": 50_000, "prompt_tokens": 100_000}
     texts = {"finish_reasons": {"stop": 490}, "error_types": {"timed_out": 10}, "lengths": "9.28:200 10.31:290"}
     batches = [
-        make_batch(number, f"worker-{number % 16:04d}", 10 + 30 * (number // 16), 30 - number % 7, **counts, **texts,
-                   sketches=dict.fromkeys(SKETCH_FIELDS, sketches[number % 20]))
-        for number in range(2000)
+        make_batch(number, f"worker-{number % num_workers:04d}", 10 + 30 * (number // num_workers), 30 - number % 7, **counts,
+                   **texts, sketches=dict.fromkeys(SKETCH_FIELDS, sketches[number % 20]))
+        for number in range(num_batches)
     ]  # fmt: skip
     pq.write_table(make_stats_table(replace(batch, epoch=2) for batch in batches), first)
-    lives = [make_life(f"worker-{number:04d}", 0, 10, None, None) for number in range(16)]
+    lives = [make_life(f"worker-{number:04d}", 0, 10, None, None) for number in range(num_workers)]
+    took_s = 50.0 + 30 * num_batches / num_workers
     storage = Storage(str(out))
-    record = {**unseal(read_records(storage)[-1]), "workers": lives, "began_at": 1e9, "elapsed_s": 3800.0}
-    record |= {"bin_s": 3800 / MAX_BINS, "bins": {name: [float(n) for n in range(MAX_BINS)] for name in SPAN_FIELDS}}
+    record = {**unseal(read_records(storage)[-1]), "workers": lives, "began_at": 1e9, "elapsed_s": took_s}
+    record |= {"bin_s": took_s / MAX_BINS, "bins": {name: [float(n) for n in range(MAX_BINS)] for name in SPAN_FIELDS}}
     storage.put(make_record_path(2), seal_json(record))
     return out
+
+
+@pytest.mark.soak
+def test_the_page_of_ten_million_rows(job: tuple[Path, Tree], tmp_path: Path) -> None:
+    """By the command, in a process of its own; what it takes is printed."""
+    out = make_large(job[0], tmp_path / "out", num_batches=20_000, num_workers=1000)
+    page, started = tmp_path / "page.html", time.monotonic()
+    command = [sys.executable, "-m", "batchgen.cli", "report", str(out), "--html", str(page)]
+    code = subprocess.run(command, capture_output=True, timeout=100).returncode
+    took_s, size = time.monotonic() - started, page.stat().st_size
+    peak_mb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1000
+    print(f"10,000,000 rows: {took_s:.1f} s, {size / 1e6:.2f} MB, at most {peak_mb:.0f} MB of memory")
+    assert code == 0
+    assert 50_000 < size < 5_000_000
 
 
 def test_the_page_of_a_million_rows_is_made_of_stats_alone_and_stays_small(large: Path) -> None:
