@@ -1,5 +1,6 @@
-"""The Grafana dashboard as Grafana takes it: its own published models know every field, and what they can't say holds too."""
+"""The Grafana dashboard: Grafana's own published models know every field of it, and what they can't tell holds too."""
 
+import copy
 import json
 import re
 from itertools import combinations
@@ -7,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from grafana_foundation_sdk.cog import plugins
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models.dashboard import Dashboard
 from promql import list_metrics
 
 from batchgen.metrics import METRICS
@@ -50,3 +54,47 @@ def test_variables_are_those_that_panels_use() -> None:
     named = {variable["name"] for variable in BOARD["templating"]["list"]}
     used = set(re.findall(r"\$\{?(\w+)\}?", json.dumps([PANELS, BOARD["templating"]])))
     assert used - {"__rate_interval", "__all"} == named
+
+
+def list_unknown(given: Any, known: Any, where: str = "") -> list[str]:
+    """What of `given` is lost on the way through Grafana's models, or comes back as something else."""
+    if isinstance(given, dict) and isinstance(known, dict):
+        return [
+            lost
+            for name, value in given.items()
+            for lost in (list_unknown(value, known[name], f"{where}/{name}") if name in known else [f"{where}/{name}"])
+        ]
+    if isinstance(given, list) and isinstance(known, list) and len(given) == len(known):
+        pairs = enumerate(zip(given, known, strict=True))
+        return [lost for at, (value, other) in pairs for lost in list_unknown(value, other, f"{where}/{at}")]
+    return [] if given == known else [where]
+
+
+def read_back(board: dict[str, Any]) -> dict[str, Any]:
+    """Through Grafana's own models, which keep what they know."""
+    plugins.register_default_plugins()
+    text = JSONEncoder(sort_keys=True).encode(Dashboard.from_json(board))
+    kept: dict[str, Any] = json.loads(text)
+    return kept
+
+
+def test_grafanas_models_know_every_field() -> None:
+    assert list_unknown(BOARD, read_back(BOARD)) == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("refresh",),
+        ("panels", 2, "gridPos"),
+        ("panels", 2, "targets", 0, "legendFormat"),
+        ("templating", "list", 1, "refresh"),
+    ],
+)
+def test_a_misspelt_field_would_be_seen(path: tuple[str | int, ...]) -> None:
+    changed = copy.deepcopy(BOARD)
+    at: Any = changed
+    for step in path[:-1]:
+        at = at[step]
+    at[f"{path[-1]}x"] = at.pop(path[-1])
+    assert list_unknown(changed, read_back(changed)) == ["/" + "/".join(map(str, path)) + "x"]

@@ -83,7 +83,9 @@ def test_every_point_has_a_metric_with_its_labels() -> None:
 
 def test_a_run_says_that_the_one_before_is_over_and_last_of_all_how_it_ended() -> None:
     told: list[Point] = []
-    watch = Watch(QuietView(), StatusWriter(Storage("memory://x"), 2, 5.0), publish=told.extend, run_before="3f2a91c0-e1")
+    watch = Watch(
+        QuietView(), StatusWriter(Storage("memory://x"), 2, 5.0), publish=told.extend, run_before="3f2a91c0-e1"
+    )
     assert told == measure_begin("3f2a91c0-e1")
     assert told[0].labels == (("run", "3f2a91c0-e1"), ("state", "followed"))
     watch.tell_end("stopped")

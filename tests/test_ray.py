@@ -443,7 +443,9 @@ class Board:
         return {series["metric"]["run"]: series["metric"]["state"] for series in found}
 
 
-def test_prometheus_answers_every_query_and_misses_a_driver_that_was_killed(cluster: RayCluster, tmp_path: Path) -> None:
+def test_prometheus_answers_every_query_and_misses_a_driver_that_was_killed(
+    cluster: RayCluster, tmp_path: Path
+) -> None:
     """Set up as docs/metrics.md says: it finds Ray's agents by the file that Ray writes."""
     spec = write_metrics_job(tmp_path, 1500)
     job = load_spec(spec).fingerprint()[:8]

@@ -393,8 +393,8 @@ def make_large(source: Path, out: Path, *, num_batches: int, num_workers: int) -
     counts = {"num_rows_ok": 490, "num_rows_error": 10, "completion_tokens": 50_000, "prompt_tokens": 100_000}
     texts = {"finish_reasons": {"stop": 490}, "error_types": {"timed_out": 10}, "lengths": "9.28:200 10.31:290"}
     batches = [
-        make_batch(number, f"worker-{number % num_workers:04d}", 10 + 30 * (number // num_workers), 30 - number % 7, **counts,
-                   **texts, sketches=dict.fromkeys(SKETCH_FIELDS, sketches[number % 20]))
+        make_batch(number, f"worker-{number % num_workers:04d}", 10 + 30 * (number // num_workers), 30 - number % 7,
+                   **counts, **texts, sketches=dict.fromkeys(SKETCH_FIELDS, sketches[number % 20]))
         for number in range(num_batches)
     ]  # fmt: skip
     pq.write_table(make_stats_table(replace(batch, epoch=2) for batch in batches), first)

@@ -2,9 +2,9 @@
 
 A whole job in this process, Parquet to Parquet, drawn to a terminal of the kind that `batchgen run` draws to, its bytes
 thrown away. What is timed is CPU time of the thread that does it, in the run's own calls; the time that timing takes is
-counted as watching's. Metrics are in it: what the worker counts of every row (each 64th call is timed) and what driver and
-worker tell Ray, which is started for that; the threads in which Ray passes it on are told apart, for they work for Ray's own
-metrics too.
+counted as watching's. Metrics are in it: what the worker counts of every row (each 64th call is timed), and what driver
+and worker tell Ray, which is started for that; the threads in which Ray passes it on are told apart, for they work for
+Ray's own metrics too.
 """
 
 import functools
@@ -123,7 +123,9 @@ def _timed(method: Callable[..., Any], name: str, spent: dict[str, float]) -> Ca
     return call
 
 
-def _timed_now_and_then(note: Callable[[Meter, Result], None], spent: dict[str, float]) -> Callable[[Meter, Result], None]:
+def _timed_now_and_then(
+    note: Callable[[Meter, Result], None], spent: dict[str, float]
+) -> Callable[[Meter, Result], None]:
     calls, timing_s = itertools.count(1), _measure_timing_s()
 
     def call(meter: Meter, result: Result) -> None:
@@ -148,8 +150,8 @@ def _measure_timing_s() -> float:
 
 @contextmanager
 def export_metrics() -> Iterator[dict[str, float]]:
-    """Driver and worker tell a Ray of this process's own what they tell on Ray (`ray_pool.WorkerActor.poll`). CPU seconds of
-    the worker's part; the driver's is in `Watch.show`."""
+    """Driver and worker tell a Ray of this process's own what they tell on Ray (`ray_pool.WorkerActor.poll`). CPU seconds
+    of the worker's part; the driver's is in `Watch.show`."""
     from batchgen.ray_metrics import RayExporter
     from batchgen.ray_pool import EXPORT_S, connect
 

@@ -55,7 +55,7 @@ class Watch:
         return replace(seen, workers=(), worker_states={}, **over)
 
     def tell_end(self, state: str) -> None:
-        """Everything is written that a run writes. Whoever hears nothing of a run and not this either has lost its driver."""
+        """All that a run writes is written. Whoever hears nothing of a run, and not this either, has lost its driver."""
         self._publish(measure_end(state))
 
     def _look(self, dispatcher: Dispatcher, progress: Progress) -> Snapshot:
