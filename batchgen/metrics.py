@@ -20,7 +20,9 @@ from batchgen.queue.pulse import STATES, Snapshot
 
 Kind = Literal["counter", "gauge", "histogram"]
 MAX_OBSERVED = 100
-COUNTED = ["num_attempts", "error_type", "finish_reason", "prompt_tokens", "cached_tokens"]
+# Record batches, 256 rows at most each: they are all columns of their rows, and stay in memory until they are counted.
+MAX_UNCOUNTED = 64
+COUNTED = ("num_attempts", "error_type", "finish_reason", "prompt_tokens", "cached_tokens", "reused_from")
 OBSERVED = ["latency_s", "ttft_s", "queued_s", "completion_tokens"]
 # Seconds; a request may take from milliseconds to hours.
 LATENCY_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0, 7200.0)
@@ -119,8 +121,11 @@ def measure_end(state: str) -> list[Point]:
 
 @dataclass(slots=True)
 class Meter:
-    """Counts what ends in one worker between two looks."""
+    """Counts what ends in one worker between two looks. `is_wanted`: somebody looks; else nothing is kept. Rows are kept as
+    they come and counted together, column by column: one by one they took 1 us each, 2 % of a run with fast rows."""
 
+    is_wanted: bool = False
+    _uncounted: list[pa.RecordBatch] = field(default_factory=list)
     _reasons: Counter[str] = field(default_factory=Counter)
     _errors: Counter[str] = field(default_factory=Counter)
     _sums: Counter[str] = field(default_factory=Counter)
@@ -132,34 +137,43 @@ class Meter:
     _num_looked_up: int = 0
 
     def note(self, rows: pa.RecordBatch) -> None:
-        """Rows that ended (`write.make_result_schema`), by the hundred: column by column a row costs a sixth of what it
-        costs alone, which is most of what metrics take where rows are fast."""
-        if "reused_from" in rows.schema.names and rows["reused_from"].null_count < len(rows):
-            rows = _pick(rows, rows["reused_from"].is_null())  # copies of other requests' answers: nothing was sent
+        """Rows that ended (`write.make_result_schema`), by the hundred."""
+        if not self.is_wanted:
+            return
+        self._uncounted.append(rows)
+        if len(self._uncounted) >= MAX_UNCOUNTED:
+            self._count()
+
+    def _count(self) -> None:
+        rows = pa.Table.from_batches(self._uncounted)
+        rows = rows.select([name for name in (*COUNTED, *OBSERVED) if name in rows.column_names])
+        self._uncounted = []
+        if "reused_from" in rows.column_names and rows["reused_from"].null_count < len(rows):
+            rows = rows.filter(rows["reused_from"].is_null())  # copies of other requests' answers: nothing was sent
         sent = _count_values(rows["num_attempts"])
         self._sums["batchgen_request_retries_total"] += sum((n - 1) * count for n, count in sent.items() if n)
         if rows["error_type"].null_count < len(rows):
             self._errors.update(_count_values(rows["error_type"]))
-            rows = _pick(rows, rows["error_type"].is_null())
+            rows = rows.filter(rows["error_type"].is_null())
         self._reasons.update(_count_values(rows["finish_reason"]))
         prompt, cached = rows["prompt_tokens"], rows["cached_tokens"]
         self._sums["batchgen_prompt_tokens_total"] += _sum(prompt)
-        if cached.null_count < len(rows):
-            self._num_cached += _sum(cached)
-            self._num_looked_up += _sum(prompt.filter(cached.is_valid()))
+        self._num_cached += _sum(cached)
+        self._num_looked_up += _sum(prompt.filter(cached.is_valid()))
         self._draw(rows)
 
-    def _draw(self, rows: pa.RecordBatch) -> None:
+    def _draw(self, rows: pa.Table) -> None:
         """Every so manieth of all since the last look, from the first on."""
-        places = range(-self._num_seen % self._stride, len(rows), self._stride)
-        if places:
-            self._drawn += map(_observe, rows.select(OBSERVED).take(pa.array(places, pa.int64())).to_pylist())
-        self._num_seen += len(rows)
-        while len(self._drawn) > MAX_OBSERVED:
+        while self._num_seen + len(rows) > MAX_OBSERVED * self._stride:
             self._drawn, self._stride = self._drawn[::2], 2 * self._stride
+        places = range(-self._num_seen % self._stride, len(rows), self._stride)
+        self._drawn += map(_observe, rows.select(OBSERVED).take(pa.array(places, pa.int64())).to_pylist())
+        self._num_seen += len(rows)
 
     def take(self, beat: Heartbeat, window: int) -> list[Point]:
         """What ended since the last call, and what the worker says of itself now."""
+        if self._uncounted:
+            self._count()
         made, self._total_tokens = max(0, beat.total_tokens - self._total_tokens), beat.total_tokens
         points = [
             Point("batchgen_num_requests_running", beat.num_inflight),
@@ -183,17 +197,12 @@ def _count(name: str, label: str, counts: Counter[str]) -> Iterable[Point]:
     return (Point(name, count, ((label, value),)) for value, count in counts.items())
 
 
-def _sum(column: pa.Array) -> int:
+def _sum(column: pa.ChunkedArray) -> int:
     """0 where nothing is known."""
     return int(pc.sum(column).as_py() or 0)
 
 
-def _pick(rows: pa.RecordBatch, mask: pa.Array) -> pa.RecordBatch:
-    """Without their text, which would be copied."""
-    return rows.select([*OBSERVED, *COUNTED]).filter(mask)
-
-
-def _count_values(column: pa.Array) -> dict[Any, int]:
+def _count_values(column: pa.ChunkedArray) -> dict[Any, int]:
     return {pair["values"]: pair["counts"] for pair in column.drop_null().value_counts().to_pylist()}
 
 

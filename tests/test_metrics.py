@@ -16,7 +16,7 @@ from promql import list_metrics
 from batchgen.driver.control import StatusWriter
 from batchgen.driver.view import QuietView
 from batchgen.driver.watch import Watch
-from batchgen.metrics import MAX_OBSERVED, METRICS, Meter, Point, measure_begin, measure_end, measure_run
+from batchgen.metrics import MAX_OBSERVED, MAX_UNCOUNTED, METRICS, Meter, Point, measure_begin, measure_end, measure_run
 from batchgen.queue.events import Heartbeat
 from batchgen.queue.pulse import Snapshot
 from batchgen.records import Failure, Generation, Result, RowId, ShardProgress, Timing, Usage
@@ -51,7 +51,7 @@ def add_up(points: Iterable[Point]) -> Counter[tuple[str, tuple[tuple[str, str],
 
 
 def test_all_requests_are_counted_once_and_latencies_are_a_bounded_draw() -> None:
-    meter = Meter()
+    meter = Meter(is_wanted=True)
     note(meter, [make_answer(number, latency_s=float(number)) for number in range(5000)])
     note(meter, [Result(RowId("f", 1, 0), 1, Timing(), failure=Failure("timed_out", "no answer", True))])
     note(meter, [replace(make_answer(1), reused_from="its batch")])
@@ -75,6 +75,15 @@ def test_all_requests_are_counted_once_and_latencies_are_a_bounded_draw() -> Non
     assert "secret" not in repr(points)
 
 
+def test_nothing_is_kept_where_nobody_looks_and_little_where_somebody_does() -> None:
+    idle, busy = Meter(), Meter(is_wanted=True)
+    for meter in (idle, busy):
+        note(meter, [make_answer(number) for number in range(MAX_UNCOUNTED + 5)], size=1)
+    assert [len(meter._uncounted) for meter in (idle, busy)] == [0, 5]
+    assert add_up(idle.take(BEAT, 8))["batchgen_request_success_total", (("finished_reason", "stop"),)] == 0
+    assert add_up(busy.take(BEAT, 8))["batchgen_request_success_total", (("finished_reason", "stop"),)] == 69
+
+
 def test_a_batch_of_all_kinds_of_rows_is_counted_as_its_rows_one_by_one() -> None:
     failed = Result(RowId("f", 1, 0), 3, Timing(), failure=Failure("timed_out", "x", True), prompt_tokens=7)
     never_sent = Result(RowId("f", 2, 0), 0, Timing(), failure=Failure("null_prompt", "x", False))
@@ -84,7 +93,7 @@ def test_a_batch_of_all_kinds_of_rows_is_counted_as_its_rows_one_by_one() -> Non
     rows = [make_answer(0), failed, never_sent, unknown, replace(make_answer(4), reused_from="b"), make_answer(5)]
     for schema in (RESULTS, RESULTS.remove(RESULTS.get_field_index("reused_from"))):
         kept = rows if schema is RESULTS else [row for row in rows if row.reused_from is None]
-        together, apart = Meter(), Meter()
+        together, apart = Meter(is_wanted=True), Meter(is_wanted=True)
         note(together, kept, schema)
         note(apart, kept, schema, size=1)
         sums = add_up(together.take(BEAT, 8))
@@ -106,7 +115,7 @@ def test_a_run_tells_what_it_knows() -> None:
 
 
 def test_every_point_has_a_metric_with_its_labels() -> None:
-    meter = Meter()
+    meter = Meter(is_wanted=True)
     note(
         meter, [make_answer(1), Result(RowId("f", 1, 0), 1, Timing(), failure=Failure("timed_out", "no answer", True))]
     )

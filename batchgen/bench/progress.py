@@ -2,18 +2,16 @@
 
 A whole job in this process, Parquet to Parquet, drawn to a terminal of the kind that `batchgen run` draws to, its bytes
 thrown away. What is timed is CPU time of the thread that does it, in the run's own calls; the time that timing takes is
-counted as watching's. Metrics are in it: what the worker counts of every row (each 64th call is timed), and what driver
-and worker tell Ray, which is started for that; the threads in which Ray passes it on are told apart, for they work for
-Ray's own metrics too.
+counted as watching's. Metrics are in it: what the worker counts of its rows, and what driver and worker tell Ray, which is
+started for that; the threads in which Ray passes it on are told apart, for they work for Ray's own metrics too.
 """
 
 import functools
-import itertools
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +28,19 @@ from batchgen.driver.view import RichView
 from batchgen.driver.watch import Watch
 from batchgen.metrics import Meter
 from batchgen.queue.events import Heartbeat, PoolEvent
-from batchgen.records import Result
 from batchgen.spec import ClusterSpec
 from batchgen.specs.load import make_spec
 from batchgen.worker.worker import Worker, WorkerSetup
 
-# Where the run calls what watches it; the page's own thread last.
+# Where the run calls what watches it.
 WATCHERS: tuple[tuple[type, str], ...] = (
     (Watch, "show"),
     (RunRecorder, "update"),
     (RunRecorder, "close"),
     (LivePage, "update"),
     (LivePage, "_work"),
+    (Meter, "note"),
 )
-
-
-# Timing each call would cost more than the call.
-TIMED = 64
 
 
 def measure_progress(
@@ -68,7 +62,7 @@ def measure_progress(
             "cluster": {"pool": "inline"},
         }
     )
-    exporting = export_metrics() if has_metrics else nullcontext({})
+    exporting: AbstractContextManager[dict[str, float]] = export_metrics() if has_metrics else nullcontext({})
     with Path(os.devnull).open("w") as nowhere, counting(page_s) as spent, exporting as exported:
         view = RichView(Console(file=nowhere, force_terminal=True, width=120, height=40))
         native, cpu, wall = read_native_cpu_s(), time.process_time(), time.perf_counter()
@@ -95,20 +89,22 @@ def measure_progress(
 def counting(page_s: float) -> Iterator[dict[str, float]]:
     """CPU seconds by call, while the block runs: the classes' own methods, wrapped."""
     spent: dict[str, float] = {f"{owner.__name__}.{name}": 0.0 for owner, name in WATCHERS}
-    real = [(owner, name, getattr(owner, name)) for owner, name in WATCHERS]
-    interval_s, note = live_page.INTERVAL_S, Meter.note
-    try:
-        live_page.INTERVAL_S = page_s
-        for owner, name, method in real:
-            setattr(owner, name, _timed(method, f"{owner.__name__}.{name}", spent))
-        spent["Meter.note"] = 0.0
-        Meter.note = _timed_now_and_then(note, spent)  # type: ignore[method-assign]
+    with ExitStack() as stack:
+        stack.enter_context(_replaced(live_page, "INTERVAL_S", page_s))
+        for owner, name in WATCHERS:
+            timed = _timed(getattr(owner, name), f"{owner.__name__}.{name}", spent)
+            stack.enter_context(_replaced(owner, name, timed))
         yield spent
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    real = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
     finally:
-        Meter.note = note  # type: ignore[method-assign]
-        live_page.INTERVAL_S = interval_s
-        for owner, name, method in real:
-            setattr(owner, name, method)
+        setattr(owner, name, real)
 
 
 def _timed(method: Callable[..., Any], name: str, spent: dict[str, float]) -> Callable[..., Any]:
@@ -123,31 +119,6 @@ def _timed(method: Callable[..., Any], name: str, spent: dict[str, float]) -> Ca
     return call
 
 
-def _timed_now_and_then(
-    note: Callable[[Meter, Result], None], spent: dict[str, float]
-) -> Callable[[Meter, Result], None]:
-    calls, timing_s = itertools.count(1), _measure_timing_s()
-
-    def call(meter: Meter, result: Result) -> None:
-        if next(calls) % TIMED:
-            return note(meter, result)
-        started = time.thread_time()
-        note(meter, result)
-        spent["Meter.note"] += TIMED * max(0.0, time.thread_time() - started - timing_s)
-        return None
-
-    return call
-
-
-def _measure_timing_s() -> float:
-    """What a pair of looks at the clock sees of itself."""
-    seen = []
-    for _ in range(1000):
-        started = time.thread_time()
-        seen.append(time.thread_time() - started)
-    return sorted(seen)[len(seen) // 2]
-
-
 @contextmanager
 def export_metrics() -> Iterator[dict[str, float]]:
     """Driver and worker tell a Ray of this process's own what they tell on Ray (`ray_pool.WorkerActor.poll`). CPU seconds
@@ -155,11 +126,16 @@ def export_metrics() -> Iterator[dict[str, float]]:
     from batchgen.ray_metrics import RayExporter
     from batchgen.ray_pool import EXPORT_S, connect
 
+    connect(ClusterSpec(address="local"))
+    real_poll, exporter = Worker.poll, RayExporter({"run": "bench", "worker": "worker"})
+    spent, export_at = {"Worker.poll": 0.0}, 0.0
+
     def create_publisher(setup: WorkerSetup) -> Any:
         return RayExporter({"run": setup.run_name}).export
 
     async def poll(worker: Worker, timeout_s: float) -> list[PoolEvent]:
         nonlocal export_at
+        worker.meter.is_wanted = True
         events = await real_poll(worker, timeout_s)
         started = time.thread_time()
         if (now := time.monotonic()) >= export_at and isinstance(beat := events[-1], Heartbeat):
@@ -168,14 +144,8 @@ def export_metrics() -> Iterator[dict[str, float]]:
         spent["Worker.poll"] += time.thread_time() - started
         return events
 
-    connect(ClusterSpec(address="local"))
-    spent, export_at, exporter = {"Worker.poll": 0.0}, 0.0, RayExporter({"run": "bench", "worker": "worker"})
-    real_create, real_poll = driver_run.create_publisher, Worker.poll
-    try:
-        driver_run.create_publisher, Worker.poll = create_publisher, poll  # type: ignore[method-assign]
+    with _replaced(driver_run, "create_publisher", create_publisher), _replaced(Worker, "poll", poll):
         yield spent
-    finally:
-        driver_run.create_publisher, Worker.poll = real_create, real_poll  # type: ignore[method-assign]
 
 
 def read_native_cpu_s() -> float:
