@@ -29,7 +29,7 @@ from batchgen.gates.decide import Counts, judge_canary, judge_final, make_gate_r
 from batchgen.queue.timeline import MAX_BINS, SPAN_FIELDS, Moment, Timeline
 from batchgen.report.by import group_rows
 from batchgen.report.distributions import make_bars
-from batchgen.report.figures import show, show_share, show_short, show_time
+from batchgen.report.figures import show, show_amount, show_share, show_short, show_time
 from batchgen.report.gates import LABELS, make_gate_checks, show_check
 from batchgen.report.generations import choose_rows
 from batchgen.report.lanes import MAX_LANES, make_lanes, merge_intervals
@@ -114,6 +114,18 @@ def test_worker_time_is_useful_or_lost_to_one_of_four_reasons() -> None:
     assert sum(waste[name] or 0 for name in ("useful", *LOSSES)) == pytest.approx(200)
 
 
+@given(st.lists(st.floats(0, 300), min_size=8, max_size=8))
+def test_worker_time_adds_up_whatever_a_record_says(seconds: list[float]) -> None:
+    """One of a run's first second is made of few looks: they see more of the window than there was of the worker."""
+    worker, startup, *spans = seconds
+    names = ("ready_s", "inflight_s", "window_s")
+    total, tail = dict(zip(names, spans[:3], strict=True)), dict(zip(names, spans[3:], strict=True))
+    waste = make_waste(make_record(worker_s=worker, startup_s=startup, total=total, tail=tail), 900, is_settled=True)
+    parts = [waste[name] or 0.0 for name in ("useful", *LOSSES)]
+    assert min(parts) >= 0
+    assert sum(parts) == pytest.approx(worker)
+
+
 def test_retries_are_unknown_while_a_journal_may_hold_what_seems_lost() -> None:
     assert make_waste(make_record(), 900, is_settled=False)["retries"] is None
     assert make_waste(make_record(num_tokens=0), 0, is_settled=True)["retries"] is None
@@ -137,6 +149,22 @@ def make_value(**over: Any) -> dict[str, Any]:
     return make_report(
         over.pop("spec", None) or make_job_spec(), {**rows, "is_complete": True}, table, records, **{**facts, **over}
     )
+
+
+def test_a_run_that_got_to_its_end_with_too_many_errors_is_no_success() -> None:
+    assert '<span class="state finished">finished<' in make_html({**make_value(), "exit_code": 0})
+    assert '<span class="state gate_failed">too many errors<' in make_html({**make_value(), "exit_code": 1})
+
+
+def test_the_rate_of_a_run_that_goes_on_is_of_what_it_last_told() -> None:
+    """Its batches are newer than that: over its time they would be a rate that nothing had."""
+    table = make_stats_table([make_batch(0, "worker-0000", 0, 90, completion_tokens=50_000)])
+    going_on = make_value(
+        state="running", records=[make_record(state="running", elapsed_s=2.0, num_tokens=100)], table=table
+    )
+    assert going_on["run"]["tokens_per_s"] == 50
+    assert "Run, as last told" in make_html(going_on)
+    assert make_value(table=table)["run"]["tokens_per_s"] == 500
 
 
 def test_the_bill_is_of_all_runs_and_unknown_where_one_has_no_price() -> None:
@@ -233,7 +261,7 @@ def test_sketches_become_columns_and_nothing_is_null() -> None:
         (show(None), "unknown"), (show(1234567), "1,234,567"), (show(0.01234, "s"), "0.0123 s"), (show(0), "0"),
         (show_share(None), "unknown"), (show_share(0.00001), "< 0.1 %"), (show_share(1.0), "100 %"),
         (show_time(3e-4), "300 us"), (show_time(0.0), "0 s"), (show_time(125), "2 min 05 s"),
-        (show_time(7325), "2 h 02 min"),
+        (show_time(7325), "2 h 02 min"), (show_time(137_332_140), "38,148 h"), (show_amount(5e-5), "< 0.01"),
         (show_short(12_300), "12.3k"), (show_short(4.5e9), "4.5G"), (show_short(None), "unknown"),
     ],
 )  # fmt: skip
