@@ -176,7 +176,7 @@ LAYERS = [
     ["pipelines.partitions", "pipelines.history"],
     ["pipelines.graph", "pipelines.decide", "pipelines.log"],
     ["pipelines.cleanup", "pipelines.filters", "pipelines.arrival", "pipelines.orders", "pipelines.overview"],
-    ["pipelines.limits", "pipelines.source"],
+    ["pipelines.limits", "pipelines.source", "pipelines.priors"],
     ["pipelines.check", "pipelines.hooks", "pipelines.submit"],
     ["pipelines.load"],
     ["pipelines.execute", "pipelines.ray_jobs", "pipelines.aftermath"],

@@ -64,6 +64,7 @@ def test_every_date_exactly_once(seed: int) -> None:
     world = run_world(seed, 250)
     check_each_date_once(world, 250)
     assert world.client.num_kills > 5
+    assert world.num_priors > 200
     standing = {name.split("/")[3] for name in world.client.held if name.startswith("memory://out/")}
     assert len(standing) == 3, "retention keeps the newest, whatever was killed while it deleted"
 

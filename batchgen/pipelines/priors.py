@@ -1,0 +1,40 @@
+"""Whose measured lengths a run's jobs expect where their specs don't say: those of the run before it, of the same stage and
+partition. Chosen when an attempt is submitted, and written into its order. An expectation decides order and sizes, so
+one that can't be read is left out, never a reason to fail.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from batchgen.errors import InputError
+from batchgen.length_files import find_prior
+from batchgen.pipelines.graph import make_job_name
+from batchgen.pipelines.partitions import Partition
+from batchgen.pipelines.spec import PipelineSpec, StageSpec
+
+
+def find_length_priors(
+    spec: PipelineSpec, partition: Partition, previous: Mapping[str, str], warn: Callable[[str], None]
+) -> dict[str, str]:
+    """Output folders that have measured any, by the jobs' names. `previous`: outputs of the run before."""
+    names = [make_job_name(stage.name, partition) for stage in spec.stages if not _says_itself(stage)]
+    return {name: previous[name] for name in names if name in previous and _has_lengths(previous[name], warn)}
+
+
+def _says_itself(stage: StageSpec) -> bool:
+    """Has its job a `length_prior`? Null is one: no lengths are to be expected."""
+    section = stage.job.get("input")
+    return isinstance(section, dict) and "length_prior" in section
+
+
+def _has_lengths(url: str, warn: Callable[[str], None]) -> bool:
+    try:
+        return find_prior(url, "length_prior") is not None
+    except InputError as error:
+        warn(f"{error}; the run goes without")
+        return False
+
+
+def with_length_prior(tree: dict[str, Any], url: str | None) -> dict[str, Any]:
+    """The job, expecting what was measured there."""
+    return tree if url is None else {**tree, "input": {**tree["input"], "length_prior": url}}
