@@ -157,9 +157,7 @@ def make_shard_file(
     """The Parquet bytes of a shard file: zstd, row groups small enough to stream, sealed. `texts`: for a gate."""
     table = table.replace_schema_metadata({FOOTER_KEY: footer_to_json(footer).encode()})
     beside = None if texts is None else {TEXTS_KEY: dump_text_sample(texts)}
-    return write_sealed(
-        table, row_group_rows=MAX_ROW_GROUP_ROWS, compression_level=compression_level, beside=beside
-    )
+    return write_sealed(table, row_group_rows=MAX_ROW_GROUP_ROWS, compression_level=compression_level, beside=beside)
 
 
 def read_file_footer(parquet: ParquetFile) -> FileFooter | None:

@@ -378,7 +378,6 @@ class World:
         assert published is None or not history.runs[published].is_retired
         return history
 
-
     def _check_prior(self, event: Submitted) -> None:
         """Lengths of the run before, of the same partition; or of none, where the store failed just then."""
         order = read_order(open_folder(self.spec), event.order)

@@ -117,8 +117,8 @@ def test_a_scheduler_that_is_a_ray_job_itself_gives_its_files_to_its_runs(cluste
 
 @pytest.mark.soak
 def test_a_dead_head_is_waited_for(cluster: RayCluster, tmp_path: Path) -> None:
-    """It dies with all that is on it, a job at work too, and another one comes that knows nothing: the scheduler lives through
-    it, and each date is made once."""
+    """It dies with all that is on it, a job at work too, and another one comes that knows nothing: the scheduler lives
+    through it, and each date is made once."""
     write_prompts(tmp_path / "in" / "rows.parquet")
     tree = make_pipeline(str(tmp_path), retries={"max": 2, "delay": "0s"})
     slow = {"kind": "simulated", "mean_tokens": 5, "decode_tokens_per_s": 1.0, "call_log": str(tmp_path / "calls")}
@@ -139,7 +139,9 @@ def test_a_dead_head_is_waited_for(cluster: RayCluster, tmp_path: Path) -> None:
     assert list_jobs(cluster) == [f"batchgen-nightly-{run['key']}-1" for run in runs]
     for run in runs:
         assert pq.read_table(f"{tmp_path}/made/{run['key']}/data").num_rows == 20
-    assert 40 <= count_calls(tmp_path / "calls") <= 60, "rows that were in flight on the dead one are sent again, no others"
+    assert 40 <= count_calls(tmp_path / "calls") <= 60, (
+        "rows that were in flight on the dead one are sent again, no others"
+    )
 
 
 def wait_for_calls(folder: Path) -> None:

@@ -25,8 +25,8 @@ WORDS = [f"word{number}" for number in range(5000)]
 
 
 def measure_gate(folder: Path, num_rows: int, rows_per_file: int, num_words: int, repeated: float) -> dict[str, Any]:
-    """`repeated`: share of answers whose text another one has, half of them in the same file. Seconds of the gate both ways,
-    and what a worker spends on a sample."""
+    """`repeated`: share of answers whose text another one has, half of them in the same file. Seconds of the gate both
+    ways, and what a worker spends on a sample."""
     found: dict[str, Any] = {"rows": num_rows, "files": -(-num_rows // rows_per_file)}
     spec = make_spec(
         {

@@ -1,9 +1,9 @@
 """What a gate asks of committed files: from their footers, where the worker counted by the same rules; else from the rows,
 which are read again, so many files at a time.
 
-Rows are read where the limits are others than those that the files were made with, and where a canary ends within a file. For
-duplicates each file has a sample of its texts' digests (`texts`) in its footer, where its maker was asked for one: that is
-read here, because nobody keeps it.
+Rows are read where the limits are others than those that the files were made with, and where a canary ends within a file.
+For duplicates each file has a sample of its texts' digests (`texts`) in its footer, where its maker was asked for one: that
+is read here, because nobody keeps it.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

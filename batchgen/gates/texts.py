@@ -1,10 +1,10 @@
 """How many answers have a text that another one has, from what each file says of its own: samples that add up. Pure.
 
 Repeats within a file are counted. Those between files are estimated from digests of the texts: of a file's different texts
-those are kept whose digest ends in `num_bits` zeros, as few bits as leave no more than there is room for. So a text is drawn by
-itself: kept by one file, it is kept by every other that has it and as few bits. Nothing is estimated where no digest was
-left out. A text that fills half of the output repeats within files, so no draw can miss it; between files each text
-counts once a file at most.
+those are kept whose digest ends in `num_bits` zeros, as few bits as leave no more than there is room for. So a text is
+drawn by itself: kept by one file, it is kept by every other that has it and as few bits. Nothing is estimated where no
+digest was left out. A text that fills half of the output repeats within files, so no draw can miss it; between files each
+text counts once a file at most.
 """
 
 import base64

@@ -223,7 +223,7 @@ class Keeper:
             key=run.key,
             attempt=run.parts[name].attempt + 1,
             previous=outputs,
-            length_priors=self._find_priors(run.key, name, outputs or {}),
+            length_priors=find_length_priors(self.spec, self._partitions[name], outputs or {}, self.warn),
             began_at=run.began_at,
             partition=name,
             max_gpu_hours=lend_gpu_hours(self.spec, run),
@@ -242,10 +242,6 @@ class Keeper:
         if self.log.append(event):
             self.say(f"{self._describe(run.key, name)}: attempt {order.attempt} is submitted")
             self.submitter.submit(self._make_submission(self.history.runs[run.key], name))
-
-    def _find_priors(self, key: str, name: str, outputs: dict[str, str]) -> dict[str, str]:
-        where = self._describe(key, name)
-        return find_length_priors(self.spec, self._partitions[name], outputs, lambda told: self.warn(f"{where}: {told}"))
 
     def _look_after(self, run: Run, name: str, now: float) -> None:
         outcome = self._find_outcome(run, name, now)

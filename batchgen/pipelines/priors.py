@@ -18,21 +18,20 @@ def find_length_priors(
 ) -> dict[str, str]:
     """Output folders that have measured any, by the jobs' names. `previous`: outputs of the run before."""
     names = [make_job_name(stage.name, partition) for stage in spec.stages if not _says_itself(stage)]
-    return {name: previous[name] for name in names if name in previous and _has_lengths(previous[name], warn)}
+    found: dict[str, str] = {}
+    for name in names:
+        try:
+            if name in previous and find_prior(previous[name], "length_prior") is not None:
+                found[name] = previous[name]
+        except InputError as error:
+            warn(f"{spec.name} {name}: {error}; the run goes without")
+    return found
 
 
 def _says_itself(stage: StageSpec) -> bool:
     """Has its job a `length_prior`? Null is one: no lengths are to be expected."""
     section = stage.job.get("input")
     return isinstance(section, dict) and "length_prior" in section
-
-
-def _has_lengths(url: str, warn: Callable[[str], None]) -> bool:
-    try:
-        return find_prior(url, "length_prior") is not None
-    except InputError as error:
-        warn(f"{error}; the run goes without")
-        return False
 
 
 def with_length_prior(tree: dict[str, Any], url: str | None) -> dict[str, Any]:
