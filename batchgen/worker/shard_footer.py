@@ -11,7 +11,6 @@ from batchgen.verify.damage import refusing_damage
 from batchgen.worker.seal import END_BYTES, Seal, digest, find_footer, open_footer, read_footer_bytes, read_seal
 from batchgen.write import FORMAT_VERSION, TEXTS_KEY, read_file_footer
 
-CHANGED = "was changed since it was written; restore it, or delete it to generate it again"
 NOT_OURS = "was not written by this version of batchgen; choose another output.path"
 
 
@@ -31,7 +30,7 @@ def read_text_sample(storage: Storage, path: str, footer_sha256: str) -> TextSam
         with storage.open_read(path) as source:
             content = read_footer_bytes(source)
         if digest(content) != footer_sha256:
-            raise OutputError(f"{storage.url(path)}: {CHANGED}")
+            raise make_changed(storage.url(path))
         raw = (open_footer(content).metadata.metadata or {}).get(TEXTS_KEY)
         return None if raw is None else parse_text_sample(raw)
 
@@ -43,8 +42,12 @@ def read_whole_file(data: bytes, url: str) -> FileFooter:
         start = find_footer(data[-END_BYTES:], len(data))
         footer, seal = parse_footer(data[start:], url)
         if seal.body_sha256 is not None and digest(data[:start]) != seal.body_sha256:
-            raise OutputError(f"{url}: {CHANGED}")
+            raise make_changed(url)
     return footer
+
+
+def make_changed(url: str) -> OutputError:
+    return OutputError(f"{url}: was changed since it was written; restore it, or delete it to generate it again")
 
 
 def parse_footer(content: bytes, url: str) -> tuple[FileFooter, Seal]:
