@@ -24,13 +24,14 @@ from jobs_util import (
     write_prompts,
 )
 
-from batchgen.errors import SpecError
+from batchgen.errors import OutputError, SpecError
 from batchgen.gates import scan
 from batchgen.gates import texts as gate_texts
 from batchgen.gates.count import Rules, make_counter
 from batchgen.gates.decide import Counts, judge_canary, judge_final
 from batchgen.gates.fit import make_schema_test
 from batchgen.gates.texts import TextTally, digest_texts, dump_text_sample, make_text_sample, parse_text_sample
+from batchgen.manifest import load_committed
 from batchgen.plan import make_plan
 from batchgen.records import InputFile
 from batchgen.spec import JobSpec
@@ -40,6 +41,7 @@ from batchgen.specs.patterns import match_any
 from batchgen.specs.sampling import find_fault
 from batchgen.storage import Storage
 from batchgen.verify.verify import verify
+from batchgen.worker.shard_footer import read_text_sample
 
 COUNTS = Counts(rows=100, errors=4, truncated=20, refused=10, unfit=30, tokens=960, num_hashed=96, num_repeated=24)
 
@@ -426,6 +428,19 @@ def test_a_canary_that_can_not_be_read_stops_the_run(tmp_path: Path) -> None:
     assert (report["exit_code"], report["state"]) == (3, "stopped")
     assert path.name in report["message"]
     assert any("stopping" in told for told in view.warned)
+
+
+def test_a_footer_that_was_changed_since_is_not_asked(tmp_path: Path) -> None:
+    """Its sample may be of other rows than those that are there."""
+    tree, _ = make_job(tmp_path, {"final": {"max_duplicate_rate": 1}}, engine={"has_latency": False})
+    run(tree)
+    storage = Storage(str(tmp_path / "out"))
+    first, second, *_ = load_committed(storage, make_spec(tree).fingerprint()).values()
+    sample = read_text_sample(storage, first.info.path, first.footer_sha256)
+    assert sample is not None
+    assert sample.num_answers == first.footer.num_rows_ok
+    with pytest.raises(OutputError, match=f"{first.info.path}: was changed since it was written"):
+        read_text_sample(storage, first.info.path, second.footer_sha256)
 
 
 BAD: list[tuple[Tree, str]] = [
