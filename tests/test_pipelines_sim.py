@@ -140,7 +140,7 @@ def test_a_kill_at_each_operation_in_turn(step: int) -> None:
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("is_partitioned", [False, True])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(6))
 def test_ten_thousand_days(seed: int, is_partitioned: bool) -> None:
     started = time.monotonic()
     world = run_world(seed, 10_000, **(make_partitioned() if is_partitioned else {}))
