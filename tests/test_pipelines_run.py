@@ -227,6 +227,10 @@ def test_each_job_expects_the_lengths_of_its_own_stage_and_partition_the_date_be
     assert shown.count(f", lengths expected as in {keys[0]}") == 1
     told = CliRunner().invoke(app, ["report", f"{root}/made/{keys[1]}/en"]).output
     assert "lengths expected" in told
+    tree["stages"][1]["job"]["prompt"] = {"template": "Well? {text}"}
+    other = call("pipelines", "run", write_pipeline(tmp_path / "p.yaml", tree), "--date", "2026-11-21")
+    priors = [read_report(root, stage, other["key"], "en")["what"]["length_prior"] for stage in ("made", "judged")]
+    assert priors == [f"{root}/made/{keys[1]}/en", None], "other prompts, other lengths"
     html = Path(f"{root}/made/{keys[1]}/en/report.html").read_text()
     assert f"as measured by {root}/made/{keys[0]}/en" in html
 

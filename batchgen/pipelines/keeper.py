@@ -33,7 +33,7 @@ from batchgen.pipelines.events import AttemptFailed, Began, Ended, PartitionEnde
 from batchgen.pipelines.graph import make_date_values
 from batchgen.pipelines.history import History, Run, State
 from batchgen.pipelines.log import Log
-from batchgen.pipelines.orders import Order, open_folder, read_outcome, write_order
+from batchgen.pipelines.orders import Order, open_folder, read_order, read_outcome, write_order
 from batchgen.pipelines.partitions import Partition, list_partitions
 from batchgen.pipelines.priors import find_length_priors
 from batchgen.pipelines.publish import publish, unpublish
@@ -223,7 +223,7 @@ class Keeper:
             key=run.key,
             attempt=run.parts[name].attempt + 1,
             previous=outputs,
-            length_priors=find_length_priors(self.spec, self._partitions[name], outputs or {}, self.warn),
+            length_priors={} if previous is None else self._find_priors(previous, name, outputs or {}),
             began_at=run.began_at,
             partition=name,
             max_gpu_hours=lend_gpu_hours(self.spec, run),
@@ -242,6 +242,10 @@ class Keeper:
         if self.log.append(event):
             self.say(f"{self._describe(run.key, name)}: attempt {order.attempt} is submitted")
             self.submitter.submit(self._make_submission(self.history.runs[run.key], name))
+
+    def _find_priors(self, previous: Run, name: str, outputs: dict[str, str]) -> dict[str, str]:
+        earlier = read_order(self.folder, previous.parts[name].order).spec if outputs else self.spec
+        return find_length_priors(self.spec, self._partitions[name], earlier, outputs, self.warn)
 
     def _look_after(self, run: Run, name: str, now: float) -> None:
         outcome = self._find_outcome(run, name, now)
