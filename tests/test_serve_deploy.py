@@ -111,8 +111,9 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
     folder = tmp_path_factory.mktemp("deploy")
     with run_ray_cluster(folder, {}, num_cpus=4) as cluster:
         found = Deployed(cluster, folder)
-        found.wait_up()
-        yield found
+        with found.client:
+            found.wait_up()
+            yield found
 
 
 def test_two_models_answer_and_engines_come_as_a_batch_needs_them(deployed: Deployed) -> None:
