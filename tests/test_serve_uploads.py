@@ -124,7 +124,7 @@ def test_completed_twice_is_the_same_file_and_nothing_else(client: openai.OpenAI
         client.files.retrieve(done.file.id)
 
 
-def test_two_that_complete_at_once_agree(server: Server, client: openai.OpenAI) -> None:
+def test_two_that_complete_at_once_agree(client: openai.OpenAI) -> None:
     upload_id = begin(client, 6)
     orders = [[add(client, upload_id, b"abc"), add(client, upload_id, b"def")]]
     orders.append(orders[0][::-1])

@@ -62,6 +62,8 @@ class TransformersEngine:
         self._lanes: Lanes | None = None
         self._held = HeldAnswers()  # it and `_is_yielding` are the thread's
         self._is_yielding = False
+        self._can_rest = False
+        self._rest_until = 0.0
 
     async def open(self) -> None:
         """Raises SpecError for a model or a device that can't be had here, EngineDied when loading fails."""
@@ -158,6 +160,7 @@ class TransformersEngine:
         self._eos_ids = list_eos_ids(model, tokenizer.eos_id)
         batch = make_batch(self._model_spec, self._spec, model, tokenizer.decode)
         check_room(batch.max_cells, self.max_model_len)
+        self._can_rest = model.device.type == "cpu"  # elsewhere nothing else wants what the model works on
         self._lanes = Lanes(batch.make_like(), batch, self.max_model_len)
 
     def _run(self, lanes: Lanes) -> None:
@@ -181,20 +184,27 @@ class TransformersEngine:
 
     def _take(self, lanes: Lanes) -> bool:
         """Moves what has come in to its lane; blocks only while there is nothing else to do. False: close."""
-        is_idle = lanes.is_idle
-        if is_idle:
+        if lanes.is_idle:
             self._held.flush()
-        while is_idle or not self._inbox.empty():
-            job = self._inbox.get()
+        rest_until = self._rest_until
+        while lanes.is_idle or not self._inbox.empty() or time.monotonic() < rest_until:
+            try:
+                job = self._inbox.get(timeout=None if lanes.is_idle else max(0.0, rest_until - time.monotonic()))
+            except queue.Empty:  # it has rested
+                break
             if job is None:
                 return False
             lanes.add(job.row, is_urgent=job.request.is_urgent)
-            is_idle = False
-            if job.request.is_urgent and not self._is_yielding:
-                self._is_yielding = True
-                lower_thread_priority()
+            if job.request.is_urgent:
+                rest_until = 0.0
+                self._yield_to_urgent()
         self._held.note_turn(is_urgent=lanes.is_urgent)
         return True
+
+    def _yield_to_urgent(self) -> None:
+        if not self._is_yielding:
+            self._is_yielding = True
+            lower_thread_priority()
 
     def _turn(self, lanes: Lanes) -> None:
         started_at = time.monotonic()
@@ -207,6 +217,8 @@ class TransformersEngine:
         for job in self._list_watched():
             tell(job)
         self._held.add([(job, make_answer(job)) for job in self._list_jobs(ended)])
+        if self._can_rest:
+            self._rest_until = now + lanes.find_rest_s(now - started_at)
 
     def _list_watched(self) -> list[Job]:
         """Those whose tokens somebody wants to see as they come: few, if any."""

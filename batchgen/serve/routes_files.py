@@ -40,7 +40,7 @@ BYTES = {"content": {"application/octet-stream": {"schema": {"type": "string", "
 
 
 class UploadPlaces:
-    """So many bodies come at a time: Serve's proxy queues what comes faster than it is stored, without a bound of its own."""
+    """So many bodies come at a time: Serve's proxy queues without a bound what comes faster than it is stored."""
 
     def __init__(self, num_places: int) -> None:
         self._num_places, self._free = num_places, asyncio.Semaphore(num_places)

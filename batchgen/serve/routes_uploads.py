@@ -1,4 +1,4 @@
-"""`/v1/uploads`: a file in parts, each a request of its own, so that no server on the way ever holds more than one of them."""
+"""`/v1/uploads`: a file in parts, each a request of its own, so that no server on the way holds more than one of them."""
 
 import asyncio
 from typing import Any

@@ -1,5 +1,5 @@
-"""A multipart body becomes a file in the store, or a piece of one, part by part as it arrives: never more than one part of it
-in memory.
+"""A multipart body becomes a file in the store, or a piece of one, part by part as it arrives: no more than one part of it
+is in memory.
 
 The record comes last: what breaks off before that leaves parts that nobody sees, and they are deleted here. The sweep does
 it where that can't be known here: this process is killed, a part or the record may be on its way still.
@@ -161,7 +161,7 @@ async def receive_file(
 async def receive_piece(
     state: State, tenant: str, folder: str, content_type: str, body: AsyncIterator[bytes], max_bytes: int
 ) -> Piece:
-    """Its bytes, which lie there then, and are nobody's yet. Raises ApiError; the sweep finds what can't be deleted here."""
+    """Its bytes, which lie there then, and are nobody's yet. Raises ApiError; what stays behind the sweep finds."""
     writer = PartWriter(state, tenant, folder)
     form = Form(writer, max_bytes, "data", ())
     parser = form.make_parser(content_type)

@@ -53,7 +53,9 @@ class UploadRecord(Record):
         )
 
 
-def make_upload(id_: str, tenant: str, asked: CreateUpload, filename: str, kept_s: int | None, now_s: float) -> UploadRecord:
+def make_upload(
+    id_: str, tenant: str, asked: CreateUpload, filename: str, kept_s: int | None, now_s: float
+) -> UploadRecord:
     return UploadRecord(
         id=id_,
         tenant=tenant,

@@ -65,7 +65,9 @@ class SamplingSpec(Section):
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         default=(), description="Strings that end a completion; not part of the text."
     )
-    stop_token_ids: tuple[Annotated[int, Field(ge=0, lt=MOST)], ...] = Field(default=(), description="Token ids that end a completion.")
+    stop_token_ids: tuple[Annotated[int, Field(ge=0, lt=MOST)], ...] = Field(
+        default=(), description="Token ids that end a completion."
+    )
     presence_penalty: float | None = Field(default=None, ge=-2.0, le=2.0, description="As OpenAI's.")
     frequency_penalty: float | None = Field(default=None, ge=-2.0, le=2.0, description="As OpenAI's.")
     repetition_penalty: float | None = Field(
