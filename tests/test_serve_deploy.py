@@ -187,8 +187,8 @@ def test_a_datasets_logprobs_are_told_in_its_lines(deployed: Deployed) -> None:
 
 @pytest.mark.parametrize(("part_size", "most_mb"), [(8 * MIB, 60), (64 * MIB, 200), (None, 400)])
 def test_50000_lines_are_accepted_through_serve(deployed: Deployed, part_size: int | None, most_mb: int) -> None:
-    """186 MB. What comes faster than it is stored, Serve queues without a bound, in its proxy and in the replica: of parts one
-    at a time."""
+    """186 MB. What comes faster than it is stored, Serve queues without a bound, in its proxy and in the replica: of parts
+    one at a time."""
     before = deployed.forget_peaks()
     client, started = deployed.client, time.monotonic()
     batch_id = deployed.create("bulk", 50_000, text="y" * 3_600, part_size=part_size)
