@@ -26,7 +26,7 @@ URGENT_SHARE = 0.25
 # Bulk then makes up to a third fewer rows, so it is for those who ask one thing after another, and soon over.
 URGENT_MEMORY_S = 2.0
 SHORT_PREFILL_TOKENS = 3
-REST_SHARE = 0
+REST_SHARE = 1.0
 
 
 class Lane:
