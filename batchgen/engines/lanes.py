@@ -5,7 +5,8 @@ urgent lane has work it gets the turns, but for one in `BULK_EVERY`, so that no 
 lane costs nothing: neither turns nor cache. While it is not idle, the other lane keeps to what it leaves of the cache.
 
 A turn under way is never broken off: whoever comes waits for the rest of it. Where something urgent came lately, more is
-about to come, and the other lane's prefills are kept about as short as its steps; one long prompt still is one turn.
+about to come, and the other lane's prefills are kept about as short as its steps; one long prompt still is one turn. And
+where requests travel on the cores that decode, the thread rests after each of the other lane's turns.
 """
 
 import time
@@ -26,7 +27,8 @@ URGENT_SHARE = 0.25
 # Bulk then makes up to a third fewer rows, so it is for those who ask one thing after another, and soon over.
 URGENT_MEMORY_S = 2.0
 SHORT_PREFILL_TOKENS = 3
-REST_SHARE = 1.0
+# How much longer than a turn of bulk's the rest after it is.
+REST_SHARE = 2.0
 
 
 class Lane:
@@ -81,8 +83,7 @@ class Lanes:
         (self._urgent if is_urgent else self._bulk).waiting.append(row)
 
     def find_rest_s(self, turn_s: float) -> float:
-        """After a turn that took so long: where something urgent came lately, bulk leaves as much of a core's time to
-        whatever carries the next."""
+        """How long to rest after the last turn, which took so long."""
         return REST_SHARE * turn_s if self._was_bulk and self._clock() < self._short_until else 0.0
 
     def turn(self) -> "tuple[list[Row], list[Row]]":

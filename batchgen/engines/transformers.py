@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 # Ray's workers have 15, and 19 is the most.
 NICE = 4
+# With so many beside its own, whatever carries requests (a proxy, an ingress, a controller) never waits for the model.
+SPARE_CORES = 3
 
 
 class TransformersEngine:
@@ -160,7 +162,8 @@ class TransformersEngine:
         self._eos_ids = list_eos_ids(model, tokenizer.eos_id)
         batch = make_batch(self._model_spec, self._spec, model, tokenizer.decode)
         check_room(batch.max_cells, self.max_model_len)
-        self._can_rest = model.device.type == "cpu"  # elsewhere nothing else wants what the model works on
+        num_spare = count_cores() - self._spec.num_threads
+        self._can_rest = model.device.type == "cpu" and num_spare < SPARE_CORES
         self._lanes = Lanes(batch.make_like(), batch, self.max_model_len)
 
     def _run(self, lanes: Lanes) -> None:
@@ -183,7 +186,8 @@ class TransformersEngine:
             self._die(reason)
 
     def _take(self, lanes: Lanes) -> bool:
-        """Moves what has come in to its lane; blocks only while there is nothing else to do. False: close."""
+        """Moves what has come in to its lane; blocks while there is nothing else to do, or to rest, which something urgent ends.
+        False: close."""
         if lanes.is_idle:
             self._held.flush()
         rest_until = self._rest_until
@@ -217,8 +221,7 @@ class TransformersEngine:
         for job in self._list_watched():
             tell(job)
         self._held.add([(job, make_answer(job)) for job in self._list_jobs(ended)])
-        if self._can_rest:
-            self._rest_until = now + lanes.find_rest_s(now - started_at)
+        self._rest_until = now + lanes.find_rest_s(now - started_at) if self._can_rest else 0.0
 
     def _list_watched(self) -> list[Job]:
         """Those whose tokens somebody wants to see as they come: few, if any."""
@@ -251,6 +254,11 @@ def make_batch(model_spec: ModelSpec, engine: TransformersEngineSpec, model: Any
         ) from error
     max_cells = find_cache_bytes(engine, model.device) // cell_bytes
     return DecodeBatch(model, decode, max_rows=engine.max_batch_size, max_cells=max_cells, can_join=can_join)
+
+
+def count_cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def lower_thread_priority() -> None:
