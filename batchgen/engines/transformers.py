@@ -186,7 +186,7 @@ class TransformersEngine:
             self._die(reason)
 
     def _take(self, lanes: Lanes) -> bool:
-        """Moves what has come in to its lane; blocks while there is nothing else to do, or to rest, which something urgent ends.
+        """Moves what has come in to its lane; blocks while there is nothing to do, or to rest, which something urgent ends.
         False: close."""
         if lanes.is_idle:
             self._held.flush()
