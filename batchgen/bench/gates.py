@@ -57,8 +57,8 @@ def make_tables(num_rows: int, rows_per_file: int, num_words: int, repeated: flo
     for start in range(0, num_rows, rows_per_file):
         texts: list[str] = []
         for _ in range(min(rows_per_file, num_rows - start)):
-            if known and rng.random() < repeated:
-                texts.append(rng.choice(texts or known) if rng.random() < 0.5 else rng.choice(known))
+            if (texts or known) and rng.random() < repeated:
+                texts.append(rng.choice((texts or known) if rng.random() < 0.5 else (known or texts)))
             else:
                 texts.append(" ".join(rng.choices(WORDS, k=num_words)))
         known = [*known[-10_000:], *texts[:: max(1, len(texts) // 500)]]
