@@ -34,8 +34,8 @@ CONNECT_TIMEOUT_S = 10.0
 TOKEN_LOGGER = "ray._private.authentication.authentication_token_setup"
 # How long one poll waits in the actor for news. Its reply is the heartbeat, so also how old a heartbeat gets.
 ACTOR_POLL_S = 2.0
-# Metrics are told no more often, but for a worker's first seconds: Ray passes them on every 10 s.
-EXPORT_S = 5.0
+# Metrics are told no more often; Prometheus asks every 15 s or so.
+EXPORT_S = 2.0
 # A drained worker may need this much longer than its rows got, to journal and commit; what then is missing is lost, as in
 # any crash. With `cluster.drain_s` that is the 20 s in which a stopped run ends.
 DRAIN_MARGIN_S = 7.0
@@ -91,7 +91,7 @@ class WorkerActor:
         self._worker: Worker = await open_worker(setup, context.get_node_id()[:12])
         self._worker.meter.is_wanted = True
         self._exporter = RayExporter({"run": setup.run_name, "worker": setup.worker_id})
-        self._began, self._export_at = time.monotonic(), 0.0
+        self._export_at = 0.0
         return self._worker.info
 
     async def assign(self, lease: Lease) -> None:
@@ -103,7 +103,7 @@ class WorkerActor:
     async def poll(self) -> list[PoolEvent]:
         events = await self._worker.poll(ACTOR_POLL_S)
         if (now := time.monotonic()) >= self._export_at and isinstance(beat := events[-1], Heartbeat):
-            self._export_at = now + min(EXPORT_S, max(1.0, now - self._began))
+            self._export_at = now + EXPORT_S
             self._exporter.export(self._worker.meter.take(beat, self._worker.info.window))
         return events
 
