@@ -54,8 +54,8 @@ class PartWriter:
 
     def _put(self, num_bytes: int) -> None:
         path = make_part_path(self._tenant, self._folder, len(self._sizes))
-        with memoryview(self._buffer) as view:
-            self._state.storage.put(path, view[:num_bytes].tobytes())
+        with memoryview(self._buffer) as view, view[:num_bytes] as part:
+            self._state.storage.put(path, part)
         del self._buffer[:num_bytes]
         self._sizes.append(num_bytes)
 
