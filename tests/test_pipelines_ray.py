@@ -15,8 +15,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from pipeline_util import make_pipeline, write_pipeline, write_prompts
-from ray_cluster import REPO, RayCluster, find_port, run_ray_cluster
+from ray_cluster import REPO, RayCluster, find_port
+from typer.testing import CliRunner
 
+from batchgen.cli import app
 from batchgen.pipelines.calendar import parse_key
 from batchgen.pipelines.partitions import make_partition_name
 from batchgen.pipelines.ray_jobs import RaySubmitter
@@ -24,13 +26,6 @@ from batchgen.pipelines.submit import Submission, SubmitterAway
 from batchgen.storage import Storage
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[RayCluster]:
-    (tmp_path / "home").mkdir()
-    with run_ray_cluster(tmp_path / "home", {}, num_cpus=2) as cluster:
-        yield cluster
 
 
 @contextmanager
@@ -46,8 +41,8 @@ def scheduling(cluster: RayCluster, *files: str) -> Iterator[subprocess.Popen[by
 
 
 def show(file: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "batchgen.cli", "pipelines", "show", file, "--json", "--last", "1000"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = CliRunner().invoke(app, ["pipelines", "show", file, "--json", "--last", "1000"])
+    assert done.exit_code == 0, done.output
     value: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return value
 
@@ -59,15 +54,13 @@ def wait_for_states(file: str, states: list[str], timeout_s: float) -> list[dict
         if [run["state"] for run in runs] == states:
             return runs
         assert time.monotonic() < give_up_at, runs
-        time.sleep(1)
+        time.sleep(0.2)
 
 
-def list_jobs(cluster: RayCluster) -> list[str]:
-    """Submission ids of all jobs that the head knows."""
-    out = cluster.call("job", "list", "--address", cluster.dashboard)
-    return sorted(
-        {word.strip("'\",") for word in out.replace("=", " ").split() if word.strip("'\",").startswith("batchgen-")}
-    )
+def list_jobs(cluster: RayCluster, *pipelines: str) -> list[str]:
+    """Submission ids of all jobs of these pipelines that the head knows."""
+    ids = [job.submission_id or "" for job in cluster.jobs.list_jobs()]
+    return sorted(name for name in ids if name.startswith(tuple(f"batchgen-{pipeline}-" for pipeline in pipelines)))
 
 
 def test_two_schedulers_and_a_killed_one_submit_each_date_once(cluster: RayCluster, tmp_path: Path) -> None:
@@ -80,12 +73,12 @@ def test_two_schedulers_and_a_killed_one_submit_each_date_once(cluster: RayClust
     backfill = ["pipelines", "backfill", file, "--from", "2026-11-18", "--to", "2026-11-19"]
     subprocess.run([sys.executable, "-m", "batchgen.cli", *backfill], check=True)
     with scheduling(cluster, file):
-        wait_for_states(file, ["running", "running"], 60)
+        wait_for_states(file, ["running", "running"], 120)
     with scheduling(cluster, file), scheduling(cluster, file):
-        runs = wait_for_states(file, ["succeeded", "succeeded"], 150)
+        runs = wait_for_states(file, ["succeeded", "succeeded"], 240)
     assert [run["attempt"] for run in runs] == [1, 1]
     names = [make_partition_name(["en"]), make_partition_name(["zh Hant"])]
-    assert list_jobs(cluster) == [f"batchgen-nightly-{run['key']}-{name}-1" for run in runs for name in names]
+    assert list_jobs(cluster, "nightly") == [f"batchgen-nightly-{run['key']}-{name}-1" for run in runs for name in names]
     latest = json.loads((tmp_path / "published" / "latest.json").read_text())
     assert latest["run"] == runs[-1]["key"]
     for value in ("en", "zh Hant"):
@@ -108,10 +101,9 @@ def test_a_scheduler_that_is_a_ray_job_itself_gives_its_files_to_its_runs(cluste
     submit = ["job", "submit", "--address", cluster.dashboard, "--no-wait", "--submission-id", "keeper"]
     cluster.call(*submit, "--runtime-env-json", own, "--", *command)
     (run,) = wait_for_states(file, ["succeeded"], 90)
-    described = cluster.call("job", "list", "--address", cluster.dashboard).split("JobDetails(")
-    (own_run,) = [job for job in described if f"'batchgen-nightly-{run['key']}-1'" in job]
-    assert "BATCHGEN_TEST_OWN" in own_run
-    cluster.call("job", "stop", "--address", cluster.dashboard, "keeper")
+    (own_run,) = [job for job in cluster.jobs.list_jobs() if job.submission_id == f"batchgen-nightly-{run['key']}-1"]
+    assert "BATCHGEN_TEST_OWN" in str(own_run.runtime_env)
+    cluster.jobs.stop_job("keeper")
 
 
 def test_a_head_that_is_not_there_is_away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -155,5 +147,5 @@ def test_three_minute_schedules_for_five_minutes_with_two_kills(cluster: RayClus
             expected += [f"batchgen-{name}-{run['key']}-1" for run in runs]
             made = Storage(str(tmp_path / name / "made")).list_files(suffix="_SUCCESS")
             assert len(made) == len(runs)
-    assert list_jobs(cluster) == sorted(expected)
+    assert list_jobs(cluster, "one", "two", "three") == sorted(expected)
     print(f"\n{len(expected)} dates of three schedules, each one job, one attempt")

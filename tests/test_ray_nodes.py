@@ -1,9 +1,8 @@
 """What comes and goes on a real Ray cluster: processes that rows kill, nodes that are drained, jobs that are stopped."""
 
-import re
+import json
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from jobs_util import check_output, make_tree, merge, write_spec
-from ray_cluster import RayCluster, run_ray_cluster
+from ray_cluster import RayCluster
 
 from batchgen.engines.simulated import read_calls
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
 WINDOW = 4
 ENGINE = {"has_latency": True, "slots": WINDOW, "max_inflight": WINDOW, "decode_tokens_per_s": 100, "mean_tokens": 20}
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
-    with run_ray_cluster(tmp_path_factory.mktemp("home"), {}) as cluster:
-        yield cluster
 
 
 def write_rows(folder: Path, num_rows: int, culprit: int | None = None) -> list[tuple[str, int]]:
@@ -44,7 +37,7 @@ def make_job(tmp_path: Path, **over: Any) -> dict[str, Any]:
 
 
 def wait_for_calls(cluster: RayCluster, job: str, tmp_path: Path, num_calls: int) -> None:
-    give_up_at = time.monotonic() + 60
+    give_up_at = time.monotonic() + 120
     while len(read_calls(str(tmp_path / "calls"))) < num_calls:
         assert time.monotonic() < give_up_at, cluster.read_logs(job)[-3000:]
         time.sleep(0.05)
@@ -59,7 +52,7 @@ def test_a_row_that_kills_its_process_is_found(cluster: RayCluster, tmp_path: Pa
     files = write_rows(tmp_path / "in", 40, culprit=11)
     tree = make_job(tmp_path, engine={"die_text": "deadly", "death": "process"}, retry={"max_error_rate": 1.0})
     job = cluster.submit(write_spec(tmp_path, tree))
-    assert cluster.wait(job, 90) == "SUCCEEDED", cluster.read_logs(job)[-3000:]
+    assert cluster.wait(job) == "SUCCEEDED", cluster.read_logs(job)[-3000:]
     rows = check_output(tmp_path / "out", files)
     assert [(row["source_row"], row["error_type"]) for row in rows if row["status"] == "error"] == [(11, "quarantined")]
     # Two shards of five rows were open: ten suspects, and the death that made them so.
@@ -76,12 +69,13 @@ def test_a_node_that_is_drained_hands_its_rows_back(cluster: RayCluster, tmp_pat
         cluster.add_node(spot=1)
     job = cluster.submit(write_spec(tmp_path, make_job(tmp_path, cluster=slots, engine=slow)))
     wait_for_calls(cluster, job, tmp_path, 12)
-    (node, *_) = re.findall(r"[0-9a-f]{56}", cluster.call("list", "nodes", "--filter", "is_head_node=False"))
+    nodes = json.loads(cluster.call("list", "nodes", "--filter", "state=ALIVE", "--format", "json"))
+    (node, _) = [node["node_id"] for node in nodes if "spot" in node["resources_total"]]
     cluster.call(
         *("drain-node", "--address", cluster.address, "--node-id", node, "--deadline-remaining-seconds", "60"),
         *("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"),
     )
-    assert cluster.wait(job, 90) == "SUCCEEDED", cluster.read_logs(job)[-3000:]
+    assert cluster.wait(job) == "SUCCEEDED", cluster.read_logs(job)[-3000:]
     assert "is being drained" in cluster.read_logs(job)
     rows = check_output(tmp_path / "out", files)
     assert {row["status"] for row in rows} == {"ok"}
@@ -93,16 +87,16 @@ def test_a_stopped_job_drains_and_goes_on(cluster: RayCluster, tmp_path: Path) -
     files = write_rows(tmp_path / "in", 120)
     tree = make_job(tmp_path, output={"rows_per_shard": 60, "journal_interval_s": 600})
     spec = write_spec(tmp_path, tree)
-    patient = cluster.submit(spec, env={"RAY_JOB_STOP_WAIT_TIME_S": "30"})
+    patient = cluster.submit(spec, env={"RAY_JOB_STOP_WAIT_TIME_S": "120"})
     wait_for_calls(cluster, patient, tmp_path, 20)
     started = time.monotonic()
     cluster.call("job", "stop", "--address", cluster.dashboard, patient)
     assert cluster.wait(patient) == "STOPPED"
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 100, "it ended by itself; Ray kills it after 120 s"
     assert "stopping: stopped by a signal" in cluster.read_logs(patient)
     assert set(count_calls(tmp_path).values()) == {1}
 
     again = cluster.submit(spec)
-    assert cluster.wait(again, 60) == "SUCCEEDED", cluster.read_logs(again)[-3000:]
+    assert cluster.wait(again) == "SUCCEEDED", cluster.read_logs(again)[-3000:]
     assert {row["status"] for row in check_output(tmp_path / "out", files)} == {"ok"}
     assert set(count_calls(tmp_path).values()) == {1}
