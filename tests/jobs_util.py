@@ -182,9 +182,9 @@ class CliRun:
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""
         self.process.kill()
-        self.process.wait(30)
+        self.process.wait(120)
 
-    def wait(self, timeout_s: float = 60) -> Ended:
+    def wait(self, timeout_s: float = 240) -> Ended:
         code = self.process.wait(timeout_s)
         return Ended(code, self._out.read_text(), self.err)
 
@@ -218,7 +218,7 @@ def write_spec(folder: Path, tree: Tree) -> str:
     return str(path)
 
 
-def wait_for(condition: Callable[[], Any], timeout_s: float = 30, what: str = "the condition") -> Any:
+def wait_for(condition: Callable[[], Any], timeout_s: float = 120, what: str = "the condition") -> Any:
     give_up_at = time.monotonic() + timeout_s
     while time.monotonic() < give_up_at:
         if value := condition():

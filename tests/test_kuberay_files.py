@@ -183,7 +183,7 @@ def test_the_cron_job_makes_a_ray_job_named_by_its_date(tmp_path: Path) -> None:
     kubectl.chmod(0o755)
     shell, options, script = container["command"]
     env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    subprocess.run([shell, options, script.replace("/rayjob/", f"{FOLDER}/")], env=env, check=True, timeout=30)
+    subprocess.run([shell, options, script.replace("/rayjob/", f"{FOLDER}/")], env=env, check=True, timeout=100)
     made = yaml.safe_load((tmp_path / "made.yaml").read_text())
     VALIDATOR.validate(made)
     date = made["metadata"]["name"].removeprefix("batchgen-")

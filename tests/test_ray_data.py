@@ -76,7 +76,7 @@ def test_an_engine_that_starts_anew_gets_its_rows_again_and_a_dead_one_fails_the
     assert rows[1]["error_type"] == "engine_restarted"
     assert [row["id"] for row in rows] == [0, 1, 2]
     with pytest.raises(EngineDied):
-        asyncio.run(asyncio.wait_for(main("engine"), 20))
+        asyncio.run(asyncio.wait_for(main("engine"), 60))
 
 
 def test_an_engine_that_does_not_open_is_closed_and_tried_anew_by_the_next_batch(
