@@ -17,6 +17,9 @@ from s3_server import S3Proxy, S3Server, make_env, run_s3_server
 
 from batchgen.storage import Storage
 
+# Two threads of torch that share two cores with another test process wait for each other most of the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # An example that takes long on a machine that does other things as well is no finding.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
