@@ -78,7 +78,9 @@ def test_two_schedulers_and_a_killed_one_submit_each_date_once(cluster: RayClust
         runs = wait_for_states(file, ["succeeded", "succeeded"], 240)
     assert [run["attempt"] for run in runs] == [1, 1]
     names = [make_partition_name(["en"]), make_partition_name(["zh Hant"])]
-    assert list_jobs(cluster, "nightly") == [f"batchgen-nightly-{run['key']}-{name}-1" for run in runs for name in names]
+    assert list_jobs(cluster, "nightly") == [
+        f"batchgen-nightly-{run['key']}-{name}-1" for run in runs for name in names
+    ]
     latest = json.loads((tmp_path / "published" / "latest.json").read_text())
     assert latest["run"] == runs[-1]["key"]
     for value in ("en", "zh Hant"):

@@ -68,7 +68,9 @@ def check_all_there(tmp_path: Path) -> None:
 def test_a_submitted_job_drives_from_a_head_without_cores(cluster: RayCluster, tmp_path: Path) -> None:
     """The driver runs before there is any core at all; the node with one comes as the autoscaler would bring it."""
     workers = {"workers": {"min": 1, "max": 1}, "cpus_per_worker": 1}
-    submission = cluster.submit(write_spec(tmp_path, make_job(tmp_path, engine={"has_latency": False}, cluster=workers)))
+    submission = cluster.submit(
+        write_spec(tmp_path, make_job(tmp_path, engine={"has_latency": False}, cluster=workers))
+    )
     give_up_at = time.monotonic() + 120
     while "1 starting" not in cluster.read_logs(submission):
         assert cluster.get_status(submission) in ("PENDING", "RUNNING"), cluster.read_logs(submission)
