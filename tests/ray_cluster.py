@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -46,6 +46,25 @@ class RayCluster:
         done = subprocess.run([RAY, *args], env=self.env, cwd=REPO, capture_output=True, text=True, timeout=timeout_s)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         return done.stdout
+
+    @contextmanager
+    def at_hand(self, *args: str) -> "Iterator[Callable[[], None]]":
+        """A command of ray's that has loaded what it needs: called, it does at once what else takes seconds to begin."""
+        code = "import sys, ray.scripts.scripts as scripts; print(flush=True); sys.stdin.readline(); scripts.cli(sys.argv[1:])"
+        command = [sys.executable, "-c", code, *args]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        with subprocess.Popen(command, env=self.env, text=True, **pipes) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+
+            def go() -> None:
+                told, _ = process.communicate("\n")
+                assert process.returncode == 0, told[-2000:]
+
+            try:
+                yield go
+            finally:
+                process.kill()
 
     @cached_property
     def jobs(self) -> "JobSubmissionClient":
@@ -130,6 +149,11 @@ class RayCluster:
         while set(nodes) & set(self.list_raylets()):
             assert time.monotonic() < give_up_at, "a node does not end"
             time.sleep(0.1)
+
+
+def read_node_id(raylet: int) -> str:
+    (flag,) = [arg for arg in Path(f"/proc/{raylet}/cmdline").read_text().split("\0") if arg.startswith("--node_id=")]
+    return flag.partition("=")[2]
 
 
 def list_descendants(pid: int) -> list[int]:

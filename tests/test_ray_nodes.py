@@ -1,6 +1,5 @@
 """What comes and goes on a real Ray cluster: processes that rows kill, nodes that are drained, jobs that are stopped."""
 
-import json
 import time
 from collections import Counter
 from pathlib import Path
@@ -10,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from jobs_util import check_output, make_tree, merge, write_spec
-from ray_cluster import RayCluster
+from ray_cluster import RayCluster, read_node_id
 
 from batchgen.engines.simulated import read_calls
 
@@ -61,25 +60,22 @@ def test_a_row_that_kills_its_process_is_found(cluster: RayCluster, tmp_path: Pa
 
 def test_a_node_that_is_drained_hands_its_rows_back(cluster: RayCluster, tmp_path: Path) -> None:
     """A spot notice: its worker journals what it has and leaves in time; no row is generated twice."""
-    files = write_rows(tmp_path / "in", 90)
+    files = write_rows(tmp_path / "in", 56)
     slots = {"resources_per_worker": {"spot": 1}, "cpus_per_worker": 0}
-    # Slow enough that the notice comes while rows are left, however long the commands take.
+    # Slow enough that the driver looks at its nodes while rows are left: two seconds a row, eight at a time.
     slow = {"decode_tokens_per_s": 10, "sigma": 0.3}
-    for _ in range(2):
-        cluster.add_node(spot=1)
-    job = cluster.submit(write_spec(tmp_path, make_job(tmp_path, cluster=slots, engine=slow)))
-    wait_for_calls(cluster, job, tmp_path, 12)
-    nodes = json.loads(cluster.call("list", "nodes", "--filter", "state=ALIVE", "--format", "json"))
-    (node, _) = [node["node_id"] for node in nodes if "spot" in node["resources_total"]]
-    cluster.call(
-        *("drain-node", "--address", cluster.address, "--node-id", node, "--deadline-remaining-seconds", "60"),
-        *("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"),
-    )
+    node, _ = cluster.add_node(spot=1), cluster.add_node(spot=1)
+    notice = ("drain-node", "--address", cluster.address, "--node-id", read_node_id(node))
+    notice += ("--deadline-remaining-seconds", "60", "--reason", "DRAIN_NODE_REASON_PREEMPTION")
+    with cluster.at_hand(*notice, "--reason-message", "spot") as drain:
+        job = cluster.submit(write_spec(tmp_path, make_job(tmp_path, cluster=slots, engine=slow)))
+        wait_for_calls(cluster, job, tmp_path, 12)
+        drain()
     assert cluster.wait(job) == "SUCCEEDED", cluster.read_logs(job)[-3000:]
     assert "is being drained" in cluster.read_logs(job)
     rows = check_output(tmp_path / "out", files)
     assert {row["status"] for row in rows} == {"ok"}
-    assert count_calls(tmp_path) == dict.fromkeys(range(90), 1)
+    assert count_calls(tmp_path) == dict.fromkeys(range(56), 1)
 
 
 def test_a_stopped_job_drains_and_goes_on(cluster: RayCluster, tmp_path: Path) -> None:
