@@ -50,7 +50,7 @@ class RayCluster:
     @contextmanager
     def at_hand(self, *args: str) -> "Iterator[Callable[[], None]]":
         """A command of ray's that has loaded what it needs: called, it does at once what else takes seconds to begin."""
-        code = "import sys, ray.scripts.scripts as scripts; print(flush=True); sys.stdin.readline(); scripts.cli(sys.argv[1:])"
+        code = "import sys, ray.scripts.scripts as ray; print(flush=True); sys.stdin.readline(); ray.cli(sys.argv[1:])"
         command = [sys.executable, "-c", code, *args]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         with subprocess.Popen(command, env=self.env, text=True, **pipes) as process:
