@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 REPO = Path(__file__).parents[1]
 MARK = "BATCHGEN_TEST_CLUSTER"
 RAY = str(Path(sys.executable).parent / "ray")
+# The log monitor brings actors' output to drivers, of which none of ours wants it.
+QUIET = ("--disable-usage-stats", "--include-log-monitor", "false")
 
 
 def find_port() -> int:
@@ -109,8 +111,7 @@ class RayCluster:
         before = set(self.list_raylets())
         self.call(
             *("start", "--address", self.address, "--num-cpus", "1", "--resources", json.dumps(resources)),
-            *("--dashboard-agent-listen-port", str(find_port()), "--disable-usage-stats"),
-            *("--include-log-monitor", "false"),  # brings actors' output to a driver: none of ours wants it
+            *("--dashboard-agent-listen-port", str(find_port()), *QUIET),
         )
         (raylet,) = set(self.list_raylets()) - before
         self.nodes.append(raylet)
@@ -196,7 +197,7 @@ def run_ray_cluster(home: Path, extra_env: Mapping[str, str], num_cpus: int = 3)
         MARK: uuid.uuid4().hex,
         "HOME": str(home),
         "RAY_AUTH_MODE": "token",
-        "RAY_metrics_report_interval_ms": "1000",
+        "RAY_metrics_report_interval_ms": "2000",
         # A node that is killed is known to be gone after five of these; Ray's own are of 3 s.
         "RAY_health_check_period_ms": "1000",
         "PATH": f"{Path(RAY).parent}:{env['PATH']}",
@@ -207,7 +208,7 @@ def run_ray_cluster(home: Path, extra_env: Mapping[str, str], num_cpus: int = 3)
     )
     cluster.call("get-auth-token", "--generate")
     cluster.call(
-        *("start", "--head", "--node-ip-address", "127.0.0.1", "--port", str(port), "--disable-usage-stats"),
+        *("start", "--head", "--node-ip-address", "127.0.0.1", "--port", str(port), *QUIET),
         *("--dashboard-port", str(dashboard), "--ray-client-server-port", str(find_port())),
         *("--dashboard-agent-listen-port", str(find_port()), "--num-cpus", str(num_cpus)),
         *("--metrics-export-port", str(metrics)),

@@ -137,7 +137,8 @@ def test_the_snippets_that_use_ray_run(job: Path, cluster: RayCluster) -> None:
     blocks = [block for _, block in list_python() if "import ray" in block]
     assert len(blocks) == 2
     env = {**cluster.env, "RAY_ADDRESS": cluster.address}
-    command = [sys.executable, "-c", "\n".join(blocks)]
+    # A cluster's workers have a folder of their own.
+    command = [sys.executable, "-c", "\n".join(blocks).replace("OUT/", f"{job}/OUT/")]
     done = subprocess.run(command, cwd=job, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[-1] == "3"
