@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from pipeline_util import make_pipeline, write_pipeline, write_prompts
+from pipeline_util import make_eager, make_pipeline, write_pipeline, write_prompts
 from ray_cluster import REPO, RayCluster, find_port
 from typer.testing import CliRunner
 
@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 @contextmanager
 def scheduling(cluster: RayCluster, *files: str) -> Iterator[subprocess.Popen[bytes]]:
     """A scheduler, killed at the end."""
-    command = [sys.executable, "-m", "batchgen.cli", "schedule", *files, "--address", cluster.dashboard]
+    command = make_eager("schedule", *files, "--address", cluster.dashboard)
     process = subprocess.Popen(command, env=cluster.env, cwd=REPO)
     try:
         yield process
