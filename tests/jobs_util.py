@@ -20,7 +20,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import s3fs
+from typer.testing import CliRunner
 
+from batchgen.cli import app
 from batchgen.driver.dispatch import Progress
 from batchgen.driver.run import run_job
 from batchgen.spec import JobSpec
@@ -209,6 +211,12 @@ def run_to_end(folder: Path, tree: Tree | str, *args: str) -> Ended:
 
 def run_cli(folder: Path, *args: str) -> Ended:
     return CliRun(folder, *args).wait()
+
+
+def call_cli(*args: str) -> Ended:
+    """In this process, for tests of what a command says: a process of its own takes a second of a core to begin."""
+    done = CliRunner().invoke(app, list(args))
+    return Ended(done.exit_code, done.stdout, done.stderr)
 
 
 def write_spec(folder: Path, tree: Tree) -> str:

@@ -8,7 +8,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-
 # `batchgen`, but that a scheduler looks every half second and not every five.
 _EAGER = """import sys
 from batchgen.pipelines.scheduler import Scheduler

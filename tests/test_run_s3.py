@@ -10,6 +10,7 @@ from jobs_util import (
     SLOW_ENGINE,
     RecordingView,
     Tree,
+    call_cli,
     check_conserved,
     check_output,
     count_calls,
@@ -26,13 +27,13 @@ from jobs_util import (
     read_folder,
     read_many,
     run,
-    run_cli,
     run_to_end,
     running,
     to_parquet,
     wait_for,
     write_file,
     write_prompts,
+    write_spec,
 )
 from s3_server import S3Proxy
 
@@ -310,7 +311,7 @@ def test_a_store_that_cannot_be_used_is_refused(
     elif where == "no bucket for input":
         tree = merge(tree, {"input": {"paths": ["s3://nowhere-at-all/in"]}})
     spec = "s3://bucket/no spec.yaml" if where == "no such spec" else None
-    ended = run_cli(tmp_path, "run", spec) if spec else run_to_end(tmp_path, tree)
+    ended = call_cli("run", spec or write_spec(tmp_path, tree))
     assert ended.code == 2, ended.err
     assert word in ended.err
     assert "Traceback" not in ended.err
