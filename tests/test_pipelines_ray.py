@@ -14,8 +14,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from jobs_util import count_calls
 from pipeline_util import make_eager, make_pipeline, write_pipeline, write_prompts
-from ray_cluster import REPO, RayCluster, find_port
+from ray_cluster import REPO, RayCluster, find_port, run_ray_cluster
 from typer.testing import CliRunner
 
 from batchgen.cli import app
@@ -26,6 +27,13 @@ from batchgen.pipelines.submit import Submission, SubmitterAway
 from batchgen.storage import Storage
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+
+@pytest.fixture
+def own_cluster(tmp_path: Path) -> Iterator[RayCluster]:
+    (tmp_path / "home").mkdir()
+    with run_ray_cluster(tmp_path / "home", {}, num_cpus=2) as cluster:
+        yield cluster
 
 
 @contextmanager
@@ -106,6 +114,42 @@ def test_a_scheduler_that_is_a_ray_job_itself_gives_its_files_to_its_runs(cluste
     (own_run,) = [job for job in cluster.jobs.list_jobs() if job.submission_id == f"batchgen-nightly-{run['key']}-1"]
     assert "BATCHGEN_TEST_OWN" in str(own_run.runtime_env)
     cluster.jobs.stop_job("keeper")
+
+
+@pytest.mark.soak
+def test_a_dead_head_is_waited_for(own_cluster: RayCluster, tmp_path: Path) -> None:
+    """It dies with all that is on it, a job at work too, and another one comes that knows nothing: the scheduler lives
+    through it, and each date is made once."""
+    write_prompts(tmp_path / "in" / "rows.parquet")
+    tree = make_pipeline(str(tmp_path), retries={"max": 2, "delay": "0s"})
+    slow = {"kind": "simulated", "mean_tokens": 5, "decode_tokens_per_s": 1.0, "call_log": str(tmp_path / "calls")}
+    tree["stages"] = tree["stages"][:1]
+    tree["stages"][0]["job"]["engine"] = slow
+    file = write_pipeline(tmp_path / "p.yaml", tree)
+    backfill = ["pipelines", "backfill", file, "--from", "2026-11-18", "--to", "2026-11-19"]
+    subprocess.run([sys.executable, "-m", "batchgen.cli", *backfill], check=True)
+    with scheduling(own_cluster, file) as scheduler:
+        wait_for_calls(tmp_path / "calls")
+        own_cluster.kill_all()
+        time.sleep(15)  # a real outage, in which it asks some times
+        assert scheduler.poll() is None
+        assert show(file)["runs"][0]["state"] == "running", "nothing is decided while nobody answers"
+        own_cluster.start_head()
+        runs = wait_for_states(file, ["succeeded", "succeeded"], 240)
+    assert [run["attempt"] for run in runs] == [1, 1], "the same ids, submitted once more"
+    assert list_jobs(own_cluster, "nightly") == [f"batchgen-nightly-{run['key']}-1" for run in runs]
+    for run in runs:
+        assert pq.read_table(f"{tmp_path}/made/{run['key']}/data").num_rows == 20
+    assert 40 <= count_calls(tmp_path / "calls") <= 60, (
+        "rows that were in flight on the dead one are sent again, no others"
+    )
+
+
+def wait_for_calls(folder: Path) -> None:
+    give_up_at = time.monotonic() + 60
+    while not folder.exists() or not count_calls(folder):
+        assert time.monotonic() < give_up_at
+        time.sleep(0.2)
 
 
 def test_a_head_that_is_not_there_is_away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
