@@ -220,7 +220,7 @@ def run_ray_cluster(home: Path, extra_env: Mapping[str, str], num_cpus: int = 3)
         *("--metrics-export-port", str(metrics)),
     )
     urls = (f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", f"http://127.0.0.1:{metrics}/metrics")
-    cluster = RayCluster(urls[0], urls[1], env, urls[2], head)
+    cluster = RayCluster(*urls[:2], env, *urls[2:], head=head)
     cluster.call("get-auth-token", "--generate")
     cluster.start_head()
     try:
