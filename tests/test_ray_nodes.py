@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from jobs_util import check_output, make_tree, merge, write_spec
+from jobs_util import check_output, make_tree, merge, run, write_spec
 from ray_cluster import RayCluster, read_node_id
 
 from batchgen.engines.simulated import read_calls
@@ -92,7 +92,7 @@ def test_a_stopped_job_drains_and_goes_on(cluster: RayCluster, tmp_path: Path) -
     assert "stopping: stopped by a signal" in cluster.read_logs(patient)
     assert set(count_calls(tmp_path).values()) == {1}
 
-    again = cluster.submit(spec)
-    assert cluster.wait(again) == "SUCCEEDED", cluster.read_logs(again)[-3000:]
+    report, _ = run(merge(tree, {"cluster": {"pool": "inline"}, "engine": {"has_latency": False}}))
+    assert report["exit_code"] == 0
     assert {row["status"] for row in check_output(tmp_path / "out", files)} == {"ok"}
     assert set(count_calls(tmp_path).values()) == {1}
