@@ -8,7 +8,7 @@ import ast
 import functools
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -437,7 +437,27 @@ def name_of(path: Path) -> str:
 
 
 SOURCES = {name_of(path): path.read_text() for path in sorted(ROOT.rglob("*.py"))}
-every_module = pytest.mark.parametrize("module", SOURCES)
+
+
+def of_each(modules: Iterable[str]) -> Callable[[Callable[[str], None]], Callable[[], None]]:
+    """A test that tells of all modules at once: as thousands of tests these take longer to be counted than to be made."""
+
+    def make_test(check: Callable[[str], None]) -> Callable[[], None]:
+        def test() -> None:
+            wrong = []
+            for module in modules:
+                try:
+                    check(module)
+                except AssertionError as error:
+                    wrong.append(f"{module}: {error}")
+            assert wrong == [], "\n".join(wrong)
+
+        return test
+
+    return make_test
+
+
+every_module = of_each(SOURCES)
 
 
 @functools.cache
@@ -494,7 +514,7 @@ def test_imports_run_one_way(module: str) -> None:
     assert wrong == [], f"{module} imports {wrong}, which are not below it: LAYERS says who may import whom"
 
 
-@pytest.mark.parametrize("module", sorted(PURE))
+@of_each(sorted(PURE))
 def test_pure_modules_import_pure_modules_and_no_effects(module: str) -> None:
     assert {other for other, _ in list_ours(module)} <= PURE
     assert {vendor for vendor, _ in list_vendors(module)} & EFFECTS == set()
