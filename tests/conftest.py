@@ -98,7 +98,7 @@ def cluster_proxy(s3_server: S3Server) -> Iterator[S3Proxy]:
 
 @pytest.fixture(scope="session")
 def shared_cluster(cluster_proxy: S3Proxy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
-    with run_ray_cluster(tmp_path_factory.mktemp("home"), make_env(cluster_proxy.endpoint)) as cluster:
+    with run_ray_cluster(tmp_path_factory.mktemp("home"), make_env(cluster_proxy.endpoint), num_gpus=1) as cluster:
         yield cluster
 
 

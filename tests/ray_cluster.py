@@ -54,6 +54,11 @@ class RayCluster:
         machine, other people's too."""
         stop_processes(list_marked(self.env[MARK]))
 
+    @property
+    def discovery(self) -> Path:
+        """Where Ray writes down what Prometheus is to scrape."""
+        return Path(self.env["RAY_TMPDIR"]) / "ray" / "prom_metrics_service_discovery.json"
+
     def call(self, *args: str, timeout_s: float = 60) -> str:
         done = subprocess.run([RAY, *args], env=self.env, cwd=REPO, capture_output=True, text=True, timeout=timeout_s)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
@@ -196,8 +201,10 @@ def list_marked(mark: str, command: str = "") -> list[int]:
 
 
 @contextmanager
-def run_ray_cluster(home: Path, extra_env: Mapping[str, str], num_cpus: int = 3) -> Iterator[RayCluster]:
-    """Start a head as the README says; stop it whatever happens."""
+def run_ray_cluster(
+    home: Path, extra_env: Mapping[str, str], num_cpus: int = 3, num_gpus: int = 0
+) -> Iterator[RayCluster]:
+    """Start a head as the README says; stop it whatever happens. `num_gpus`: Ray believes it."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     # Ray's own folder, short because socket names are: what a killed cluster leaves in it must mislead nobody.
     folder = tempfile.mkdtemp(prefix="bg", dir="/tmp")
@@ -207,7 +214,7 @@ def run_ray_cluster(home: Path, extra_env: Mapping[str, str], num_cpus: int = 3)
         MARK: uuid.uuid4().hex,
         "HOME": str(home),
         "RAY_AUTH_MODE": "token",
-        "RAY_metrics_report_interval_ms": "2000",
+        "RAY_metrics_report_interval_ms": "1000",
         # A node that is killed is known to be gone after five of these; Ray's own are of 3 s.
         "RAY_health_check_period_ms": "1000",
         "PATH": f"{Path(RAY).parent}:{env['PATH']}",
@@ -217,7 +224,7 @@ def run_ray_cluster(home: Path, extra_env: Mapping[str, str], num_cpus: int = 3)
         *("start", "--head", "--node-ip-address", "127.0.0.1", "--port", str(port), *QUIET),
         *("--dashboard-port", str(dashboard), "--ray-client-server-port", str(find_port())),
         *("--dashboard-agent-listen-port", str(find_port()), "--num-cpus", str(num_cpus)),
-        *("--metrics-export-port", str(metrics)),
+        *("--metrics-export-port", str(metrics), "--num-gpus", str(num_gpus)),
     )
     urls = (f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", f"http://127.0.0.1:{metrics}/metrics")
     cluster = RayCluster(*urls[:2], env, *urls[2:], head=head)
