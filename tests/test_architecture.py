@@ -29,7 +29,7 @@ LAYERS = [
     ["specs.patterns"],
     ["specs.gates"],
     ["specs.engine"],
-    ["queue.lazy_heap", "queue.leases", "queue.tail"],
+    ["queue.lazy_heap", "queue.leases", "queue.tail", "queue.hint_votes"],
     ["queue.begun"],
     [
         "spec",
@@ -288,7 +288,7 @@ PURE |= {
     "worker.answer",
     "verify.rows",
 }
-PURE |= {"queue.begun"}
+PURE |= {"queue.begun", "queue.hint_votes"}
 PURE |= {
     "queue.timeline",
     "report.waste",
