@@ -207,7 +207,9 @@ class QueueMachine(RuleBasedStateMachine):
         self.lose(self.pick_worker(data), "killed")
 
     @precondition(has_workers)
-    @rule(data=st.data(), rows=st.integers(0, ROWS), tokens=st.integers(0, 3), useful=st.sampled_from([None, True, False]))
+    @rule(
+        data=st.data(), rows=st.integers(0, ROWS), tokens=st.integers(0, 3), useful=st.sampled_from([None, True, False])
+    )
     def hear(self, data: st.DataObject, rows: int, tokens: int, useful: bool | None) -> None:
         worker_id = self.pick_worker(data)
         self.votes.hear(worker_id, useful)

@@ -63,9 +63,7 @@ class Job:
         """Are shards lent as they come, until answers bear the hints out?"""
         spec, num_requests = self.spec, self.num_wanted_rows * self.spec.sampling.n
         is_hinted = any(shard.expected_tokens is not None for shard in self.plan.shards)
-        return must_go_in_order(
-            num_requests, spec.cluster.workers.max, spec.engine.max_inflight, is_hinted=is_hinted
-        )
+        return must_go_in_order(num_requests, spec.cluster.workers.max, spec.engine.max_inflight, is_hinted=is_hinted)
 
     @property
     def wanted(self) -> list[Shard]:

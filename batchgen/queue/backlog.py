@@ -1,8 +1,8 @@
 """The shards of a run by what is to become of them: which is next, which must wait, which are done. Pure.
 
-Longest expected first, or in the input's order while the expectations are not borne out. A shard that failed on a live worker waits for a time that doubles; one that is lost without
-progress too often is lent as a last resort; one that failed too often is hopeless. Knows no workers: the queue says who
-holds what.
+Longest expected first, or in the input's order while what is expected is not borne out. A shard that failed on a live
+worker waits for a time that doubles; one that is lost without progress too often is lent as a last resort; one that failed
+too often is hopeless. Knows no workers: the queue says who holds what.
 """
 
 import heapq

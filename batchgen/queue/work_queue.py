@@ -2,9 +2,9 @@
 
 Invariants: a shard is waiting, leased to one worker, or done, never two of these; a completed shard is never lent again;
 an answer for a lease that is no longer held (a zombie's) changes nothing. Longest expected shards go first, while what
-workers say of the hints bears them out, a neighbour of a worker's last shard is preferred among equals. A worker that is not heard of, or that makes no token and
-finishes no row, loses its leases. A shard lost too often is lent once more as a last resort: no generation, its missing
-rows become error rows. Knows nothing of rows, files or Ray.
+workers say of the hints bears them out; a neighbour of a worker's last shard is preferred among equals. A worker that is
+not heard of, or that makes no token and finishes no row, loses its leases. A shard lost too often is lent once more as a
+last resort: no generation, its missing rows become error rows. Knows nothing of rows, files or Ray.
 
 At the end of a run part of a lent shard may be a `Share` of another worker: its owner holds the lease all the same, and
 a share changes nothing of the above. A decision costs O(log n) in shards and workers.

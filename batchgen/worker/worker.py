@@ -82,14 +82,13 @@ class Worker:
         preparer = Preparer(spec, engine.tokenizer, engine.max_model_len, list_refused(spec.engine), setup.prior)
         serving, self._hints = make_serving(engine, spec, setup.prior), HintCheck(setup.num_requests, size)
         continued = serving if isinstance(serving, Continuation) and serving.is_resumable else None
-        restarted, window = self._note_restart, self._shared_window
+        restarted, window, shards = self._note_restart, self._shared_window, self._shards
         self._sender = Sender(serving, size, spec.retry, self._die, restarted, self._hints.note, window)
         self._feeder = Feeder(spec, self._setup.passthrough, preparer, self._sender, self._hints, carrier)
         self._window = self._sender.window
         self._wake, self._pace = asyncio.Event(), Pace(size, time.monotonic())
-        epoch, worker_id = setup.epoch, setup.worker_id
         partials = continued.partials if continued is not None else None
-        self._spill = Spill(self._files, epoch, worker_id, lambda: [*self._shards.values()], self._emit, partials)
+        self._spill = Spill(self._files, setup.epoch, setup.worker_id, lambda: [*shards.values()], self._emit, partials)
         self._committing = asyncio.Semaphore(MAX_COMMITS)
         self._other_tasks.spawn(self._feeder.run())
         if (duplicates := self._feeder.duplicates) is not None:
@@ -148,6 +147,7 @@ class Worker:
         await self._shard_tasks.wait(COMMIT_S)
         await self._flush()
         events, self._events = self._events, []
+        self.wake()  # whoever waits for the drain waits for a poll under way, too
         return events
 
     async def close(self) -> None:
