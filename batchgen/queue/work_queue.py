@@ -181,18 +181,23 @@ class WorkQueue:
         num_open = len(worker.open)
         if num_open >= MAX_OPEN_SHARDS or worker.is_apart or worker.is_leaving:
             return False
-        is_sorted = self._backlog.is_hinted and self._votes.is_followed
-        max_ahead = (HINTED_WINDOWS_AHEAD if is_sorted else WINDOWS_AHEAD) * worker.info.window
-        return num_open < MIN_OPEN_SHARDS or self._n * worker.num_unfinished < max_ahead
+        if num_open < MIN_OPEN_SHARDS:
+            return True
+        if not self._backlog.is_hinted or not self._votes.is_followed:
+            return self._n * worker.num_unfinished < WINDOWS_AHEAD * worker.info.window
+        # Beside what it was lent in order: the longest row of all may be elsewhere, and it must begin soon.
+        return self._n * (worker.num_unfinished - worker.num_in_order) < HINTED_WINDOWS_AHEAD * worker.info.window
 
     def _lend(self, worker: QueueWorker, number: int, now: float, only: RowRanges = ()) -> Lease:
         lease, work = self._backlog.take(number, worker.info.worker_id), self._backlog.get_work(number)
         lease = replace(lease, only=only, is_last_resort=False) if only else lease
         if not worker.is_busy:
             worker.progress_at = now
-        self._held[number] = worker.open[lease.batch_id] = OpenLease(lease, work, now)
+        is_in_order = not self._backlog.follows_costs
+        self._held[number] = worker.open[lease.batch_id] = OpenLease(lease, work, now, is_in_order)
         worker.last_shard = number
         worker.num_unfinished += lease.shard.num_rows
+        worker.num_in_order += lease.shard.num_rows if is_in_order else 0
         worker.load += work
         self._place(worker)
         return lease
