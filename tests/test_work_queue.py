@@ -638,7 +638,7 @@ def test_shards_go_in_order_until_their_hints_are_borne_out_and_longest_first_th
     queue.renew(say("b", None), 2.0)
     then = [lease.shard.number for lease in lease_all(queue)]
     assert sorted(then) == list(range(30 - len(then), 30)), "the longest, and far ahead"
-    assert len(then) == 2 * (8 - 2)
+    assert len(then) == 2 * 8, "beside the three that they were lent in order"
 
 
 def test_hints_that_are_not_borne_out_are_left_and_balance_nothing() -> None:
