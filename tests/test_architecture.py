@@ -117,7 +117,7 @@ LAYERS = [
     ["training.rows", "training.save", "training.accuracy"],
     ["training.train"],
     # one worker
-    ["worker.result_batch", "worker.read_ahead", "worker.hint_check"],
+    ["worker.result_batch", "worker.read_ahead", "worker.hint_check", "worker.collector"],
     ["worker.partial_rows"],
     ["manifest", "worker.open_shard", "worker.prepare"],
     ["length_files", "reuse.outputs", "reuse.duplicates"],

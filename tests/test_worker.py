@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -419,3 +421,24 @@ def test_messages_must_hold_text(tmp_path: Path, content: pa.DataType, is_fine: 
     check_footer(read_footer(info), spec)
     assert isinstance(asyncio.run(run_lease(make_worker(spec, ChangingEngine(spec)), lease)), ShardCommitted)
     assert [row["status"] for row in read_output(spec)] == ["ok"]
+
+
+def test_a_calm_collector_still_collects_cycles() -> None:
+    """In a process of its own: it changes the collector for good."""
+    code = """
+import gc, weakref
+from batchgen.worker.collector import MIN_NEW_OBJECTS, calm_collector
+
+class Knot: pass
+
+calm_collector()
+assert gc.get_freeze_count() > 1000
+knot = Knot()
+knot.itself, seen = knot, weakref.ref(knot)
+del knot
+kept = [[] for _ in range(MIN_NEW_OBJECTS // 2)]
+assert seen() is not None
+kept += [[] for _ in range(MIN_NEW_OBJECTS)]
+assert seen() is None
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

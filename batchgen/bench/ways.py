@@ -146,6 +146,11 @@ def make_zero(num_rows: int) -> list[Way]:
         "cluster": {"pool": "ray"},
     }
     ray = frozenset({"ray"})
+    peers: list[tuple[str, str, dict[str, Any]]] = [
+        ("Ray Data map", "one actor, an async call a row that returns a constant", {"batch_size": None}),
+        ("Ray Data map, our engine", "the same with a call of batchgen's engine", {"engine": engine}),
+        ("Ray Data map_batches", "calls as the first, gathered by 1,024 (its default)", {"batch_size": 1024}),
+    ]
     return [
         Way("pyarrow copy", "run_copy.py", "read and write, no engine", kind="zero", num_rows=num_rows),
         Way(
@@ -159,10 +164,6 @@ def make_zero(num_rows: int) -> list[Way]:
         ),
         *(
             Way(name, "run_ray_zero.py", note, settings, kind="zero", needs=ray, num_rows=num_rows)
-            for name, note, settings in [
-                ("Ray Data map", "one actor, an async call a row that returns a constant", {"batch_size": None}),
-                ("Ray Data map, our engine", "the same with a call of batchgen's engine", {"engine": engine}),
-                ("Ray Data map_batches", "calls as the first, gathered by 1,024 (its default)", {"batch_size": 1024}),
-            ]
+            for name, note, settings in peers
         ),
     ]
