@@ -280,7 +280,8 @@ class WorkerInfo:
 @dataclass(frozen=True, slots=True)
 class ShardProgress:
     """An open lease: input rows with all n samples finished; failed samples, and those by type; requests neither finished,
-    given to another worker, nor sent; requests in flight."""
+    given to another worker, nor sent; requests in flight; requests that wait for a copy of another row's answer, which
+    are none of the unsent."""
 
     batch_id: str
     num_rows_done: int
@@ -288,6 +289,7 @@ class ShardProgress:
     num_unsent: int = 0
     error_types: tuple[tuple[str, int], ...] = ()
     num_inflight: int = 0
+    num_waiting: int = 0
 
 
 @dataclass(frozen=True, slots=True)

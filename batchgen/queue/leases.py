@@ -7,7 +7,8 @@ from batchgen.records import Lease, Share, WorkerInfo
 
 @dataclass(slots=True)
 class OpenLease:
-    """A lease that is held, with the last that was heard of it."""
+    """A lease that is held, with the last that was heard of it. `num_rows_waiting`: for a copy of another row's answer, so
+    its worker's engine needs others meanwhile."""
 
     lease: Lease
     work: float
@@ -16,10 +17,11 @@ class OpenLease:
     num_rows_error: int = 0
     num_unsent: int | None = None
     num_inflight: int = 0
+    num_rows_waiting: int = 0
 
     @property
     def num_unfinished(self) -> int:
-        return self.lease.shard.num_rows - self.num_rows_done
+        return max(0, self.lease.shard.num_rows - self.num_rows_done - self.num_rows_waiting)
 
     @property
     def load(self) -> float:

@@ -30,7 +30,7 @@ from batchgen.queue.events import (
     WorkerLost,
     WorkerWarned,
 )
-from batchgen.queue.orders import Order
+from batchgen.queue.orders import DuplicateOrder, Order
 from batchgen.queue.suspects import ShardRows
 from batchgen.records import Lease, WorkerInfo
 from batchgen.reuse.carrier import Carrier
@@ -83,19 +83,17 @@ class Worker:
         preparer = Preparer(spec, engine.tokenizer, engine.max_model_len, list_refused(spec.engine), setup.prior)
         serving, hints = make_serving(engine, spec, setup.prior), HintCheck(setup.num_requests, size)
         continued = serving if isinstance(serving, Continuation) and serving.is_resumable else None
-        restarted, window = self._note_restart, self._shared_window
+        restarted, window, list_shards = self._note_restart, self._shared_window, lambda: [*self._shards.values()]
         self._sender = Sender(serving, size, spec.retry, self._die, restarted, hints.note, window)
         self._feeder = Feeder(spec, self._setup.passthrough, preparer, self._sender, hints, carrier)
         self._window = self._sender.window
         self._wake, self._pace = asyncio.Event(), Pace(size, time.monotonic())
         epoch, worker_id = setup.epoch, setup.worker_id
         partials = continued.partials if continued is not None else None
-        self._spill = Spill(self._files, epoch, worker_id, lambda: [*self._shards.values()], self._emit, partials)
+        self._spill = Spill(self._files, epoch, worker_id, list_shards, self._emit, partials, self._feeder.n_told)
         self._committing = asyncio.Semaphore(MAX_COMMITS)
         self._other_tasks.spawn(self._feeder.run())
-        if (duplicates := self._feeder.duplicates) is not None:
-            self._sender.on_answer = duplicates.note_answer
-            self._other_tasks.spawn(duplicates.run())
+        self._feeder.connect(worker_id, setup.storage, self._emit, self._other_tasks.spawn, self._shards)
         self._other_tasks.spawn(self._spill.flush_often(spec.output.journal_interval_s))
         self.info = WorkerInfo(
             worker_id=self._setup.worker_id,
@@ -121,7 +119,9 @@ class Worker:
         self._shard_tasks.spawn(self._run_shard(shard))
 
     def tell(self, order: Order) -> None:
-        """Carry out an order about shares of a shard."""
+        """Carry out an order about shares of a shard, or duplicates."""
+        if isinstance(order, DuplicateOrder):
+            return self._other_tasks.spawn(self._feeder.obey(order))
         self._shard_tasks.spawn(self._shares.obey(order))
 
     async def poll(self, timeout_s: float) -> list[PoolEvent]:
