@@ -72,14 +72,18 @@ class Run:
 
     def __init__(self, num_workers: int = 2, **claims: Any) -> None:
         spec, self.index, self.heard = make_job_spec(), JournalIndex(), Heard()
-        shards = [QueuedShard(make_shard(number, 10 * number, 10 * number + 10), 10.0) for number in range(num_workers)]
+        shards = [
+            QueuedShard(make_shard(number, 10 * number, 10 * number + 10), cost=10.0) for number in range(num_workers)
+        ]
         self.queue = TrialQueue(shards, epoch=1, retry=spec.retry, cluster=spec.cluster)
         pool = cast(WorkerPool, self.heard)
         self.claims = Claims(self.queue, pool, self.index, 1, **claims)
         self.leases: dict[int, Lease] = {}
         for number in range(num_workers):
             self.queue.add_worker(make_worker_info(f"w{number}"), 0.0)
+        for _ in range(num_workers):
             self.lend()
+        assert len({lease.worker_id for lease in self.leases.values()}) == num_workers
 
     def lend(self) -> Lease:
         lease = self.queue.lease_next(0.0)
@@ -90,7 +94,9 @@ class Run:
     def find_worker(self, number: int) -> str:
         return self.leases[number].worker_id
 
-    def ask(self, worker_id: str, *rows: tuple[bytes, int], told: Sequence[int] = (), shards: Any = ()) -> ClaimsDecided:
+    def ask(
+        self, worker_id: str, *rows: tuple[bytes, int], told: Sequence[int] = (), shards: Any = ()
+    ) -> ClaimsDecided:
         """(fingerprint, row) each; rows of shard n are 10 n and on."""
         keys = array("Q", (make_key(fingerprint) for fingerprint, _ in rows))
         packed = array("Q", (at(row) for _, row in rows))
@@ -107,9 +113,7 @@ class Run:
         self.index.add({number: ref})
         told = array("Q", sorted(map(at, rows))).tobytes()
         gone = ((number, tuple(replaced)),) if replaced else ()
-        self.claims.note_flushed(
-            JournalFlushed(self.find_worker(number), ((number, ref),), gone, ((number, told),))
-        )
+        self.claims.note_flushed(JournalFlushed(self.find_worker(number), ((number, ref),), gone, ((number, told),)))
         return ref
 
     def lose(self, number: int) -> None:
@@ -246,7 +250,7 @@ def test_a_shard_can_be_asked_about() -> None:
 def test_a_worker_that_only_waits_gets_more_and_does_not_stall() -> None:
     """Its engine needs other rows, and it can do nothing about those."""
     spec = make_job_spec(cluster={"stall_timeout_s": 20, "worker_timeout_s": 1000})
-    shards = [QueuedShard(make_shard(number), 10.0) for number in range(5)]
+    shards = [QueuedShard(make_shard(number), cost=10.0) for number in range(5)]
     queue = TrialQueue(shards, epoch=1, retry=spec.retry, cluster=spec.cluster)
     queue.add_worker(make_worker_info("w1", window=4), 0.0)
     leases = [lease for _ in range(9) if (lease := queue.lease_next(0.0)) is not None]

@@ -415,6 +415,10 @@ def test_a_copy_that_was_read_is_the_copy_that_was_given(tmp_path: Path, full: b
 # ---- more workers than one -------------------------------------------------------------------------------------------
 
 
+# What one of three workers can have finished in a journal interval of 50 ms, in flight, and read twice.
+MAX_LOST = 18
+
+
 class DyingPool(InlinePool):
     """Ends a worker without mercy when so many rows are done."""
 
@@ -444,7 +448,11 @@ def check_texts(folder: Path, rows: list[Tree], prompts: list[str]) -> None:
         texts.setdefault(prompt, set()).add(row["text"])
     assert all(len(found) == 1 for found in texts.values())
     stats = read_stats(folder / "out")
-    assert {stats[row["reused_from"]]["outcome"] for row in rows if row["reused_from"]} <= {"committed", "lost", "shared"}
+    assert {stats[row["reused_from"]]["outcome"] for row in rows if row["reused_from"]} <= {
+        "committed",
+        "lost",
+        "shared",
+    }
 
 
 @pytest.mark.parametrize("num_workers", [2, 4])
@@ -497,9 +505,8 @@ def test_a_lost_worker_costs_what_it_had_not_journaled(tmp_path: Path, monkeypat
     monkeypatch.setitem(batchgen.driver.run.run_job.__kwdefaults__, "create_pool", create_pool)
     rows, num_calls = run_well(tmp_path, make_job(tmp_path, prompts, **over), len(prompts))
     assert pools[0].has_killed
-    check_texts(tmp_path, rows, prompts)
-    unique = {row for row in read_calls(str(tmp_path / "calls"))}
-    assert 60 <= num_calls <= 60 + 6 + 12, unique
+    assert len({row["row_fingerprint"] for row in rows}) == 60
+    assert 60 <= num_calls <= 60 + MAX_LOST
 
 
 @pytest.mark.s3

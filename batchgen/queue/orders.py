@@ -42,9 +42,9 @@ class DropShare:
 
 @dataclass(frozen=True, slots=True)
 class LookAt:
-    """To whoever waits for answers of a shard's rows: which segment may hold which, by their places. `is_open`: a worker has
-    the shard, so more may come; `is_committed`: its file has them all. Neither: nobody works on it, what is not there is to
-    be asked for again."""
+    """To whoever waits for answers of a shard's rows: which segment may hold which, by their places. `is_open`: a worker
+    has the shard, so more may come; `is_committed`: its file has them all. Neither: nobody works on it, what is not there
+    is to be asked for again."""
 
     shard_number: int
     found: tuple[tuple[JournalRef, tuple[int, ...]], ...] = ()

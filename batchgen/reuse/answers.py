@@ -49,7 +49,7 @@ class Answers:
             return {}
         parquet = ParquetFile(pa.BufferReader(data))
         for group in range(parquet.num_row_groups):
-            if at := find_rows(parquet.read_row_group(group, KEYS), wanted):
+            if len(at := find_rows(parquet.read_row_group(group, KEYS), wanted)):
                 rows = parquet.read_row_group(group, self._schema.names).take(at)
                 found |= self._read(rows.select(self._schema.names).cast(self._schema), wanted)
         return found
@@ -63,13 +63,13 @@ class Answers:
         return found
 
 
-def find_rows(keys: pa.Table, wanted: Collection[Slot]) -> list[int]:
+def find_rows(keys: pa.Table, wanted: Collection[Slot]) -> pa.Array:
     """Which rows of a table are among these."""
     rows = pa.array({row for row, _ in wanted}, pa.int64())
-    near = pc.indices_nonzero(pc.is_in(keys["source_row"], value_set=rows)).to_pylist()
+    near = pc.indices_nonzero(pc.is_in(keys["source_row"], value_set=rows))
     some = keys.take(near)
-    slots = zip(near, some["source_row"].to_pylist(), some["sample_index"].to_pylist(), strict=True)
-    return [at for at, row, sample in slots if (row, sample) in wanted]
+    slots = zip(near.to_pylist(), some["source_row"].to_pylist(), some["sample_index"].to_pylist(), strict=True)
+    return pa.array([at for at, row, sample in slots if (row, sample) in wanted], pa.int64())
 
 
 def make_answer(row: Mapping[str, Any]) -> Answer | None:

@@ -145,7 +145,9 @@ class Desk:
 
     def list_due(self, now: float) -> list[tuple[int, Source]]:
         """Of which there is news."""
-        return [(n, source) for n, source in self.sources.items() if source.look_at is not None and source.look_at <= now]
+        return [
+            (n, source) for n, source in self.sources.items() if source.look_at is not None and source.look_at <= now
+        ]
 
     def renew(self, now: float) -> None:
         """Ask about shards that nothing was heard of."""

@@ -1,11 +1,11 @@
 """Rows of a run that ask exactly the same: one is sent, the others wait for its answer and take a copy.
 
-The driver says which (`queue.claims`): a worker asks before it sends the first of its rows with a fingerprint, and others of
-its own wait behind that one. Where another worker's row was first, its answer is read from the journal or from that row's
-shard file (`answers`). So of all requests of a run with one fingerprint one is sent, but for what a lost worker had not
-journaled, for fingerprints among more than the driver can hold (`claim_table`), and for rows beyond `MAX_WAITING`, which
-are sent. Every row ends by itself: where nobody works on the row that is waited for (its worker is gone, its shard was
-given back), another is asked for; and an error is no answer: all that waited for it are sent, each for itself.
+The driver says which (`queue.claims`): a worker asks before it sends the first of its rows with a fingerprint, and others
+of its own wait behind that one. Where another worker's row was first, its answer is read from the journal or from that
+row's shard file (`answers`). So of all requests of a run with one fingerprint one is sent, but for what a lost worker had
+not journaled, for fingerprints among more than the driver can hold (`claim_table`), and for rows beyond `MAX_WAITING`,
+which are sent. Every row ends by itself: where nobody works on the row that is waited for (its worker is gone, its shard
+was given back), another is asked for; and an error is no answer: all that waited for it are sent, each for itself.
 
 What waits is in no window, keeps no prompt (it is read again where it must be sent after all), and is no part of what a
 worker is said to have to do, so its engine gets other rows. A copy has the answer's tokens in its row, no attempts and no
@@ -31,10 +31,9 @@ from batchgen.worker.open_shard import OpenShard
 
 # 250 bytes each.
 MAX_WAITING = 2**18
-# Rows with their prompts whose question is open: a worker that sends 10,000 a second is not held up by 50 ms.
-MAX_ASKED, MAX_ASKED_BYTES = 512, 32 * 2**20
-# Fingerprints of which one failed.
-MAX_APART = 2**16
+# Rows with their prompts whose question is open: a worker that sends 20,000 a second is not held up by 100 ms.
+MAX_ASKED, MAX_ASKED_BYTES = 2048, 32 * 2**20
+MAX_APART = 2**16  # fingerprints of which one failed
 LOOK_S, PRUNE_S = 0.5, 10.0
 # Copies made at a time.
 STRIDE = 256
@@ -43,13 +42,10 @@ STRIDE = 256
 class Duplicates:
     """`push` sends, `feed` reads rows of a shard and admits them again. `open` before anything else."""
 
-    def __init__(
-        self, spec: JobSpec, push: Callable[[OpenShard, list[Request]], Awaitable[None]], feed: Feed
-    ) -> None:
+    def __init__(self, spec: JobSpec, push: Callable[[OpenShard, list[Request]], Awaitable[None]], feed: Feed) -> None:
         self._copies_all, self._n, self._push, self._feed = spec.input.duplicates == "copy", spec.sampling.n, push, feed
         self._alike: dict[bytes, Alike] = {}
-        # Those whose leader is sent here.
-        self._led: dict[bytes, Alike] = {}
+        self._led: dict[bytes, Alike] = {}  # those whose leader is sent here
         self._kept = KeptAnswers()
         self._apart: OrderedDict[bytes, None] = OrderedDict()
         self._copies: list[tuple[list[Asked], Answer]] = []
@@ -168,8 +164,6 @@ class Duplicates:
 
     async def _feed_again(self, shard: OpenShard, slots: Collection[Slot]) -> None:
         """They waited in vain: read, and admitted anew."""
-        if shard.is_closed:
-            return
         try:
             await self._feed(shard, frozenset(slots))
         except (StorageError, Refusal) as error:
@@ -241,12 +235,12 @@ class Duplicates:
         alike, row = question.alike, question.row
         if is_gone(row):
             self._ask_next(alike)
-        elif question.request is not None:
-            self._lead(alike, row)
-            return True
-        else:
+            return False
+        if question.request is None:
             self._send_waiting(alike, row)
-        return False
+            return False
+        self._lead(alike, row)
+        return True
 
     def _send_waiting(self, alike: Alike, row: Asked) -> None:
         self._take_waiting(alike, [row])
@@ -257,21 +251,26 @@ class Duplicates:
 
     async def run(self) -> None:
         """Look for answers of others, and for rows that wait for nothing."""
-        prune_at = 0.0
+        scan_at = prune_at = 0.0
         while True:
             with contextlib.suppress(TimeoutError):  # a look without news
                 async with asyncio.timeout(LOOK_S):
                     await self._news.wait()
             self._news.clear()
             now = time.monotonic()
-            for alike in [alike for alike in self._led.values() if alike.leader is not None and is_gone(alike.leader)]:
-                self._ask_next(alike)
+            if now >= scan_at:
+                scan_at = now + LOOK_S
+                self._replace_gone()
             if now >= prune_at:
                 prune_at = now + PRUNE_S
                 self._prune(now)
             for number, source in self._desk.list_due(now):
                 await self._lookout.look(number, source)
             await self._copy_rest()
+
+    def _replace_gone(self) -> None:
+        for alike in [alike for alike in self._led.values() if alike.leader is not None and is_gone(alike.leader)]:
+            self._ask_next(alike)
 
     def _prune(self, now: float) -> None:
         """Rows of shards that were closed wait no more."""

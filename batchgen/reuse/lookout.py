@@ -64,7 +64,7 @@ class Lookout:
                 return
             while source.unread:
                 await self._read_segment(source, *source.unread.popitem())
-            if not source.is_open:
+            if not source.is_open and not source.is_committed:  # which may be news, and what is read next
                 for place, alike in list(source.places.items()):
                     self._ask_again(alike, place)
         except StorageError:  # the next look may do better

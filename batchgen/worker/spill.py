@@ -13,9 +13,9 @@ A shard that ended is the commit's: its segments are not merged any more.
 """
 
 import asyncio
+from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -104,9 +104,16 @@ class Spill:
         self._tell(refs, rows)
 
     def _tell(
-        self, refs: dict[int, JournalRef], rows: Mapping[int, pa.Table], replaced: tuple[tuple[int, tuple[str, ...]], ...] = ()
+        self,
+        refs: dict[int, JournalRef],
+        rows: Mapping[int, pa.Table],
+        replaced: tuple[tuple[int, tuple[str, ...]], ...] = (),
     ) -> None:
-        told = () if self._n_told is None else tuple((no, pack_places(no, some, self._n_told)) for no, some in rows.items())
+        told = (
+            ()
+            if self._n_told is None
+            else tuple((no, pack_places(no, some, self._n_told)) for no, some in rows.items())
+        )
         self._emit(JournalFlushed(self._worker_id, tuple(refs.items()), replaced, told))
 
     async def _merge(self, shards: Iterable[OpenShard]) -> None:
@@ -172,8 +179,9 @@ class Spill:
 
 def pack_places(shard_number: int, rows: pa.Table, n: int) -> bytes:
     """Which rows these are, in order."""
-    requests = pc.add(pc.multiply(rows["source_row"], n), rows["sample_index"].cast(pa.int64())).to_numpy()
-    return bytes(np.sort(requests + make_place(shard_number, (0, 0), n)).astype("<u8").tobytes())
+    requests = pc.add(pc.multiply(rows["source_row"], n), rows["sample_index"].cast(pa.int64()))
+    places = pc.add(requests, make_place(shard_number, (0, 0), n))
+    return array("Q", sorted(places.to_pylist())).tobytes()
 
 
 def sort_by_shard(

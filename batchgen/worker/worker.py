@@ -88,19 +88,18 @@ class Worker:
         self._feeder = Feeder(spec, self._setup.passthrough, preparer, self._sender, hints, carrier)
         self._window = self._sender.window
         self._wake, self._pace = asyncio.Event(), Pace(size, time.monotonic())
-        epoch, worker_id = setup.epoch, setup.worker_id
-        partials = continued.partials if continued is not None else None
+        epoch, worker_id, partials = setup.epoch, setup.worker_id, None if continued is None else continued.partials
         self._spill = Spill(self._files, epoch, worker_id, list_shards, self._emit, partials, self._feeder.n_told)
         self._committing = asyncio.Semaphore(MAX_COMMITS)
         self._other_tasks.spawn(self._feeder.run())
         self._feeder.connect(worker_id, setup.storage, self._emit, self._other_tasks.spawn, self._shards)
         self._other_tasks.spawn(self._spill.flush_often(spec.output.journal_interval_s))
         self.info = WorkerInfo(
-            worker_id=self._setup.worker_id,
+            worker_id=worker_id,
             build=build_id(),
             node=self._node,
-            engine_kind=self._engine.kind,
-            engine_version=self._engine.version,
+            engine_kind=engine.kind,
+            engine_version=engine.version,
             num_gpus=spec.cluster.gpus_per_worker,
             window=spec.engine.max_inflight,
             startup_s=time.monotonic() - started,
@@ -121,8 +120,9 @@ class Worker:
     def tell(self, order: Order) -> None:
         """Carry out an order about shares of a shard, or duplicates."""
         if isinstance(order, DuplicateOrder):
-            return self._other_tasks.spawn(self._feeder.obey(order))
-        self._shard_tasks.spawn(self._shares.obey(order))
+            self._other_tasks.spawn(self._feeder.obey(order))
+        else:
+            self._shard_tasks.spawn(self._shares.obey(order))
 
     async def poll(self, timeout_s: float) -> list[PoolEvent]:
         """Events since the last poll, or the first to come, and always a heartbeat: early where rows go fast."""
