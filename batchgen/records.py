@@ -278,8 +278,8 @@ class WorkerInfo:
 
 @dataclass(frozen=True, slots=True)
 class ShardProgress:
-    """An open lease: input rows with all n samples finished; failed samples, and those by type; requests not finished, sent,
-    given to another worker nor waiting; requests in flight; requests that wait for a copy of another's answer."""
+    """An open lease: input rows with all n samples finished; failed samples, and those by type; requests not finished,
+    sent, given to another worker nor waiting; requests in flight; requests that wait for a copy of another's answer."""
 
     batch_id: str
     num_rows_done: int

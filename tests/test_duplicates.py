@@ -338,9 +338,9 @@ def test_where_nobody_works_on_it_any_more_one_asks_again_and_is_sent(tmp_path: 
         await played.answer(place, looks=[LookAt(7, ((ref, (place,)), (gone, (place,))))])
         asked = await played.answer(None)
         assert list(array("Q", asked.told)) == [place]
-        await played.until(lambda: played.sent == [0])
-        played.duplicates.note_result(played.shard, make_same(0), make_ok(0, fingerprint=SAME))
-        assert played.shard.is_finished(1, 0)
+        await played.until(lambda: played.sent == [1])
+        played.duplicates.note_result(played.shard, make_same(1), make_ok(1, fingerprint=SAME))
+        assert played.shard.is_finished(0, 0)
 
     play(tmp_path, act)
 
