@@ -71,7 +71,7 @@ def run_job(
                 check_signal()
                 check()
 
-            recorder = RunRecorder(storage, job.spec, hold.epoch)
+            recorder = RunRecorder(storage, job.spec, hold.epoch, job.prior.source if job.prior else None)
             watch = make_watch(job, hold, view, create_publisher(setup))
             with closing(LivePage(job, hold, recorder, gates)) as page:
                 dispatcher = make_dispatcher(job, hold, pool, view, check_all, recorder, gates, watch, page)

@@ -34,9 +34,10 @@ BUSY_INTERVAL_S = 0.5
 class RunRecorder:
     """Of one run. `update` at every turn of its loop, `close` at its end."""
 
-    def __init__(self, storage: Storage, spec: JobSpec, epoch: int) -> None:
+    def __init__(self, storage: Storage, spec: JobSpec, epoch: int, length_prior: str | None = None) -> None:
+        """`length_prior`: the output folder whose measured lengths are expected."""
         self._storage, self._epoch = storage, epoch
-        self._facts = make_run_facts(spec)
+        self._facts = {**make_run_facts(spec), "length_prior": length_prior}
         self._timeline = Timeline(time.monotonic())
         self._began_at = time.time()
         self._record: dict[str, Any] = {}

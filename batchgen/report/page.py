@@ -257,6 +257,8 @@ def make_what(report: Mapping[str, Any]) -> Section:
     ]
     if cluster:
         rows.append(("Cluster", f"{cluster['pool']}, {tell_workers(cluster)}; driver on {cluster['driver_node']}"))
+    if what.get("length_prior"):  # reports of earlier versions don't say
+        rows.append(("Lengths expected", f"as measured by {what['length_prior']}"))
     return make_section("what", "What ran", rows=[(label, clean(value)) for label, value in rows])
 
 

@@ -25,6 +25,8 @@ def make_text_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     if checks := report.get("gate_checks"):
         names = dict.fromkeys(check["gate"] for check in checks)
         lines.append(("gates", ", ".join(f"{name} {tell_gate(name, checks, report['gates'])[0]}" for name in names)))
+    if prior := report["what"].get("length_prior"):
+        lines.append(("lengths expected", f"as measured by {prior}"))
     lines += _make_bill_rows(report)
     for name in LATENCIES:
         values = [show_time(job["latency"][f"{name}_{key}_s"]) for key in QUANTILES]

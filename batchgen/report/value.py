@@ -149,11 +149,12 @@ def make_errors(table: pa.Table) -> list[dict[str, Any]]:
 
 
 def make_what(table: pa.Table, record: RunRecord | None) -> dict[str, Any]:
-    """Versions and places. `nodes` names some of them."""
+    """Versions and places. `nodes` names some of them; `length_prior` is the output whose lengths the run expected."""
     nodes = count_values(table["node"])
     return {
         "versions": dict(record.get("versions", {})) if record else {},
         "cluster": dict(record.get("cluster", {})) if record else {},
+        "length_prior": record.get("length_prior") if record else None,
         "engine_versions": sorted(count_values(table["engine_version"])),
         "num_nodes": len(nodes),
         "nodes": sorted(nodes)[:MAX_NAMED],

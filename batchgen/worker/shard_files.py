@@ -17,6 +17,7 @@ from batchgen.batches import BatchStats, FileFooter
 from batchgen.engines import get_engine_kind
 from batchgen.errors import AlreadyExists, Conflict, Damaged
 from batchgen.gates.count import make_counter, make_rules
+from batchgen.gates.texts import digest_texts, make_text_sample
 from batchgen.lengths import make_template_lengths
 from batchgen.manifest import CommittedShard
 from batchgen.names import is_reused_id, make_reused_id, parse_batch_id
@@ -155,7 +156,9 @@ class ShardFiles:
             gates=self._count_for_gates(parts.output),
             templates=None if by is None else make_template_lengths(parts.output, by),
         )
-        data = make_shard_file(parts.output, footer, compression_level=self._spec.output.compression_level)
+        texts = make_text_sample([digest_texts(parts.output)]) if self._spec.gates.wants_texts else None
+        level = self._spec.output.compression_level
+        data = make_shard_file(parts.output, footer, compression_level=level, texts=texts)
         standing = self._publish(lease, data, footer)
         stats = replace(stats, write_s=time.monotonic() - started)
         if standing.footer.batch_id != lease.batch_id:
