@@ -345,6 +345,24 @@ def test_where_nobody_works_on_it_any_more_one_asks_again_and_is_sent(tmp_path: 
     play(tmp_path, act)
 
 
+def test_that_a_shard_was_given_up_is_not_forgotten_where_it_is_lent_again(tmp_path: Path) -> None:
+    """Nothing more is told of what was waited for before."""
+    place = make_place(7, (3, 0), 1)
+
+    async def act(played: Played) -> None:
+        played.admit(0)
+        await played.answer(place, looks=[LookAt(7, is_open=True)])
+        await played.duplicates.obey(LookAt(7))
+        await played.duplicates.obey(LookAt(7, is_open=True))
+        asked = await played.answer(place, looks=[LookAt(7, is_open=True)])
+        assert list(array("Q", asked.told)) == [place]
+        await played.duplicates.obey(LookAt(7))
+        await played.answer(None)
+        await played.until(lambda: played.sent == [0])
+
+    play(tmp_path, act)
+
+
 def test_a_shard_that_closes_takes_its_rows_with_it(tmp_path: Path) -> None:
     """Its leader is gone: another shard's row asks. And where the asker's shard closed before the word came."""
 

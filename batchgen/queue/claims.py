@@ -48,7 +48,10 @@ class Claims:
         for owner, place in zip(owners, places, strict=True):
             if owner != place:
                 others.setdefault(get_shard(owner), []).append(owner)
-        looks = tuple(self._note_waiting(number, some, event.worker_id) for number, some in sorted(others.items()))
+        looks = tuple(
+            self._note_waiting(number, {*some, *self._list_mine(number, event)}, event.worker_id)
+            for number, some in sorted(others.items())
+        )
         self.pool.tell(event.worker_id, ClaimsDecided(event.number, owners.tobytes(), looks))
 
     def _choose_owner(self, key: int, place: int, told: int) -> int:
@@ -63,7 +66,9 @@ class Claims:
         number = get_shard(owner)
         if self._is_held(number):
             return self._num_waited < self.max_waited
-        return owner != told and (self.queue.is_shard_done(number) or bool(self._find(number, owner)))
+        return owner != told and (
+            self.queue.is_shard_done(number) or bool(self._find(number, owner) or self._list_unknown(number))
+        )
 
     def _note_waiting(self, number: int, places: Iterable[int], worker_id: str) -> LookAt:
         """What is to be said of a shard to one who waits for rows of it, and from now on hears more."""
@@ -76,8 +81,12 @@ class Claims:
             workers = waiters.setdefault(place, set())
             self._num_waited += worker_id not in workers
             workers.add(worker_id)
-        mine = [place for place, workers in waiters.items() if worker_id in workers]
-        return self._make_look(number, mine, is_open=True)
+        return self._make_look(number, places, is_open=True)
+
+    def _list_mine(self, number: int, event: ClaimsMade) -> list[int]:
+        """What else a worker waits for there, where it asks for that."""
+        waiters = self._waiters.get(number, {}) if number in event.shards else {}
+        return [place for place, workers in waiters.items() if event.worker_id in workers]
 
     # ---- what happens to shards --------------------------------------------------------------------------------------
 
@@ -129,8 +138,9 @@ class Claims:
         if self.queue.is_shard_done(number):
             return LookAt(number, is_committed=True)
         found: dict[JournalRef, list[int]] = {}
-        for place in places:
-            for ref in self._find(number, place):
+        unknown = self._list_unknown(number)
+        for place in sorted(places):
+            for ref in self._find(number, place) or unknown:
                 found.setdefault(ref, []).append(place)
         return LookAt(number, tuple((ref, tuple(some)) for ref, some in found.items()), is_open=is_open)
 
@@ -140,10 +150,12 @@ class Claims:
         return holder is not None and not holder.only and not self.queue.is_shard_done(number)
 
     def _find(self, number: int, place: int) -> list[JournalRef]:
-        """Segments that hold the row; where none is known to, those of which nothing is known, for their worker died."""
+        """The last segment that is known to hold the row."""
+        return [ref for ref, places in self._rows.get(number, {}).items() if is_in(places, place)][-1:]
+
+    def _list_unknown(self, number: int) -> list[JournalRef]:
+        """Segments of which nothing is known, for their worker died before it could tell."""
         rows = self._rows.get(number, {})
-        if found := [ref for ref, places in rows.items() if is_in(places, place)]:
-            return found[-1:]
         return [ref for ref in self.index.get(number) if ref not in rows and self._counts(ref)]
 
     def _counts(self, ref: JournalRef) -> bool:

@@ -47,11 +47,12 @@ class Question:
 @dataclass(slots=True, eq=False)
 class Source:
     """Another's shard, rows of which are waited for by their places. `unread`: segments that may hold which of them;
-    `look_at`: when there is something to be done, None: nothing."""
+    `ended`: those that nobody works on, and of which nothing more is heard; `look_at`: when there is something to be done,
+    None: nothing."""
 
     places: dict[int, Alike] = field(default_factory=dict)
     unread: dict[JournalRef, set[int]] = field(default_factory=dict)
-    is_open: bool = True
+    ended: set[int] = field(default_factory=set)
     is_committed: bool = False
     heard_at: float = 0.0
     look_at: float | None = None
@@ -138,8 +139,9 @@ class Desk:
     def hear(self, look: LookAt, now: float) -> None:
         if (source := self.sources.get(look.shard_number)) is None:
             return
-        source.is_open, source.heard_at, source.look_at = look.is_open, now, 0.0
+        source.heard_at, source.look_at = now, 0.0
         source.is_committed |= look.is_committed
+        source.ended.update(() if look.is_open or look.is_committed else source.places)
         for ref, places in look.found:
             source.unread.setdefault(ref, set()).update(place for place in places if place in source.places)
 

@@ -64,8 +64,9 @@ class Lookout:
                 return
             while source.unread:
                 await self._read_segment(source, *source.unread.popitem())
-            if not source.is_open and not source.is_committed:  # which may be news, and what is read next
-                for place, alike in list(source.places.items()):
+            ended, source.ended = sorted(source.ended), set()
+            for place in () if source.is_committed else ended:  # it may be so by now, and is read next
+                if (alike := source.places.get(place)) is not None:
                     self._ask_again(alike, place)
         except StorageError:  # the next look may do better
             source.look_at = time.monotonic() + RETRY_S
@@ -79,7 +80,8 @@ class Lookout:
 
     async def _read_file(self, number: int, source: Source) -> None:
         """All rows are there, so what is not is no answer."""
-        wanted = list(source.places)
+        if not (wanted := list(source.places)):
+            return
         found = await asyncio.to_thread(self._answers.read_file, number, wanted)
         self._settle(source, {**dict.fromkeys(wanted), **found})
 

@@ -192,6 +192,8 @@ class Feeder:
                 if carried is not None and not shard.is_closed:
                     shard.carry(carried)
                 await self._admit(shard, prepared)
+            if self.duplicates is not None:
+                await self.duplicates.wait_room()
             for stretch, _ in runs:
                 stretch.source.shrink(stretch.left)
 
@@ -243,6 +245,4 @@ class Feeder:
                 shard.add(make_given_up(item, shard.lease))
             elif self.duplicates is None or self.duplicates.admit(shard, item):
                 requests.append(item)
-        if self.duplicates is not None:
-            await self.duplicates.wait_room()
         await self._sender.push(shard, requests)
