@@ -36,11 +36,13 @@ class Alike:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Question:
-    """May this row be sent? `request`: where it is at hand. `told`: whose answer was not to be found."""
+    """May this row be sent? `request`: where it is at hand, and its size. `told`: whose answer was not to be found."""
 
     alike: Alike
     row: Asked
-    request: Request | None
+    place: int
+    request: Request | None = None
+    num_bytes: int = 0
     told: int = 0
 
 
@@ -106,7 +108,7 @@ class Desk:
         self._number += 1
         self._open, self._new = self._new, []
         keys = array("Q", (make_key(question.alike.fingerprint) for question in self._open))
-        places = array("Q", (self.get_place(question.row) for question in self._open))
+        places = array("Q", (question.place for question in self._open))
         told = array("Q", (question.told for question in self._open))
         shards, self._shards = tuple(sorted(self._shards)), set()
         packed = keys.tobytes(), places.tobytes(), told.tobytes()

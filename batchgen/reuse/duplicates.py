@@ -17,6 +17,7 @@ import contextlib
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection
+from itertools import groupby
 
 from batchgen.errors import Refusal, StorageError
 from batchgen.queue.orders import ClaimsDecided, DuplicateOrder, JournalSoon, LookAt
@@ -29,14 +30,12 @@ from batchgen.reuse.lookout import Around, Feed, Lookout
 from batchgen.spec import JobSpec
 from batchgen.worker.open_shard import OpenShard
 
-# 250 bytes each.
-MAX_WAITING = 2**18
-# Rows with their prompts whose question is open: a worker that sends 20,000 a second is not held up by 100 ms.
-MAX_ASKED, MAX_ASKED_BYTES = 2048, 32 * 2**20
+MAX_WAITING = 2**18  # 250 bytes each
+# Rows with their prompts that wait for the driver's word: a window, or these where it is small.
+MIN_ASKED, MAX_ASKED_BYTES = 256, 32 * 2**20
 MAX_APART = 2**16  # fingerprints of which one failed
 LOOK_S, PRUNE_S = 0.5, 10.0
-# Copies made at a time.
-STRIDE = 256
+STRIDE = 256  # copies made at a time
 
 
 class Duplicates:
@@ -49,7 +48,8 @@ class Duplicates:
         self._kept = KeptAnswers()
         self._apart: OrderedDict[bytes, None] = OrderedDict()
         self._copies: list[tuple[list[Asked], Answer]] = []
-        self._num_waiting = self._num_asked = self._num_asked_bytes = 0
+        self._max_asked = max(MIN_ASKED, spec.engine.max_inflight)
+        self._num_waiting = self._num_asked = self._num_asked_bytes = self._num_pushing = 0
 
     def open(self, around: Around) -> None:
         self._around = around
@@ -71,7 +71,7 @@ class Duplicates:
             return True
         if (alike := self._alike.get(fingerprint)) is None:
             self._alike[fingerprint] = alike = Alike(fingerprint, (shard, slot))
-            self._ask(Question(alike, (shard, slot), request))
+            self._ask(alike, (shard, slot), request)
             return False
         return self._may_send(alike, (shard, slot))
 
@@ -81,8 +81,9 @@ class Duplicates:
         is_leader = alike.leader is not None and alike.leader == row
         if alike.owner is None and is_leader:
             return False
-        if alike.owner == self._desk.get_place(row) and (is_leader or alike.leader is None or is_gone(alike.leader)):
-            self._lead(alike, row)
+        place = self._desk.get_place(row)
+        if alike.owner == place and (is_leader or alike.leader is None or is_gone(alike.leader)):
+            self._lead(alike, row, place)
             return True
         if row[1] in row[0].waiting:
             return False
@@ -92,8 +93,8 @@ class Duplicates:
         return False
 
     async def wait_room(self) -> None:
-        """Until not too many rows wait for the driver's word."""
-        while self._num_asked >= MAX_ASKED or self._num_asked_bytes >= MAX_ASKED_BYTES:
+        """Until not too many rows wait for the driver's word, and none for room before the window."""
+        while self._num_pushing or self._num_asked >= self._max_asked or self._num_asked_bytes >= MAX_ASKED_BYTES:
             self._has_room.clear()
             await self._has_room.wait()
 
@@ -108,10 +109,10 @@ class Duplicates:
 
     # ---- what becomes of those that are alike ------------------------------------------------------------------------
 
-    def _lead(self, alike: Alike, row: Asked) -> None:
+    def _lead(self, alike: Alike, row: Asked, place: int) -> None:
         """It is sent here."""
         self._desk.forget(alike)
-        alike.leader, alike.owner = row, self._desk.get_place(row)
+        alike.leader, alike.owner = row, place
         self._led[alike.fingerprint] = alike
 
     def _wait(self, alike: Alike, row: Asked) -> None:
@@ -133,8 +134,8 @@ class Duplicates:
         self._desk.forget(alike)
         self._alike.pop(alike.fingerprint, None)
         self._led.pop(alike.fingerprint, None)
-        rows = alike.waiting
-        self._take_waiting(alike, rows)
+        if rows := alike.waiting:
+            self._take_waiting(alike, rows)
         return rows
 
     def _give(self, alike: Alike, answer: Answer) -> None:
@@ -176,16 +177,17 @@ class Duplicates:
         alike.leader = alike.owner = None
         self._take_waiting(alike, [row for row in alike.waiting if is_gone(row)])
         if alike.waiting:
-            self._ask(Question(alike, alike.waiting[0], None, told))
+            self._ask(alike, alike.waiting[0], told=told)
         else:
             self._end(alike)
 
     # ---- the driver --------------------------------------------------------------------------------------------------
 
-    def _ask(self, question: Question) -> None:
-        self._num_asked += question.request is not None
-        self._num_asked_bytes += question.request.num_bytes if question.request is not None else 0
-        self._desk.ask(question)
+    def _ask(self, alike: Alike, row: Asked, request: Request | None = None, *, told: int = 0) -> None:
+        num_bytes = 0 if request is None else request.num_bytes
+        self._num_asked += request is not None
+        self._num_asked_bytes += num_bytes
+        self._desk.ask(Question(alike, row, self._desk.get_place(row), request, num_bytes, told))
 
     async def obey(self, order: DuplicateOrder) -> None:
         match order:
@@ -203,21 +205,21 @@ class Duplicates:
         for look in order.looks:
             self._desk.hear(look, time.monotonic())
         self._news.set()
-        for question, is_sent in asked:
-            if question.request is None:
-                continue
-            if is_sent:
-                await self._push(question.row[0], [question.request])
-            self._num_asked -= 1
-            self._num_asked_bytes -= question.request.num_bytes
-            self._has_room.set()
+        pairs = [(question, is_sent) for question, is_sent in asked if question.request is not None]
+        self._num_asked -= len(pairs)
+        self._num_asked_bytes -= sum(question.num_bytes for question, _ in pairs)
+        self._num_pushing += 1
+        for shard, group in groupby(pairs, lambda pair: pair[0].row[0]):
+            await self._push(shard, [question.request for question, is_sent in group if is_sent and question.request])
+        self._num_pushing -= 1
+        self._has_room.set()
 
     def _note_owner(self, question: Question, owner: int) -> bool:
         """Is the request to be sent, with which it was asked?"""
         alike, row, request = question.alike, question.row, question.request
         if self._alike.get(alike.fingerprint) is not alike:  # what became of it decides
             return request is not None and not is_gone(row) and self.admit(row[0], request)
-        if owner == self._desk.get_place(row):
+        if owner == question.place:
             return self._note_own(question)
         alike.leader, alike.owner = None, owner
         if request is not None and not is_gone(row):
@@ -239,12 +241,12 @@ class Duplicates:
         if question.request is None:
             self._send_waiting(alike, row)
             return False
-        self._lead(alike, row)
+        self._lead(alike, row, question.place)
         return True
 
     def _send_waiting(self, alike: Alike, row: Asked) -> None:
         self._take_waiting(alike, [row])
-        self._lead(alike, row)
+        self._lead(alike, row, self._desk.get_place(row))
         self._around.spawn(self._feed_again(row[0], [row[1]]))
 
     # ---- for ever ----------------------------------------------------------------------------------------------------
