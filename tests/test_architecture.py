@@ -219,11 +219,14 @@ LAYERS = [
         "serve.door",
     ],
     ["serve.records", "serve.batch_spec", "serve.lines", "serve.answers", "serve.keys", "serve.body_sampling"],
+    ["serve.upload_records"],
     ["serve.load", "serve.bodies", "serve.state", "serve.closing"],
     ["serve.abilities", "serve.parts", "serve.once", "serve.endpoint", "serve.claims", "serve.jobs"],
+    ["serve.uploads"],
     ["serve.convert", "serve.results", "serve.sweep", "serve.upload", "serve.guard", "serve.batch_run"],
     ["serve.dataset"],
     ["serve.steps", "serve.create", "serve.routes_files"],
+    ["serve.routes_uploads"],
     ["serve.conductor", "serve.routes_batches", "serve.page", "serve.routes_page"],
     ["serve.app"],
     ["serve.plain"],
@@ -321,7 +324,7 @@ PURE |= {
 }
 PURE |= {"compact.digest", "compact.plan"}
 PURE |= {"serve.errors", "serve.ids", "serve.rates", "serve.paging", "serve.ranges", "serve.wire", "serve.records"}
-PURE |= {"serve.room", "serve.growing", "serve.deltas", "serve.described"}
+PURE |= {"serve.room", "serve.growing", "serve.deltas", "serve.described", "serve.upload_records"}
 PURE |= {"serve.spec", "serve.batch_spec", "serve.bodies", "serve.body_sampling", "serve.lines", "serve.answers"}
 # What only does I/O: pure modules may not even import it from the standard library.
 EFFECTS = {
@@ -380,6 +383,7 @@ VENDORS = {
         "serve.deployment",
         "serve.app",
         "serve.routes_files",
+        "serve.routes_uploads",
         "serve.routes_batches",
         "serve.routes_page",
     },

@@ -64,7 +64,7 @@ def make_report(
         "run": {
             **totals,
             "elapsed_s": run["elapsed_s"] if run else None,
-            "tokens_per_s": divide(totals["completion_tokens"], run["elapsed_s"] if run else None),
+            "tokens_per_s": find_rate(totals["completion_tokens"], run) if run else None,
             "gpu_hours": run["gpu_hours"] if run else None,
         },
         "runs": runs,
@@ -186,6 +186,11 @@ def make_run(record: RunRecord, table: pa.Table, *, is_settled: bool) -> dict[st
         "cost": None if gpu_hours is None or price is None else gpu_hours * price,
         "waste_worker_s": waste,
     }
+
+
+def find_rate(num_tokens: int | None, run: dict[str, Any]) -> float | None:
+    """`num_tokens`: of the run's batches. While it goes on some of these are newer than what it last told of itself."""
+    return divide(run["tokens"] if run["state"] == "running" else num_tokens, run["elapsed_s"])
 
 
 def make_bill(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

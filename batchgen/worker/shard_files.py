@@ -23,7 +23,7 @@ from batchgen.manifest import CommittedShard
 from batchgen.names import is_reused_id, make_reused_id, parse_batch_id
 from batchgen.parquet import read_table
 from batchgen.queue.events import ShardCommitted
-from batchgen.records import JournalRef, Lease, Partial, Result, RowId, Shard, Share, Slot, WorkerInfo
+from batchgen.records import JournalRef, Lease, Partial, RowId, Shard, Share, Slot, WorkerInfo
 from batchgen.spec import JobSpec
 from batchgen.stats import count_rows, make_batch_stats, make_lost_stats
 from batchgen.storage import FileInfo, Storage
@@ -123,8 +123,8 @@ class ShardFiles:
             raise Damaged(f"{self._storage.url(handoff.make_handoff_path(share.lease.batch_id))}: is of another shard")
         return slots
 
-    def open_share(self, share: Share, slots: Sequence[Slot], on_result: Callable[[Result], None]) -> OpenShard:
-        return OpenShard(share.lease, self._spec.sampling.n, self.result_schema, slots, on_result)
+    def open_share(self, share: Share, slots: Sequence[Slot], on_packed: Callable[[pa.RecordBatch], None]) -> OpenShard:
+        return OpenShard(share.lease, self._spec.sampling.n, self.result_schema, slots, on_packed)
 
     def commit(self, shard: OpenShard, info: WorkerInfo, spent: Spent) -> ShardCommitted:
         """Publish the shard, all or nothing. Raises StorageError; then nothing is published, or our own file is."""
