@@ -30,7 +30,7 @@ LAYERS = [
     ["specs.patterns"],
     ["specs.gates"],
     ["specs.engine"],
-    ["queue.lazy_heap", "queue.leases", "queue.tail", "queue.hint_votes"],
+    ["queue.lazy_heap", "queue.leases", "queue.tail", "queue.hint_votes", "queue.claim_table"],
     ["queue.begun"],
     [
         "spec",
@@ -121,9 +121,9 @@ LAYERS = [
     ["worker.result_batch", "worker.read_ahead", "worker.hint_check", "worker.collector"],
     ["worker.partial_rows"],
     ["manifest", "worker.open_shard", "worker.prepare"],
-    ["length_files", "reuse.outputs", "reuse.duplicates"],
-    ["reuse.carrier", "gates.scan"],
-    ["gates.watch"],
+    ["length_files", "reuse.outputs", "reuse.desk", "reuse.answers"],
+    ["reuse.carrier", "gates.scan", "reuse.copies", "reuse.lookout"],
+    ["gates.watch", "reuse.duplicates"],
     ["engines.contract_subject"],
     ["engines.contract_answers"],
     ["engines.contract"],
@@ -138,7 +138,7 @@ LAYERS = [
     ["compact", "compact.digest", "compact.plan"],
     ["compact.compact"],
     # many workers
-    ["queue.inquiry", "queue.sharing", "queue.ledger", "queue.staffing"],
+    ["queue.inquiry", "queue.sharing", "queue.ledger", "queue.staffing", "queue.claims"],
     # many virtual workers
     ["simulate.open_rows"],
     ["simulate.record"],
@@ -292,7 +292,7 @@ PURE |= {
     "worker.answer",
     "verify.rows",
 }
-PURE |= {"queue.begun", "queue.hint_votes"}
+PURE |= {"queue.begun", "queue.hint_votes", "queue.claim_table"}
 PURE |= {
     "queue.timeline",
     "report.waste",
