@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchgen.engines import create_engine
-from batchgen.errors import BatchgenError, Cancelled, RequestFailed
+from batchgen.errors import BatchgenError, Cancelled, EngineDied, EngineRestarted, RequestFailed
 from batchgen.queue.tail import TailPolicy
 from batchgen.records import Generation, Request, RowId
 from batchgen.spec import JobSpec
@@ -79,6 +79,7 @@ class World:
         self.store = SimStore(self.kernel, self._watch)
         self.store.on_freeze = self._submit_again
         self.earlier = self._make_earlier()
+        self.poison: set[Key] = set()
         self.spec = self._make_job()
         self.checker = Checker(self.keys, self.store.held)
         self.drivers: list[Process] = []
@@ -124,6 +125,7 @@ class World:
             rates |= {"slots": 12, "max_inflight": 12, "token_budget": 4}
             rows_per_shard, workers = 12, {"min": 2, "max": 3}
         lease_ttl_s = rng.uniform(4, 12)
+        rates |= self._poison_a_row()
         return make_spec(
             {
                 "input": {"paths": [IN], "custom_id": "key", "passthrough": ["topic"], **self._make_reuse()},
@@ -150,10 +152,22 @@ class World:
                     "max_backoff_s": 5,
                     "max_shard_attempts": rng.randint(2, 4),
                     "max_error_rate": 1.0,
-                    "max_deaths_alone": rng.choice([2, 3, 50]),
+                    "max_deaths_alone": min(rng.choice([2, 3, 50]), 3 if self.poison else 50),
                 },
             }
         )
+
+    def _poison_a_row(self) -> dict[str, Any]:
+        """In some worlds every engine dies of one row. Drawn apart, as budgets are. (Not where its answer may come from
+        elsewhere.)"""
+        rng = random.Random(f"{self.outcome.seed}:poison")
+        good = sorted(set(self.keys) - self.bad)
+        is_plain = self.earlier is not None and not self.earlier.make_input()
+        if not (is_plain and good and rng.random() < 0.25):
+            return {}
+        name, row, _ = rng.choice(good)
+        self.poison = {key for key in good if key[:2] == (name, row)}
+        return {"die_text": make_prompt(name, row), "death": rng.choice(["engine", "restart"])}
 
     def _make_reuse(self) -> dict[str, Any]:
         return {} if self.earlier is None else self.earlier.make_input()
@@ -335,7 +349,10 @@ class World:
         self.calm()
         self.kernel.run(lambda: self.checker.violation is not None, kernel.now + MAX_ZOMBIE_S)
         self._check_violation()
-        expected = self.bad | self.find_quarantined()
+        quarantined = self.find_quarantined()
+        if not self.poison <= quarantined:
+            raise Violation(f"{min(self.poison)} kills engines and is not quarantined")
+        expected = self.bad | quarantined
         self.checker.check_end(expected)
         self._verify(is_released=False)
         self._run_once_more()
@@ -484,7 +501,11 @@ class SimEngine:
                 world.checker.violation = world.checker.violation or str(error)
         if world.kernel.now < world.calm_at:
             await self._suffer(weather)
-        answer: Generation = await self._engine.generate(request)
+        try:
+            answer: Generation = await self._engine.generate(request)
+        except (EngineDied, EngineRestarted):
+            world.num_deaths += (request.row_id.source_file, *request.row_id.slot) in world.poison
+            raise
         return answer
 
     async def _suffer(self, weather: Any) -> None:
