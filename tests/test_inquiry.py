@@ -116,7 +116,7 @@ def test_a_row_that_is_not_being_tried_is_judged_when_chance_is_forgotten(tmp_pa
 
 def test_while_another_is_tried_nobody_is_judged(tmp_path: Path) -> None:
     """Row 3 is convicted, row 13 would be at its next death: until that trial has ended the answer is open."""
-    inquiry, queue, now = make_inquiry(tmp_path, make_state((CULPRIT, 2), (OTHER, 1)))
+    inquiry, _, _ = make_inquiry(tmp_path, make_state((CULPRIT, 2), (OTHER, 1)))
     (lease,) = inquiry.lend(0.0, num_starting=0)
     assert (lease.shard.number, lease.only) == OTHER[0]
     assert inquiry.lend(1.0, num_starting=0) == [], "who is convicted is tried no more"

@@ -329,6 +329,7 @@ class World:
                 self.outcome.violation = f"{type(error).__name__}: {error} in {_place(error)}"
             finally:
                 self.kernel.end()
+        patches.collect_garbage()
         outcome, checker = self.outcome, self.checker
         outcome.seconds, outcome.num_rows = self.kernel.now, len(self.keys)
         outcome.num_commits, outcome.num_replaced = checker.num_commits, checker.num_replaced
