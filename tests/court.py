@@ -20,6 +20,8 @@ from batchgen.storage import Storage
 
 Row = tuple[int, int]
 WINDOW = 8
+# Many times what any court needs.
+MAX_TURNS = 5000
 _numbers = count()
 
 
@@ -76,7 +78,9 @@ class Court:
         return list_rows(self.inquiry.state.quarantined)
 
     def run(self) -> "Court":
+        turns = iter(range(MAX_TURNS))
         while not self.queue.is_done:
+            assert next(turns, None) is not None, f"no end after {MAX_TURNS} turns"
             self.now += self.rng.uniform(0.0, self.turn_s)
             self._lend()
             self._look()
