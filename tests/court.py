@@ -21,7 +21,7 @@ from batchgen.storage import Storage
 Row = tuple[int, int]
 WINDOW = 8
 # Many times what any court needs.
-MAX_TURNS = 5000
+MAX_TURNS = 1000
 _numbers = count()
 
 
