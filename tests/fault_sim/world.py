@@ -37,6 +37,7 @@ from .store import SimStore
 # A fair schedule must be done by then: many times what the slowest job takes without faults.
 MAX_CALM_S = 900.0
 MAX_ZOMBIE_S = 60.0
+# After the last fault: before it, a store that fails at every turn may refuse any number of them.
 MAX_RUNS = 80
 MAX_DRIVERS = 4
 # Rows are moved, begun or not, whenever anybody has less to do: what that gains is not asked.
@@ -87,6 +88,7 @@ class World:
         self.pools: list[SimPool] = []
         self.is_done = False
         self.num_deaths = 0
+        self.num_stormy: int | None = None
         self.calm_at = self.weather.until
 
     def _make_weather(self) -> Weather:
@@ -314,6 +316,7 @@ class World:
     def calm(self) -> None:
         """From here on the schedule is fair. What was frozen or cut off comes back in its own time."""
         self.calm_at = min(self.calm_at, self.kernel.now)
+        self.num_stormy = self.outcome.num_runs if self.num_stormy is None else self.num_stormy
         self.store.rates = CALM
         self.kernel.tell("calm")
 
@@ -373,7 +376,8 @@ class World:
 
     def _go_on(self, until: float) -> None:
         def is_over() -> bool:
-            return self.is_done or self.checker.violation is not None or self.outcome.num_runs > MAX_RUNS
+            num_calm = 0 if self.num_stormy is None else self.outcome.num_runs - self.num_stormy
+            return self.is_done or self.checker.violation is not None or num_calm > MAX_RUNS
 
         self.kernel.run(is_over, until)
         self._check_violation()
