@@ -146,9 +146,9 @@ def read_prior(spec: JobSpec) -> LengthPrior | None:
     any. Raises InputError where a prior was named and there is nothing."""
     if (url := spec.input.length_prior) is None:
         return next(
-            (prior for url in spec.input.reuse_from if (prior := _find_prior(url, "reuse_from")) is not None), None
+            (prior for url in spec.input.reuse_from if (prior := find_prior(url, "reuse_from")) is not None), None
         )
-    if (prior := _find_prior(url, "length_prior")) is None:
+    if (prior := find_prior(url, "length_prior")) is None:
         raise InputError(
             f"input.length_prior: {Storage(url).root} has no measured lengths; name the output.path of a run that "
             "has ended, or leave it out"
@@ -156,8 +156,9 @@ def read_prior(spec: JobSpec) -> LengthPrior | None:
     return prior
 
 
-def _find_prior(url: str, name: str) -> LengthPrior | None:
-    """None where nothing was measured. Raises InputError for what can't be read."""
+def find_prior(url: str, name: str) -> LengthPrior | None:
+    """What the run with this output measured, None where that is nothing. `name`: the field of the input section that
+    names it. Raises InputError for what can't be read."""
     storage = Storage(url)
     try:
         fields = read_json(storage, LENGTHS)
@@ -167,7 +168,7 @@ def _find_prior(url: str, name: str) -> LengthPrior | None:
         return None
     with refusing_damage(storage.url(LENGTHS), f"is damaged; {RESTORE}", InputError):
         templates = {name: merge_lengths([text]) for name, text in fields.get("templates", {}).items()}
-        return make_prior(merge_lengths([fields["lengths"]]), templates)
+        return make_prior(merge_lengths([fields["lengths"]]), templates, storage.root)
 
 
 def make_length_facts(committed: Iterable[CommittedShard]) -> dict[str, Any]:

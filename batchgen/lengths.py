@@ -125,12 +125,14 @@ def merge_lengths(texts: Iterable[str | None]) -> LengthCounts:
 
 @dataclass(frozen=True, slots=True)
 class LengthPrior:
-    """What an earlier run measured. `mean_tokens` is over all its rows; `templates` has those of each by itself."""
+    """What an earlier run measured. `mean_tokens` is over all its rows; `templates` has those of each by itself; `source`
+    is the run's output folder."""
 
     counts: Mapping[tuple[int | None, int], int]
     mean_tokens: float
     _means: Mapping[int | None, float] = field(repr=False)
     templates: Mapping[str, "LengthPrior"] = field(default_factory=dict)
+    source: str = ""
 
     def expect(self, prompt_tokens: float | None, template: str | None = None) -> float:
         """Mean completion tokens of prompts of this template and about this length; of all where there were none."""
@@ -139,12 +141,14 @@ class LengthPrior:
         return self._means.get(choose_prompt_bucket(prompt_tokens), self.mean_tokens)
 
 
-def make_prior(counts: LengthCounts, templates: Mapping[str, LengthCounts] | None = None) -> LengthPrior | None:
+def make_prior(
+    counts: LengthCounts, templates: Mapping[str, LengthCounts] | None = None, source: str = ""
+) -> LengthPrior | None:
     """None where nothing was measured."""
     if (prior := _make_one(counts, None)) is None:
         return None
     made = {name: _make_one(own, prior.mean_tokens) for name, own in (templates or {}).items()}
-    return replace(prior, templates={name: own for name, own in made.items() if own is not None})
+    return replace(prior, templates={name: own for name, own in made.items() if own is not None}, source=source)
 
 
 def _make_one(counts: LengthCounts, mean_of_all: float | None) -> LengthPrior | None:

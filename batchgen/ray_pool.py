@@ -89,6 +89,7 @@ class WorkerActor:
     async def open(self, setup: WorkerSetup) -> Any:
         context = ray.get_runtime_context()
         self._worker: Worker = await open_worker(setup, context.get_node_id()[:12])
+        self._worker.meter.is_wanted = True
         self._exporter = RayExporter({"run": setup.run_name, "worker": setup.worker_id})
         self._export_at = 0.0
         return self._worker.info

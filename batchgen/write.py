@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
 from batchgen.batches import BatchStats, FileFooter
+from batchgen.gates.texts import TextSample, dump_text_sample
 from batchgen.parquet import ParquetFile
 from batchgen.records import Lease
 from batchgen.spec import JobSpec
@@ -24,6 +25,8 @@ from batchgen.worker.seal import write_sealed
 
 FORMAT_VERSION = 1
 FOOTER_KEY = b"batchgen"
+# Apart, because it is long and only a gate reads it: footers are held by a driver for as long as it runs.
+TEXTS_KEY = b"batchgen.texts"
 MAX_ROW_GROUP_ROWS = 16_384
 # What is read back may have been changed by anybody: its types are looked at.
 _STATS, _FOOTERS = TypeAdapter(BatchStats), TypeAdapter(FileFooter)
@@ -148,10 +151,13 @@ def footer_from_json(text: str | bytes) -> FileFooter:
     return _FOOTERS.validate_json(text)
 
 
-def make_shard_file(table: pa.Table, footer: FileFooter, *, compression_level: int) -> pa.Buffer:
-    """The Parquet bytes of a shard file: zstd, row groups small enough to stream, sealed."""
+def make_shard_file(
+    table: pa.Table, footer: FileFooter, *, compression_level: int, texts: TextSample | None = None
+) -> pa.Buffer:
+    """The Parquet bytes of a shard file: zstd, row groups small enough to stream, sealed. `texts`: for a gate."""
     table = table.replace_schema_metadata({FOOTER_KEY: footer_to_json(footer).encode()})
-    return write_sealed(table, row_group_rows=MAX_ROW_GROUP_ROWS, compression_level=compression_level)
+    beside = None if texts is None else {TEXTS_KEY: dump_text_sample(texts)}
+    return write_sealed(table, row_group_rows=MAX_ROW_GROUP_ROWS, compression_level=compression_level, beside=beside)
 
 
 def read_file_footer(parquet: ParquetFile) -> FileFooter | None:

@@ -15,6 +15,7 @@ from typing import Any
 from greenlet import getcurrent, greenlet
 
 from batchgen.errors import AlreadyExists, Conflict, NotFound, StorageError
+from batchgen.length_files import LENGTHS
 from batchgen.pipelines.calendar import make_key, parse_key
 from batchgen.pipelines.decide import Outcome
 from batchgen.pipelines.events import Began, Deleted, Ended, PartitionEnded, Retired, Submitted, parse_event
@@ -229,6 +230,7 @@ class SimRay:
             outputs[job.name] = {"path": job.output}
             Storage(job.output).put("_SUCCESS", b"{}")
             Storage(job.output).put("data/shard-000000000.parquet", b"rows")
+            Storage(job.output).put(LENGTHS, b'{"lengths": "3.4:5"}')
         self.num_done[key, partition] += 1
         write_outcome(folder, key, partition, submission.attempt, Outcome(True, outputs=outputs))
 
@@ -265,7 +267,7 @@ class World:
         self.client = MemoryClient(self.rng, self.faults)
         self.ray = SimRay(self)
         self.num_told: Counter[str] = Counter()
-        self.num_starts = 0
+        self.num_starts = self.num_priors = 0
         self.offsets = [0.0, 0.0]
         self.back_at = [0.0, 0.0]
         self.schedulers: list[Scheduler | None] = [None, None]
@@ -345,11 +347,12 @@ class World:
 
     def check_log(self) -> History:
         """The whole log, event by event: no date begun twice, never more runs than allowed, none deleted that readers are
-        given."""
+        given, and all attempts at a partition told the same of the run before."""
         folder, history, number = open_folder(self.spec), History(), 0
         begun: Counter[str] = Counter()
         ended: Counter[str] = Counter()
         parts_ended: Counter[tuple[str, str]] = Counter()
+        previous: dict[tuple[str, str], str] = {}
         while (raw := self.client.held.get(folder.url(make_path(number := number + 1)))) is not None:
             event = parse_event(raw[0])
             if isinstance(event, Began):
@@ -366,12 +369,22 @@ class World:
             if isinstance(event, Submitted):
                 at_work = history.runs[event.key].list_parts("running")
                 assert len(at_work) <= self.spec.max_active_partitions
+                assert previous.setdefault((event.key, event.partition), event.previous) == event.previous
+                self._check_prior(event)
         assert not [key for key, count in (begun + Counter()).items() if count > 1]
         assert not [key for key, count in ended.items() if count > 1]
         assert not [part for part, count in parts_ended.items() if count > 1]
         published = read_published(Storage(self.spec.publish or ""))
         assert published is None or not history.runs[published].is_retired
         return history
+
+    def _check_prior(self, event: Submitted) -> None:
+        """Lengths of the run before, of the same partition; or of none, where the store failed just then."""
+        order = read_order(open_folder(self.spec), event.order)
+        assert event.length_prior in ("", event.previous)
+        assert order.length_priors == ((order.previous or {}) if event.length_prior else {})
+        assert list(order.length_priors) in ([], [f"generate/{event.partition}".rstrip("/")])
+        self.num_priors += bool(order.length_priors)
 
 
 def _at(seconds: float) -> datetime:

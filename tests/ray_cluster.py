@@ -35,6 +35,21 @@ class RayCluster:
     dashboard: str
     env: dict[str, str]
     metrics: str = ""
+    head: tuple[str, ...] = ()
+
+    def start_head(self) -> None:
+        """Once more on the same ports, after `kill_all`: a head that knows nothing of the one before."""
+        self.call(*self.head)
+
+    def kill_all(self) -> None:
+        """Every process of the cluster, jobs too. By a mark in their environment: `ray stop` would end every Ray of this
+        machine, other people's too."""
+        stop_processes(list_marked(self.env[MARK]))
+
+    @property
+    def discovery(self) -> Path:
+        """Where Ray writes down what Prometheus is to scrape."""
+        return Path(self.env["RAY_TMPDIR"]) / "ray" / "prom_metrics_service_discovery.json"
 
     def call(self, *args: str, timeout_s: float = 60) -> str:
         done = subprocess.run([RAY, *args], env=self.env, cwd=REPO, capture_output=True, text=True, timeout=timeout_s)
@@ -131,8 +146,10 @@ def list_marked(mark: str, command: str = "") -> list[int]:
 
 
 @contextmanager
-def run_ray_cluster(home: Path, extra_env: Mapping[str, str], num_cpus: int = 3) -> Iterator[RayCluster]:
-    """Start a head as the README says; stop it whatever happens."""
+def run_ray_cluster(
+    home: Path, extra_env: Mapping[str, str], num_cpus: int = 3, num_gpus: int = 0
+) -> Iterator[RayCluster]:
+    """Start a head as the README says; stop it whatever happens. `num_gpus`: Ray believes it."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     # Ray's own folder, short because socket names are: what a killed cluster leaves in it must mislead nobody.
     folder = tempfile.mkdtemp(prefix="bg", dir="/tmp")
@@ -146,21 +163,20 @@ def run_ray_cluster(home: Path, extra_env: Mapping[str, str], num_cpus: int = 3)
         "PATH": f"{Path(RAY).parent}:{env['PATH']}",
     }
     port, dashboard, metrics = find_port(), find_port(), find_port()
-    cluster = RayCluster(
-        f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", env, f"http://127.0.0.1:{metrics}/metrics"
-    )
-    cluster.call("get-auth-token", "--generate")
-    cluster.call(
+    head = (
         *("start", "--head", "--node-ip-address", "127.0.0.1", "--port", str(port), "--disable-usage-stats"),
         *("--dashboard-port", str(dashboard), "--ray-client-server-port", str(find_port())),
         *("--dashboard-agent-listen-port", str(find_port()), "--num-cpus", str(num_cpus)),
-        *("--metrics-export-port", str(metrics)),
+        *("--metrics-export-port", str(metrics), "--num-gpus", str(num_gpus)),
     )
+    urls = (f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", f"http://127.0.0.1:{metrics}/metrics")
+    cluster = RayCluster(urls[0], urls[1], env, urls[2], head)
+    cluster.call("get-auth-token", "--generate")
+    cluster.start_head()
     try:
         yield cluster
     finally:
-        # By a mark in their environment: `ray stop` would end every Ray of this machine, other people's too.
-        stop_processes(list_marked(env[MARK]))
+        cluster.kill_all()
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -54,6 +54,7 @@ class Server:
     tenants: Sequence[str] = ("acme", "globex")
     has_keys: bool = True
     process: subprocess.Popen[bytes] | None = None
+    _clients: list[openai.OpenAI] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.port, self.url = find_port(), ""
@@ -91,6 +92,9 @@ class Server:
         self.process.wait()
 
     def stop(self) -> None:
+        """And its clients: those that are only dropped leave sockets to whichever test the collector comes by in."""
+        while self._clients:
+            self._clients.pop().close()
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
             try:
@@ -100,8 +104,10 @@ class Server:
                 self.process.wait()
 
     def client(self, tenant: str = "acme", **fields: Any) -> openai.OpenAI:
+        """Closed with the endpoint."""
         known = {"base_url": self.url, "max_retries": 0, "timeout": 60}
-        return openai.OpenAI(api_key=self.keys[tenant], **{**known, **fields})
+        self._clients.append(made := openai.OpenAI(api_key=self.keys[tenant], **{**known, **fields}))
+        return made
 
     def async_client(self, tenant: str = "acme") -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=self.url, api_key=self.keys[tenant], max_retries=0, timeout=60)

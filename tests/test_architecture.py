@@ -43,7 +43,7 @@ LAYERS = [
         "worker.seal",
     ],
     ["preflight.tokenizer_files", "specs.saved", "specs.reference"],
-    ["reuse.fingerprint", "gates.decide", "gates.fit"],
+    ["reuse.fingerprint", "gates.decide", "gates.fit", "gates.texts"],
     ["gates.count"],
     # pure decisions
     ["prompt", "plan", "queue.backlog", "queue.scaling", "queue.governor", "lengths", "worker.answer", "verify.rows"],
@@ -176,7 +176,7 @@ LAYERS = [
     ["pipelines.partitions", "pipelines.history"],
     ["pipelines.graph", "pipelines.decide", "pipelines.log"],
     ["pipelines.cleanup", "pipelines.filters", "pipelines.arrival", "pipelines.orders", "pipelines.overview"],
-    ["pipelines.limits", "pipelines.source"],
+    ["pipelines.limits", "pipelines.source", "pipelines.priors"],
     ["pipelines.check", "pipelines.hooks", "pipelines.submit"],
     ["pipelines.load"],
     ["pipelines.execute", "pipelines.ray_jobs", "pipelines.aftermath"],
@@ -205,7 +205,7 @@ LAYERS = [
     ["bench.runs"],
     ["bench.measure", "bench.summary"],
     ["bench.benchmark", "bench.saturation", "bench.serving"],
-    ["bench.delta", "bench.progress"],
+    ["bench.delta", "bench.progress", "bench.gates"],
     # the endpoint, as far as it needs no Ray
     ["serve"],
     [
@@ -219,11 +219,14 @@ LAYERS = [
         "serve.door",
     ],
     ["serve.records", "serve.batch_spec", "serve.lines", "serve.answers", "serve.keys", "serve.body_sampling"],
+    ["serve.upload_records"],
     ["serve.load", "serve.bodies", "serve.state", "serve.closing"],
     ["serve.abilities", "serve.parts", "serve.once", "serve.endpoint", "serve.claims", "serve.jobs"],
+    ["serve.uploads"],
     ["serve.convert", "serve.results", "serve.sweep", "serve.upload", "serve.guard", "serve.batch_run"],
     ["serve.dataset"],
     ["serve.steps", "serve.create", "serve.routes_files"],
+    ["serve.routes_uploads"],
     ["serve.conductor", "serve.routes_batches", "serve.page", "serve.routes_page"],
     ["serve.app"],
     ["serve.plain"],
@@ -268,7 +271,7 @@ PURE = {
     "specs.tensorrt_llm",
 }
 PURE |= {"spec", "prompt", "plan", "specs.sampling", "batches", "engines.deepseek_turns", "engines.deepseek_v32"}
-PURE |= {"gates.decide", "gates.count", "gates.fit", "specs.gates", "specs.patterns"}
+PURE |= {"gates.decide", "gates.count", "gates.fit", "gates.texts", "specs.gates", "specs.patterns"}
 PURE |= {"reuse.fingerprint", "specs.saved", "specs.input"}
 PURE |= {"row_ranges", "queue.suspects", "queue.trial_queue", "specs.retry"}
 PURE |= {
@@ -321,7 +324,7 @@ PURE |= {
 }
 PURE |= {"compact.digest", "compact.plan"}
 PURE |= {"serve.errors", "serve.ids", "serve.rates", "serve.paging", "serve.ranges", "serve.wire", "serve.records"}
-PURE |= {"serve.room", "serve.growing", "serve.deltas", "serve.described"}
+PURE |= {"serve.room", "serve.growing", "serve.deltas", "serve.described", "serve.upload_records"}
 PURE |= {"serve.spec", "serve.batch_spec", "serve.bodies", "serve.body_sampling", "serve.lines", "serve.answers"}
 # What only does I/O: pure modules may not even import it from the standard library.
 EFFECTS = {
@@ -374,12 +377,13 @@ VENDORS = {
     "yaml": {"specs.load", "pipelines.source"},
     "jsonschema": {"specs.sampling()", "gates.fit()"},
     "referencing": {"specs.sampling()", "gates.fit()"},
-    "numpy": {"evaluate.statistics", "evaluate.speed", "reuse.index", "gates.count", "gates.scan"},
+    "numpy": {"evaluate.statistics", "evaluate.speed", "reuse.index", "gates.texts"},
     "fastapi": {
         "serve.routes_completions",
         "serve.deployment",
         "serve.app",
         "serve.routes_files",
+        "serve.routes_uploads",
         "serve.routes_batches",
         "serve.routes_page",
     },

@@ -24,11 +24,14 @@ from jobs_util import (
     write_prompts,
 )
 
-from batchgen.errors import SpecError
+from batchgen.errors import OutputError, SpecError
 from batchgen.gates import scan
-from batchgen.gates.count import Rules, hash_texts, make_counter
+from batchgen.gates import texts as gate_texts
+from batchgen.gates.count import Rules, make_counter
 from batchgen.gates.decide import Counts, judge_canary, judge_final
 from batchgen.gates.fit import make_schema_test
+from batchgen.gates.texts import TextTally, digest_texts, dump_text_sample, make_text_sample, parse_text_sample
+from batchgen.manifest import load_committed
 from batchgen.plan import make_plan
 from batchgen.records import InputFile
 from batchgen.spec import JobSpec
@@ -38,6 +41,7 @@ from batchgen.specs.patterns import match_any
 from batchgen.specs.sampling import find_fault
 from batchgen.storage import Storage
 from batchgen.verify.verify import verify
+from batchgen.worker.shard_footer import read_text_sample
 
 COUNTS = Counts(rows=100, errors=4, truncated=20, refused=10, unfit=30, tokens=960, num_hashed=96, num_repeated=24)
 
@@ -91,9 +95,42 @@ def test_rows_count_the_same_however_they_are_cut(tables: list[list[str]]) -> No
     )
     assert (whole.tokens, whole.refused) == (len(texts), texts.count("I'm sorry"))
     assert whole.unfit == len(texts) - texts.count('{"n": 1}')
-    hashes = [int(value) for table in tables for value in hash_texts(make_rows(table), 1)]
-    assert (len(hashes), len(set(hashes))) == (len(texts), len(set(texts)))
-    assert set(hash_texts(make_rows(texts), 2)) == {value for value in hashes if value % 2 == 0}
+    for order in (tables, tables[::-1]):
+        tally = TextTally()
+        for table in order:
+            sample = make_text_sample([digest_texts(make_rows(table))])
+            tally.add(parse_text_sample(dump_text_sample(sample)))
+        assert (tally.num_answers, tally.count_repeated()) == (len(texts), len(texts) - len(set(texts)))
+
+
+def tell_repeated(files: list[list[str]], max_digests: int) -> int:
+    tally = TextTally()
+    for file in files:
+        sample = make_text_sample([digest_texts(make_rows(file))], max_digests)
+        assert len(sample.digests) <= max_digests
+        tally.add(sample)
+    assert tally.num_answers == sum(map(len, files))
+    assert tally._num_kept <= gate_texts.MAX_ADDED
+    return tally.count_repeated()
+
+
+def test_repeats_are_known_from_small_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of no text; of one in half of all answers, which a draw of texts would miss; of texts that stand in two files."""
+    monkeypatch.setattr(gate_texts, "MAX_ADDED", 1000)
+    unique = [[f"{file} {row}" for row in range(2000)] for file in range(40)]
+    assert tell_repeated(unique, 64) == 0
+    half = [[*file[:1000], *["I can't"] * 1000] for file in unique]
+    assert tell_repeated(half, 64) == pytest.approx(40_000, rel=0.01)
+    twice = [[*file[:1600], *[f"{number % 20} x{row}" for row in range(400)]] for number, file in enumerate(unique)]
+    assert tell_repeated(twice, 64) == pytest.approx(8_000, rel=0.2)
+    monkeypatch.setattr(gate_texts, "MAX_ADDED", 100_000)
+    assert tell_repeated(twice, 10_000) == 8_000, "with room for all nothing is estimated"
+
+
+def test_a_sample_that_is_none_is_refused() -> None:
+    for raw in (b"", b"{}", b"[]", b'{"num_answers": 1, "num_texts": 1, "num_bits": 0, "digests": "AAA"}'):
+        with pytest.raises(ValueError, match=r"."):
+            parse_text_sample(raw)
 
 
 def make_rows(texts: list[str]) -> pa.Table:
@@ -270,11 +307,17 @@ def test_what_the_footers_know_is_not_read_and_what_nobody_asked_is_null(
     write_file(tmp_path / "in.parquet", make_prompts(40))
     over: Tree = {"engine": {"reject_text": "number 3 "}, "retry": {"max_error_rate": 1.0}}
     tree = make_tree(tmp_path / "in.parquet", tmp_path / "out", **over)
-    tree["gates"] = {"final": {"min_mean_tokens": 0, "max_duplicate_rate": 1}}
+    run(tree)
+    duplicates = {"final": {"min_mean_tokens": 0, "max_duplicate_rate": 1}}
+    tree["gates"] = duplicates
     monkeypatch.setattr(scan, "BATCH_ROWS", 7)
-    seen = run(tree)[0]["gates"]["seen"]["final"]
-    assert (seen["rows"], seen["errors"], seen["truncated"], seen["num_hashed"]) == (40, 1, None, 39)
+    from_rows = run(tree)[0]["gates"]["seen"]["final"]
+    assert (from_rows["rows"], from_rows["errors"], from_rows["num_hashed"]) == (40, 1, 39)
+    texts = {row["text"] for row in read_rows(f"{tmp_path}/out") if row["status"] == "ok"}
+    assert (from_rows["truncated"], from_rows["num_repeated"]) == (None, 39 - len(texts))
     monkeypatch.setattr(scan, "_iter_rows", None)
+    other = {**tree, "output": {**tree["output"], "path": f"{tmp_path}/other"}, "gates": duplicates}
+    assert run(other)[0]["gates"]["seen"]["final"] == from_rows
     tree["gates"] = {"final": {"min_rows_ok": 40, "max_error_rate": 0.5, "max_truncation_rate": 1}}
     report, _ = run(tree)
     assert [failed["what"] for failed in report["gates"]["failed"]] == ["min_rows_ok"]
@@ -385,6 +428,19 @@ def test_a_canary_that_can_not_be_read_stops_the_run(tmp_path: Path) -> None:
     assert (report["exit_code"], report["state"]) == (3, "stopped")
     assert path.name in report["message"]
     assert any("stopping" in told for told in view.warned)
+
+
+def test_a_footer_that_was_changed_since_is_not_asked(tmp_path: Path) -> None:
+    """Its sample may be of other rows than those that are there."""
+    tree, _ = make_job(tmp_path, {"final": {"max_duplicate_rate": 1}}, engine={"has_latency": False})
+    run(tree)
+    storage = Storage(str(tmp_path / "out"))
+    first, second, *_ = load_committed(storage, make_spec(tree).fingerprint()).values()
+    sample = read_text_sample(storage, first.info.path, first.footer_sha256)
+    assert sample is not None
+    assert sample.num_answers == first.footer.num_rows_ok
+    with pytest.raises(OutputError, match=f"{first.info.path}: was changed since it was written"):
+        read_text_sample(storage, first.info.path, second.footer_sha256)
 
 
 BAD: list[tuple[Tree, str]] = [

@@ -4,6 +4,7 @@ import asyncio
 import os
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -13,10 +14,10 @@ import torch
 
 from batchgen.engines.decode import DecodeBatch
 from batchgen.engines.hf_model import load_model
-from batchgen.engines.lanes import BULK_EVERY, SHORT_PREFILL_TOKENS, URGENT_MEMORY_S, Lanes
+from batchgen.engines.lanes import BULK_EVERY, REST_SHARE, SHORT_PREFILL_TOKENS, URGENT_MEMORY_S, Lanes
 from batchgen.engines.replies import ANSWERS_AT_ONCE, HOLD_TURNS, HeldAnswers, Job, answer
 from batchgen.engines.sampling import Row, make_row
-from batchgen.engines.transformers import NICE, lower_thread_priority
+from batchgen.engines.transformers import NICE, TransformersEngine, lower_thread_priority
 from batchgen.errors import EngineDied
 from batchgen.records import Generation, Request, RowId, SamplingParams, Usage
 from batchgen.spec import ModelSpec
@@ -81,6 +82,39 @@ def test_bulks_prefills_are_short_for_a_while_after_something_urgent(model: Any)
     end_urgent(lanes)
     clock.now += URGENT_MEMORY_S
     assert fill(lanes) == [MAX_ROWS]
+
+
+def test_the_thread_rests_after_bulks_turns_for_a_while_after_something_urgent(model: Any) -> None:
+    clock = Clock()
+    lanes = make_lanes(model, clock)
+    lanes.add(endless(), is_urgent=False)
+    lanes.turn()
+    assert lanes.find_rest_s(0.5) == 0.0, "nothing urgent came"
+    end_urgent(lanes)
+    assert lanes.find_rest_s(0.5) == 0.0, "that was no turn of bulk's"
+    lanes.turn()
+    assert lanes.find_rest_s(0.5) == REST_SHARE * 0.5
+    clock.now += URGENT_MEMORY_S
+    lanes.turn()
+    assert lanes.find_rest_s(0.5) == 0.0
+
+
+def test_something_urgent_ends_a_rest(model: Any) -> None:
+    """One that has ten minutes to go: to sleep it out would end this test."""
+
+    async def main() -> None:
+        engine = TransformersEngine(ModelSpec(), TransformersEngineSpec(kind="transformers"))
+        engine._is_yielding = True  # this thread keeps its priority
+        lanes, (bulk, urgent) = make_lanes(model, Clock()), make_jobs(2)
+        urgent.request = replace(urgent.request, is_urgent=True)
+        lanes.add(endless(), is_urgent=False)
+        engine._rest_until = time.monotonic() + 600
+        for job in (bulk, urgent):
+            engine._inbox.put(job)
+        assert engine._take(lanes)
+        assert lanes.is_urgent
+
+    asyncio.run(main())
 
 
 def test_a_prompt_longer_than_a_short_prefill_still_begins(model: Any) -> None:

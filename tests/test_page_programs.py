@@ -59,7 +59,8 @@ def test_the_endpoints_file_works() -> None:
 
 
 def test_the_endpoints_client_works_with_a_key_that_was_made_as_shown(tmp_path: Path) -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", ENDPOINT, re.DOTALL)
+    first, in_parts = re.findall(r"```python\n(.*?)```", ENDPOINT, re.DOTALL)
+    block = f"{first}{in_parts}print(client.batches.retrieve(batch.id).id)\n"
     (command,) = [words for words in list_commands("python") if "batchgen.serve.keys" in words]
     made = subprocess.run(
         [sys.executable, *command[1 : command.index(">>")]], capture_output=True, text=True, check=True, timeout=60
@@ -76,6 +77,7 @@ def test_the_endpoints_client_works_with_a_key_that_was_made_as_shown(tmp_path: 
         out = call(sys.executable, "-c", own, cwd=tmp_path)
     assert out.startswith("completed ")
     assert '"custom_id":"a"' in out.replace(" ", "")
+    assert out.splitlines()[-1].startswith("batch_"), "and so does a file in parts"
 
 
 def test_extras_that_are_named_exist() -> None:

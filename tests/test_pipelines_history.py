@@ -9,8 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchgen.pipelines.calendar import make_key
-from batchgen.pipelines.decide import Arrival, Outcome, decide_outcome, decide_start, describe_failures, lend_gpu_hours
-from batchgen.pipelines.events import Began, Deleted, Ended, PartitionEnded, Retired, Submitted
+from batchgen.pipelines.decide import (
+    Arrival,
+    Outcome,
+    choose_previous,
+    decide_outcome,
+    decide_start,
+    describe_failures,
+    lend_gpu_hours,
+)
+from batchgen.pipelines.events import AttemptFailed, Began, Deleted, Ended, PartitionEnded, Retired, Submitted
 from batchgen.pipelines.history import History, dump_history, parse_history
 from batchgen.pipelines.partitions import make_partition_name
 from batchgen.pipelines.past import End, Past
@@ -100,6 +108,42 @@ def test_what_is_asked_for_again_is_only_what_failed() -> None:
     history.apply(Deleted(KEY, 0.0))
     begin(history, "en", "de")
     assert [part.state for part in history.runs[KEY].parts.values()] == ["waiting", "waiting"], "their outputs are gone"
+
+
+def test_all_attempts_at_a_date_read_the_same_run_before_it() -> None:
+    """Or none: jobs that a retry renders otherwise would not fit the folders that they go on in."""
+    older, old, new = (f"2026-11-{day}T0100Z" for day in (25, 26, 27))
+
+    def submit(history: History, attempt: int) -> str:
+        previous = choose_previous(history, history.runs[KEY], "")
+        key = previous.key if previous is not None else ""
+        history.apply(Submitted(KEY, attempt, f"order-{attempt}", "ray", 0.0, previous=key, length_prior=key))
+        return key
+
+    def fail(history: History, is_last: bool) -> None:
+        if is_last:
+            history.apply(PartitionEnded(KEY, "", "failed", "", 0.0, 0.0))
+            history.apply(Ended(KEY, "failed", "", 0.0))
+        else:
+            history.apply(AttemptFailed(KEY, 1, "", 0.0, 0.0, 0.0))
+
+    def ask_again(history: History) -> History:
+        begin(history, "")
+        return parse_history(dump_history(history))
+
+    without, with_one = History(), History()
+    end(with_one, older, "succeeded")
+    end(with_one, old, "succeeded")
+    for history, key in ((without, ""), (with_one, old)):
+        begin(history, "")
+        assert submit(history, 1) == key
+        fail(history, is_last=False)
+        end(history, new, "succeeded")
+        assert submit(history, 2) == key, "though a newer one is there"
+        fail(history, is_last=True)
+        assert submit(ask_again(history), 3) == key
+    with_one.apply(Retired(old, 0.0))
+    assert submit(ask_again(with_one), 3) == new, "what it read is gone"
 
 
 def test_partitions_at_work_never_use_more_than_the_runs_gpu_hours_together() -> None:

@@ -13,11 +13,14 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from pipeline_util import make_pipeline, write_pipeline, write_prompts
+from typer.testing import CliRunner
 
+from batchgen.cli import app
 from batchgen.cli.pipelines import ask, has_ended
 from batchgen.driver.run import run_job
 from batchgen.driver.view import QuietView
 from batchgen.errors import InputError
+from batchgen.pipelines.calendar import parse_key
 from batchgen.pipelines.decide import Outcome
 from batchgen.pipelines.events import Began, Ended, PartitionEnded, Submitted
 from batchgen.pipelines.execute import execute
@@ -146,6 +149,48 @@ def test_a_hook_that_is_new_is_told_of_no_old_end(tmp_path: Path) -> None:
     keeper.submitter = OnlyEnds()
     wait_until(lambda: keeper.keep(0.0) is None and has_ended(keeper, OTHER))
     assert told.read_text() == "x"
+
+
+@pytest.mark.parametrize("catchup", [True, False])
+def test_a_paused_pipeline_begins_nothing_until_it_is_resumed(tmp_path: Path, catchup: bool) -> None:
+    """By the commands. What is at work goes on; of the dates that were missed meanwhile as many begin as `catchup` says."""
+    schedule = {"cron": "0 2 * * *", "timezone": "Europe/Berlin", "start": "2026-11-18T00:00:00Z", "catchup": catchup}
+    spec, file = make_spec(tmp_path, schedule=schedule, max_active_runs=9), str(tmp_path / "p.yaml")
+    keeper, days = make_keeper(spec, Starts()), [parse_key(f"2026-11-{day}T0130Z").timestamp() for day in (18, 19, 21)]
+    keeper.keep(days[0])
+    command("pause", file)
+    for now in days:
+        keeper.keep(now)
+    command("backfill", file, "--from", "2026-11-17", "--to", "2026-11-17")
+    keeper.keep(days[2])
+    assert {key: run.state for key, run in keeper.history.runs.items()} == {ONE: "running"}
+    assert "nightly" in command("list", file)
+    assert "paused" in command("list", file)
+    command("resume", file)
+    keeper.keep(days[2])
+    missed = ["2026-11-19T0100Z", "2026-11-20T0100Z", "2026-11-21T0100Z"]
+    assert list(keeper.history.runs) == [ONE, *(missed if catchup else missed[2:]), "2026-11-17T0100Z"]
+    assert "paused" not in command("list", file)
+
+
+def command(*arguments: str) -> str:
+    done = CliRunner().invoke(app, ["pipelines", *arguments])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+class Starts:
+    """A submitter whose jobs are all at work."""
+
+    kind = "local"
+
+    def submit(self, submission: Submission) -> None: ...
+
+    def get_status(self, submission: Submission) -> Status:
+        del submission
+        return "running"
+
+    def stop(self, submission: Submission) -> None: ...
 
 
 class OnlyEnds:

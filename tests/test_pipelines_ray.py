@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from jobs_util import count_calls
 from pipeline_util import make_pipeline, write_pipeline, write_prompts
 from ray_cluster import REPO, RayCluster, find_port, run_ray_cluster
 
@@ -112,6 +113,42 @@ def test_a_scheduler_that_is_a_ray_job_itself_gives_its_files_to_its_runs(cluste
     (own_run,) = [job for job in described if f"'batchgen-nightly-{run['key']}-1'" in job]
     assert "BATCHGEN_TEST_OWN" in own_run
     cluster.call("job", "stop", "--address", cluster.dashboard, "keeper")
+
+
+@pytest.mark.soak
+def test_a_dead_head_is_waited_for(cluster: RayCluster, tmp_path: Path) -> None:
+    """It dies with all that is on it, a job at work too, and another one comes that knows nothing: the scheduler lives
+    through it, and each date is made once."""
+    write_prompts(tmp_path / "in" / "rows.parquet")
+    tree = make_pipeline(str(tmp_path), retries={"max": 2, "delay": "0s"})
+    slow = {"kind": "simulated", "mean_tokens": 5, "decode_tokens_per_s": 1.0, "call_log": str(tmp_path / "calls")}
+    tree["stages"] = tree["stages"][:1]
+    tree["stages"][0]["job"]["engine"] = slow
+    file = write_pipeline(tmp_path / "p.yaml", tree)
+    backfill = ["pipelines", "backfill", file, "--from", "2026-11-18", "--to", "2026-11-19"]
+    subprocess.run([sys.executable, "-m", "batchgen.cli", *backfill], check=True)
+    with scheduling(cluster, file) as scheduler:
+        wait_for_calls(tmp_path / "calls")
+        cluster.kill_all()
+        time.sleep(15)  # a real outage, in which it asks some times
+        assert scheduler.poll() is None
+        assert show(file)["runs"][0]["state"] == "running", "nothing is decided while nobody answers"
+        cluster.start_head()
+        runs = wait_for_states(file, ["succeeded", "succeeded"], 240)
+    assert [run["attempt"] for run in runs] == [1, 1], "the same ids, submitted once more"
+    assert list_jobs(cluster) == [f"batchgen-nightly-{run['key']}-1" for run in runs]
+    for run in runs:
+        assert pq.read_table(f"{tmp_path}/made/{run['key']}/data").num_rows == 20
+    assert 40 <= count_calls(tmp_path / "calls") <= 60, (
+        "rows that were in flight on the dead one are sent again, no others"
+    )
+
+
+def wait_for_calls(folder: Path) -> None:
+    give_up_at = time.monotonic() + 60
+    while not folder.exists() or not count_calls(folder):
+        assert time.monotonic() < give_up_at
+        time.sleep(0.2)
 
 
 def test_a_head_that_is_not_there_is_away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

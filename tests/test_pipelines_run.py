@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pipeline_util import make_pipeline, write_pipeline, write_prompts
+from pipeline_util import make_job, make_pipeline, write_pipeline, write_prompts
 from typer.testing import CliRunner
 
 from batchgen.cli import app
@@ -197,6 +197,42 @@ def test_a_scheduler_that_is_killed_leaves_the_run_to_the_next(root: str, tmp_pa
         wait_until(lambda: call("pipelines", "list", file)["pipelines"][0]["succeeded"] == 2)
     runs = call("pipelines", "show", file)["runs"]
     assert [(run["state"], run["attempt"]) for run in runs] == [("succeeded", 1)] * 2
+
+
+def read_report(root: str, stage: str, key: str, lang: str) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads(Path(f"{root}/{stage}/{key}/{lang}/report.json").read_text())
+    return report
+
+
+def test_each_job_expects_the_lengths_of_its_own_stage_and_partition_the_date_before(root: str, tmp_path: Path) -> None:
+    """Without a line in the file; one that says null expects none. The report of the job and `show` say which."""
+    tree = make_pipeline(root, max_active_partitions=2)
+    tree["partitions"] = {"lang": ["en", "de"]}
+    for stage in tree["stages"]:
+        stage["job"]["output"]["path"] += "/{{ lang }}"
+    judge = tree["stages"][1]
+    again = make_job(root, "again", "", input={**judge["job"]["input"], "length_prior": None})
+    again["output"]["path"] += "/{{ lang }}"
+    tree["stages"].append({**judge, "name": "again", "job": {**again, "prompt": judge["job"]["prompt"]}})
+    file = write_pipeline(tmp_path / "p.yaml", tree)
+    runs = [call("pipelines", "run", file, "--date", f"2026-11-{day}") for day in (19, 20)]
+    keys = [run["key"] for run in runs]
+    assert [run["length_priors"] for run in runs] == [[], keys[:1]]
+    for lang in ("en", "de"):
+        for stage, folder in (("made", f"{root}/made/{keys[0]}/{lang}"), ("judged", f"{root}/judged/{keys[0]}/{lang}")):
+            first, second = (read_report(root, stage, key, lang) for key in keys)
+            assert (first["what"]["length_prior"], second["what"]["length_prior"]) == (None, folder)
+        assert read_report(root, "again", keys[1], lang)["what"]["length_prior"] is None
+    shown = CliRunner().invoke(app, ["pipelines", "show", file]).output
+    assert shown.count(f", lengths expected as in {keys[0]}") == 1
+    told = CliRunner().invoke(app, ["report", f"{root}/made/{keys[1]}/en"]).output
+    assert "lengths expected" in told
+    tree["stages"][1]["job"]["prompt"] = {"template": "Well? {text}"}
+    other = call("pipelines", "run", write_pipeline(tmp_path / "p.yaml", tree), "--date", "2026-11-21")
+    priors = [read_report(root, stage, other["key"], "en")["what"]["length_prior"] for stage in ("made", "judged")]
+    assert priors == [f"{root}/made/{keys[1]}/en", None], "other prompts, other lengths"
+    html = Path(f"{root}/made/{keys[1]}/en/report.html").read_text()
+    assert f"as measured by {root}/made/{keys[0]}/en" in html
 
 
 class scheduler:

@@ -1,7 +1,10 @@
 """A pipeline whose state, outputs and publication lie on an S3 server: two schedulers, real jobs, replies that are lost,
-and a store that fails at random in every way S3 is known for. Only Ray is played: an attempt is a thread of ours."""
+and a store that fails at random in every way S3 is known for: there Ray is played, an attempt is a thread of ours. And real
+scheduler processes, killed."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -13,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs_util import read_folder
+import yaml
+from jobs_util import count_calls, read_folder
 from pipeline_util import make_job, make_pipeline, write_pipeline, write_prompts
 from s3_server import S3Proxy
 
@@ -195,3 +199,48 @@ def test_two_schedulers_come_through_a_bad_store(
     s3_proxy.behave()
     assert sum(faults.values()) > 20
     check_all(spec)
+
+
+@contextmanager
+def process_scheduling(file: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A real `batchgen schedule --local`; each attempt is a process of its own, which outlives it. Killed at the end."""
+    process = subprocess.Popen([sys.executable, "-m", "batchgen.cli", "schedule", file, "--local"])
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_for_event(spec: PipelineSpec, number: int, timeout_s: float = 60) -> None:
+    give_up_at = time.monotonic() + timeout_s
+    while open_folder(spec).info(make_path(number)) is None:
+        assert time.monotonic() < give_up_at, number
+        time.sleep(0.02)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kills", [(2, 4), (3, 9), (5, 12)])
+def test_schedulers_killed_with_their_state_on_s3_make_each_date_once(
+    s3_url: str, tmp_path: Path, kills: tuple[int, int]
+) -> None:
+    """Two real schedulers, real jobs. Each scheduler is killed with SIGKILL right behind an event of the log, and another
+    one takes its place. Every row of every date is sent to the engine exactly once."""
+    spec = make_spec(s3_url, tmp_path, "en", "de")
+    tree = yaml.safe_load((tmp_path / "p.yaml").read_text())
+    tree["schedule"]["end"] = "2026-11-20T12:00:00Z"
+    slow = {"kind": "simulated", "mean_tokens": 5, "decode_tokens_per_s": 4.0, "call_log": str(tmp_path / "calls")}
+    tree["stages"][0]["job"]["engine"] = slow
+    file = write_pipeline(tmp_path / "p.yaml", tree)
+    with process_scheduling(file) as first, process_scheduling(file) as second:
+        wait_for_event(spec, kills[0])
+        first.kill()
+        with process_scheduling(file):
+            wait_for_event(spec, kills[1])
+            second.kill()
+            with process_scheduling(file):
+                wait_until_done(spec)
+    check_all(spec)
+    assert count_calls(tmp_path / "calls") == 3 * 2 * 20
+    attempts = [part.attempt for run in open_log(spec).catch_up().runs.values() for part in run.parts.values()]
+    assert attempts == [1] * 6

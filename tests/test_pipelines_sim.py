@@ -64,6 +64,7 @@ def test_every_date_exactly_once(seed: int) -> None:
     world = run_world(seed, 250)
     check_each_date_once(world, 250)
     assert world.client.num_kills > 5
+    assert world.num_priors > 200
     standing = {name.split("/")[3] for name in world.client.held if name.startswith("memory://out/")}
     assert len(standing) == 3, "retention keeps the newest, whatever was killed while it deleted"
 
@@ -139,7 +140,7 @@ def test_a_kill_at_each_operation_in_turn(step: int) -> None:
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("is_partitioned", [False, True])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(6))
 def test_ten_thousand_days(seed: int, is_partitioned: bool) -> None:
     started = time.monotonic()
     world = run_world(seed, 10_000, **(make_partitioned() if is_partitioned else {}))

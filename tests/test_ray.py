@@ -9,6 +9,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from jobs_util import run
+from prometheus_server import Prometheus, run_prometheus
 from promql import list_metrics
 from ray_cluster import MARK, RayCluster, list_marked, run_ray_cluster
 from s3_server import S3Proxy, S3Server, make_env
@@ -26,6 +28,7 @@ from trtllm_util import CHILD, KEEPER, RANK, SMALL, create_stand_in
 import batchgen
 from batchgen.batch_stats import read_stats_table
 from batchgen.engines.simulated import read_calls
+from batchgen.specs.load import load_spec
 from batchgen.storage import Storage
 from batchgen.worker.handoff import list_handoffs
 
@@ -44,7 +47,7 @@ def proxy(s3_server: S3Server) -> Iterator[S3Proxy]:
 
 @pytest.fixture(scope="module")
 def cluster(proxy: S3Proxy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
-    with run_ray_cluster(tmp_path_factory.mktemp("home"), make_env(proxy.endpoint)) as cluster:
+    with run_ray_cluster(tmp_path_factory.mktemp("home"), make_env(proxy.endpoint), num_gpus=1) as cluster:
         yield cluster
 
 
@@ -372,29 +375,102 @@ def test_driver_of_another_build_is_turned_away(cluster: RayCluster, tmp_path: P
     assert count_calls(tmp_path) == 0
 
 
+def write_metrics_job(path: Path, num_rows: int) -> str:
+    """A job that makes use of every metric: errors, retries, GPUs (Ray believes in one)."""
+    prompts = [f"row {row}: please" if row % 9 else None for row in range(num_rows)]
+    (path / "in").mkdir()
+    pq.write_table(pa.table({"prompt": prompts}), path / "in" / "part.parquet")
+    return write_spec(
+        path,
+        str(path / "in"),
+        str(path / "out"),
+        engine={"failure_rate": 0.2},
+        retry={"max_error_rate": 1},
+        cluster={"gpus_per_worker": 0.5},
+    )
+
+
 def test_a_run_exports_every_metric_that_dashboard_and_alerts_read(cluster: RayCluster, tmp_path: Path) -> None:
     """Scraped from Ray's own endpoint while the run works; a run with errors and answers."""
-    prompts = [f"row {row}: please" if row % 9 else None for row in range(900)]
-    (tmp_path / "in").mkdir()
-    pq.write_table(pa.table({"prompt": prompts}), tmp_path / "in" / "part.parquet")
-    spec = write_spec(
-        tmp_path, str(tmp_path / "in"), str(tmp_path / "out"), engine={"failure_rate": 0.2}, retry={"max_error_rate": 1}
-    )
-    job = cluster.submit(spec)
+    job = cluster.submit(write_metrics_job(tmp_path, 900))
     wanted = {name for expression in list_expressions().values() for name in list_metrics(expression)}
+    ends = {"ray_batchgen_runs_ended_total"}
     found: dict[str, str] = {}
 
-    def scrape() -> bool:
+    def scrape() -> set[str]:
         with urllib.request.urlopen(cluster.metrics, timeout=10) as answer:
             lines = answer.read().decode().splitlines()
         found.update({re.split(r"[{ ]", line, maxsplit=1)[0]: line for line in lines if not line.startswith("#")})
-        return wanted <= found.keys()
+        return wanted - found.keys()
 
-    wait_for(scrape, f"all of {sorted(wanted)}", 60)
+    wait_for(lambda: scrape() <= ends, f"all of {sorted(wanted)}", 60)
     assert cluster.wait(job, 90) == "SUCCEEDED", cluster.read_logs(job)[-3000:]
+    assert not scrape(), "the last word is there as soon as the driver is gone"
+    assert 'state="finished"' in found["ray_batchgen_runs_ended_total"]
     assert 'finished_reason="' in found["ray_batchgen_request_success_total"]
     assert 'error_type="null_prompt"' in found["ray_batchgen_request_failure_total"]
     assert not [line for line in found.values() if "please" in line], "no prompt in a label"
+
+
+@dataclass(frozen=True, slots=True)
+class Board:
+    """The dashboard and the alert rules of one job, asked of a real Prometheus."""
+
+    prometheus: Prometheus
+    job: str
+
+    def list_runs(self) -> list[str]:
+        """What the dashboard's variable offers."""
+        values: list[str] = self.prometheus.get("label/run/values", **{"match[]": "ray_batchgen_rows"})
+        return [value for value in values if value.startswith(self.job)]
+
+    def list_empty_panels(self, run: str) -> list[str]:
+        """Queries without data, but that of runs that have ended."""
+        return [
+            where
+            for where, expression in list_expressions().items()
+            if not where.startswith(("Batchgen", "Runs that ended"))
+            and not self.prometheus.query(expression.replace("$run", run).replace("$__rate_interval", "10s"))
+        ]
+
+    def list_missed(self) -> list[str]:
+        """Runs whose driver is gone, as the rule has it, but for how long it waits."""
+        found = self.prometheus.query(list_expressions()["BatchgenDriverGone"])
+        return [series["metric"]["run"] for series in found if series["metric"]["run"].startswith(self.job)]
+
+    def list_ends(self) -> dict[str, str]:
+        found = self.prometheus.query(f'ray_batchgen_runs_ended_total{{run=~"{self.job}.*"}}')
+        return {series["metric"]["run"]: series["metric"]["state"] for series in found}
+
+
+def test_prometheus_answers_every_query_and_misses_a_driver_that_was_killed(
+    cluster: RayCluster, tmp_path: Path
+) -> None:
+    """Set up as docs/metrics.md says: it finds Ray's agents by the file that Ray writes."""
+    spec = write_metrics_job(tmp_path, 1500)
+    job = load_spec(spec).fingerprint()[:8]
+    first, second = f"{job}-e1", f"{job}-e2"
+    with run_prometheus(tmp_path, cluster.discovery) as prometheus:
+        board = Board(prometheus, job)
+        cluster.submit(spec)
+        wait_for(lambda: board.list_runs() == [first], "a run to choose on the board")
+        wait_for(lambda: not board.list_empty_panels(first), "data in every panel")
+        (group,) = prometheus.get("rules")["groups"]
+        assert [(rule["name"], rule["health"]) for rule in group["rules"]] == [
+            (name, "ok") for name in list_expressions() if name.startswith("Batchgen")
+        ]
+        assert board.list_missed() == []
+
+        holder = json.loads((tmp_path / "out" / "_batchgen" / "lease" / "000000001.json").read_text())
+        os.kill(holder["pid"], signal.SIGKILL)
+        wait_for(lambda: board.list_missed() == [first], "the driver to be missed")
+        again = cluster.submit(spec)
+        wait_for(lambda: board.list_missed() == [], "the next run to say that this one is over")
+        assert cluster.wait(again, 90) == "SUCCEEDED", cluster.read_logs(again)[-3000:]
+        wait_for(lambda: board.list_ends() == {first: "followed", second: "finished"}, "how it ended")
+        looked = f'ray_batchgen_looked_at_seconds{{run="{second}"}}'
+        wait_for(lambda: not prometheus.query(looked), "the gauges to go with their driver")
+        assert board.list_missed() == []
 
 
 def test_nothing_of_a_run_is_left_behind(cluster: RayCluster) -> None:

@@ -2,7 +2,11 @@
 
 import json
 import os
+import resource
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -25,7 +29,7 @@ from batchgen.gates.decide import Counts, judge_canary, judge_final, make_gate_r
 from batchgen.queue.timeline import MAX_BINS, SPAN_FIELDS, Moment, Timeline
 from batchgen.report.by import group_rows
 from batchgen.report.distributions import make_bars
-from batchgen.report.figures import show, show_share, show_short, show_time
+from batchgen.report.figures import show, show_amount, show_share, show_short, show_time
 from batchgen.report.gates import LABELS, make_gate_checks, show_check
 from batchgen.report.generations import choose_rows
 from batchgen.report.lanes import MAX_LANES, make_lanes, merge_intervals
@@ -110,6 +114,18 @@ def test_worker_time_is_useful_or_lost_to_one_of_four_reasons() -> None:
     assert sum(waste[name] or 0 for name in ("useful", *LOSSES)) == pytest.approx(200)
 
 
+@given(st.lists(st.floats(0, 300), min_size=8, max_size=8))
+def test_worker_time_adds_up_whatever_a_record_says(seconds: list[float]) -> None:
+    """One of a run's first second is made of few looks: they see more of the window than there was of the worker."""
+    worker, startup, *spans = seconds
+    names = ("ready_s", "inflight_s", "window_s")
+    total, tail = dict(zip(names, spans[:3], strict=True)), dict(zip(names, spans[3:], strict=True))
+    waste = make_waste(make_record(worker_s=worker, startup_s=startup, total=total, tail=tail), 900, is_settled=True)
+    parts = [waste[name] or 0.0 for name in ("useful", *LOSSES)]
+    assert min(parts) >= 0
+    assert sum(parts) == pytest.approx(worker)
+
+
 def test_retries_are_unknown_while_a_journal_may_hold_what_seems_lost() -> None:
     assert make_waste(make_record(), 900, is_settled=False)["retries"] is None
     assert make_waste(make_record(num_tokens=0), 0, is_settled=True)["retries"] is None
@@ -133,6 +149,22 @@ def make_value(**over: Any) -> dict[str, Any]:
     return make_report(
         over.pop("spec", None) or make_job_spec(), {**rows, "is_complete": True}, table, records, **{**facts, **over}
     )
+
+
+def test_a_run_that_got_to_its_end_with_too_many_errors_is_no_success() -> None:
+    assert '<span class="state finished">finished<' in make_html({**make_value(), "exit_code": 0})
+    assert '<span class="state gate_failed">too many errors<' in make_html({**make_value(), "exit_code": 1})
+
+
+def test_the_rate_of_a_run_that_goes_on_is_of_what_it_last_told() -> None:
+    """Its batches are newer than that: over its time they would be a rate that nothing had."""
+    table = make_stats_table([make_batch(0, "worker-0000", 0, 90, completion_tokens=50_000)])
+    going_on = make_value(
+        state="running", records=[make_record(state="running", elapsed_s=2.0, num_tokens=100)], table=table
+    )
+    assert going_on["run"]["tokens_per_s"] == 50
+    assert "Run, as last told" in make_html(going_on)
+    assert make_value(table=table)["run"]["tokens_per_s"] == 500
 
 
 def test_the_bill_is_of_all_runs_and_unknown_where_one_has_no_price() -> None:
@@ -229,7 +261,7 @@ def test_sketches_become_columns_and_nothing_is_null() -> None:
         (show(None), "unknown"), (show(1234567), "1,234,567"), (show(0.01234, "s"), "0.0123 s"), (show(0), "0"),
         (show_share(None), "unknown"), (show_share(0.00001), "< 0.1 %"), (show_share(1.0), "100 %"),
         (show_time(3e-4), "300 us"), (show_time(0.0), "0 s"), (show_time(125), "2 min 05 s"),
-        (show_time(7325), "2 h 02 min"),
+        (show_time(7325), "2 h 02 min"), (show_time(137_332_140), "38,148 h"), (show_amount(5e-5), "< 0.01"),
         (show_short(12_300), "12.3k"), (show_short(4.5e9), "4.5G"), (show_short(None), "unknown"),
     ],
 )  # fmt: skip
@@ -373,9 +405,13 @@ def test_a_report_made_of_stats_alone_says_the_same(job: tuple[Path, Tree]) -> N
 
 @pytest.fixture(scope="module")
 def large(job: tuple[Path, Tree], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """OUT as 1,000,000 rows in 2,000 batches of 16 workers leave it, stats synthesised, and no data/ at all."""
-    out = tmp_path_factory.mktemp("large") / "out"
-    shutil.copytree(job[0], out)
+    """1,000,000 rows."""
+    return make_large(job[0], tmp_path_factory.mktemp("large") / "out", num_batches=2000, num_workers=16)
+
+
+def make_large(source: Path, out: Path, *, num_batches: int, num_workers: int) -> Path:
+    """OUT as batches of 500 rows on so many workers leave it, stats synthesised, and no data/ at all."""
+    shutil.copytree(source, out)
     shutil.rmtree(out / "data")
     first, *others = sorted((out / "batch_stats").iterdir())
     for path in others:
@@ -385,17 +421,32 @@ def large(job: tuple[Path, Tree], tmp_path_factory: pytest.TempPathFactory) -> P
     counts = {"num_rows_ok": 490, "num_rows_error": 10, "completion_tokens": 50_000, "prompt_tokens": 100_000}
     texts = {"finish_reasons": {"stop": 490}, "error_types": {"timed_out": 10}, "lengths": "9.28:200 10.31:290"}
     batches = [
-        make_batch(number, f"worker-{number % 16:04d}", 10 + 30 * (number // 16), 30 - number % 7, **counts, **texts,
-                   sketches=dict.fromkeys(SKETCH_FIELDS, sketches[number % 20]))
-        for number in range(2000)
+        make_batch(number, f"worker-{number % num_workers:04d}", 10 + 30 * (number // num_workers), 30 - number % 7,
+                   **counts, **texts, sketches=dict.fromkeys(SKETCH_FIELDS, sketches[number % 20]))
+        for number in range(num_batches)
     ]  # fmt: skip
     pq.write_table(make_stats_table(replace(batch, epoch=2) for batch in batches), first)
-    lives = [make_life(f"worker-{number:04d}", 0, 10, None, None) for number in range(16)]
+    lives = [make_life(f"worker-{number:04d}", 0, 10, None, None) for number in range(num_workers)]
+    took_s = 50.0 + 30 * num_batches / num_workers
     storage = Storage(str(out))
-    record = {**unseal(read_records(storage)[-1]), "workers": lives, "began_at": 1e9, "elapsed_s": 3800.0}
-    record |= {"bin_s": 3800 / MAX_BINS, "bins": {name: [float(n) for n in range(MAX_BINS)] for name in SPAN_FIELDS}}
+    record = {**unseal(read_records(storage)[-1]), "workers": lives, "began_at": 1e9, "elapsed_s": took_s}
+    record |= {"bin_s": took_s / MAX_BINS, "bins": {name: [float(n) for n in range(MAX_BINS)] for name in SPAN_FIELDS}}
     storage.put(make_record_path(2), seal_json(record))
     return out
+
+
+@pytest.mark.soak
+def test_the_page_of_ten_million_rows(job: tuple[Path, Tree], tmp_path: Path) -> None:
+    """By the command, in a process of its own; what it takes is printed."""
+    out = make_large(job[0], tmp_path / "out", num_batches=20_000, num_workers=1000)
+    page, started = tmp_path / "page.html", time.monotonic()
+    command = [sys.executable, "-m", "batchgen.cli", "report", str(out), "--html", str(page)]
+    code = subprocess.run(command, capture_output=True, timeout=100).returncode
+    took_s, size = time.monotonic() - started, page.stat().st_size
+    peak_mb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1000
+    print(f"10,000,000 rows: {took_s:.1f} s, {size / 1e6:.2f} MB, at most {peak_mb:.0f} MB of memory")
+    assert code == 0
+    assert 50_000 < size < 5_000_000
 
 
 def test_the_page_of_a_million_rows_is_made_of_stats_alone_and_stays_small(large: Path) -> None:

@@ -193,8 +193,10 @@ def test_without_a_key_nothing_but_health(server: Server) -> None:
             assert nobody.get(path).status_code == 200
         for path in ("/v1/files", "/v1/batches", "/v1/models", "/docs", "/v1/nothing", "/health/"):
             assert check_error(nobody.get(path), 401)["code"] == "invalid_api_key"
-    wrong = openai.OpenAI(base_url=server.url, api_key="sk-wrong", max_retries=0)
-    with pytest.raises(openai.AuthenticationError):
+    with (
+        openai.OpenAI(base_url=server.url, api_key="sk-wrong", max_retries=0) as wrong,
+        pytest.raises(openai.AuthenticationError),
+    ):
         wrong.models.list()
 
 

@@ -95,6 +95,19 @@ def test_upload_start_and_look_at_the_first_results(page: sync_api.Page) -> None
     picture(page, "finished-dark")
 
 
+def test_a_large_file_goes_in_parts(page: sync_api.Page, tmp_path: Path) -> None:
+    sent: list[str] = []
+    page.on("request", lambda request: sent.append(request.url))
+    path = tmp_path / "large.jsonl"  # Playwright gives larger ones by their path only
+    path.write_bytes(make_jsonl([make_line(f"r{number}", user="y" * 10_000) for number in range(1800)]))
+    page.set_input_files("#file", path)
+    page.click("#go")
+    page.locator("#facts").get_by_text("completed", exact=True).wait_for()
+    page.locator("#facts").get_by_text("1,800").first.wait_for()
+    assert sum(url.endswith("/parts") for url in sent) == 3
+    assert not [url for url in sent if url.endswith("/v1/files")]
+
+
 def test_a_running_batch_shows_rates_and_is_cancelled(page: sync_api.Page, server: Server) -> None:
     batch = create(server.client(), [make_line(f"slow-{number}", model="slow") for number in range(400)])
     page.locator(f'#list button[title="{batch.id}"]').click()

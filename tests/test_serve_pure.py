@@ -233,6 +233,34 @@ def test_any_line_is_a_request_or_a_fault_that_names_it(lines: list[bytes]) -> N
     assert len(set(keys)) == len(keys)
 
 
+@pytest.mark.parametrize("depth", [90, 110, 400, 900])
+@pytest.mark.parametrize("where", ["messages", "tools", "response_format", "metadata"])
+def test_a_body_nested_as_deep_as_json_goes_is_rows_or_a_400(where: str, depth: int) -> None:
+    deep = json.loads('{"a":' * depth + "1" + "}" * depth)
+    bodies: dict[str, object] = {
+        "messages": [{"role": "user", "content": "x", "name": deep}],
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": deep}}],
+        "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": deep}},
+        "metadata": deep,
+    }
+    body = {"model": "m", "messages": [{"role": "user", "content": "x"}], where: bodies[where]}
+    if depth < 100:
+        assert len(read_body(CHAT, body, EVERYTHING).rows) == 1
+        return
+    with pytest.raises(ApiError) as caught:
+        read_body(CHAT, body, EVERYTHING)
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("name", ["top_k", "max_tokens", "seed", "n", "stop_token_ids", "temperature", "min_p"])
+def test_a_number_beyond_all_engines_is_a_400(name: str) -> None:
+    for value in (10**400, 2**63, -1):
+        body = {"model": "m", "prompt": "x", name: [value] if name == "stop_token_ids" else value}
+        with pytest.raises(ApiError) as caught:
+            read_body(COMPLETIONS, body, EVERYTHING)
+        assert (caught.value.status, caught.value.param) == (400, name)
+
+
 def test_what_a_body_becomes() -> None:
     body = {
         "model": "m",
@@ -568,3 +596,27 @@ def test_what_is_damaged_holds_up_no_other_batch(tmp_path: Path) -> None:
     conductor.stop()
     assert any(made[0].id in each for each in told)
     assert any(made[1].id in each for each in told)
+
+
+class Faulty(State):
+    """In place of a bug that one file brings out every time."""
+
+    def read_file(self, tenant: str, file_id: str) -> FileRecord | None:
+        raise ZeroDivisionError(f"{tenant} {file_id}")
+
+
+def test_a_file_that_our_own_fault_lies_in_fails_its_batch(tmp_path: Path) -> None:
+    state, told, record = Faulty(str(tmp_path)), list[str](), make_record()
+    spec = make_endpoint({"store": str(tmp_path), "models": {"m": {"engine": {"kind": "simulated"}}}})
+    state.create_batch(record)
+    conductor = Conductor(spec, state, say=told.append)
+    conductor.start()
+    give_up_at = time.monotonic() + 60
+    while (known := state.read_batch("acme", record.id)) is None or known.batch.status != "failed":
+        assert time.monotonic() < give_up_at
+        time.sleep(0.05)
+    conductor.stop()
+    assert known.batch.errors is not None
+    assert [error.code for error in known.batch.errors.data] == ["internal_error"]
+    assert len(told) == 3
+    assert all("ZeroDivisionError" in each for each in told)

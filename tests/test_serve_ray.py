@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ class Served:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/v1"
 
-    @property
+    @cached_property
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=self.url, api_key="none", max_retries=8)
 
@@ -113,6 +114,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         found.wait_up()
         yield found
     finally:
+        found.client.close()
         stop_processes(list_marked(mark))
         process.wait(10)
 

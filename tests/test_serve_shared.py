@@ -1,6 +1,7 @@
 """Engines shared by batches and interactive requests, without Ray: who goes first, what is shown, who is blamed."""
 
 import asyncio
+import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -157,6 +158,26 @@ def test_threads_take_turns_often_only_while_interactive_requests_come() -> None
     assert intervals == [SWITCH_S, usual]
     switching.note()
     assert intervals == [SWITCH_S, usual, SWITCH_S]
+
+
+def test_a_tokenizer_needs_no_torch_and_leaves_it_to_others() -> None:
+    """In a process of its own, where nothing else has loaded it."""
+    code = """
+import sys
+from batchgen.engines.hf_tokenizer import HFTokenizer
+from batchgen.serve.interpreter import hiding_torch
+from batchgen.spec import ModelSpec
+chat = ({"role": "user", "content": "30 + 12 = ?"},)
+with hiding_torch():
+    ids = HFTokenizer(ModelSpec()).encode_chat(chat, thinking=False)
+assert "torch" not in sys.modules
+import torch
+with hiding_torch():
+    assert HFTokenizer(ModelSpec()).encode_chat(chat, thinking=False) == ids
+assert sys.modules["torch"] is torch and len(ids) > 5
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # ---- text as it grows

@@ -37,7 +37,7 @@ from batchgen.metrics import Meter
 from batchgen.queue.events import JournalFlushed, PoolEvent, RowsGiven, ShardCommitted, ShareEnded, WorkerLost
 from batchgen.queue.orders import GiveRows, HelpShare, Order, TakeIn
 from batchgen.queue.tail import TailPolicy
-from batchgen.records import Generation, Request, RowId
+from batchgen.records import Generation, Request
 from batchgen.storage import Storage
 from batchgen.worker.handoff import list_handoffs, make_handoff_path, read_handoff, write_handoff
 from batchgen.worker.worker import WorkerSetup
@@ -170,8 +170,8 @@ def check(tree: Tree, files: list[tuple[str, int]], n: int = 1) -> dict[str, dic
 def test_one_shard_is_made_by_two_workers_and_committed_by_one(
     tree: Tree, files: list[tuple[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counted: list[RowId] = []
-    monkeypatch.setattr(Meter, "note", lambda _, result: counted.append(result.row_id))
+    counted: list[int] = []
+    monkeypatch.setattr(Meter, "note", lambda _, rows: counted.extend(rows["source_row"].to_pylist()))
     with splitting(monkeypatch) as pools:
         report, view = run(tree)
     assert report["exit_code"] == 0

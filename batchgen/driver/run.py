@@ -24,6 +24,7 @@ from batchgen.errors import LeaseLost, OutputError, RunStopped, StorageError
 from batchgen.gates.watch import GateWatch
 from batchgen.logs import Note, in_run, log_event
 from batchgen.metrics import Point
+from batchgen.names import make_run_name
 from batchgen.queue.events import WorkerPool
 from batchgen.queue.inquiry import Inquiry
 from batchgen.queue.progress import Progress
@@ -71,14 +72,16 @@ def run_job(
                 check_signal()
                 check()
 
-            recorder = RunRecorder(storage, job.spec, hold.epoch)
+            recorder = RunRecorder(storage, job.spec, hold.epoch, job.prior.source if job.prior else None)
             watch = make_watch(job, hold, view, create_publisher(setup))
             with closing(LivePage(job, hold, recorder, gates)) as page:
                 dispatcher = make_dispatcher(job, hold, pool, view, check_all, recorder, gates, watch, page)
                 message = dispatch(dispatcher, view)
             recorder.close(dispatcher, message)
             last = watch.sum_up(dispatcher)
-        return tell_end(finish(job, dispatcher, hold, gates, message=message, is_trial=limit is not None, last=last))
+        report = finish(job, dispatcher, hold, gates, message=message, is_trial=limit is not None, last=last)
+        watch.tell_end(report["state"])
+        return tell_end(report)
 
 
 def tell_end(report: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +95,8 @@ def make_watch(job: Job, hold: Hold, view: View, publish: Callable[[Iterable[Poi
     """Who is told how the run goes."""
     interval_s = job.spec.cluster.log_interval_s
     status = StatusWriter(job.storage, hold.epoch, interval_s)
-    return Watch(view, status, look_s=interval_s, publish=publish)
+    before = make_run_name(job.spec.fingerprint(), hold.epoch - 1) if hold.epoch > 1 else None
+    return Watch(view, status, look_s=interval_s, publish=publish, run_before=before)
 
 
 def make_dispatcher(

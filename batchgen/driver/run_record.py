@@ -34,9 +34,10 @@ BUSY_INTERVAL_S = 0.5
 class RunRecorder:
     """Of one run. `update` at every turn of its loop, `close` at its end."""
 
-    def __init__(self, storage: Storage, spec: JobSpec, epoch: int) -> None:
+    def __init__(self, storage: Storage, spec: JobSpec, epoch: int, length_prior: str | None = None) -> None:
+        """`length_prior`: the output folder whose measured lengths are expected."""
         self._storage, self._epoch = storage, epoch
-        self._facts = make_run_facts(spec)
+        self._facts = {**make_run_facts(spec), "length_prior": length_prior}
         self._timeline = Timeline(time.monotonic())
         self._began_at = time.time()
         self._record: dict[str, Any] = {}
@@ -44,7 +45,8 @@ class RunRecorder:
         self._num_busy = 0
 
     def update(self, dispatcher: Dispatcher, progress: Progress) -> bool:
-        """Notes how it is now; True when it was also written down, every half minute."""
+        """Notes how it is now; True when it was also written down: each time the run is twice as old, then every half
+        minute."""
         now = time.monotonic()
         if now >= self._next_busy:
             self._next_busy = now + BUSY_INTERVAL_S
@@ -56,7 +58,7 @@ class RunRecorder:
         self._timeline.turn(moment, now)
         if now < self._next:
             return False
-        self._next = now + INTERVAL_S
+        self._next = now + min(INTERVAL_S, max(1.0, now - self._timeline.began))
         self._record = self._make(dispatcher, now, "running", None)
         self._write()
         return True

@@ -11,7 +11,7 @@ from typing import Any
 from batchgen.driver.control import StatusWriter
 from batchgen.driver.dispatch import Dispatcher
 from batchgen.driver.view import View
-from batchgen.metrics import Point, measure_run
+from batchgen.metrics import Point, measure_begin, measure_end, measure_run
 from batchgen.queue.progress import Progress
 from batchgen.queue.pulse import Pulse, Snapshot
 
@@ -28,11 +28,14 @@ class Watch:
         clock: Callable[[], float] = time.monotonic,
         look_s: float = LOOK_S,
         publish: Callable[[Iterable[Point]], None] = lambda _: None,
+        run_before: str | None = None,
     ) -> None:
+        """`run_before`: what metrics call the run before this one, if there was one."""
         self._publish = publish
         self._view, self._status, self._clock, self._look_s = view, status, clock, min(LOOK_S, look_s)
         self._pulse = Pulse()
         self._next = clock()
+        publish(measure_begin(run_before))
 
     def show(self, dispatcher: Dispatcher, progress: Progress) -> None:
         now = self._clock()
@@ -50,6 +53,10 @@ class Watch:
         seen = self._look(dispatcher, dispatcher.make_progress())
         over: dict[str, Any] = dict.fromkeys(("tokens_per_s", "eta_s", "eta_low_s", "eta_high_s"))
         return replace(seen, workers=(), worker_states={}, **over)
+
+    def tell_end(self, state: str) -> None:
+        """All that a run writes is written. Whoever hears nothing of a run, and not this either, has lost its driver."""
+        self._publish(measure_end(state))
 
     def _look(self, dispatcher: Dispatcher, progress: Progress) -> Snapshot:
         at, tally = dispatcher.clock(), dispatcher.ledger.tally

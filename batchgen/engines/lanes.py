@@ -5,7 +5,8 @@ urgent lane has work it gets the turns, but for one in `BULK_EVERY`, so that no 
 lane costs nothing: neither turns nor cache. While it is not idle, the other lane keeps to what it leaves of the cache.
 
 A turn under way is never broken off: whoever comes waits for the rest of it. Where something urgent came lately, more is
-about to come, and the other lane's prefills are kept about as short as its steps; one long prompt still is one turn.
+about to come, and the other lane's prefills are kept about as short as its steps; one long prompt still is one turn. And
+where requests travel on the cores that decode, the thread rests after each of the other lane's turns.
 """
 
 import time
@@ -26,6 +27,8 @@ URGENT_SHARE = 0.25
 # Bulk then makes up to a third fewer rows, so it is for those who ask one thing after another, and soon over.
 URGENT_MEMORY_S = 2.0
 SHORT_PREFILL_TOKENS = 3
+# How much longer than a turn of bulk's the rest after it is.
+REST_SHARE = 2.0
 
 
 class Lane:
@@ -61,6 +64,7 @@ class Lanes:
         self._max_cells, self._max_row_cells = bulk.max_cells, max_row_cells
         urgent.max_cells = max(max_row_cells, int(URGENT_SHARE * self._max_cells))
         self._num_urgent_turns = 0
+        self._was_bulk = False
 
     @property
     def is_idle(self) -> bool:
@@ -78,6 +82,10 @@ class Lanes:
     def add(self, row: "Row", *, is_urgent: bool) -> None:
         (self._urgent if is_urgent else self._bulk).waiting.append(row)
 
+    def find_rest_s(self, turn_s: float) -> float:
+        """How long to rest after the last turn, which took so long."""
+        return REST_SHARE * turn_s if self._was_bulk and self._clock() < self._short_until else 0.0
+
     def turn(self) -> "tuple[list[Row], list[Row]]":
         """(who began or came back, who ended) of the lane whose turn it is. A no-op when idle."""
         now = self._clock()
@@ -85,6 +93,7 @@ class Lanes:
             self._short_until = now + URGENT_MEMORY_S
         is_short = now < self._short_until
         self._bulk.batch.max_prefill = SHORT_PREFILL_TOKENS * self._bulk.batch.max_rows if is_short else None
+        self._was_bulk = self._urgent.is_idle
         if self._urgent.is_idle:
             self._bulk.batch.max_cells, self._num_urgent_turns = self._max_cells, 0
             return self._bulk.turn()

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 # Ray's workers have 15, and 19 is the most.
 NICE = 4
+# With so many beside its own, whatever carries requests (a proxy, an ingress, a controller) never waits for the model.
+SPARE_CORES = 3
 
 
 class TransformersEngine:
@@ -62,6 +64,8 @@ class TransformersEngine:
         self._lanes: Lanes | None = None
         self._held = HeldAnswers()  # it and `_is_yielding` are the thread's
         self._is_yielding = False
+        self._can_rest = False
+        self._rest_until = 0.0
 
     async def open(self) -> None:
         """Raises SpecError for a model or a device that can't be had here, EngineDied when loading fails."""
@@ -158,6 +162,8 @@ class TransformersEngine:
         self._eos_ids = list_eos_ids(model, tokenizer.eos_id)
         batch = make_batch(self._model_spec, self._spec, model, tokenizer.decode)
         check_room(batch.max_cells, self.max_model_len)
+        num_spare = count_cores() - self._spec.num_threads
+        self._can_rest = model.device.type == "cpu" and num_spare < SPARE_CORES
         self._lanes = Lanes(batch.make_like(), batch, self.max_model_len)
 
     def _run(self, lanes: Lanes) -> None:
@@ -180,21 +186,29 @@ class TransformersEngine:
             self._die(reason)
 
     def _take(self, lanes: Lanes) -> bool:
-        """Moves what has come in to its lane; blocks only while there is nothing else to do. False: close."""
-        is_idle = lanes.is_idle
-        if is_idle:
+        """Moves what has come in to its lane; blocks while there is nothing to do, or to rest, which something urgent ends.
+        False: close."""
+        if lanes.is_idle:
             self._held.flush()
-        while is_idle or not self._inbox.empty():
-            job = self._inbox.get()
+        rest_until = self._rest_until
+        while lanes.is_idle or not self._inbox.empty() or time.monotonic() < rest_until:
+            try:
+                job = self._inbox.get(timeout=None if lanes.is_idle else max(0.0, rest_until - time.monotonic()))
+            except queue.Empty:  # it has rested
+                break
             if job is None:
                 return False
             lanes.add(job.row, is_urgent=job.request.is_urgent)
-            is_idle = False
-            if job.request.is_urgent and not self._is_yielding:
-                self._is_yielding = True
-                lower_thread_priority()
+            if job.request.is_urgent:
+                rest_until = 0.0
+                self._yield_to_urgent()
         self._held.note_turn(is_urgent=lanes.is_urgent)
         return True
+
+    def _yield_to_urgent(self) -> None:
+        if not self._is_yielding:
+            self._is_yielding = True
+            lower_thread_priority()
 
     def _turn(self, lanes: Lanes) -> None:
         started_at = time.monotonic()
@@ -207,6 +221,7 @@ class TransformersEngine:
         for job in self._list_watched():
             tell(job)
         self._held.add([(job, make_answer(job)) for job in self._list_jobs(ended)])
+        self._rest_until = now + lanes.find_rest_s(now - started_at) if self._can_rest else 0.0
 
     def _list_watched(self) -> list[Job]:
         """Those whose tokens somebody wants to see as they come: few, if any."""
@@ -239,6 +254,11 @@ def make_batch(model_spec: ModelSpec, engine: TransformersEngineSpec, model: Any
         ) from error
     max_cells = find_cache_bytes(engine, model.device) // cell_bytes
     return DecodeBatch(model, decode, max_rows=engine.max_batch_size, max_cells=max_cells, can_join=can_join)
+
+
+def count_cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def lower_thread_priority() -> None:

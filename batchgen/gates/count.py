@@ -1,7 +1,7 @@
 """What gates ask of output rows, counted: by the worker of the rows of a shard file, which keeps the figures in the file's
 footer, and by whoever looks at a file that has none of these rules. Pure: Arrow in, values out.
 
-Duplicates are no figure of a file: what repeats may stand in two.
+Duplicates are another matter (`texts`): what repeats may stand in two files.
 """
 
 import hashlib
@@ -9,8 +9,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -20,7 +18,6 @@ from batchgen.spec import JobSpec
 from batchgen.specs.patterns import match_any
 
 SMALL = ("status", "finish_reason", "completion_tokens")
-Hashes = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,17 +72,3 @@ def count_refusals(texts: pa.ChunkedArray, patterns: tuple[str, ...]) -> int:
 def count_misfits(texts: pa.ChunkedArray, is_fit: Test) -> int:
     """One at a time: a file's may be hundreds of megabytes."""
     return sum(not is_fit(text.as_py()) for part in texts.chunks for text in part)
-
-
-def hash_texts(rows: pa.Table, step: int) -> Hashes:
-    """Of each answer 8 bytes of its text's digest; of those that `step` divides. So what repeats is kept or left out
-    together."""
-    ok = rows.select(["status", "text"]).filter(pc.equal(rows["status"], "ok"))
-    digests = (
-        hashlib.blake2b(text.as_py() or b"", digest_size=8).digest()
-        for part in ok["text"].chunks
-        for text in part.cast(pa.large_binary())
-    )
-    hashes: Hashes = np.frombuffer(b"".join(digests), "<u8")
-    kept: Hashes = hashes[hashes % np.uint64(step) == 0]
-    return kept

@@ -22,7 +22,7 @@ IN_ROWS = {
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Of output rows. The last four of answers alone; `num_hashed` answers were looked at for duplicates."""
+    """Of output rows. All but the first two of answers alone; `num_hashed` of them were looked at for duplicates."""
 
     rows: int = 0
     errors: int = 0

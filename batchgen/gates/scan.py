@@ -1,33 +1,43 @@
 """What a gate asks of committed files: from their footers, where the worker counted by the same rules; else from the rows,
 which are read again, so many files at a time.
 
-Rows are read where the limits are others than those that the files were made with, where a canary ends within a file, and
-for duplicates: a text may stand in two files. Texts are known by 8 bytes of digest; of more than `MAX_HASHES` answers those
-are kept whose digests are chosen by themselves, so that what repeats is kept or left out together.
+Rows are read where the limits are others than those that the files were made with, and where a canary ends within a file.
+For duplicates each file has a sample of its texts' digests (`texts`) in its footer, where its maker was asked for one: that
+is read here, because nobody keeps it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
+from threading import BoundedSemaphore, Lock
 
-import numpy as np
 import pyarrow as pa
 
 from batchgen.batches import FileFooter, GateCounts
-from batchgen.gates.count import Hashes, Rules, hash_texts, make_counter, make_rules
+from batchgen.gates.count import Rules, make_counter, make_rules
 from batchgen.gates.decide import Counts, list_unasked
+from batchgen.gates.texts import (
+    MAX_ADDED,
+    MAX_DIGESTS,
+    Digests,
+    TextTally,
+    digest_texts,
+    make_text_sample,
+)
 from batchgen.manifest import CommittedShard
 from batchgen.parquet import ParquetFile
 from batchgen.spec import JobSpec
 from batchgen.specs.gates import FinalGate, RateLimits
 from batchgen.storage import Storage
 from batchgen.verify.damage import RESTORE, refusing_damage
+from batchgen.worker.shard_footer import read_text_sample
 
-MAX_HASHES = 2**21
+NUM_FOOTER_THREADS = 32
+# Of those that may read rows at the same time.
 NUM_SCAN_THREADS = 8
 # Of each thread: a row group holds 64 times as many, whose texts together may be more than a driver has room for.
 BATCH_ROWS = 256
-NO_HASHES = np.empty(0, np.uint64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,38 +51,57 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """What is to be done for one gate. `step`: of the texts' digests those are kept that it divides; None: none."""
+    """What is to be done for one gate. `compares_texts`: are duplicates asked for?"""
 
     storage: Storage
     rules: Rules
     parts: tuple[Part, ...]
-    step: int | None
+    compares_texts: bool
 
     @property
     def must_read(self) -> bool:
-        return self.step is not None or any(part.needs_counts for part in self.parts)
+        return self.compares_texts or any(part.needs_counts for part in self.parts)
 
     def run(self) -> Counts:
         """Blocking where it must read. Raises StorageError, and OutputError where a file is damaged."""
         if not self.must_read:
             return _add(_count_footer(part.shard.footer) for part in self.parts)
-        count = make_counter(self.rules)
-        with ThreadPoolExecutor(NUM_SCAN_THREADS, thread_name_prefix="gate") as threads:
-            found = list(threads.map(lambda part: self._look(part, count), self.parts))
-        hashes = np.concatenate([NO_HASHES, *(kept for _, kept in found)])
-        repeats = Counts(num_hashed=len(hashes), num_repeated=len(hashes) - len(np.unique(hashes)))
-        return _add(counts for counts, _ in found).add(repeats)
+        looks = _Looks(self)
+        with ThreadPoolExecutor(NUM_FOOTER_THREADS, thread_name_prefix="gate") as threads:
+            counts = _add(threads.map(looks.look, self.parts))
+        repeats = Counts(num_hashed=looks.texts.num_answers, num_repeated=looks.texts.count_repeated())
+        return counts.add(repeats)
 
-    def _look(self, part: Part, count: Callable[[pa.Table], GateCounts]) -> tuple[Counts, Hashes]:
-        counts, hashes = Counts() if part.needs_counts else _count_footer(part.shard.footer), [NO_HASHES]
-        columns = set(self.rules.columns if part.needs_counts else ()) | ({"status", "text"} if self.step else set())
-        for rows in _iter_rows(self.storage, part, sorted(columns)) if columns else ():
-            if part.needs_counts:
-                num_errors = rows.num_rows - rows["status"].to_pylist().count("ok")
-                counts = counts.add(_make_counts(rows.num_rows, num_errors, count(rows)))
-            if self.step is not None:
-                hashes.append(hash_texts(rows, self.step))
-        return counts, np.concatenate(hashes)
+
+class _Looks:
+    """At the files of a scan, by many threads. `texts` is what they said so far: nothing waits for a slow file."""
+
+    def __init__(self, scan: Scan) -> None:
+        self._scan, self._count = scan, make_counter(scan.rules)
+        self._room, self._lock = BoundedSemaphore(NUM_SCAN_THREADS), Lock()
+        # What is read of rows has room for more digests than a footer has: of few files all, so nothing is estimated.
+        self._max_digests = max(MAX_DIGESTS, MAX_ADDED // max(1, len(scan.parts)))
+        self.texts = TextTally()
+
+    def look(self, part: Part) -> Counts:
+        scan, shard, sample = self._scan, part.shard, None
+        if scan.compares_texts:
+            sample = read_text_sample(scan.storage, shard.info.path, shard.footer_sha256)
+        reads_texts = scan.compares_texts and sample is None
+        columns = {*(scan.rules.columns if part.needs_counts else ()), *(("status", "text") if reads_texts else ())}
+        counts, digests = Counts() if part.needs_counts else _count_footer(shard.footer), list[Digests]()
+        with self._room if columns else nullcontext():
+            for rows in _iter_rows(scan.storage, part, sorted(columns)) if columns else ():
+                if part.needs_counts:
+                    num_errors = rows.num_rows - rows["status"].to_pylist().count("ok")
+                    counts = counts.add(_make_counts(rows.num_rows, num_errors, self._count(rows)))
+                if reads_texts:
+                    digests.append(digest_texts(rows))
+        sample = make_text_sample(digests, self._max_digests) if reads_texts else sample
+        if sample is not None:
+            with self._lock:
+                self.texts.add(sample)
+        return counts
 
 
 def make_scan(
@@ -88,8 +117,7 @@ def make_scan(
             is_known = taken == held and _knows(shard.footer, rules, unasked)
             parts.append(Part(shard, taken, needs_counts=not is_known))
             num_rows += taken
-    wants_hashes = isinstance(gate, FinalGate) and gate.max_duplicate_rate is not None
-    return Scan(storage, rules, tuple(parts), max(1, -(-num_rows // MAX_HASHES)) if wants_hashes else None)
+    return Scan(storage, rules, tuple(parts), isinstance(gate, FinalGate) and gate.max_duplicate_rate is not None)
 
 
 def _knows(footer: FileFooter, rules: Rules, unasked: set[str]) -> bool:

@@ -188,6 +188,16 @@ def find_previous(history: History, key: str) -> Run | None:
     return max(earlier, key=lambda run: run.key, default=None)
 
 
+def choose_previous(history: History, run: Run, name: str) -> Run | None:
+    """Whose outputs an attempt at a partition may read. As long as those stand, the run that its first attempt read, or
+    none: whatever succeeded since, all attempts render the same jobs."""
+    part = run.parts[name]
+    known = history.runs.get(part.previous)
+    if part.order and (not part.previous or (known is not None and not known.is_retired)):
+        return known
+    return find_previous(history, run.key)
+
+
 def choose_retired(spec: PipelineSpec, history: History, protected: Iterable[str]) -> str | None:
     """The next run whose outputs are to go: older than those that are kept. Never an active one, never one in `protected`:
     what is published, and what an active run reads."""

@@ -36,7 +36,8 @@ class Began:
 class Submitted:
     """An attempt at a partition is about to be submitted: whoever finds it unknown to where it belongs, submits it under
     the same id. `order`: digest of what it is told; `submitter`: where it belongs; `previous`: the run whose outputs it may
-    read; `max_gpu_hours`: of the run's, lent to it."""
+    read; `length_prior`: the one whose lengths its jobs expect without saying so, '' for none; `max_gpu_hours`: of the
+    run's, lent to it."""
 
     key: str
     attempt: int
@@ -46,6 +47,7 @@ class Submitted:
     previous: str = ""
     partition: str = ""
     max_gpu_hours: float | None = None
+    length_prior: str = ""
     kind: Literal["submitted"] = "submitted"
 
 

@@ -28,6 +28,7 @@ from batchgen.pipelines.orders import (
     read_outcome,
     write_outcome,
 )
+from batchgen.pipelines.priors import with_length_prior
 from batchgen.spec import JobSpec
 from batchgen.specs.load import make_spec
 from batchgen.storage import Storage
@@ -102,7 +103,8 @@ class Attempt:
     def _do(self, job: StageJob) -> dict[str, Any]:
         """What the pointer says of its output. Raises JobFailed and what a job raises."""
         read = job.stage.input
-        spec = make_spec(self._limit(job.tree), source=f"stage {job.name}")
+        tree = with_length_prior(job.tree, self._order.length_priors.get(job.name))
+        spec = make_spec(self._limit(tree), source=f"stage {job.name}")
         if read is not None and job.filter is not None and job.source is not None and not is_done(spec):
             num_rows = self._filter(job, read.stage, job.filter, job.source, spec.output.path)
             self._say(f"{job.name}: {num_rows:,} rows of {read.stage} go on")

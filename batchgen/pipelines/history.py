@@ -36,7 +36,8 @@ KEPT_RUNS = 500
 @dataclass(frozen=True, slots=True)
 class Part:
     """One partition of a run. `attempt`: of the last submission, 0 before the first; `order`, `submitter`, `previous`,
-    `max_gpu_hours`: its own. `num_failed`: attempts that failed; `gpu_hours`: of those that ended."""
+    `length_prior`, `max_gpu_hours`: its own; of one that was asked for again `order` and `previous` are those of its last
+    attempt before. `num_failed`: attempts that failed; `gpu_hours`: of those that ended."""
 
     state: State = "waiting"
     attempt: int = 0
@@ -47,6 +48,7 @@ class Part:
     retry_at: float = 0.0
     gpu_hours: float = 0.0
     max_gpu_hours: float | None = None
+    length_prior: str = ""
     message: str = ""
 
     @property
@@ -172,12 +174,15 @@ class History:
 
 def _begin_part(earlier: Run | None, name: str, attempt: int) -> Part:
     """Of a date that failed before and was asked for: a partition that succeeded stays as it is, where its outputs do.
-    For the others attempts go on being counted, above all of the run's, because their numbers stand in ids and paths."""
+    For the others attempts go on being counted, above all of the run's, because their numbers stand in ids and paths; and
+    what they may read stays, because their folders hold jobs that were made with it."""
     if earlier is None:
         return Part(attempt=attempt)
     known = earlier.parts.get(name)
     if known is not None and known.state == "succeeded" and not earlier.is_retired:
         return replace(known, gpu_hours=0.0)
+    if known is not None and not earlier.is_retired:
+        return Part(attempt=earlier.attempt, order=known.order, previous=known.previous)
     return Part(attempt=earlier.attempt)
 
 
@@ -201,7 +206,8 @@ def fold_part(part: Part, event: Submitted | AttemptFailed | PartitionEnded) -> 
     match event:
         case Submitted():
             new = replace(part, state="running", attempt=event.attempt, order=event.order, submitter=event.submitter)
-            return replace(new, previous=event.previous, max_gpu_hours=event.max_gpu_hours)
+            new = replace(new, previous=event.previous, length_prior=event.length_prior)
+            return replace(new, max_gpu_hours=event.max_gpu_hours)
         case AttemptFailed():
             new = replace(part, state="retrying", num_failed=part.num_failed + 1, retry_at=event.retry_at)
         case PartitionEnded():

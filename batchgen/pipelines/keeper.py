@@ -15,13 +15,13 @@ from batchgen.pipelines.calendar import parse_key
 from batchgen.pipelines.decide import (
     Arrival,
     Outcome,
+    choose_previous,
     decide_begin,
     decide_first,
     decide_gone,
     decide_outcome,
     decide_start,
     describe_failures,
-    find_previous,
     has_room,
     is_late,
     is_open,
@@ -33,8 +33,9 @@ from batchgen.pipelines.events import AttemptFailed, Began, Ended, PartitionEnde
 from batchgen.pipelines.graph import make_date_values
 from batchgen.pipelines.history import History, Run, State
 from batchgen.pipelines.log import Log
-from batchgen.pipelines.orders import Order, open_folder, read_outcome, write_order
+from batchgen.pipelines.orders import Order, open_folder, read_order, read_outcome, write_order
 from batchgen.pipelines.partitions import Partition, list_partitions
+from batchgen.pipelines.priors import find_length_priors
 from batchgen.pipelines.publish import publish, unpublish
 from batchgen.pipelines.spec import PipelineSpec
 from batchgen.pipelines.submit import SILENCE_S, LifeSigns, Submission, Submitter, SubmitterAway
@@ -215,12 +216,14 @@ class Keeper:
         return arrival
 
     def _start(self, run: Run, name: str, now: float) -> None:
-        previous = find_previous(self.history, run.key)
+        previous = choose_previous(self.history, run, name)
+        outputs = None if previous is None else list_run_outputs(self.folder, previous, name)
         order = Order(
             spec=self.spec,
             key=run.key,
             attempt=run.parts[name].attempt + 1,
-            previous=None if previous is None else list_run_outputs(self.folder, previous, name),
+            previous=outputs,
+            length_priors={} if previous is None else self._find_priors(previous, name, outputs or {}),
             began_at=run.began_at,
             partition=name,
             max_gpu_hours=lend_gpu_hours(self.spec, run),
@@ -234,10 +237,15 @@ class Keeper:
             previous=previous.key if previous else "",
             partition=name,
             max_gpu_hours=order.max_gpu_hours,
+            length_prior=previous.key if previous and order.length_priors else "",
         )
         if self.log.append(event):
             self.say(f"{self._describe(run.key, name)}: attempt {order.attempt} is submitted")
             self.submitter.submit(self._make_submission(self.history.runs[run.key], name))
+
+    def _find_priors(self, previous: Run, name: str, outputs: dict[str, str]) -> dict[str, str]:
+        earlier = read_order(self.folder, previous.parts[name].order).spec if outputs else self.spec
+        return find_length_priors(self.spec, self._partitions[name], earlier, outputs, self.warn)
 
     def _look_after(self, run: Run, name: str, now: float) -> None:
         outcome = self._find_outcome(run, name, now)

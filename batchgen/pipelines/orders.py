@@ -17,7 +17,8 @@ from batchgen.storage import Storage
 
 class Order(BaseModel):
     """One attempt at one partition of a run. `previous`: outputs of the previous successful run by the jobs' names;
-    `max_gpu_hours`: what it may use; `began_at`: of the run, Unix seconds."""
+    `length_priors`: those of them whose measured lengths are expected where a job does not say; `max_gpu_hours`: what it
+    may use; `began_at`: of the run, Unix seconds."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -25,6 +26,7 @@ class Order(BaseModel):
     key: str
     attempt: int
     previous: dict[str, str] | None
+    length_priors: dict[str, str] = {}
     began_at: float
     partition: str = ""
     max_gpu_hours: float | None = None

@@ -38,8 +38,14 @@ def make_run_value(run: Run) -> dict[str, Any]:
     """A run as JSON. What its partitions share stands once, where there are none all of it."""
     whole: dict[str, Any] = {"state": run.state, "attempt": run.attempt, "gpu_hours": run.gpu_hours}
     whole["num_failed"] = sum(part.num_failed for part in run.parts.values())
+    whole["length_priors"] = list_length_priors(run)
     whole["partitions"] = {name: asdict(part) for name, part in run.parts.items() if name}
     return {**{name: value for name, value in asdict(run).items() if name not in ("parts", "end")}, **whole}
+
+
+def list_length_priors(run: Run) -> list[str]:
+    """The runs whose measured lengths its jobs expect without saying so: one, unless partitions have different ones."""
+    return sorted({part.length_prior for part in run.parts.values() if part.length_prior})
 
 
 def describe_row(row: dict[str, Any]) -> str:
@@ -56,9 +62,11 @@ def describe_run(run: Run) -> str:
     took = "" if run.ended_at is None else f", {run.ended_at - run.began_at:.0f} s"
     hours = f", {run.gpu_hours:.2f} GPU-hours" if run.gpu_hours else ""
     gone = ", outputs deleted" if run.is_deleted else ", outputs being deleted" if run.is_retired else ""
+    priors = list_length_priors(run)
+    lengths = f", lengths expected as in {' and '.join(priors)}" if priors else ""
     message = f": {run.last_message}" if run.last_message else ""
-    gone = f"{_describe_partitions(run)}{gone}"
-    return f"{run.key}  {run.state:9}  began {began} UTC, {run.attempt} attempts{took}{hours}{gone}{message}"
+    facts = f"{took}{hours}{lengths}{_describe_partitions(run)}{gone}"
+    return f"{run.key}  {run.state:9}  began {began} UTC, {run.attempt} attempts{facts}{message}"
 
 
 def _describe_partitions(run: Run) -> str:

@@ -41,7 +41,7 @@ def show_share(value: float | None) -> str:
 
 
 def show_time(seconds: float | None) -> str:
-    """A length of time: 340 us, 12 ms, 4.2 s, 3 min 20 s, 5 h 02 min."""
+    """A length of time: 340 us, 12 ms, 4.2 s, 3 min 20 s, 5 h 02 min, 38,148 h."""
     if seconds is None:
         return UNKNOWN
     if seconds < 1:
@@ -51,11 +51,11 @@ def show_time(seconds: float | None) -> str:
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes < 60_000 else f"{minutes / 60:,.0f} h"
 
 
-def show_hours(value: float | None) -> str:
-    """Of a small job they are next to nothing."""
+def show_amount(value: float | None) -> str:
+    """Hours or money: of a small job they are next to nothing."""
     return "< 0.01" if value is not None and 0 < value < 0.01 else show(value)
 
 

@@ -23,8 +23,8 @@ from batchgen.report.figures import (
     UNKNOWN,
     divide,
     show,
+    show_amount,
     show_counts,
-    show_hours,
     show_moment,
     show_share,
     show_time,
@@ -59,7 +59,7 @@ def make_html(report: Mapping[str, Any]) -> str:
     html: str = template.render(
         css=css,
         title=find_name(report),
-        state=report["state"],
+        verdict=find_verdict(report),
         message=clean(report["message"] or ""),
         subtitle=clean(
             f"{report['engine']}, {report['model']}; run {report['epoch']}, {show_moment(report['made_at'])}"
@@ -73,6 +73,13 @@ def make_html(report: Mapping[str, Any]) -> str:
         "Every figure of this page is in report.json.",
     )
     return html
+
+
+def find_verdict(report: Mapping[str, Any]) -> tuple[str, str]:
+    """(its kind, in words). A run that got to its end with too many errors is no success."""
+    if report["state"] == "finished" and report.get("exit_code"):
+        return "gate_failed", "too many errors"
+    return report["state"], report["state"].replace("_", " ")
 
 
 @cache
@@ -183,9 +190,13 @@ def make_bill(report: Mapping[str, Any]) -> Section:
         known = None if share is None or hours is None else share * hours * 3600
         parts.append((name, label, share, UNKNOWN if share is None else f"{show_share(share)}, {show_time(known)}"))
     price = next((run["gpu_hour_cost"] for run in reversed(runs) if run["gpu_hour_cost"] is not None), None)
-    told = f"cost {show(bill['cost'])} at {show(price)} a GPU-hour" if bill["cost"] is not None else "no price given"
+    told = (
+        f"cost {show_amount(bill['cost'])} at {show(price)} a GPU-hour"
+        if bill["cost"] is not None
+        else "no price given"
+    )
     charts = (
-        [draw_shares(f"{show_hours(hours)} {unit}", told if has_gpus else "workers reserve no GPU", parts)]
+        [draw_shares(f"{show_amount(hours)} {unit}", told if has_gpus else "workers reserve no GPU", parts)]
         if runs
         else []
     )
@@ -200,7 +211,7 @@ def make_bill(report: Mapping[str, Any]) -> Section:
 
 def make_run_cells(run: Mapping[str, Any], has_gpus: bool) -> list[str]:
     hours = run["gpu_hours"] if has_gpus else run["worker_hours"]
-    counts = [show(run["rows"]), show(run["tokens"]), show_hours(hours), show(run["cost"])]
+    counts = [show(run["rows"]), show(run["tokens"]), show_amount(hours), show_amount(run["cost"])]
     return [str(run["epoch"]), show_moment(run["began_at"]), run["state"], show_time(run["elapsed_s"]), *counts]
 
 
@@ -257,6 +268,8 @@ def make_what(report: Mapping[str, Any]) -> Section:
     ]
     if cluster:
         rows.append(("Cluster", f"{cluster['pool']}, {tell_workers(cluster)}; driver on {cluster['driver_node']}"))
+    if what.get("length_prior"):  # reports of earlier versions don't say
+        rows.append(("Lengths expected", f"as measured by {what['length_prior']}"))
     return make_section("what", "What ran", rows=[(label, clean(value)) for label, value in rows])
 
 

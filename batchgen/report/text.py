@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from batchgen.report.figures import show, show_counts, show_share, show_time
+from batchgen.report.figures import show, show_amount, show_counts, show_share, show_time
 from batchgen.report.gates import tell_gate
 from batchgen.stats import LATENCIES, QUANTILES
 
@@ -25,6 +25,8 @@ def make_text_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     if checks := report.get("gate_checks"):
         names = dict.fromkeys(check["gate"] for check in checks)
         lines.append(("gates", ", ".join(f"{name} {tell_gate(name, checks, report['gates'])[0]}" for name in names)))
+    if prior := report["what"].get("length_prior"):
+        lines.append(("lengths expected", f"as measured by {prior}"))
     lines += _make_bill_rows(report)
     for name in LATENCIES:
         values = [show_time(job["latency"][f"{name}_{key}_s"]) for key in QUANTILES]
@@ -46,7 +48,7 @@ def _make_bill_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         whole = f" ({show(of_job)} of the job's {bill['num_runs']} runs)" if bill.get("num_runs", 1) > 1 else ""
         lines.append(("GPU-hours", show(run["gpu_hours"]) + whole))
     if bill.get("cost") is not None:
-        lines.append(("cost", show(bill["cost"])))
+        lines.append(("cost", show_amount(bill["cost"])))
     if (wasted := bill.get("wasted_share")) is not None:
         shares = bill["shares"]
         why = ", ".join(f"{name} {show_share(shares[name])}" for name in shares if name != "useful")

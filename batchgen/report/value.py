@@ -64,7 +64,7 @@ def make_report(
         "run": {
             **totals,
             "elapsed_s": run["elapsed_s"] if run else None,
-            "tokens_per_s": divide(totals["completion_tokens"], run["elapsed_s"] if run else None),
+            "tokens_per_s": find_rate(totals["completion_tokens"], run) if run else None,
             "gpu_hours": run["gpu_hours"] if run else None,
         },
         "runs": runs,
@@ -150,11 +150,12 @@ def make_errors(table: pa.Table) -> list[dict[str, Any]]:
 
 
 def make_what(table: pa.Table, record: RunRecord | None) -> dict[str, Any]:
-    """Versions and places. `nodes` names some of them."""
+    """Versions and places. `nodes` names some of them; `length_prior` is the output whose lengths the run expected."""
     nodes = count_values(table["node"])
     return {
         "versions": dict(record.get("versions", {})) if record else {},
         "cluster": dict(record.get("cluster", {})) if record else {},
+        "length_prior": record.get("length_prior") if record else None,
         "engine_versions": sorted(count_values(table["engine_version"])),
         "num_nodes": len(nodes),
         "nodes": sorted(nodes)[:MAX_NAMED],
@@ -186,6 +187,11 @@ def make_run(record: RunRecord, table: pa.Table, *, is_settled: bool) -> dict[st
         "cost": None if gpu_hours is None or price is None else gpu_hours * price,
         "waste_worker_s": waste,
     }
+
+
+def find_rate(num_tokens: int | None, run: dict[str, Any]) -> float | None:
+    """`num_tokens`: of the run's batches. While it goes on some of these are newer than what it last told of itself."""
+    return divide(run["tokens"] if run["state"] == "running" else num_tokens, run["elapsed_s"])
 
 
 def make_bill(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

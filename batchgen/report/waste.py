@@ -19,10 +19,12 @@ LOSSES = ("startup", "starvation", "tail", "retries")
 def make_waste(record: RunRecord, kept_tokens: int | None, *, is_settled: bool) -> dict[str, float | None]:
     """Worker-seconds by reason, `useful` and `total`. `kept_tokens`: completion tokens of the run's batches that are in
     output rows. `is_settled`: every row of it that a journal had is in the output."""
-    total, startup = float(record["worker_s"]), float(record["startup_s"])
-    tail = _find_empty(record["tail"])
-    starvation = _find_empty(_subtract(record["total"], record["tail"]))
-    working = max(0.0, total - startup - tail - starvation)
+    total = float(record["worker_s"])
+    # Each at most what is left: a record of a run's first second is made of few looks, which see more than there was.
+    startup = min(total, float(record["startup_s"]))
+    tail = min(total - startup, _find_empty(record["tail"]))
+    starvation = min(total - startup - tail, _find_empty(_subtract(record["total"], record["tail"])))
+    working = total - startup - tail - starvation
     lost = find_lost_share(record, kept_tokens) if is_settled else None
     retries = None if lost is None else working * lost
     return {

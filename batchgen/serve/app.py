@@ -20,8 +20,9 @@ from batchgen.serve.endpoint import Endpoint
 from batchgen.serve.errors import ApiError, bad_request, not_found
 from batchgen.serve.guard import Guard, make_response
 from batchgen.serve.routes_batches import create_batches_router
-from batchgen.serve.routes_files import create_files_router
+from batchgen.serve.routes_files import UploadPlaces, create_files_router
 from batchgen.serve.routes_page import create_page_router
+from batchgen.serve.routes_uploads import create_uploads_router
 from batchgen.serve.wire import ErrorBody, Model, ModelList
 
 STORE_RETRY_S = 5
@@ -35,8 +36,9 @@ def create_app(endpoint: Endpoint, routers: Sequence[APIRouter] = ()) -> FastAPI
     app = FastAPI(
         title="batchgen", version=__version__, docs_url=None, redoc_url=None, responses=ERRORS, redirect_slashes=False
     )
-    files, batches = create_files_router(endpoint), create_batches_router(endpoint)
-    own = (files, batches, create_facts_router(endpoint), create_page_router(endpoint))
+    places = UploadPlaces(endpoint.spec.limits.max_uploads)
+    files, uploads = create_files_router(endpoint, places), create_uploads_router(endpoint, places)
+    own = (files, uploads, create_batches_router(endpoint), create_facts_router(endpoint), create_page_router(endpoint))
     for router in (*own, *routers):
         app.include_router(router)
     app.add_exception_handler(ApiError, _answer)

@@ -26,6 +26,7 @@ COMMON = {"model", "n", "stop", "max_tokens", "logprobs", "stream", "logit_bias"
 ONLY_CHAT = {"messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls"}
 ONLY_CHAT |= {"response_format", "chat_template_kwargs", "reasoning_effort", "modalities", "functions", "function_call"}
 ONLY_TEXT = {"prompt", "echo", "suffix", "best_of"}
+MAX_DEPTH = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class Asked:
 
 def read_body(endpoint: str, body: Json, can: Abilities) -> Asked:
     """Raises ApiError (400)."""
+    _check_depth(body)
     given = {name: value for name, value in body.items() if value is not None}
     is_chat = endpoint == CHAT
     _check_fields(given, is_chat)
@@ -61,6 +63,17 @@ def read_body(endpoint: str, body: Json, can: Abilities) -> Asked:
     options = given.get("stream_options")
     includes_usage = isinstance(options, Mapping) and options.get("include_usage") is True
     return Asked(form, rows, tools is not None, given.get("stream") is True, includes_usage, num)
+
+
+def _check_depth(body: Json) -> None:
+    """JSON may be nested as deep as Python's stack goes, and whoever walks through it then ends in a RecursionError."""
+    level: list[Any] = [body]
+    for _ in range(MAX_DEPTH):
+        inner = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [value for values in inner for value in values if isinstance(value, dict | list)]
+        if not level:
+            return
+    raise bad_request(f"the body is nested more than {MAX_DEPTH} levels deep", None, "invalid_value")
 
 
 PROMPT_PARAMS: dict[PromptForm, str] = {"messages": "messages", "text": "prompt", "token_ids": "prompt"}

@@ -33,6 +33,8 @@ CLAIM_TTL_S = 30.0
 SWEEP_S = 600.0
 MAX_BACKOFF_S = 60.0
 MAX_DOUBLINGS = 10
+# Tries of a validation that ends in a fault of our own: the same file would end in it for ever.
+MAX_FAULTS = 3
 NUM_SHORT = 2
 # At once, of the records of open batches: one after the other they take longer than a look lasts.
 NUM_READERS = 16
@@ -177,7 +179,7 @@ class Conductor:
             return
         run = BatchRun(self._state, record, hold, self._is_stopping.is_set, self._say)
         if record.batch.status == "validating":
-            self._steps.validate(record)
+            self._validate(record)
         elif record.batch.status == "in_progress" and self._state.now() < record.expires_at:
             if (reason := self._steps.run(record, run, self._create_pool)) is not None:
                 self._back_off(batch_id, reason)
@@ -187,6 +189,17 @@ class Conductor:
         else:
             self._steps.finish(record, run)
         self._trouble.pop(batch_id, None)
+
+    def _validate(self, record: BatchRecord) -> None:
+        try:
+            self._steps.validate(record)
+        except BatchgenError:
+            raise
+        except Exception as error:
+            if self._trouble.get(record.id, _Trouble()).num_failures + 1 < MAX_FAULTS:
+                raise
+            self._say(f"{record.id}: given up: {name_fault(error)}")
+            self._steps.give_up(record)
 
     def _back_off(self, batch_id: str, reason: str) -> None:
         trouble = self._trouble.setdefault(batch_id, _Trouble())

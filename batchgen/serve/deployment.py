@@ -28,7 +28,7 @@ from batchgen.serve.endpoint import Endpoint
 from batchgen.serve.exposition import make_exposition
 from batchgen.serve.gateway import Gateway, make_away
 from batchgen.serve.host import HostReport
-from batchgen.serve.interpreter import freeze_loaded
+from batchgen.serve.interpreter import freeze_loaded, hiding_torch
 from batchgen.serve.keys import load_keys
 from batchgen.serve.load import check_models, load_endpoint
 from batchgen.serve.ray_engines import SharedEngines
@@ -101,7 +101,8 @@ def create_endpoint_app(spec: EndpointSpec, args: AppArgs) -> FastAPI:
     """The whole API, in an ingress."""
     controller = serve.get_deployment_handle(CONTROLLER)
     keys = None if args.no_keys else load_keys(args.keys)
-    tokenizers = {name: create_tokenizer(make_served_spec(served)) for name, served in spec.models.items()}
+    with hiding_torch():
+        tokenizers = {name: create_tokenizer(make_served_spec(served)) for name, served in spec.models.items()}
     abilities = {
         name: find_abilities(served, tokenizers[name], spec.limits.max_choices) for name, served in spec.models.items()
     }

@@ -21,6 +21,7 @@ from batchgen.serve.endpoint import Endpoint, Tenant
 from batchgen.serve.errors import ApiError, too_many
 from batchgen.serve.keys import LOCAL_TENANT
 from batchgen.serve.rates import Rates
+from batchgen.serve.spec import Limits
 
 audit = logging.getLogger("batchgen.audit")
 log = logging.getLogger("batchgen.serve")
@@ -114,9 +115,7 @@ class Guard:
         return tenant
 
     def _limit(self, scope: Scope, receive: Receive) -> Receive:
-        limits = self._endpoint.spec.limits
-        is_upload = scope["path"] == "/v1/files"
-        most = limits.max_file_bytes + MULTIPART_BYTES if is_upload else limits.max_body_bytes
+        most = find_most(scope["path"], self._endpoint.spec.limits)
         length = Headers(scope=scope).get("content-length", "0")
         if not length.isdecimal() or len(length) > MAX_DIGITS or int(length) > most:
             raise make_too_large(most)
@@ -131,6 +130,15 @@ class Guard:
             return message
 
         return receive_limited
+
+
+def find_most(path: str, limits: Limits) -> int:
+    """Bytes that a body may have."""
+    if path == "/v1/files":
+        return limits.max_file_bytes + MULTIPART_BYTES
+    if path.startswith("/v1/uploads/") and path.endswith("/parts"):
+        return min(limits.max_part_bytes, limits.max_file_bytes) + MULTIPART_BYTES
+    return limits.max_body_bytes
 
 
 def make_too_large(most: int) -> ApiError:

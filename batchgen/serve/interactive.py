@@ -27,11 +27,13 @@ SMALL_CHARS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """Rows of one request, as `bodies.read_body` makes them. Pickles."""
+    """Rows of one request, as `bodies.read_body` makes them. Pickles. `is_bulk`: nobody waits for one answer of many, so
+    they go with the batches' rows."""
 
     form: PromptForm
     rows: tuple[dict[str, Any], ...]
     has_tools: bool
+    is_bulk: bool = False
 
 
 class Interactive:
@@ -72,7 +74,8 @@ class Interactive:
 
     async def _make_requests(self, ask: Ask) -> list[Request | Result]:
         is_small = sum(len(str(row)) for row in ask.rows) <= SMALL_CHARS
-        return self._prepare(ask) if is_small else await asyncio.to_thread(self._prepare, ask)
+        made = self._prepare(ask) if is_small else await asyncio.to_thread(self._prepare, ask)
+        return [each if isinstance(each, Result) else replace(each, is_urgent=not ask.is_bulk) for each in made]
 
     def _prepare(self, ask: Ask) -> list[Request | Result]:
         key = (ask.form, ask.has_tools)
@@ -97,7 +100,7 @@ class Interactive:
     async def _end(self, prepared: Request | Result, deltas: Deltas | None = None, tell: Any = None) -> Result:
         if isinstance(prepared, Result):
             return prepared
-        request, clock = replace(prepared, is_urgent=True), asyncio.get_running_loop().time
+        request, clock = prepared, asyncio.get_running_loop().time
         started, limit_s = clock(), self._served.retry.request_timeout_s
         try:
             async with asyncio.timeout(limit_s):

@@ -1,4 +1,5 @@
-"""The interpreter of a process that answers interactive requests: its threads' turns, and what its collector looks at.
+"""The interpreter of a process that answers interactive requests: its threads' turns, what its collector looks at, and what
+it does not load.
 
 A request changes threads several times on its way through an engine's process, and each time waits up to the switch
 interval for the interpreter beside bulk's. Python's own 5 ms would be most of its time; a tenth costs bulk 2 to 8 % of
@@ -6,9 +7,11 @@ its rows. So it is short while such requests come; where none came lately the fi
 """
 
 import gc
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 SWITCH_S = 0.0005
 SWITCH_MEMORY_S = 2.0
@@ -44,3 +47,18 @@ def freeze_loaded() -> None:
     time, 0.24 s in which nothing else happens."""
     gc.collect()
     gc.freeze()
+
+
+@contextmanager
+def hiding_torch() -> Iterator[None]:
+    """Transformers imports torch wherever it is installed, 200 MB of which a tokenizer makes no use. What is imported in
+    here finds none; of no effect where it is loaded already."""
+    if "torch" in sys.modules:
+        yield
+        return
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is none
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]

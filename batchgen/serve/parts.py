@@ -12,10 +12,11 @@ PART_BYTES = 8 * 2**20
 
 
 class PartWriter:
-    """Writes one file's parts. The same bytes make the same parts, so a repeated write changes nothing."""
+    """Writes parts into one folder of content, which has a file's id. The same bytes make the same parts, so a repeated
+    write changes nothing."""
 
-    def __init__(self, state: State, tenant: str, file_id: str) -> None:
-        self._state, self._tenant, self._file_id = state, tenant, file_id
+    def __init__(self, state: State, tenant: str, folder: str) -> None:
+        self._state, self._tenant, self._folder = state, tenant, folder
         self._buffer = bytearray()
         self._sizes: list[int] = []
 
@@ -48,11 +49,11 @@ class PartWriter:
 
     def abandon(self) -> None:
         """What was written is deleted again."""
-        paths = [make_part_path(self._tenant, self._file_id, number) for number in range(len(self._sizes))]
+        paths = [make_part_path(self._tenant, self._folder, number) for number in range(len(self._sizes))]
         self._state.storage.delete_many(paths)
 
     def _put(self, num_bytes: int) -> None:
-        path = make_part_path(self._tenant, self._file_id, len(self._sizes))
+        path = make_part_path(self._tenant, self._folder, len(self._sizes))
         with memoryview(self._buffer) as view:
             self._state.storage.put(path, view[:num_bytes].tobytes())
         del self._buffer[:num_bytes]
@@ -63,9 +64,9 @@ def read_content(state: State, record: FileRecord, start: int = 0, end: int | No
     """The bytes from `start` up to `end`, a part at a time. Raises NotFound when the file is deleted meanwhile."""
     end = record.num_bytes if end is None else end
     position = 0
-    for number, num_bytes in enumerate(record.part_bytes):
+    for folder, number, num_bytes in record.parts:
         first, last = max(start - position, 0), min(end - position, num_bytes)
         if first < last:
-            data = state.storage.read_bytes(make_part_path(record.tenant, record.id, number))
+            data = state.storage.read_bytes(make_part_path(record.tenant, folder, number))
             yield data if last - first == num_bytes else data[first:last]
         position += num_bytes

@@ -36,8 +36,20 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
 
 
+class Piece(Record):
+    """Some of an upload's bytes, as they came in one request: parts of these sizes (bytes) in a folder of content."""
+
+    folder: str
+    part_bytes: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self.part_bytes)
+
+
 class FileRecord(Record):
-    """A file's facts; its content lies in parts of these sizes (bytes), or is made of the dataset of this batch's job."""
+    """A file's facts; its content lies in parts of these sizes (bytes), in the pieces that it was uploaded in, or is made
+    of the dataset of this batch's job."""
 
     id: str
     tenant: str
@@ -46,13 +58,20 @@ class FileRecord(Record):
     created_at: int
     expires_at: int | None
     part_bytes: tuple[int, ...] = ()
+    pieces: tuple[Piece, ...] = ()
     dataset_of: str | None = None
     dataset_bytes: int = 0
     dataset_status: Literal["ok", "error"] = "ok"
 
     @property
+    def parts(self) -> list[tuple[str, int, int]]:
+        """(folder of content, number in it, bytes) of each part, in order."""
+        pieces = self.pieces or (Piece(folder=self.id, part_bytes=self.part_bytes),)
+        return [(piece.folder, number, size) for piece in pieces for number, size in enumerate(piece.part_bytes)]
+
+    @property
     def num_bytes(self) -> int:
-        return sum(self.part_bytes) if self.dataset_of is None else self.dataset_bytes
+        return sum(size for _, _, size in self.parts) if self.dataset_of is None else self.dataset_bytes
 
     def is_expired(self, now_s: float) -> bool:
         return self.expires_at is not None and now_s >= self.expires_at

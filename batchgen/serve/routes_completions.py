@@ -44,7 +44,7 @@ def create_completions_router(
         if model not in abilities:
             raise ApiError(404, "This model is not served here.", param="model", code="model_not_found")
         asked = read_body(endpoint, body, abilities[model])
-        ask = Ask(asked.form, asked.rows, asked.has_tools)
+        ask = Ask(asked.form, asked.rows, asked.has_tools, is_bulk=len(asked.rows) > asked.num_samples)
         tokenizer = tokenizers[model]
         answer = Answer(endpoint, model, asked, tokenizer)
         if not asked.is_stream:

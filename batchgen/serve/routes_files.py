@@ -1,7 +1,8 @@
 """`/v1/files`: upload, list, retrieve, content, delete."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from itertools import islice
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
@@ -38,9 +39,24 @@ UPLOAD = {"requestBody": {"required": True, "content": {"multipart/form-data": {
 BYTES = {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
 
 
-def create_files_router(endpoint: Endpoint) -> APIRouter:
+class UploadPlaces:
+    """So many bodies come at a time: Serve's proxy queues without a bound what comes faster than it is stored."""
+
+    def __init__(self, num_places: int) -> None:
+        self._num_places, self._free = num_places, asyncio.Semaphore(num_places)
+
+    @asynccontextmanager
+    async def one(self) -> AsyncIterator[None]:
+        """Raises ApiError (429)."""
+        if self._free.locked():
+            told = f"{self._num_places} files are being uploaded; try again soon."
+            raise too_many(told, UPLOAD_RETRY_S, "too_many_uploads")
+        async with self._free:
+            yield
+
+
+def create_files_router(endpoint: Endpoint, places: UploadPlaces) -> APIRouter:
     router, state = APIRouter(prefix="/v1/files", tags=["files"]), endpoint.state
-    uploads = asyncio.Semaphore(endpoint.spec.limits.max_uploads)
 
     def find(request: Request, file_id: str) -> FileRecord:
         record = state.read_file(request.state.tenant.name, file_id) if is_file_id(file_id) else None
@@ -52,10 +68,7 @@ def create_files_router(endpoint: Endpoint) -> APIRouter:
     async def upload(request: Request) -> FileObject:
         """Stream a file into the store."""
         kind, limits = request.headers.get("content-type", ""), endpoint.spec.limits
-        if uploads.locked():  # Serve's proxy queues what comes faster than it is stored, without a bound of its own
-            told = f"{limits.max_uploads} files are being uploaded; try again soon."
-            raise too_many(told, UPLOAD_RETRY_S, "too_many_uploads")
-        async with uploads:
+        async with places.one():
             record = await receive_file(state, request.state.tenant.name, kind, request.stream(), limits)
         return record.to_wire()
 

@@ -41,6 +41,7 @@ class Limits(Section):
 
     max_requests: int = Field(default=50_000, ge=1, description="Lines of one batch (requests).")
     max_file_bytes: int = Field(default=200 * 10**6, ge=1, description="One uploaded file (bytes).")
+    max_part_bytes: int = Field(default=64 * MIB, ge=1, description="One part of an upload in parts (bytes).")
     max_line_bytes: int = Field(default=16 * MIB, ge=1024, description="One line of a batch (bytes).")
     max_body_bytes: int = Field(default=16 * MIB, ge=1024, description="Any other request's body (bytes).")
     max_choices: int = Field(default=128, ge=1, description="n times prompts of one request (rows).")

@@ -2,6 +2,8 @@
 
     t/TENANT/files/ID.json      a file's facts; it exists when this does
     t/TENANT/content/ID/N       its parts
+    t/TENANT/uploads/ID.json    an upload's facts, that of a file in pieces
+    t/TENANT/pieces/ID/ID.json  a piece's facts; its parts are t/TENANT/content/ID/ID/N, and stay there
     t/TENANT/batches/ID.json    a batch's facts
     t/TENANT/inputs/ID/TRY/     its rows as Parquet
     t/TENANT/jobs/ID/           its job's output folder
@@ -20,8 +22,9 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from batchgen.errors import AlreadyExists, Conflict, NotFound, OutputError
-from batchgen.serve.ids import is_batch_id, is_file_id
-from batchgen.serve.records import BatchRecord, FileRecord
+from batchgen.serve.ids import is_batch_id, is_file_id, is_upload_id
+from batchgen.serve.records import BatchRecord, FileRecord, Piece
+from batchgen.serve.upload_records import UploadRecord
 from batchgen.storage import Storage
 from batchgen.stores.probe import probe
 
@@ -85,7 +88,37 @@ class State:
     def delete_file(self, record: FileRecord) -> None:
         """The record first: a file whose parts are half gone is never seen."""
         self.storage.delete(make_file_path(record.tenant, record.id))
-        self.storage.delete_many(make_part_path(record.tenant, record.id, n) for n in range(len(record.part_bytes)))
+        self.storage.delete_many(make_part_path(record.tenant, folder, number) for folder, number, _ in record.parts)
+
+    # ---- uploads in pieces
+
+    def create_upload(self, record: UploadRecord) -> None:
+        self._create(make_upload_path(record.tenant, record.id), record)
+
+    def read_upload(self, tenant: str, upload_id: str) -> UploadRecord | None:
+        return self._read(make_upload_path(tenant, upload_id), UploadRecord)
+
+    def change_upload(
+        self, record: UploadRecord, change: Callable[[UploadRecord], UploadRecord | None]
+    ) -> tuple[UploadRecord, bool]:
+        """As `change_batch`."""
+        return self._change(make_upload_path(record.tenant, record.id), UploadRecord, change)
+
+    def delete_upload(self, record: UploadRecord) -> None:
+        self.storage.delete(make_upload_path(record.tenant, record.id))
+
+    def list_upload_ids(self, tenant: str) -> list[str]:
+        return [id_ for id_ in self._list_ids(f"t/{tenant}/uploads") if is_upload_id(id_)]
+
+    def create_piece(self, record: UploadRecord, piece_id: str, piece: Piece) -> None:
+        """Last: its bytes are there."""
+        self._create(make_piece_path(record.tenant, record.id, piece_id), piece)
+
+    def read_piece(self, record: UploadRecord, piece_id: str) -> Piece | None:
+        return self._read(make_piece_path(record.tenant, record.id, piece_id), Piece)
+
+    def list_piece_paths(self, record: UploadRecord) -> list[str]:
+        return [info.path for info in self.storage.list_files(f"t/{record.tenant}/pieces/{record.id}")]
 
     # ---- batches
 
@@ -109,19 +142,7 @@ class State:
         self, tenant: str, batch_id: str, change: Callable[[BatchRecord], BatchRecord | None]
     ) -> tuple[BatchRecord, bool]:
         """(the record as it stands, was it changed). `change` may be asked again with a newer record. Raises NotFound."""
-        path = make_batch_path(tenant, batch_id)
-        for _ in range(MAX_SWAPS):
-            data, version = self.storage.read_versioned(path)
-            record = _parse(data, BatchRecord, self.storage.url(path))
-            changed = change(record)
-            if changed is None:
-                return record, False
-            try:
-                self.storage.replace(path, changed.model_dump_json().encode(), version)
-            except Conflict:
-                continue
-            return changed, True
-        raise OutputError(f"{self.storage.url(path)}: other writers kept getting in between; start again later")
+        return self._change(make_batch_path(tenant, batch_id), BatchRecord, change)
 
     def list_open(self, tenant: str | None = None) -> list[tuple[str, str]]:
         """(tenant, batch id) of all batches that have not ended, or of some that just have."""
@@ -153,6 +174,22 @@ class State:
             return False
         return True
 
+    def _change(
+        self, path: str, kind: type[RecordT], change: Callable[[RecordT], RecordT | None]
+    ) -> tuple[RecordT, bool]:
+        for _ in range(MAX_SWAPS):
+            data, version = self.storage.read_versioned(path)
+            record = _parse(data, kind, self.storage.url(path))
+            changed = change(record)
+            if changed is None:
+                return record, False
+            try:
+                self.storage.replace(path, changed.model_dump_json().encode(), version)
+            except Conflict:
+                continue
+            return changed, True
+        raise OutputError(f"{self.storage.url(path)}: other writers kept getting in between; start again later")
+
     def _read(self, path: str, kind: type[RecordT]) -> RecordT | None:
         try:
             return _parse(self.storage.read_bytes(path), kind, self.storage.url(path))
@@ -176,8 +213,21 @@ def make_file_path(tenant: str, file_id: str) -> str:
     return f"t/{tenant}/files/{file_id}.json"
 
 
-def make_part_path(tenant: str, file_id: str, number: int) -> str:
-    return f"t/{tenant}/content/{file_id}/{number:06d}"
+def make_content_path(tenant: str, folder: str) -> str:
+    return f"t/{tenant}/content/{folder}"
+
+
+def make_part_path(tenant: str, folder: str, number: int) -> str:
+    """`folder`: a file's id, or an upload's and a piece's."""
+    return f"{make_content_path(tenant, folder)}/{number:06d}"
+
+
+def make_upload_path(tenant: str, upload_id: str) -> str:
+    return f"t/{tenant}/uploads/{upload_id}.json"
+
+
+def make_piece_path(tenant: str, upload_id: str, piece_id: str) -> str:
+    return f"t/{tenant}/pieces/{upload_id}/{piece_id}.json"
 
 
 def make_batch_path(tenant: str, batch_id: str) -> str:

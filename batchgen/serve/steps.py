@@ -156,6 +156,11 @@ class Steps:
         made_at = read_made_at(batch_id)
         return made_at < oldest and (self._state.read_opened_at(tenant, batch_id) or made_at) < oldest
 
+    def give_up(self, record: BatchRecord) -> None:
+        """validating -> failed, for no fault that the file can be blamed for."""
+        told = "The file could not be checked: a fault of the endpoint's own, which its log names."
+        self._fail(record, [BatchError(code="internal_error", message=told)])
+
     def _fail(self, record: BatchRecord, errors: list[BatchError]) -> None:
         self._change(record, lambda known: records.fail(known, errors, self._state.now()))
 

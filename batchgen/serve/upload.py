@@ -1,4 +1,5 @@
-"""A multipart body becomes a file in the store, part by part as it arrives: never more than one part of it in memory.
+"""A multipart body becomes a file in the store, or a piece of one, part by part as it arrives: no more than one part of it
+is in memory.
 
 The record comes last: what breaks off before that leaves parts that nobody sees, and they are deleted here. The sweep does
 it where that can't be known here: this process is killed, a part or the record may be on its way still.
@@ -14,7 +15,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from batchgen.serve.errors import ApiError, bad_request
 from batchgen.serve.ids import make_file_id
 from batchgen.serve.parts import PartWriter
-from batchgen.serve.records import FileRecord
+from batchgen.serve.records import FileRecord, Piece
 from batchgen.serve.spec import Limits
 from batchgen.serve.state import State
 from batchgen.serve.wire import Purpose
@@ -22,6 +23,7 @@ from batchgen.serve.wire import Purpose
 MAX_FIELD_BYTES = 1024
 MAX_PARTS = 16
 PURPOSES: tuple[Purpose, ...] = ("batch", "user_data")
+FILE_FIELDS = ("purpose", "expires_after[anchor]", "expires_after[seconds]")
 
 
 @dataclass(slots=True)
@@ -29,7 +31,9 @@ class Form:
     """What the parser has seen. Its callbacks only note; the writer is flushed between two pieces of the body."""
 
     writer: PartWriter
-    max_file_bytes: int
+    max_bytes: int
+    file_field: str = "file"
+    other_fields: tuple[str, ...] = FILE_FIELDS
     fields: dict[str, bytes] = field(default_factory=dict)
     filename: str | None = None
     is_whole: bool = False
@@ -44,7 +48,8 @@ class Form:
         kind, options = parse_options_header(content_type)
         boundary = options.get(b"boundary")
         if kind != b"multipart/form-data" or not boundary:
-            raise bad_request("send multipart/form-data with the fields file and purpose", "file", "invalid_body")
+            named = " and ".join((self.file_field, *self.other_fields[:1]))
+            raise bad_request(f"send multipart/form-data with {named}", self.file_field, "invalid_body")
         try:
             return MultipartParser(
                 boundary,
@@ -59,7 +64,7 @@ class Form:
                 },
             )
         except FormParserError:
-            raise bad_request("the multipart boundary is malformed", "file", "invalid_body") from None
+            raise bad_request("the multipart boundary is malformed", self.file_field, "invalid_body") from None
 
     def _begin_part(self) -> None:
         self._headers = {}
@@ -75,14 +80,15 @@ class Form:
     def _begin_data(self) -> None:
         _, options = parse_options_header(self._headers.get(b"content-disposition", b""))
         self._name = options.get(b"name", b"").decode(errors="replace")
-        self._is_file = self._name == "file"
+        self._is_file = self._name == self.file_field
         if not self._is_file:
-            if self._name not in ("purpose", "expires_after[anchor]", "expires_after[seconds]"):
-                raise bad_request("a field is none of file, purpose and expires_after", None, "unknown_parameter")
+            if self._name not in self.other_fields:
+                named = ", ".join((self.file_field, *self.other_fields))
+                raise bad_request(f"a field is none of {named}", None, "unknown_parameter")
             self.fields[self._name] = b""
             return
         if self.filename is not None:
-            raise bad_request("send one file at a time", "file", "invalid_body")
+            raise bad_request("send one file at a time", self.file_field, "invalid_body")
         self.filename = clean_name(options.get(b"filename", b"").decode(errors="replace"))
 
     def _add_data(self, data: bytes, start: int, end: int) -> None:
@@ -92,18 +98,37 @@ class Form:
                 raise bad_request(f"the field {self._name} is too long", self._name, "invalid_value")
             return
         self.writer.add(data[start:end])
-        if self.writer.num_bytes > self.max_file_bytes:
-            told = f"The file is larger than the {self.max_file_bytes} bytes that are taken here."
-            raise ApiError(413, told, param="file", code="file_too_large")
+        if self.writer.num_bytes > self.max_bytes:
+            raise make_too_large(self.max_bytes, self.file_field)
 
     def _end(self) -> None:
         self.is_whole = True
+
+
+def make_too_large(most: int, param: str) -> ApiError:
+    told = f"The file is larger than the {most} bytes that are taken here."
+    return ApiError(413, told, param=param, code="file_too_large")
 
 
 def clean_name(name: str) -> str:
     """As it will be shown: the last part of a path, without control characters. It never names anything in the store."""
     bare = name.replace("\\", "/").rpartition("/")[2]
     return "".join(char for char in bare if char.isprintable())[:255] or "file"
+
+
+async def receive(form: Form, parser: MultipartParser, body: AsyncIterator[bytes]) -> None:
+    """The whole body; what is not written yet is in the writer. Raises ApiError for one that is not whole."""
+    async for data in body:
+        try:
+            parser.write(data)
+        except FormParserError:
+            raise bad_request("the multipart body is malformed", form.file_field, "invalid_body") from None
+        if form.writer.is_full:
+            await asyncio.to_thread(form.writer.flush)
+    if not form.is_whole:
+        raise bad_request("the multipart body breaks off", form.file_field, "invalid_body")
+    if form.filename is None:
+        raise bad_request(f"{form.file_field} is required", form.file_field, "missing_required_parameter")
 
 
 async def receive_file(
@@ -117,13 +142,7 @@ async def receive_file(
     await asyncio.to_thread(state.begin_upload, tenant, file_id)
     has_begun_record = False
     try:
-        async for piece in body:
-            try:
-                parser.write(piece)
-            except FormParserError:
-                raise bad_request("the multipart body is malformed", "file", "invalid_body") from None
-            if writer.is_full:
-                await asyncio.to_thread(writer.flush)
+        await receive(form, parser, body)
         record = make_record(state, tenant, file_id, form, limits)
         sizes = await asyncio.to_thread(writer.close)
         record = record.model_copy(update={"part_bytes": sizes})
@@ -139,19 +158,31 @@ async def receive_file(
     return record
 
 
+async def receive_piece(
+    state: State, tenant: str, folder: str, content_type: str, body: AsyncIterator[bytes], max_bytes: int
+) -> Piece:
+    """Its bytes, which lie there then, and are nobody's yet. Raises ApiError; what stays behind the sweep finds."""
+    writer = PartWriter(state, tenant, folder)
+    form = Form(writer, max_bytes, "data", ())
+    parser = form.make_parser(content_type)
+    try:
+        await receive(form, parser, body)
+        if not writer.num_bytes:
+            raise bad_request("data is empty", "data", "invalid_value")
+        return Piece(folder=folder, part_bytes=await asyncio.to_thread(writer.close))
+    except BaseException:
+        await asyncio.to_thread(writer.abandon)
+        raise
+
+
 def make_record(state: State, tenant: str, file_id: str, form: Form, limits: Limits) -> FileRecord:
-    """Raises ApiError for a form that is not whole, or holds what it may not."""
-    if not form.is_whole:
-        raise bad_request("the multipart body breaks off", "file", "invalid_body")
-    if form.filename is None:
-        raise bad_request("file is required", "file", "missing_required_parameter")
+    """Raises ApiError for a form that holds what it may not."""
+    assert form.filename is not None
     purpose = form.fields.get("purpose", b"").decode(errors="replace")
     if purpose not in PURPOSES:
         raise bad_request(f"purpose must be one of {', '.join(PURPOSES)}", "purpose", "invalid_value")
     created_at = int(state.now())
-    kept_s = read_expiry(form.fields)
-    if kept_s is None and purpose == "batch":
-        kept_s = int(limits.file_expires_s)
+    kept_s = choose_kept_s(read_expiry(form.fields), purpose, limits)
     return FileRecord(
         id=file_id,
         tenant=tenant,
@@ -160,6 +191,11 @@ def make_record(state: State, tenant: str, file_id: str, form: Form, limits: Lim
         created_at=created_at,
         expires_at=None if kept_s is None else created_at + kept_s,
     )
+
+
+def choose_kept_s(asked_s: int | None, purpose: Purpose, limits: Limits) -> int | None:
+    """How long a file is kept (s); None: until it is deleted."""
+    return int(limits.file_expires_s) if asked_s is None and purpose == "batch" else asked_s
 
 
 def read_expiry(fields: dict[str, bytes]) -> int | None:

@@ -12,6 +12,7 @@ BatchStatus = Literal[
     "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
 ]
 Purpose = Literal["batch", "batch_output", "user_data"]
+UploadPurpose = Literal["batch", "user_data"]
 BatchEndpoint = Literal["/v1/chat/completions", "/v1/completions"]
 TERMINAL: frozenset[BatchStatus] = frozenset({"failed", "completed", "expired", "cancelled"})
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -45,6 +46,27 @@ class FileList(Wire):
     first_id: str | None
     last_id: str | None
     has_more: bool
+
+
+class Upload(Wire):
+    """A file that comes in several requests; `file` is there once it is completed."""
+
+    id: str
+    object: Literal["upload"] = "upload"
+    bytes: int
+    created_at: int
+    expires_at: int
+    filename: str
+    purpose: Purpose
+    status: Literal["pending", "completed", "cancelled", "expired"]
+    file: FileObject | None = None
+
+
+class UploadPart(Wire):
+    id: str
+    object: Literal["upload.part"] = "upload.part"
+    created_at: int
+    upload_id: str
 
 
 class BatchError(Wire):
@@ -127,6 +149,23 @@ class Body(BaseModel):
 class ExpiresAfter(Body):
     anchor: Literal["created_at"]
     seconds: int = Field(ge=3600, le=2_592_000)
+
+
+class CreateUpload(Body):
+    """`bytes`: of the whole file, which its parts must add up to."""
+
+    bytes: int = Field(ge=1)
+    filename: str = Field(min_length=1, max_length=1024)
+    mime_type: str = Field(max_length=255)
+    purpose: UploadPurpose
+    expires_after: ExpiresAfter | None = None
+
+
+class CompleteUpload(Body):
+    """`part_ids`: in the order of the file. `md5`: of the whole, 32 hexadecimal digits."""
+
+    part_ids: Annotated[list[str], Field(min_length=1, max_length=10_000)]
+    md5: str | None = Field(default=None, pattern=r"^[0-9a-fA-F]{32}$")
 
 
 MetadataKey = Annotated[str, Field(max_length=64)]

@@ -87,5 +87,10 @@ class GatesSpec(Section):
         return tuple(gate for gate in (self.canary, self.final) if gate is not None)
 
     @property
+    def wants_texts(self) -> bool:
+        """Are texts compared with each other?"""
+        return self.final is not None and self.final.max_duplicate_rate is not None
+
+    @property
     def wants_schema(self) -> bool:
         return any(gate.max_schema_failure_rate is not None for gate in self.gates)

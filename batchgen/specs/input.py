@@ -34,7 +34,8 @@ class InputSpec(Section):
     length_prior: Url | None = Field(
         default=None,
         description="output.path of an earlier run over prompts like these: what it measured is expected where no hint is. "
-        "Absent: the first of reuse_from that has measured any.",
+        "Absent: in a pipeline what the same stage measured in the run before; the first of reuse_from that has measured "
+        "any.",
     )
     length_template: str | None = Field(
         default=None,

@@ -14,6 +14,8 @@ from batchgen.specs.sections import GuidedForm, Section
 
 FORMS: tuple[GuidedForm, ...] = ("json_schema", "regex", "grammar")
 REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
+# Engines count in 32 bits or in floats, and one that meets a number of 400 digits ends, with all that is in flight.
+MOST = 2**31
 
 
 class GuidedSpec(Section):
@@ -48,8 +50,8 @@ class SamplingSpec(Section):
 
     temperature: float = Field(default=1.0, ge=0.0, le=5.0, description="0 is greedy.")
     top_p: float = Field(default=0.95, gt=0.0, le=1.0, description="Nucleus mass.")
-    max_tokens: int = Field(default=1024, ge=1, description="Completion tokens at most (tokens).")
-    top_k: int | None = Field(default=None, ge=1, description="Keep the k likeliest tokens.")
+    max_tokens: int = Field(default=1024, ge=1, lt=MOST, description="Completion tokens at most (tokens).")
+    top_k: int | None = Field(default=None, ge=1, lt=MOST, description="Keep the k likeliest tokens.")
     min_p: float | None = Field(
         default=None, ge=0.0, le=1.0, description="Keep tokens of at least this share of the best."
     )
@@ -63,7 +65,9 @@ class SamplingSpec(Section):
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         default=(), description="Strings that end a completion; not part of the text."
     )
-    stop_token_ids: tuple[int, ...] = Field(default=(), description="Token ids that end a completion.")
+    stop_token_ids: tuple[Annotated[int, Field(ge=0, lt=MOST)], ...] = Field(
+        default=(), description="Token ids that end a completion."
+    )
     presence_penalty: float | None = Field(default=None, ge=-2.0, le=2.0, description="As OpenAI's.")
     frequency_penalty: float | None = Field(default=None, ge=-2.0, le=2.0, description="As OpenAI's.")
     repetition_penalty: float | None = Field(

@@ -5,7 +5,6 @@ for along the `__cause__` chain, because s3fs translates) or by its errno; never
 what was tried, where, and the mend, and holds neither a secret nor file content.
 """
 
-import contextlib
 import errno
 import io
 from collections.abc import Callable, Iterator
@@ -213,10 +212,17 @@ def make_read_error(name: str, error: BaseException, explanation: str = "") -> S
     return make_error("read", name, error, explanation)
 
 
-@contextlib.contextmanager
-def mapped_os_errors(name: str, action: str = "read") -> Iterator[None]:
-    """For a local disk. Reading a missing file is NotFound; all else StorageError."""
-    try:
-        yield
-    except OSError as error:
-        raise (make_read_error(name, error) if action == "read" else make_error(action, name, error)) from error
+class mapped_os_errors(AbstractContextManager[None]):
+    """For a local disk. Reading a missing file is NotFound; all else StorageError.
+
+    No generator: on Python 3.12 one that raises leaves the error and all callers' frames in a ring, and with them whatever
+    they hold, a part of 8 MiB say, until the collector comes by.
+    """
+
+    def __init__(self, name: str, action: str = "read") -> None:
+        self._name, self._action = name, action
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, OSError):
+            name, action = self._name, self._action
+            raise (make_read_error(name, error) if action == "read" else make_error(action, name, error)) from error

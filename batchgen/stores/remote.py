@@ -10,6 +10,7 @@ import io
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import aiohttp
@@ -63,11 +64,16 @@ def explanation(error: BaseException) -> str:
     return next((sentence for kind, sentence in _EXPLANATIONS if isinstance(error, kind)), "")
 
 
-@contextlib.contextmanager
-def mapped(name: str, action: str = "read") -> Iterator[None]:
-    try:
-        yield
-    except vendor_errors() as error:
+class mapped(AbstractContextManager[None]):
+    """No generator, as `mapped_os_errors` is none."""
+
+    def __init__(self, name: str, action: str = "read") -> None:
+        self._name, self._action = name, action
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if error is None or not isinstance(error, vendor_errors()):
+            return
+        name, action = self._name, self._action
         if action != "read":
             raise make_error(action, name, error, explanation(error)) from error
         if is_refused(error):

@@ -37,10 +37,11 @@ class OpenShard:
         n: int,
         schema: pa.Schema,
         wanted: Sequence[Slot] | None = None,
-        on_result: Callable[[Result], None] = lambda _: None,
+        on_packed: Callable[[pa.RecordBatch], None] = lambda _: None,
     ) -> None:
-        """`wanted`: the only requests of the shard that are to be made here; None for all."""
-        self._on_result = on_result
+        """`wanted`: the only requests of the shard that are to be made here; None for all. `on_packed`: told of what ended,
+        at the latest when it is journaled."""
+        self._on_packed = on_packed
         self.lease, self._n, self._schema = lease, n, schema
         self._no_rows = pa.Table.from_batches([], schema)
         self.is_closed = False
@@ -121,7 +122,6 @@ class OpenShard:
         """One request ended. A second answer for the same row and sample is dropped: the first stands."""
         if not self._mark(result.row_id.source_row, result.row_id.sample_index):
             return
-        self._on_result(result)
         if result.failure is not None:
             self.error_types[result.failure.error_type] += 1
         self._buffer.append(result)
@@ -286,6 +286,7 @@ class OpenShard:
             return
         batch, refused = make_storable_batch(self._buffer, self.lease.batch_id, self._schema)
         self.error_types.update(refused)
+        self._on_packed(batch)
         self._parts = (*self._parts, Finished(pa.Table.from_batches([batch])))
         self.num_unflushed_bytes += batch.nbytes
         self._buffer, self._num_values = [], 0

@@ -44,14 +44,17 @@ class Seal:
     body_sha256: str | None
 
 
-def write_sealed(table: pa.Table, *, row_group_rows: int, compression_level: int) -> pa.Buffer:
-    """The bytes of a Parquet file (zstd) with its seal."""
+def write_sealed(
+    table: pa.Table, *, row_group_rows: int, compression_level: int, beside: Mapping[bytes, bytes] | None = None
+) -> pa.Buffer:
+    """The bytes of a Parquet file (zstd) with its seal. `beside`: more for the footer, outside of Arrow's schema, which
+    holds its metadata a second time."""
     sink = io.BytesIO()
     with pq.ParquetWriter(sink, table.schema, compression="zstd", compression_level=compression_level) as writer:
         writer.write_table(table, row_group_size=row_group_rows)
         with sink.getbuffer() as body:
             body_bytes = len(body)
-            writer.add_key_value_metadata({BODY_KEY: digest(body)})
+            writer.add_key_value_metadata({BODY_KEY: digest(body), **(beside or {})})
     data = sink.getvalue()
     if find_footer(data[-END_BYTES:], len(data)) != body_bytes:
         raise ValueError("the Parquet writer put more than the footer behind the rows; the seal would not hold")

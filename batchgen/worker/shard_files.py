@@ -17,12 +17,13 @@ from batchgen.batches import BatchStats, FileFooter
 from batchgen.engines import get_engine_kind
 from batchgen.errors import AlreadyExists, Conflict, Damaged
 from batchgen.gates.count import make_counter, make_rules
+from batchgen.gates.texts import digest_texts, make_text_sample
 from batchgen.lengths import make_template_lengths
 from batchgen.manifest import CommittedShard
 from batchgen.names import is_reused_id, make_reused_id, parse_batch_id
 from batchgen.parquet import read_table
 from batchgen.queue.events import ShardCommitted
-from batchgen.records import JournalRef, Lease, Partial, Result, RowId, Shard, Share, Slot, WorkerInfo
+from batchgen.records import JournalRef, Lease, Partial, RowId, Shard, Share, Slot, WorkerInfo
 from batchgen.spec import JobSpec
 from batchgen.stats import count_rows, make_batch_stats, make_lost_stats
 from batchgen.storage import FileInfo, Storage
@@ -122,8 +123,8 @@ class ShardFiles:
             raise Damaged(f"{self._storage.url(handoff.make_handoff_path(share.lease.batch_id))}: is of another shard")
         return slots
 
-    def open_share(self, share: Share, slots: Sequence[Slot], on_result: Callable[[Result], None]) -> OpenShard:
-        return OpenShard(share.lease, self._spec.sampling.n, self.result_schema, slots, on_result)
+    def open_share(self, share: Share, slots: Sequence[Slot], on_packed: Callable[[pa.RecordBatch], None]) -> OpenShard:
+        return OpenShard(share.lease, self._spec.sampling.n, self.result_schema, slots, on_packed)
 
     def commit(self, shard: OpenShard, info: WorkerInfo, spent: Spent) -> ShardCommitted:
         """Publish the shard, all or nothing. Raises StorageError; then nothing is published, or our own file is."""
@@ -155,7 +156,9 @@ class ShardFiles:
             gates=self._count_for_gates(parts.output),
             templates=None if by is None else make_template_lengths(parts.output, by),
         )
-        data = make_shard_file(parts.output, footer, compression_level=self._spec.output.compression_level)
+        texts = make_text_sample([digest_texts(parts.output)]) if self._spec.gates.wants_texts else None
+        level = self._spec.output.compression_level
+        data = make_shard_file(parts.output, footer, compression_level=level, texts=texts)
         standing = self._publish(lease, data, footer)
         stats = replace(stats, write_s=time.monotonic() - started)
         if standing.footer.batch_id != lease.batch_id:

@@ -19,7 +19,7 @@ import pyarrow as pa
 from batchgen.errors import Refusal, StorageError
 from batchgen.queue.events import PoolEvent, RowsGiven, ShareEnded
 from batchgen.queue.orders import DropShare, GiveRows, HelpShare, Order, TakeIn
-from batchgen.records import JournalRef, Result, Share, Slot, WorkerInfo
+from batchgen.records import JournalRef, Share, Slot, WorkerInfo
 from batchgen.stats import make_lost_stats
 from batchgen.worker.continuation import Continuation
 from batchgen.worker.open_shard import OpenShard
@@ -44,7 +44,7 @@ class Hooks:
     read: Read
     flush: Callable[[], Awaitable[None]]
     emit: Callable[[PoolEvent], None]
-    note: Callable[[Result], None]
+    note: Callable[[pa.RecordBatch], None]
 
 
 def join_rows(tables: Iterable[tuple[int, pa.Table]]) -> dict[int, pa.Table]:

@@ -4,6 +4,7 @@ const POLL_MS = 2000;
 const REPORT_MS = 10_000; // of a job that runs the endpoint makes it anew each time
 const FIRST_BYTES = 65536;
 const FIRST_ROWS = 10;
+const PART_BYTES = 8 * 2 ** 20; // of an upload, at a time: a server on the way may hold all of one request
 const KEEP_POINTS = 300;
 const ENDED = new Set(["completed", "failed", "expired", "cancelled"]);
 const $ = (id) => document.getElementById(id);
@@ -314,38 +315,33 @@ for (const kind of ["dragover", "dragleave", "drop"]) {
     }
   });
 }
-function upload(file) {
-  // fetch tells nothing of how far an upload is
-  return new Promise((resolve, reject) => {
-    const form = new FormData();
-    form.append("purpose", "batch");
-    form.append("file", file, file.name);
-    const request = new XMLHttpRequest();
-    request.open("POST", "/v1/files");
-    if (key) request.setRequestHeader("authorization", `Bearer ${key}`);
-    request.upload.onprogress = (event) => ($("upload").value = event.loaded / event.total);
-    request.onerror = () => reject(new Error("The upload broke off; try again."));
-    request.onload = () => {
-      let body = null;
-      try {
-        body = JSON.parse(request.responseText);
-      } catch {
-        // a proxy's page, say
-      }
-      if (request.status < 300 && body) resolve(body);
-      else reject(new Error(body?.error?.message || `The endpoint answered ${request.status}.`));
-    };
-    request.send(form);
-  });
+function post(path, body) {
+  return ask(path, { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) });
+}
+function send(path, fields) {
+  const form = new FormData();
+  for (const [name, value] of Object.entries(fields)) form.append(name, value);
+  return ask(path, { method: "POST", body: form });
+}
+async function upload(file) {
+  if (file.size <= PART_BYTES) return send("/v1/files", { purpose: "batch", file });
+  const { id } = await post("/v1/uploads", { bytes: file.size, filename: file.name, mime_type: "application/jsonl", purpose: "batch" });
+  const parts = [];
+  for (let start = 0; start < file.size; start += PART_BYTES) {
+    $("upload").value = start / file.size;
+    parts.push((await send(`/v1/uploads/${id}/parts`, { data: file.slice(start, start + PART_BYTES) })).id);
+  }
+  return (await post(`/v1/uploads/${id}/complete`, { part_ids: parts })).file;
 }
 $("start-form").addEventListener("submit", async (event) => {
   event.preventDefault();
   $("go").disabled = true;
+  $("upload").value = 0;
   $("upload").hidden = false;
   await attempt(async () => {
     const file = await upload($("file").files[0]);
     const body = { input_file_id: file.id, endpoint: $("endpoint").value, completion_window: $("window").value };
-    const batch = await ask("/v1/batches", { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) });
+    const batch = await post("/v1/batches", body);
     $("start-form").reset();
     choose(batch.id);
   });
