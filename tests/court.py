@@ -39,7 +39,8 @@ def list_rows(rows: Iterable[ShardRows]) -> set[Row]:
 class Court:
     """`death`: how workers die of `culprits`: their engine starts anew, they are lost and say what was in flight, or they
     vanish; None: each time another way. `num_kills` of workers that have work are killed besides, each turn with `chance`.
-    A turn takes up to `turn_s`."""
+    A turn takes up to `turn_s`. Before each, one that was taken for dead may commit a shard (`zombies`), of which those who
+    work on it know nothing."""
 
     seed: int
     num_shards: int
@@ -50,9 +51,11 @@ class Court:
     num_kills: int = 0
     chance: float = 0.0
     turn_s: float = 0.0
+    zombies: float = 0.0
     now: float = 0.0
     done: set[Row] = field(default_factory=set)
     suspected: set[Row] = field(default_factory=set)
+    elsewhere: set[Row] = field(default_factory=set)
     num_deaths: int = 0
     num_first_suspects: int = 0
     _judged: set[Row] = field(default_factory=set)
@@ -82,9 +85,12 @@ class Court:
         while not self.queue.is_done:
             assert next(turns, None) is not None, f"no end after {MAX_TURNS} turns"
             self.now += self.rng.uniform(0.0, self.turn_s)
+            if self.zombies and self.rng.random() < self.zombies:
+                self._commit_elsewhere(self.rng.randrange(self.num_shards))
             self._lend()
             self._look()
-            self._work(self.rng.choice([worker_id for worker_id, leases in self.open.items() if leases]))
+            if busy := [worker_id for worker_id, leases in self.open.items() if leases]:
+                self._work(self.rng.choice(busy))
             self._look()
         return self
 
@@ -113,11 +119,16 @@ class Court:
             self.inquiry.note_committed(number)
         self.inquiry.note_returned(worker_id, lease.batch_id)
 
+    def _commit_elsewhere(self, number: int) -> None:
+        if not any(shard == number for shard, _ in self.culprits) and self.queue.complete("zombie", "any", number):
+            self.inquiry.note_committed(number)
+            self.elsewhere |= {row for row in self.rows if row[0] == number}
+
     def _look(self) -> None:
         """No verdict while another suspect is untried: by then each has ended on an engine that lived, or is in it too."""
         self.suspected |= list_rows(rows for group in self.inquiry.state.groups for rows in group.rows)
         if self.quarantined - self._judged:
-            untried = self.suspected - self.quarantined - self.done
+            untried = self.suspected - self.quarantined - self.done - self.elsewhere
             assert not untried, f"{self.quarantined} were judged before {untried} were tried"
             self._judged = self.quarantined
 

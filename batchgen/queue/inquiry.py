@@ -144,13 +144,15 @@ class Inquiry:
     ) -> bool:
         trial, now = self._trials.pop(worker_id, None), self.clock()
         before = self.state
+        rows = self._list_unfinished(held) if inflight is None else inflight
+        # Somebody who was taken for dead may have finished them: no trial of those would ever be lent.
+        rows = [(number, ranges) for number, ranges in rows if not self.queue.has_done(number)]
         if trial is not None and any(group.number == trial.group for group in before.groups):
-            rows = self._list_unfinished(held) if inflight is None else inflight
             self._change(suspects.blame(before, trial.group, rows, now))
         elif inflight is None:
-            self._change(suspects.accuse_unknown(before, self._list_unfinished(held), window, now))
+            self._change(suspects.accuse_unknown(before, rows, window, now))
         else:
-            self._change(suspects.accuse(before, inflight, window, now))
+            self._change(suspects.accuse(before, rows, window, now))
         known = {group.number for group in before.groups}
         if new := [group for group in self.state.groups if group.number not in known]:
             count = sum(group.num_rows for group in new)
