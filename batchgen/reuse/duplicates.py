@@ -32,7 +32,7 @@ from batchgen.worker.open_shard import OpenShard
 
 MAX_WAITING = 2**18  # 250 bytes each
 # Rows with their prompts that wait for the driver's word: a window, or these where it is small.
-MIN_ASKED, MAX_ASKED_BYTES = 256, 32 * 2**20
+MIN_ASKED, MAX_ASKED_BYTES = 1024, 32 * 2**20
 MAX_APART = 2**16  # fingerprints of which one failed
 LOOK_S, PRUNE_S = 0.5, 10.0
 STRIDE = 256  # copies made at a time
