@@ -2,6 +2,7 @@
 prints itself and its story. Exit code 1 where one failed."""
 
 import argparse
+import gc
 import logging
 import sys
 import time
@@ -83,10 +84,14 @@ def add(outcome: Outcome, totals: Counter[str], strikes: Counter[str]) -> None:
 
 
 def quieten() -> None:
-    """Processes that are killed leave coroutines and futures behind, of which Python would complain."""
+    """Processes that are killed leave coroutines and futures behind, of which Python would complain; worlds collect them
+    when they have ended, and nothing looks through all that is loaded in the midst of one."""
     logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
     warnings.simplefilter("ignore")
     sys.unraisablehook = lambda _: None
+    gc.collect()
+    gc.freeze()
+    gc.disable()
 
 
 if __name__ == "__main__":
