@@ -122,7 +122,7 @@ LAYERS = [
     ["worker.partial_rows"],
     ["manifest", "worker.open_shard", "worker.prepare"],
     ["length_files", "reuse.outputs", "reuse.desk", "reuse.answers"],
-    ["reuse.carrier", "gates.scan", "reuse.copies", "reuse.lookout"],
+    ["reuse.carrier", "gates.scan", "reuse.copies", "reuse.lookout", "reuse.standing"],
     ["gates.watch", "reuse.duplicates"],
     ["engines.contract_subject"],
     ["engines.contract_answers"],

@@ -506,6 +506,19 @@ def test_answers_that_nobody_keeps_are_read_from_files(tmp_path: Path, monkeypat
     check_texts(tmp_path, rows, prompts)
 
 
+def test_a_run_that_goes_on_knows_what_earlier_ones_committed(tmp_path: Path) -> None:
+    """Of which nothing is in any worker's memory."""
+    prompts = make_shuffled(60, 6)
+    over: Tree = {"cluster": {"workers": {"min": 2, "max": 2}}, "output": {"rows_per_shard": 20}}
+    tree = make_job(tmp_path, prompts, **over)
+    assert run(tree, limit=100)[0]["exit_code"] == 0
+    earlier = len(read_calls(str(tmp_path / "calls")))
+    assert earlier == len(set(prompts[:100]))
+    rows, num_calls = run_well(tmp_path, tree, len(prompts))
+    assert num_calls == 60 > earlier
+    check_texts(tmp_path, rows, prompts)
+
+
 def test_a_lost_worker_costs_what_it_had_not_journaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those who waited for it go on, with what it had journaled."""
     prompts = make_shuffled(60, 6)

@@ -29,6 +29,7 @@ from batchgen.queue.events import WorkerPool
 from batchgen.queue.inquiry import Inquiry
 from batchgen.queue.progress import Progress
 from batchgen.queue.trial_queue import TrialQueue
+from batchgen.reuse.standing import read_claims
 from batchgen.spec import JobSpec
 from batchgen.storage import Storage
 from batchgen.worker.worker import WorkerSetup
@@ -148,6 +149,8 @@ def make_dispatcher(
         on_progress=show,
         on_warning=view.warn,
     )
+    standing = job.committed.keys() - {queued.shard.number for queued in todo}
+    dispatcher.claims.know(standing, read_claims(job.storage, spec, list(standing)))
     return dispatcher
 
 

@@ -33,11 +33,19 @@ class Claims:
     epoch: int
     max_waited: int = MAX_WAITED
     _table: ClaimTable = field(default_factory=ClaimTable)
+    # Shards that earlier runs committed.
+    _standing: frozenset[int] = frozenset()
     # By shard: the rows of it that are waited for, and by which workers.
     _waiters: dict[int, dict[int, set[str]]] = field(default_factory=dict)
     _num_waited: int = 0
     # By shard: which rows each segment holds, by their places in order; 8 bytes a row that is not committed.
     _rows: dict[int, dict[JournalRef, "array[int]"]] = field(default_factory=dict)
+
+    def know(self, shards: Iterable[int], answered: Iterable[tuple[int, int]]) -> None:
+        """Before anything is asked: shards that earlier runs committed, and which rows of them answer (key, place)."""
+        self._standing = frozenset(shards)
+        for key, place in answered:
+            self._table.set(key, place)
 
     # ---- what workers ask --------------------------------------------------------------------------------------------
 
@@ -67,7 +75,7 @@ class Claims:
         if self._is_held(number):
             return self._num_waited < self.max_waited
         return owner != told and (
-            self.queue.is_shard_done(number) or bool(self._find(number, owner) or self._list_unknown(number))
+            self._is_done(number) or bool(self._find(number, owner) or self._list_unknown(number))
         )
 
     def _note_waiting(self, number: int, places: Iterable[int], worker_id: str) -> LookAt:
@@ -135,7 +143,7 @@ class Claims:
     # ---- what it knows -----------------------------------------------------------------------------------------------
 
     def _make_look(self, number: int, places: Iterable[int], *, is_open: bool) -> LookAt:
-        if self.queue.is_shard_done(number):
+        if self._is_done(number):
             return LookAt(number, is_committed=True)
         found: dict[JournalRef, list[int]] = {}
         unknown = self._list_unknown(number)
@@ -143,6 +151,9 @@ class Claims:
             for ref in self._find(number, place) or unknown:
                 found.setdefault(ref, []).append(place)
         return LookAt(number, tuple((ref, tuple(some)) for ref, some in found.items()), is_open=is_open)
+
+    def _is_done(self, number: int) -> bool:
+        return number in self._standing or self.queue.is_shard_done(number)
 
     def _is_held(self, number: int) -> bool:
         """Does a worker have it, to do all of it?"""

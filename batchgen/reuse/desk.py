@@ -8,6 +8,7 @@ A shard that nothing was heard of for a while is asked about again: a row never 
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from batchgen.queue.claim_table import get_shard, make_key, make_place
 from batchgen.queue.events import ClaimsMade
@@ -34,8 +35,7 @@ class Alike:
     waiting: list[Asked] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Question:
+class Question(NamedTuple):
     """May this row be sent? `request`: where it is at hand, and its size. `told`: whose answer was not to be found."""
 
     alike: Alike

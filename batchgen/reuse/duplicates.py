@@ -25,14 +25,14 @@ from batchgen.records import Request, Result, RowId, Slot
 from batchgen.reuse.answers import Answer
 from batchgen.reuse.copies import KeptAnswers, make_copy
 from batchgen.reuse.desk import Alike, Asked, Desk, Question, is_gone
-from batchgen.reuse.fingerprint import is_greedy
+from batchgen.reuse.fingerprint import is_greedy, may_copy
 from batchgen.reuse.lookout import Around, Feed, Lookout
 from batchgen.spec import JobSpec
 from batchgen.worker.open_shard import OpenShard
 
 MAX_WAITING = 2**18  # 250 bytes each
 # Rows with their prompts that wait for the driver's word: a window, or these where it is small.
-MIN_ASKED, MAX_ASKED_BYTES = 256, 32 * 2**20
+MIN_ASKED, MAX_ASKED_BYTES = 1024, 32 * 2**20
 MAX_APART = 2**16  # fingerprints of which one failed
 LOOK_S, PRUNE_S = 0.5, 10.0
 STRIDE = 256  # copies made at a time
@@ -295,6 +295,4 @@ def make_duplicates(
     spec: JobSpec, push: Callable[[OpenShard, list[Request]], Awaitable[None]], feed: Feed
 ) -> Duplicates | None:
     """None where no row of the job can have a copy of another's answer."""
-    policy, may_be_greedy = spec.input.duplicates, spec.sampling.temperature == 0 or spec.prompt.sampling is not None
-    is_on = spec.output.row_fingerprints and (policy == "copy" or (policy == "auto" and may_be_greedy))
-    return Duplicates(spec, push, feed) if is_on else None
+    return Duplicates(spec, push, feed) if may_copy(spec) else None

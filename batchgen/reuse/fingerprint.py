@@ -36,6 +36,12 @@ def is_greedy(sampling: SamplingParams) -> bool:
     return sampling.temperature == 0
 
 
+def may_copy(spec: JobSpec) -> bool:
+    """May a row of the job have a copy of another's answer?"""
+    policy, may_be_greedy = spec.input.duplicates, spec.sampling.temperature == 0 or spec.prompt.sampling is not None
+    return spec.output.row_fingerprints and (policy == "copy" or (policy == "auto" and may_be_greedy))
+
+
 class Fingerprinter:
     """Of the requests of one job. Thread-safe."""
 
