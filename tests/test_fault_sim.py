@@ -71,6 +71,13 @@ def test_a_world_is_its_seed() -> None:
     assert read("2:4") == alone
 
 
+@pytest.mark.parametrize("seed", ["102717"])
+def test_a_world_that_was_told_wrong_holds(seed: str) -> None:
+    """102717: 80 runs were refused before its store calmed down, which was taken for a job that never ends."""
+    (told,) = run_parts("fault_sim", [[seed]])
+    assert "1 seeds, 0 violations" in told
+
+
 @pytest.mark.timeout(300)
 def test_every_crash_point_leaves_the_same_output() -> None:
     parts = [["--part", f"{part}/{NUM_PROCESSES}"] for part in range(1, NUM_PROCESSES + 1)]

@@ -16,7 +16,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jobs_util import list_output, make_prompts, make_tree, read_many, run, write_file
-from makers import make_ok, make_rows
+from makers import make_ok, make_rows, make_shard
 from makers import make_tree as make_small_tree
 
 from batchgen import journal, manifest
@@ -26,6 +26,7 @@ from batchgen.driver.job import check_fingerprint
 from batchgen.driver.lease import FOLDER as LEASES
 from batchgen.driver.lease import read_holder
 from batchgen.errors import BadRow, BatchgenError, Damaged
+from batchgen.length_files import LENGTHS, read_prior
 from batchgen.prompt import (
     BadCell,
     list_columns,
@@ -35,11 +36,16 @@ from batchgen.prompt import (
     make_prompt,
     make_row_sampling,
 )
+from batchgen.queue import inquiry, suspects
+from batchgen.queue.trial_queue import TrialQueue
+from batchgen.queue.work_queue import QueuedShard
 from batchgen.spec import JobSpec
 from batchgen.specs.load import make_spec, parse_spec
 from batchgen.specs.validate import check_spec
 from batchgen.storage import Storage
 from batchgen.verify.verify import verify
+from batchgen.worker.handoff import make_handoff_path, read_handoff, write_handoff
+from batchgen.worker.seal import seal_json
 from batchgen.worker.shard_footer import read_footer, read_whole_file
 from batchgen.write import make_result_schema
 
@@ -197,6 +203,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> JobFolder:
     storage = Storage(str(root / "out"))
     rows = make_rows(*(make_ok(row) for row in range(5)))
     journal.write_segment(storage, SEGMENT, {0: rows, 1: rows}, read_fingerprint(storage))
+    write_handoff(storage, HANDOFF_ID, [(0, 0), (3, 0)])
+    group = suspects.Group(3, ((1, ((4, 5),)),), 1, (2,))
+    state = suspects.Suspects((group,), ((0, ((2, 3), (7, 9))),), frozenset({1}), ((2, 1e9),), 4)
+    storage.put(inquiry.PATH, seal_json(suspects.to_json(state)))
     storage.put(manifest.LOCK, json.dumps({"root": storage.root}).encode())
     contents = read_many(list_output(storage.root))
     return JobFolder(storage.root, {name[len(storage.root) + 1 :]: data for name, data in contents.items() if data})
@@ -204,6 +214,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> JobFolder:
 
 SEGMENT = f"{journal.FOLDER}/e000001-worker-0001-000001.parquet"
 SHARD = "data/shard-000000001.parquet"
+HANDOFF_ID = "shard-000000000-e1-a1"
 STATUS, LEASE = "_batchgen/status.json", f"{LEASES}/000000001.json"
 
 
@@ -237,6 +248,16 @@ def read_lease(storage: Storage) -> None:
     read_holder(find_lock(storage))
 
 
+def read_suspects(storage: Storage) -> None:
+    spec = make_spec(make_small_tree())
+    queue = TrialQueue([QueuedShard(make_shard(0))], epoch=2, retry=spec.retry, cluster=spec.cluster)
+    inquiry.Inquiry(storage, spec, queue, journal.JournalIndex(), print).load([0])
+
+
+def read_lengths(storage: Storage) -> None:
+    read_prior(make_spec(make_small_tree(input={"paths": ["/data/in.parquet"], "length_prior": storage.root})))
+
+
 def read_spec(storage: Storage) -> None:
     check_fingerprint(storage, make_spec(make_small_tree()))
 
@@ -253,6 +274,9 @@ READERS: dict[str, tuple[str, Callable[[Storage], object]]] = {
     "lease": (LEASE, read_lease),
     "lock": (manifest.LOCK, read_lease),
     "spec": (manifest.SPEC, read_spec),
+    "suspects": (inquiry.PATH, read_suspects),
+    "lengths": (LENGTHS, read_lengths),
+    "handoff": (make_handoff_path(HANDOFF_ID), lambda storage: read_handoff(storage, HANDOFF_ID)),
 }
 
 

@@ -34,7 +34,7 @@ from batchgen.serve.errors import ApiError
 from batchgen.serve.ids import is_batch_id, is_file_id, make_batch_id, make_file_id
 from batchgen.serve.jobs import Jobs
 from batchgen.serve.keys import KeyRing, check_bind, hash_key, make_key, parse_keys
-from batchgen.serve.lines import LineTooLong, split_lines
+from batchgen.serve.lines import Line, LineCheck, LineTooLong, split_lines
 from batchgen.serve.load import make_endpoint
 from batchgen.serve.once import choose_batch_id
 from batchgen.serve.paging import list_after
@@ -210,6 +210,27 @@ def test_any_body_is_rows_or_a_400(endpoint: str, body: dict[str, object], is_wh
     else:
         assert refused.status == 400
         assert pickle.loads(pickle.dumps(refused)).make_body() == refused.make_body()
+
+
+LINE = st.fixed_dictionaries(
+    {},
+    optional={
+        "custom_id": st.sampled_from(["a", "b", "\ud800"]) | JSON,
+        "method": st.just("POST") | JSON,
+        "url": st.just(CHAT) | JSON,
+        "body": st.just({"model": "m"}) | st.fixed_dictionaries({"model": st.sampled_from(["m", "n"]) | JSON}) | JSON,
+    },
+)
+
+
+@given(st.lists(st.binary(max_size=30) | LINE.map(lambda line: json.dumps(line).encode()), max_size=6))
+def test_any_line_is_a_request_or_a_fault_that_names_it(lines: list[bytes]) -> None:
+    check, keys = LineCheck(CHAT, ["m"]), []
+    for number, raw in split_lines([b"\n".join(lines)], 10_000):
+        found = check.check(number, raw)
+        assert (found.number if isinstance(found, Line) else found.line) == number
+        keys += [found.custom_id] if isinstance(found, Line) else []
+    assert len(set(keys)) == len(keys)
 
 
 @pytest.mark.parametrize("depth", [90, 110, 400, 900])

@@ -20,6 +20,7 @@ from batchgen.verify.verify import verify
 pytestmark = pytest.mark.s3
 
 MAX_RUNS = 20
+MORE_SEEDS = [pytest.param(seed, marks=pytest.mark.soak) for seed in range(2, 20)]
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +43,7 @@ def run_until_done(tree: dict[str, Any]) -> tuple[int, Counter[str]]:
     raise AssertionError(f"not done after {MAX_RUNS} runs: {ends}")
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [*range(2), *MORE_SEEDS])
 def test_a_job_comes_through_a_bad_store(s3_url: str, s3_proxy: S3Proxy, seed: int) -> None:
     files = write_prompts(f"{s3_url}/in", (30, 0, 25))
     tree = merge(make_tree(f"{s3_url}/in", f"{s3_url}/out"), {"cluster": {"lease_ttl_s": 30}})
@@ -56,7 +57,7 @@ def test_a_job_comes_through_a_bad_store(s3_url: str, s3_proxy: S3Proxy, seed: i
     assert [str(finding) for finding in verdict.findings] == []
 
 
-@pytest.mark.parametrize("seed", range(1))
+@pytest.mark.parametrize("seed", [*range(1), *MORE_SEEDS])
 def test_verify_never_blames_the_folder_for_its_store(s3_url: str, s3_proxy: S3Proxy, seed: int) -> None:
     """It finds nothing, or says that the store failed."""
     write_prompts(f"{s3_url}/in", (30,))

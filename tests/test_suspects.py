@@ -284,3 +284,17 @@ def test_chance_deaths_are_forgotten_after_an_hour() -> None:
     )
     late = blame(late, late.groups[0].number, one, 4001.0)
     assert settle(late, 4001.0, MAX_ALONE).num_quarantined == 1
+
+
+def test_a_death_with_a_suspect_in_flight_is_not_by_chance() -> None:
+    """It was in flight beside its trial, as a row that another worker had of the shard may be: it may explain that death as
+    well, and who was in flight with it was not alone."""
+    suspect, beside = [(1, ((1, 2),))], [(1, ((1, 3),))]
+    state = accuse(Suspects(), suspect, WINDOW, 0.0)
+    again = accuse(state, beside, WINDOW, 1.0)
+    old, new = again.groups
+    assert (old.rows, old.num_alone, old.deaths) == (((1, ((1, 2),)),), 1, (1, 3))
+    assert (new.rows, new.num_alone, new.deaths) == (((1, ((2, 3),)),), 0, (3,))
+    state = clear(again, new.number)
+    state = settle(blame(state, old.number, suspect, 2.0), 2.0, MAX_ALONE)
+    assert (list_rows(state.quarantined), state.deaths) == ({(1, 1)}, ()), "no death is left that nobody explains"

@@ -215,7 +215,10 @@ def _create(storage: Storage, holder: Holder) -> bool:
     try:
         storage.create(path, json.dumps(asdict(holder)).encode())
     except AlreadyExists:
-        return bool(json.loads(storage.read_bytes(path))["token"] == holder.token)
+        try:
+            return parse_holder(storage.read_bytes(path)).token == holder.token
+        except ValueError:  # nothing that a driver wrote: whoever reads it next refuses it by its name
+            return False
     return True
 
 

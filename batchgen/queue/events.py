@@ -69,11 +69,13 @@ class Heartbeat:
 @dataclass(frozen=True, slots=True)
 class JournalFlushed:
     """A segment was written: where each shard's rows lie in it. `replaced`: earlier segments of which it holds a shard's
-    rows, too."""
+    rows, too. `rows`: which rows these are, by their places in order, 8 bytes each (`claim_table`); told where other rows
+    of the run may wait for them."""
 
     worker_id: str
     refs: tuple[tuple[int, JournalRef], ...]
     replaced: tuple[tuple[int, tuple[str, ...]], ...] = ()
+    rows: tuple[tuple[int, bytes], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +141,20 @@ class ShareEnded:
     reason: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ClaimsMade:
+    """A worker is about to send rows that others may have a copy of: may it? Answered by `ClaimsDecided`. 8 bytes a row
+    each: half of its fingerprint, its place, and that of the row whose answer was not to be found, or 0 (`claim_table`).
+    `shards`: what became of these is asked for, too."""
+
+    worker_id: str
+    number: int
+    keys: bytes
+    places: bytes
+    told: bytes
+    shards: tuple[int, ...] = ()
+
+
 PoolEvent = (
     WorkerStarted
     | WorkerStartFailed
@@ -153,6 +169,7 @@ PoolEvent = (
     | ShardReturned
     | RowsGiven
     | ShareEnded
+    | ClaimsMade
 )
 
 

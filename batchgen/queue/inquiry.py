@@ -40,16 +40,17 @@ class _Trial:
 
 @dataclass(slots=True)
 class Inquiry:
-    """Of one run. `window`: requests that an engine has at once, so as many suspects of a death."""
+    """Of one run. `window`: requests that an engine has at once, so as many suspects of a death. `clock`: seconds since the
+    epoch, for what is written down outlives the process."""
 
     storage: Storage
     spec: JobSpec
     queue: TrialQueue
     index: journal.JournalIndex
     on_warning: Callable[[str], None]
+    clock: Callable[[], float] = time.time
     state: Suspects = field(default_factory=Suspects)
     _trials: dict[str, _Trial] = field(default_factory=dict)
-    _num_unsaved: int = 0
 
     # ---- the store ---------------------------------------------------------------------------------------------------
 
@@ -141,15 +142,17 @@ class Inquiry:
     def _note_death(
         self, worker_id: str, reason: str, inflight: Sequence[ShardRows] | None, held: Sequence[LostLease], window: int
     ) -> bool:
-        trial, now = self._trials.pop(worker_id, None), time.time()
+        trial, now = self._trials.pop(worker_id, None), self.clock()
         before = self.state
+        rows = self._list_unfinished(held) if inflight is None else inflight
+        # Somebody who was taken for dead may have finished them: no trial of those would ever be lent.
+        rows = [(number, ranges) for number, ranges in rows if not self.queue.has_done(number)]
         if trial is not None and any(group.number == trial.group for group in before.groups):
-            rows = self._list_unfinished(held) if inflight is None else inflight
             self._change(suspects.blame(before, trial.group, rows, now))
         elif inflight is None:
-            self._change(suspects.accuse_unknown(before, self._list_unfinished(held), window, now))
+            self._change(suspects.accuse_unknown(before, rows, window, now))
         else:
-            self._change(suspects.accuse(before, inflight, window, now))
+            self._change(suspects.accuse(before, rows, window, now))
         known = {group.number for group in before.groups}
         if new := [group for group in self.state.groups if group.number not in known]:
             count = sum(group.num_rows for group in new)
@@ -162,7 +165,7 @@ class Inquiry:
     # ---- the verdict -------------------------------------------------------------------------------------------------
 
     def _list_convicted(self) -> list[suspects.Group]:
-        return suspects.list_convicted(self.state, time.time(), self.spec.retry.max_deaths_alone)
+        return suspects.list_convicted(self.state, self.clock(), self.spec.retry.max_deaths_alone)
 
     def _settle(self) -> None:
         """Asked at every turn: deaths by chance are forgotten after a while, and then the verdict is due."""
@@ -170,7 +173,7 @@ class Inquiry:
         if not self.state.groups or any(group.number in tried for group in self.state.groups):
             return  # who is being tried may be cleared yet
         num_before = self.state.num_quarantined
-        self._change(suspects.settle(self.state, time.time(), self.spec.retry.max_deaths_alone))
+        self._change(suspects.settle(self.state, self.clock(), self.spec.retry.max_deaths_alone))
         if num_more := self.state.num_quarantined - num_before:
             self.on_warning(f"{num_more} rows are quarantined: engines died with each of them alone in flight")
 

@@ -5,10 +5,21 @@ from dataclasses import dataclass, field
 from batchgen.records import Lease, Share, WorkerInfo
 
 
+@dataclass(frozen=True, slots=True)
+class LostLease:
+    """A lease that ended without a commit, with the last that was heard of it."""
+
+    lease: Lease
+    started_at: float
+    ended_at: float
+    num_rows_done: int
+    reason: str
+
+
 @dataclass(slots=True)
 class OpenLease:
     """A lease that is held, with the last that was heard of it. `is_in_order`: lent by the input's order, not by what is
-    expected of it."""
+    expected of it. `num_rows_waiting`: for a copy of another row's answer; its worker's engine needs others meanwhile."""
 
     lease: Lease
     work: float
@@ -18,10 +29,11 @@ class OpenLease:
     num_rows_error: int = 0
     num_unsent: int | None = None
     num_inflight: int = 0
+    num_rows_waiting: int = 0
 
     @property
     def num_unfinished(self) -> int:
-        return self.lease.shard.num_rows - self.num_rows_done
+        return max(0, self.lease.shard.num_rows - self.num_rows_done - self.num_rows_waiting)
 
     @property
     def load(self) -> float:

@@ -81,13 +81,13 @@ def count_suspects(rows: Iterable[ShardRows]) -> int:
 
 
 def accuse(state: Suspects, rows: Sequence[ShardRows], max_group: int, now: float) -> Suspects:
-    """An engine died with these rows in flight and no others. Those that stand in a group are tried there."""
-    rows = _clean(rows, _list_known(state))
-    num_rows = count_suspects(rows)
-    state, deaths = _note_death(state, (), now)
-    if num_rows == 1:  # it was alone already
-        return _add(state, [rows], deaths, num_alone=1)
-    return _add(state, _split(rows, max(2, -(-num_rows // max_group))), deaths)
+    """An engine died with these rows in flight and no others. Those that stand in a group are tried there, and may explain
+    this death too."""
+    new = _clean(rows, _list_known(state))
+    state, deaths = _note_death(_implicate(state, rows), (), now)
+    if count_suspects(rows) == 1:  # it was alone already
+        return _add(state, [new], deaths, num_alone=1)
+    return _add(state, _split(new, max(2, -(-count_suspects(new) // max_group))), deaths)
 
 
 def accuse_unknown(state: Suspects, rows: Sequence[ShardRows], max_group: int, now: float) -> Suspects:
@@ -99,8 +99,16 @@ def accuse_unknown(state: Suspects, rows: Sequence[ShardRows], max_group: int, n
     state = replace(state, struck=state.struck - numbers)
     if num_rows > 1:
         return accuse(state, rows, max_group, now)
-    state, deaths = _note_death(state, (), now)
-    return _add(state, [_clean(rows, _list_known(state))], deaths)  # whether it was in flight at all is not known
+    new = _clean(rows, _list_known(state))
+    state, deaths = _note_death(_implicate(state, rows), (), now)
+    return _add(state, [new], deaths)  # whether it was in flight at all is not known
+
+
+def _implicate(state: Suspects, rows: Sequence[ShardRows]) -> Suspects:
+    """The next death is one of those groups', too, that have some of these rows."""
+    death = state.next_number
+    groups = [replace(g, deaths=(*g.deaths, death)) if _meet(rows, g.rows) else g for g in state.groups]
+    return replace(state, groups=tuple(groups))
 
 
 def clear(state: Suspects, group_number: int) -> Suspects:
@@ -180,6 +188,12 @@ def _list_known(state: Suspects) -> list[ShardRows]:
     for number, ranges in chain(state.quarantined, *(group.rows for group in state.groups)):
         known[number] = unite(known.get(number, ()), ranges)
     return list(known.items())
+
+
+def _meet(rows: Iterable[ShardRows], others: Iterable[ShardRows]) -> bool:
+    """Have they a row in common?"""
+    theirs = dict(others)
+    return any(subtract(ranges, theirs.get(number, ())) != tuple(ranges) for number, ranges in rows)
 
 
 def _clean(rows: Sequence[ShardRows], left_out: Sequence[ShardRows]) -> list[ShardRows]:

@@ -82,6 +82,10 @@ class TrialQueue(WorkQueue):
 
     # ---- what it knows -----------------------------------------------------------------------------------------------
 
+    def has_done(self, number: int) -> bool:
+        """Is this shard's file there?"""
+        return self._backlog.is_done(number)
+
     def list_leases(self, worker_id: str) -> list[LostLease]:
         """A worker's open leases, as they would be lost now."""
         worker = self._workers.get(worker_id)

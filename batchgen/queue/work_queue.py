@@ -11,13 +11,13 @@ a share changes nothing of the above. A decision costs O(log n) in shards and wo
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from batchgen.queue.backlog import BACKOFF_S, MAX_BACKOFF_S, NEIGHBOUR_SHARE, Backlog, QueuedShard
 from batchgen.queue.events import Heartbeat
 from batchgen.queue.hint_votes import HintVotes
 from batchgen.queue.lazy_heap import LazyHeap
-from batchgen.queue.leases import OpenLease, QueueWorker
+from batchgen.queue.leases import LostLease, OpenLease, QueueWorker
 from batchgen.records import Lease, Share, WorkerInfo
 from batchgen.row_ranges import RowRanges
 from batchgen.spec import ClusterSpec, RetrySpec
@@ -30,17 +30,6 @@ WINDOWS_AHEAD = 1.5
 HINTED_WINDOWS_AHEAD = 8.0
 MIN_OPEN_SHARDS = 2
 MAX_OPEN_SHARDS = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class LostLease:
-    """A lease that ended without a commit, with the last that was heard of it."""
-
-    lease: Lease
-    started_at: float
-    ended_at: float
-    num_rows_done: int
-    reason: str
 
 
 class WorkQueue:
@@ -85,12 +74,13 @@ class WorkQueue:
                 self._count_open(held, -1)
                 held.num_rows_done, held.num_rows_error = shard.num_rows_done, shard.num_rows_error
                 held.num_unsent, held.num_inflight = shard.num_unsent, shard.num_inflight
+                held.num_rows_waiting = shard.num_waiting // self._n
                 self._count_open(held, +1)
             elif shard.batch_id in worker.shares:
                 worker.share_unsent[shard.batch_id] = shard.num_unsent
         worker.count()
         progress = (beat.total_tokens, sum(held.num_rows_done for held in worker.open.values()))
-        if progress != worker.progress or (beat.num_inflight == 0 and not worker.is_busy):
+        if progress != worker.progress or (beat.num_inflight == 0 and (not worker.is_busy or _only_waits(beat))):
             worker.progress, worker.progress_at = progress, now
             for share in worker.shares.values():
                 if (owner := self._workers.get(share.owner_id)) is not None:
@@ -265,6 +255,9 @@ class WorkQueue:
 
     # ---- what it knows -----------------------------------------------------------------------------------------------
 
+    def is_shard_done(self, number: int) -> bool:
+        return self._backlog.is_done(number)
+
     @property
     def is_done(self) -> bool:
         return self._backlog.num_done == self._backlog.num_shards
@@ -297,3 +290,8 @@ class WorkQueue:
     def look_at_workers(self) -> Iterable[QueueWorker]:
         """For policies that need more than a sum. Read only."""
         return self._workers.values()
+
+
+def _only_waits(beat: Heartbeat) -> bool:
+    """Nothing is left to it but to wait for copies of what others generate."""
+    return any(shard.num_waiting for shard in beat.shards) and not any(shard.num_unsent for shard in beat.shards)

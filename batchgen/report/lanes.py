@@ -32,7 +32,7 @@ def make_lanes(record: RunRecord, table: pa.Table) -> dict[str, Any]:
 def list_spans(table: pa.Table, record: RunRecord) -> dict[str, list[Interval]]:
     """When each worker had a batch, as far as batches know."""
     columns = ["worker", "started_at", "wall_s"]
-    rows = table.filter(pc.equal(table["epoch"], record["epoch"])).select(columns).drop_null()
+    rows = table.select(columns).filter(pc.equal(table["epoch"], record["epoch"])).drop_null()
     spans: dict[str, list[Interval]] = {}
     workers, starts, walls = (rows[name].to_pylist() for name in columns)
     for worker, started_at, wall_s in zip(workers, starts, walls, strict=True):

@@ -10,12 +10,12 @@ from collections.abc import Iterable, Sequence
 WIDTH, HEIGHT = 1000.0, 100.0
 
 Points = Sequence[tuple[float, float]]
+_SIGNS = dict.fromkeys({*range(32)} - {*b"\t\n"}, "�")
 
 
 def clean(text: object) -> str:
     """Control characters (C0 but tab and newline) as a visible sign, lone surrogates as `?`."""
-    shown = "".join("�" if ord(char) < 32 and char not in "\t\n" else char for char in str(text))
-    return shown.encode(errors="replace").decode()
+    return str(text).translate(_SIGNS).encode(errors="replace").decode()
 
 
 def escape(text: object) -> str:

@@ -104,7 +104,8 @@ def make_totals(table: pa.Table) -> dict[str, Any]:
     """Sums and latencies over batches; a lost batch counts with the rows that its journal saved. Tokens are those that were
     generated; what was taken over is told beside them."""
     is_reused = pc.equal(table["outcome"], "reused")
-    made, reused = table.filter(pc.invert(is_reused)), table.filter(is_reused)
+    counts = table.select(["num_rows_ok", "prompt_tokens", "completion_tokens", "cached_tokens"])
+    made, reused = counts.filter(pc.invert(is_reused)), counts.filter(is_reused)
     workers = table.select(["epoch", "worker"]).drop_null().group_by(["epoch", "worker"]).aggregate([])
     return {
         "batches": count_values(table["outcome"]),
@@ -167,7 +168,7 @@ def make_what(table: pa.Table, record: RunRecord | None) -> dict[str, Any]:
 def make_run(record: RunRecord, table: pa.Table, *, is_settled: bool) -> dict[str, Any]:
     """One run's line: its time, what it did and what it cost. Hours are None where workers reserve no GPU."""
     is_kept = pc.invert(pc.is_in(table["outcome"], pa.array(["superseded", "reused"])))
-    kept = table.filter(pc.and_(pc.equal(table["epoch"], record["epoch"]), is_kept))
+    kept = table.select(["completion_tokens"]).filter(pc.and_(pc.equal(table["epoch"], record["epoch"]), is_kept))
     gpus = record.get("cluster", {}).get("gpus_per_worker") or None
     waste = make_waste(record, total(kept["completion_tokens"]), is_settled=is_settled)
     gpu_hours = record["worker_s"] * gpus / 3600 if gpus else None

@@ -73,7 +73,7 @@ class Sender:
     ) -> None:
         self._engine, self._retry, self._on_death, self._on_restart = engine, retry, on_death, on_restart
         self._on_length = on_length
-        self.on_answer: Callable[[OpenShard, Request, Result], None] | None = None
+        self.on_result: Callable[[OpenShard, Request, Result], None] | None = None
         self.num_sent = 0
         self.inflight: dict[Ready, tuple[float, asyncio.Task[None]]] = {}
         self.died_with: list[Ready] | None = None
@@ -208,9 +208,7 @@ class Sender:
             latency_s = time.monotonic() - sent
             parse = self._engine.tokenizer.parse if self._engine.tokenizer else None
             result = make_result(ready.request, generation, parse=parse, waited_s=waited_s, latency_s=latency_s)
-            ready.shard.add(result)
-            if self.on_answer is not None:
-                self.on_answer(ready.shard, ready.request, result)
+            self._end(ready, result)
             expected, tokens = ready.request.expected_tokens, generation.usage.completion_tokens
             if expected is not None and tokens is not None:
                 self._on_length(expected, tokens)
@@ -255,7 +253,12 @@ class Sender:
         self._overdue.discard(ready)
         self.inflight[ready][1].uncancel()
         error = RequestFailed("timed_out", f"no answer after {self._retry.request_timeout_s:g} s")
-        ready.shard.add(make_failed(ready.request, error, waited_s=waited_s, latency_s=latency_s))
+        self._end(ready, make_failed(ready.request, error, waited_s=waited_s, latency_s=latency_s))
+
+    def _end(self, ready: Ready, result: Result) -> None:
+        ready.shard.add(result)
+        if self.on_result is not None:
+            self.on_result(ready.shard, ready.request, result)
 
     def _die_with(self, inflight: list[Ready]) -> None:
         """The first says it: those that follow were told later, when some had left already."""
@@ -279,7 +282,7 @@ class Sender:
         request = ready.request
         is_refusal = isinstance(error, EngineUnavailable) and ready.num_refusals < MAX_REFUSALS
         if not isinstance(error, RequestFailed) or (not is_refusal and request.attempt >= self._retry.max_attempts):
-            ready.shard.add(make_failed(request, error, waited_s=waited_s, latency_s=latency_s))
+            self._end(ready, make_failed(request, error, waited_s=waited_s, latency_s=latency_s))
             return
         if is_refusal:
             again = replace(ready, num_refusals=ready.num_refusals + 1)

@@ -30,7 +30,7 @@ from batchgen.queue.events import (
     WorkerLost,
     WorkerWarned,
 )
-from batchgen.queue.orders import Order
+from batchgen.queue.orders import DuplicateOrder, Order
 from batchgen.queue.suspects import ShardRows
 from batchgen.records import Lease, WorkerInfo
 from batchgen.reuse.carrier import Carrier
@@ -82,25 +82,22 @@ class Worker:
         preparer = Preparer(spec, engine.tokenizer, engine.max_model_len, list_refused(spec.engine), setup.prior)
         serving, self._hints = make_serving(engine, spec, setup.prior), HintCheck(setup.num_requests, size)
         continued = serving if isinstance(serving, Continuation) and serving.is_resumable else None
-        restarted, window, shards = self._note_restart, self._shared_window, self._shards
+        restarted, window, list_shards = self._note_restart, self._shared_window, lambda: [*self._shards.values()]
         self._sender = Sender(serving, size, spec.retry, self._die, restarted, self._hints.note, window)
         self._feeder = Feeder(spec, self._setup.passthrough, preparer, self._sender, self._hints, carrier)
-        self._window = self._sender.window
-        self._wake, self._pace = asyncio.Event(), Pace(size, time.monotonic())
-        partials = continued.partials if continued is not None else None
-        self._spill = Spill(self._files, setup.epoch, setup.worker_id, lambda: [*shards.values()], self._emit, partials)
-        self._committing = asyncio.Semaphore(MAX_COMMITS)
+        self._window, self._pace = self._sender.window, Pace(size, time.monotonic())
+        self._wake, self._committing = asyncio.Event(), asyncio.Semaphore(MAX_COMMITS)
+        epoch, worker_id, partials = setup.epoch, setup.worker_id, None if continued is None else continued.partials
+        self._spill = Spill(self._files, epoch, worker_id, list_shards, self._emit, partials, self._feeder.n_told)
         self._other_tasks.spawn(self._feeder.run())
-        if (duplicates := self._feeder.duplicates) is not None:
-            self._sender.on_answer = duplicates.note_answer
-            self._other_tasks.spawn(duplicates.run())
+        self._feeder.connect(worker_id, setup.storage, self._emit, self._other_tasks.spawn, self._shards)
         self._other_tasks.spawn(self._spill.flush_often(spec.output.journal_interval_s))
         self.info = WorkerInfo(
-            worker_id=self._setup.worker_id,
+            worker_id=worker_id,
             build=build_id(),
             node=self._node,
-            engine_kind=self._engine.kind,
-            engine_version=self._engine.version,
+            engine_kind=engine.kind,
+            engine_version=engine.version,
             num_gpus=spec.cluster.gpus_per_worker,
             window=spec.engine.max_inflight,
             startup_s=time.monotonic() - started,
@@ -119,8 +116,11 @@ class Worker:
         self._shard_tasks.spawn(self._run_shard(shard))
 
     def tell(self, order: Order) -> None:
-        """Carry out an order about shares of a shard."""
-        self._shard_tasks.spawn(self._shares.obey(order))
+        """Carry out an order about shares of a shard, or duplicates."""
+        if isinstance(order, DuplicateOrder):
+            self._other_tasks.spawn(self._feeder.obey(order))
+        else:
+            self._shard_tasks.spawn(self._shares.obey(order))
 
     async def poll(self, timeout_s: float) -> list[PoolEvent]:
         """Events since the last poll, or the first to come, and always a heartbeat: early where rows go fast."""

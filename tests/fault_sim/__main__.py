@@ -2,6 +2,7 @@
 prints itself and its story. Exit code 1 where one failed."""
 
 import argparse
+import gc
 import logging
 import sys
 import time
@@ -69,6 +70,7 @@ def add(outcome: Outcome, totals: Counter[str], strikes: Counter[str]) -> None:
     totals["generated"] += outcome.num_generated
     totals["reused"] += outcome.num_reused
     totals["copied"] += outcome.num_copied
+    totals["duplicates sent again after faults"] += outcome.num_sent_again
     totals["commits"] += outcome.num_commits
     totals["replaced files"] += outcome.num_replaced
     totals["store operations"] += outcome.num_operations
@@ -82,10 +84,14 @@ def add(outcome: Outcome, totals: Counter[str], strikes: Counter[str]) -> None:
 
 
 def quieten() -> None:
-    """Processes that are killed leave coroutines and futures behind, of which Python would complain."""
+    """Processes that are killed leave coroutines and futures behind, of which Python would complain; worlds collect them
+    when they have ended, and nothing looks through all that is loaded in the midst of one."""
     logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
     warnings.simplefilter("ignore")
     sys.unraisablehook = lambda _: None
+    gc.collect()
+    gc.freeze()
+    gc.disable()
 
 
 if __name__ == "__main__":

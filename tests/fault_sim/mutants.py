@@ -12,6 +12,7 @@ import pytest
 from batchgen import journal, manifest
 from batchgen.driver import fence, finish
 from batchgen.driver import lease as driver_lease
+from batchgen.queue import suspects
 from batchgen.queue.work_queue import WorkQueue
 from batchgen.storage import Storage
 from batchgen.worker import shard_files
@@ -111,6 +112,17 @@ def answers_change_after_a_retry(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ShardFiles, "_publish", again)
 
 
+def culprits_are_cleared(patch: pytest.MonkeyPatch) -> None:
+    """A row with which an engine died alone counts as tried."""
+    blame = suspects.blame
+
+    def forgive(state: Any, group_number: int, inflight: Any, now: float) -> Any:
+        is_alone = suspects.count_suspects(inflight) == 1
+        return suspects.clear(state, group_number) if is_alone else blame(state, group_number, inflight, now)
+
+    patch.setattr(suspects, "blame", forgive)
+
+
 # By the step whose cells of the matrix find it; None: a seed does.
 MUTANTS: dict[Callable[[pytest.MonkeyPatch], None], str | None] = {
     commit_overwrites: "create",
@@ -124,4 +136,5 @@ MUTANTS: dict[Callable[[pytest.MonkeyPatch], None], str | None] = {
     stats_forget_the_lost: "journal",
     journal_is_read_twice: None,
     answers_change_after_a_retry: "create",
+    culprits_are_cleared: None,
 }

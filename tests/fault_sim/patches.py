@@ -7,7 +7,9 @@ clients, the store's probe and the operating system's word on dead processes. Al
 
 import concurrent.futures
 import functools
+import gc
 import io
+import itertools
 import random
 import time
 import types
@@ -22,6 +24,8 @@ import pyarrow.parquet as pq
 
 from .kernel import Kernel, Threading
 
+COLLECT_WORLDS = 10
+_num_worlds = itertools.count(1)
 _kernels: list[Kernel] = []
 _digests: dict[str, str | None] = {}
 _real_monotonic, _real_time, _real_sleep, _real_uuid4 = time.monotonic, time.time, time.sleep, uuid.uuid4
@@ -34,6 +38,12 @@ def enter(kernel: Kernel) -> None:
 
 def leave() -> None:
     _kernels.pop()
+
+
+def collect_garbage() -> None:
+    """After some worlds: it takes as long for one."""
+    if next(_num_worlds) % COLLECT_WORLDS == 0:
+        gc.collect()
 
 
 def get_kernel() -> Kernel:
@@ -131,10 +141,12 @@ def _read_parquet(data: bytes, is_checked: bool, group: int | None, columns: tup
 
 
 class QuickWriter(pq.ParquetWriter):
-    """Files of ten rows in Snappy: zstd makes a context for each of their columns, which is half of writing them."""
+    """Files of ten rows, as they are: zstd makes a context for each of their columns, which is half of writing them; and
+    nobody asks for what Parquet can tell of their values."""
 
     def __init__(self, where: Any, schema: pa.Schema, **options: Any) -> None:
-        super().__init__(where, schema, **{**options, "compression": "snappy", "compression_level": None})
+        plain = {"compression": "none", "compression_level": None, "use_dictionary": False, "write_statistics": False}
+        super().__init__(where, schema, **{**options, **plain})
 
 
 def _digest_tokenizer(spec: Any) -> str | None:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchgen.engines import create_engine
-from batchgen.errors import BatchgenError, Cancelled, RequestFailed
+from batchgen.errors import BatchgenError, Cancelled, EngineDied, EngineRestarted, RequestFailed
 from batchgen.queue.tail import TailPolicy
 from batchgen.records import Generation, Request, RowId
 from batchgen.spec import JobSpec
@@ -28,8 +28,8 @@ from batchgen.stores.opening import opening_through
 from batchgen.verify.verify import verify
 
 from .checker import Checker, Key, Violation
-from .earlier import EARLIER, Earlier, make_prompt
-from .faults import CALM, Weather, choose, make_weather
+from .earlier import EARLIER, Earlier, draw, make_prompt
+from .faults import CALM, NO_WEATHER, Weather, choose, make_weather
 from .kernel import Kernel, Process
 from .pool import SimPool
 from .store import SimStore
@@ -37,6 +37,7 @@ from .store import SimStore
 # A fair schedule must be done by then: many times what the slowest job takes without faults.
 MAX_CALM_S = 900.0
 MAX_ZOMBIE_S = 60.0
+# After the last fault: before it, a store that fails at every turn may refuse any number of them.
 MAX_RUNS = 80
 MAX_DRIVERS = 4
 # Rows are moved, begun or not, whenever anybody has less to do: what that gains is not asked.
@@ -57,6 +58,7 @@ class Outcome:
     num_generated: int = 0
     num_reused: int = 0
     num_copied: int = 0
+    num_sent_again: int = 0
     num_commits: int = 0
     num_replaced: int = 0
     num_operations: int = 0
@@ -79,6 +81,7 @@ class World:
         self.store = SimStore(self.kernel, self._watch)
         self.store.on_freeze = self._submit_again
         self.earlier = self._make_earlier()
+        self.poison: set[Key] = set()
         self.spec = self._make_job()
         self.checker = Checker(self.keys, self.store.held)
         self.drivers: list[Process] = []
@@ -86,10 +89,13 @@ class World:
         self.pools: list[SimPool] = []
         self.is_done = False
         self.num_deaths = 0
+        self.num_stormy: int | None = None
         self.calm_at = self.weather.until
 
     def _make_weather(self) -> Weather:
-        return make_weather(self.rng)
+        """Some worlds are calm: there duplicates are generated once."""
+        weather, seed = make_weather(self.rng), self.outcome.seed
+        return NO_WEATHER if draw(seed, "duplicates") < 0.2 and draw(seed, "calm") < 0.4 else weather
 
     def _make_earlier(self) -> Earlier | None:
         """None where this kind of world has none."""
@@ -124,6 +130,7 @@ class World:
             rates |= {"slots": 12, "max_inflight": 12, "token_budget": 4}
             rows_per_shard, workers = 12, {"min": 2, "max": 3}
         lease_ttl_s = rng.uniform(4, 12)
+        rates |= self._poison_a_row()
         return make_spec(
             {
                 "input": {"paths": [IN], "custom_id": "key", "passthrough": ["topic"], **self._make_reuse()},
@@ -150,10 +157,22 @@ class World:
                     "max_backoff_s": 5,
                     "max_shard_attempts": rng.randint(2, 4),
                     "max_error_rate": 1.0,
-                    "max_deaths_alone": rng.choice([2, 3, 50]),
+                    "max_deaths_alone": min(rng.choice([2, 3, 50]), 3 if self.poison else 50),
                 },
             }
         )
+
+    def _poison_a_row(self) -> dict[str, Any]:
+        """In some worlds every engine dies of one row. Drawn apart, as budgets are. (Not where its answer may come from
+        elsewhere.)"""
+        rng = random.Random(f"{self.outcome.seed}:poison")
+        good = sorted(set(self.keys) - self.bad)
+        is_plain = self.earlier is not None and not self.earlier.make_input()
+        if not (is_plain and good and rng.random() < 0.25):
+            return {}
+        name, row, _ = rng.choice(good)
+        self.poison = {key for key in good if key[:2] == (name, row)}
+        return {"die_text": make_prompt(name, row), "death": rng.choice(["engine", "restart"])}
 
     def _make_reuse(self) -> dict[str, Any]:
         return {} if self.earlier is None else self.earlier.make_input()
@@ -300,6 +319,7 @@ class World:
     def calm(self) -> None:
         """From here on the schedule is fair. What was frozen or cut off comes back in its own time."""
         self.calm_at = min(self.calm_at, self.kernel.now)
+        self.num_stormy = self.outcome.num_runs if self.num_stormy is None else self.num_stormy
         self.store.rates = CALM
         self.kernel.tell("calm")
 
@@ -315,6 +335,7 @@ class World:
                 self.outcome.violation = f"{type(error).__name__}: {error} in {_place(error)}"
             finally:
                 self.kernel.end()
+        patches.collect_garbage()
         outcome, checker = self.outcome, self.checker
         outcome.seconds, outcome.num_rows = self.kernel.now, len(self.keys)
         outcome.num_commits, outcome.num_replaced = checker.num_commits, checker.num_replaced
@@ -335,13 +356,17 @@ class World:
         self.calm()
         self.kernel.run(lambda: self.checker.violation is not None, kernel.now + MAX_ZOMBIE_S)
         self._check_violation()
-        expected = self.bad | self.find_quarantined()
+        quarantined = self.find_quarantined()
+        if not self.poison <= quarantined:
+            raise Violation(f"{min(self.poison)} kills engines and is not quarantined")
+        expected = self.bad | quarantined
         self.checker.check_end(expected)
         self._verify(is_released=False)
         self._run_once_more()
         self.checker.check_end(expected)
         if self.earlier is not None:
-            self.earlier.check_end(self.checker.list_rows())
+            self.earlier.check_end(self.checker.list_rows(), is_calm=self.weather is NO_WEATHER)
+            self.outcome.num_sent_again = self.earlier.num_sent_again
             self.outcome.num_reused, self.outcome.num_copied = self.earlier.num_reused, self.earlier.num_copied
         self._verify(is_released=True)
 
@@ -355,7 +380,8 @@ class World:
 
     def _go_on(self, until: float) -> None:
         def is_over() -> bool:
-            return self.is_done or self.checker.violation is not None or self.outcome.num_runs > MAX_RUNS
+            num_calm = 0 if self.num_stormy is None else self.outcome.num_runs - self.num_stormy
+            return self.is_done or self.checker.violation is not None or num_calm > MAX_RUNS
 
         self.kernel.run(is_over, until)
         self._check_violation()
@@ -484,7 +510,11 @@ class SimEngine:
                 world.checker.violation = world.checker.violation or str(error)
         if world.kernel.now < world.calm_at:
             await self._suffer(weather)
-        answer: Generation = await self._engine.generate(request)
+        try:
+            answer: Generation = await self._engine.generate(request)
+        except (EngineDied, EngineRestarted):
+            world.num_deaths += (request.row_id.source_file, *request.row_id.slot) in world.poison
+            raise
         return answer
 
     async def _suffer(self, weather: Any) -> None:
