@@ -126,8 +126,8 @@ def make_long_tailed(
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_useless_hints_never_cost_a_hundredth(num_workers: int) -> None:
-    """With rows enough for hints to prove themselves. Which rows end a run is luck, so any other order would show: with these
-    seeds two workers took 1.18 and 1.13 times as long, while shards were lent by the hints."""
+    """With rows enough for hints to prove themselves. Which rows end a run is luck, so any other order would show: two
+    workers took 1.18 and 1.13 times as long with these seeds, while shards were lent by the hints."""
     for seed in (4, 8):
         none, useless, exact = (
             run_exactly(make_long_tailed(num_workers, 36, 0.8, sigma, seed)).makespan_s for sigma in (None, 10.0, 0.0)
