@@ -30,7 +30,7 @@ LAYERS = [
     ["specs.patterns"],
     ["specs.gates"],
     ["specs.engine"],
-    ["queue.lazy_heap", "queue.leases", "queue.tail"],
+    ["queue.lazy_heap", "queue.leases", "queue.tail", "queue.hint_votes"],
     ["queue.begun"],
     [
         "spec",
@@ -118,7 +118,7 @@ LAYERS = [
     ["training.rows", "training.save", "training.accuracy"],
     ["training.train"],
     # one worker
-    ["worker.result_batch", "worker.read_ahead", "worker.hint_check"],
+    ["worker.result_batch", "worker.read_ahead", "worker.hint_check", "worker.collector"],
     ["worker.partial_rows"],
     ["manifest", "worker.open_shard", "worker.prepare"],
     ["length_files", "reuse.outputs", "reuse.duplicates"],
@@ -292,7 +292,7 @@ PURE |= {
     "worker.answer",
     "verify.rows",
 }
-PURE |= {"queue.begun"}
+PURE |= {"queue.begun", "queue.hint_votes"}
 PURE |= {
     "queue.timeline",
     "report.waste",

@@ -54,7 +54,8 @@ class EngineRestarted:
 class Heartbeat:
     """Sent with every poll, idle or not. `total_tokens` only grows while the engine works; `integral` is the rows x
     seconds in flight since the worker's start. `inflight`: the rows, told when nothing was sent and nothing ended since the
-    last heartbeat: then they may hang, and while they change what is told is old when it arrives."""
+    last heartbeat: then they may hang, and while they change what is told is old when it arrives. `are_hints_useful`: what
+    answers say of the rows' length hints; None while there are too few."""
 
     worker_id: str
     total_tokens: int
@@ -62,6 +63,7 @@ class Heartbeat:
     integral: float
     shards: tuple[ShardProgress, ...]
     inflight: tuple[ShardRows, ...] | None = None
+    are_hints_useful: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,8 +65,7 @@ class Worker:
         self._spec = setup.spec
         self._files = ShardFiles(setup.storage, setup.spec, setup.passthrough)
         self._shards, self._events = dict[str, OpenShard](), list[PoolEvent]()
-        self._shard_tasks = TaskGroup(self._die)
-        self._other_tasks = TaskGroup(self._die)
+        self._shard_tasks, self._other_tasks = TaskGroup(self._die), TaskGroup(self._die)
         self._has_ended, self._last_sent, self.meter = False, (-1, 0), Meter()
 
     # ---- what the pool calls -----------------------------------------------------------------------------------------
@@ -81,16 +80,15 @@ class Worker:
                 raise error
         spec, engine, setup, size = self._spec, self._engine, self._setup, self._spec.engine.max_inflight
         preparer = Preparer(spec, engine.tokenizer, engine.max_model_len, list_refused(spec.engine), setup.prior)
-        serving, hints = make_serving(engine, spec, setup.prior), HintCheck(setup.num_requests, size)
+        serving, self._hints = make_serving(engine, spec, setup.prior), HintCheck(setup.num_requests, size)
         continued = serving if isinstance(serving, Continuation) and serving.is_resumable else None
-        restarted, window = self._note_restart, self._shared_window
-        self._sender = Sender(serving, size, spec.retry, self._die, restarted, hints.note, window)
-        self._feeder = Feeder(spec, self._setup.passthrough, preparer, self._sender, hints, carrier)
+        restarted, window, shards = self._note_restart, self._shared_window, self._shards
+        self._sender = Sender(serving, size, spec.retry, self._die, restarted, self._hints.note, window)
+        self._feeder = Feeder(spec, self._setup.passthrough, preparer, self._sender, self._hints, carrier)
         self._window = self._sender.window
         self._wake, self._pace = asyncio.Event(), Pace(size, time.monotonic())
-        epoch, worker_id = setup.epoch, setup.worker_id
         partials = continued.partials if continued is not None else None
-        self._spill = Spill(self._files, epoch, worker_id, lambda: [*self._shards.values()], self._emit, partials)
+        self._spill = Spill(self._files, setup.epoch, setup.worker_id, lambda: [*shards.values()], self._emit, partials)
         self._committing = asyncio.Semaphore(MAX_COMMITS)
         self._other_tasks.spawn(self._feeder.run())
         if (duplicates := self._feeder.duplicates) is not None:
@@ -149,6 +147,7 @@ class Worker:
         await self._shard_tasks.wait(COMMIT_S)
         await self._flush()
         events, self._events = self._events, []
+        self.wake()  # whoever waits for the drain waits for a poll under way, too
         return events
 
     async def close(self) -> None:
@@ -279,6 +278,7 @@ class Worker:
             integral=self._window.read_integral(),
             shards=tuple(shard.progress for shard in self._shards.values()),
             inflight=list_rows(self._sender.inflight) if is_still else None,
+            are_hints_useful=self._hints.verdict,
         )
 
 
