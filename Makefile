@@ -14,6 +14,9 @@ card: $(VENV)/.test
 	$(BIN)/python jobs/card_demo.py
 
 # Two processes: many tests wait for processes of their own. `tests/conftest.py` says which stay together.
+# Hundreds of processes import batchgen, here and in Ray's copies of this folder: each would compile it anew where the
+# environment forbids to keep what was compiled.
+test: export PYTHONDONTWRITEBYTECODE =
 test: lint types
 	$(BIN)/python -m pytest -n 2
 

@@ -16,3 +16,9 @@ def build_id() -> str:
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return f"{__version__}+{digest.hexdigest()[:12]}"
+
+
+def tell_other_build(build: str) -> str:
+    """What is wrong with a worker that runs it."""
+    mend = "install the same build on all nodes, or submit with --working-dir ."
+    return f"runs batchgen {build}, the driver {build_id()}; {mend}"

@@ -121,6 +121,15 @@ def read_indexes(
         return [refs for refs in threads.map(read, paths) if refs]
 
 
+def find_segments(
+    storage: Storage, index: "JournalIndex", prefix: str, fingerprint: str, on_damage: Callable[[str], None]
+) -> list[str]:
+    """Add segments whose news died with their worker (`make_worker_prefix`); those of them that nobody needs. Raises
+    Foreign."""
+    new = [path for path in list_segments(storage) if path.startswith(prefix) and not index.knows(path)]
+    return [path for refs in read_indexes(storage, new, fingerprint, on_damage) for path in index.add(refs)]
+
+
 def describe_left_out(error: Damaged) -> str:
     return f"{str(error).partition(';')[0]}: left out, its rows are generated again"
 
@@ -190,6 +199,12 @@ class JournalIndex:
                 shards.add(number)
                 self._refs.setdefault(number, []).append(ref)
         return sorted({ref.path for ref in refs.values()} - self._shards.keys())
+
+    def add_flush(
+        self, refs: Iterable[tuple[int, JournalRef]], replaced: Iterable[tuple[int, tuple[str, ...]]]
+    ) -> list[str]:
+        """A segment was written, which holds a shard's rows of these earlier ones, too."""
+        return self.add(dict(refs)) + [path for number, old in replaced for path in self.replace(number, old)]
 
     def _is_over(self, shard_number: int, ref: JournalRef) -> bool:
         settled = self._settled.get(shard_number, -1)

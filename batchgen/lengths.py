@@ -273,9 +273,10 @@ def must_prove(num_requests: int, window: int) -> bool:
     return num_requests >= max(MANY_REQUESTS, MANY_WINDOWS * window)
 
 
-def can_go_in_order(num_requests: int, num_workers: int, window: int) -> bool:
-    """A lone worker with many rows gets its shards as they come: it sorts their rows itself, once hints are proved."""
-    return num_workers == 1 and must_prove(num_requests, window)
+def must_go_in_order(num_requests: int, num_workers: int, window: int, *, is_hinted: bool) -> bool:
+    """Are shards lent as they come until answers bear the hints out? Where rows would be sent so, too; and to a lone worker
+    without hints: other orders are of no use to it."""
+    return must_prove(num_requests // num_workers, window) and (is_hinted or num_workers == 1)
 
 
 def choose_cost(
@@ -286,11 +287,8 @@ def choose_cost(
     max_tokens: int,
     prior: LengthPrior | None,
     default_tokens: float,
-    is_in_order: bool = False,
 ) -> float:
     """How long a shard keeps one worker busy: its work, or its longest row alone where that is more. What is longest
-    begins first. `is_in_order`: the input's, whatever is expected (`can_go_in_order`)."""
-    if is_in_order:
-        return 0.0
+    begins first."""
     work = choose_work(shard, n=n, window=window, max_tokens=max_tokens, prior=prior, default_tokens=default_tokens)
     return max(work, shard.max_expected_tokens or 0.0)

@@ -19,7 +19,7 @@ from batchgen.queue.events import Heartbeat
 from batchgen.queue.pulse import STATES, Snapshot
 
 Kind = Literal["counter", "gauge", "histogram"]
-MAX_OBSERVED = 100
+MAX_OBSERVED = 40
 # Record batches, 256 rows at most each: they are all columns of their rows, and stay in memory until they are counted.
 MAX_UNCOUNTED = 64
 COUNTED = ("num_attempts", "error_type", "finish_reason", "prompt_tokens", "cached_tokens", "reused_from")

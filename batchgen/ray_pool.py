@@ -27,6 +27,7 @@ from batchgen.queue.orders import Order
 from batchgen.ray_metrics import RayExporter
 from batchgen.records import Lease
 from batchgen.spec import ClusterSpec
+from batchgen.worker.collector import calm_collector
 from batchgen.worker.worker import Worker, WorkerSetup, open_worker
 
 NAMESPACE = "batchgen"
@@ -92,6 +93,7 @@ class WorkerActor:
         self._worker.meter.is_wanted = True
         self._exporter = RayExporter({"run": setup.run_name, "worker": setup.worker_id})
         self._export_at = 0.0
+        calm_collector()
         return self._worker.info
 
     async def assign(self, lease: Lease) -> None:

@@ -12,8 +12,7 @@ from batchgen.names import make_batch_id, make_data_path
 from batchgen.row_ranges import RowRanges
 
 TOKEN_BYTES = 36  # a Python int and its place in a tuple
-# (source_row, sample_index): a request of a shard whose file is known.
-Slot = tuple[int, int]
+Slot = tuple[int, int]  # (source_row, sample_index): a request of a shard whose file is known
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -279,8 +278,8 @@ class WorkerInfo:
 
 @dataclass(frozen=True, slots=True)
 class ShardProgress:
-    """An open lease: input rows with all n samples finished; failed samples, and those by type; requests neither finished,
-    given to another worker, nor sent; requests in flight."""
+    """An open lease: input rows with all n samples finished; failed samples, and those by type; requests not finished,
+    sent, given to another worker nor waiting; requests in flight; requests that wait for a copy of another's answer."""
 
     batch_id: str
     num_rows_done: int
@@ -288,6 +287,7 @@ class ShardProgress:
     num_unsent: int = 0
     error_types: tuple[tuple[str, int], ...] = ()
     num_inflight: int = 0
+    num_waiting: int = 0
 
 
 @dataclass(frozen=True, slots=True)

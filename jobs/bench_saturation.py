@@ -20,11 +20,16 @@ def main() -> None:
     parser.add_argument("--hints", choices=HINTS, default="none")
     parser.add_argument("--text", action="store_true", help="cpu: prompts are text and tokenised here")
     parser.add_argument("--no-fingerprints", action="store_true", help="cpu: without output.row_fingerprints")
+    parser.add_argument("--greedy", action="store_true", help="cpu: temperature 0, so that duplicates are looked for")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or temporary
         if options.what == "cpu":
-            has = {"has_text": options.text, "row_fingerprints": not options.no_fingerprints}
+            has = {
+                "has_text": options.text,
+                "row_fingerprints": not options.no_fingerprints,
+                "is_greedy": options.greedy,
+            }
             found = measure_cpu(folder, options.rows, options.prompt_tokens, **has)
         else:
             work = Workload(options.rows, options.slots, sigma=options.sigma, seed=options.seed)

@@ -1,5 +1,6 @@
 """Fixtures that more than one test file needs."""
 
+import ast
 import functools
 import os
 import uuid
@@ -11,9 +12,13 @@ import pytest
 import s3fs
 from hypothesis import settings
 from openai_server import OpenAIServer, run_openai_server
-from s3_server import S3Proxy, S3Server, run_s3_server
+from ray_cluster import RayCluster, run_ray_cluster
+from s3_server import S3Proxy, S3Server, make_env, run_s3_server
 
 from batchgen.storage import Storage
+
+# Two threads of torch that share two cores with another test process wait for each other most of the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # An example that takes long on a machine that does other things as well is no finding.
 settings.register_profile("untimed", deadline=None)
@@ -46,9 +51,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A file's tests stay in one process, with what they start for each other; all files that start Ray in the same one,
-    or two clusters would share two cores. (xdist's own groups are lost on pytest 9.2: they write an attribute that it no
-    longer reads.)"""
+    """A file's tests stay in one process, with what they start for each other; all that start Ray in the same one, or two
+    clusters would share two cores. (xdist's own groups are lost on pytest 9.2: they write an attribute that it no longer
+    reads.)"""
     from xdist.scheduler import LoadScopeScheduling
 
     class Schedule(LoadScopeScheduling):
@@ -60,19 +65,48 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def find_group(nodeid: str) -> str:
-    path = nodeid.partition("::")[0]
-    return "ray" if _starts_ray(Path(__file__).parent / Path(path).name) else path
+    path, _, name = nodeid.partition("::")
+    marked = _list_marked(Path(__file__).parent / Path(path).name)
+    return "ray" if marked & {name.partition("[")[0], "pytestmark"} else path
 
 
 @functools.cache
-def _starts_ray(file: Path) -> bool:
-    return "pytest.mark.ray" in file.read_text()
+def _list_marked(file: Path) -> set[str]:
+    """Tests that the file marks with `ray`, by its text: the process that shares the tests out collects none. `pytestmark`
+    where it marks them all."""
+    found = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.FunctionDef) and any("mark.ray" in ast.unparse(each) for each in node.decorator_list):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign) and "mark.ray" in ast.unparse(node.value):
+            found |= {ast.unparse(target) for target in node.targets}
+    return found
 
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
     with run_s3_server() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def cluster_proxy(s3_server: S3Server) -> Iterator[S3Proxy]:
+    """Between the S3 server and all that runs on `cluster`."""
+    with S3Proxy(s3_server.endpoint).running() as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="session")
+def shared_cluster(cluster_proxy: S3Proxy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
+    with run_ray_cluster(tmp_path_factory.mktemp("home"), make_env(cluster_proxy.endpoint), num_gpus=1) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(shared_cluster: RayCluster) -> Iterator[RayCluster]:
+    """One for all files that take it as it comes, for a start takes ten seconds. Nodes are a test's own."""
+    yield shared_cluster
+    shared_cluster.stop_nodes()
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import s3fs
+from typer.testing import CliRunner
 
+from batchgen.cli import app
 from batchgen.driver.dispatch import Progress
 from batchgen.driver.run import run_job
 from batchgen.spec import JobSpec
@@ -182,9 +184,9 @@ class CliRun:
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""
         self.process.kill()
-        self.process.wait(30)
+        self.process.wait(120)
 
-    def wait(self, timeout_s: float = 60) -> Ended:
+    def wait(self, timeout_s: float = 240) -> Ended:
         code = self.process.wait(timeout_s)
         return Ended(code, self._out.read_text(), self.err)
 
@@ -211,6 +213,12 @@ def run_cli(folder: Path, *args: str) -> Ended:
     return CliRun(folder, *args).wait()
 
 
+def call_cli(*args: str) -> Ended:
+    """In this process, for tests of what a command says: a process of its own takes a second of a core to begin."""
+    done = CliRunner().invoke(app, list(args))
+    return Ended(done.exit_code, done.stdout, done.stderr)
+
+
 def write_spec(folder: Path, tree: Tree) -> str:
     path = folder / f"spec-{time.monotonic_ns()}.yaml"
     folder.mkdir(parents=True, exist_ok=True)
@@ -218,7 +226,7 @@ def write_spec(folder: Path, tree: Tree) -> str:
     return str(path)
 
 
-def wait_for(condition: Callable[[], Any], timeout_s: float = 30, what: str = "the condition") -> Any:
+def wait_for(condition: Callable[[], Any], timeout_s: float = 120, what: str = "the condition") -> Any:
     give_up_at = time.monotonic() + timeout_s
     while time.monotonic() < give_up_at:
         if value := condition():

@@ -62,7 +62,7 @@ class OpenAIServer:
     def _order(self, order: dict[str, Any]) -> dict[str, Any]:
         request = urllib.request.Request(f"http://127.0.0.1:{self.control_port}/", json.dumps(order).encode())
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(request, timeout=20) as response:
+        with opener.open(request, timeout=60) as response:
             return dict(json.load(response))
 
 

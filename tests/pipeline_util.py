@@ -1,11 +1,24 @@
 """Small pipelines that really run: a simulated engine, inline workers."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+
+# `batchgen`, but that a scheduler looks every half second and not every five.
+_EAGER = """import sys
+from batchgen.pipelines.scheduler import Scheduler
+Scheduler.run.__defaults__ = (0.5,)
+from batchgen.cli import main
+sys.exit(main())"""
+
+
+def make_eager(*args: str) -> list[str]:
+    """The command line of a process."""
+    return [sys.executable, "-c", _EAGER, *args]
 
 
 def write_prompts(path: Path, num_rows: int = 20) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import os
-import re
+import shlex
 import shutil
 import signal
 import socket
@@ -11,14 +11,21 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
 
 REPO = Path(__file__).parents[1]
 MARK = "BATCHGEN_TEST_CLUSTER"
 RAY = str(Path(sys.executable).parent / "ray")
+# The log monitor brings actors' output to drivers, of which none of ours wants it.
+QUIET = ("--disable-usage-stats", "--include-log-monitor", "false")
 
 
 def find_port() -> int:
@@ -35,6 +42,7 @@ class RayCluster:
     dashboard: str
     env: dict[str, str]
     metrics: str = ""
+    nodes: list[int] = field(default_factory=list)
     head: tuple[str, ...] = ()
 
     def start_head(self) -> None:
@@ -56,41 +64,72 @@ class RayCluster:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         return done.stdout
 
+    @contextmanager
+    def at_hand(self, *args: str) -> "Iterator[Callable[[], None]]":
+        """A command of ray's that has loaded what it needs: called, it does at once what else takes seconds to begin."""
+        code = "import sys, ray.scripts.scripts as ray; print(flush=True); sys.stdin.readline(); ray.cli(sys.argv[1:])"
+        command = [sys.executable, "-c", code, *args]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        with subprocess.Popen(command, env=self.env, text=True, **pipes) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+
+            def go() -> None:
+                told, _ = process.communicate("\n")
+                assert process.returncode == 0, told[-2000:]
+
+            try:
+                yield go
+            finally:
+                process.kill()
+
+    @cached_property
+    def jobs(self) -> "JobSubmissionClient":
+        """What `ray job` itself talks through: each call of that command takes two seconds of a core, to import Ray.
+        `test_road.py` pastes the command."""
+        from ray.job_submission import JobSubmissionClient
+
+        token = (Path(self.env["HOME"]) / ".ray" / "auth_token").read_text()
+        return JobSubmissionClient(self.dashboard, headers={"Authorization": f"Bearer {token}"})
+
     def submit(self, *args: str, env: Mapping[str, str] | None = None, on: str | None = None) -> str:
-        """`ray job submit` of jobs/generate.py without waiting; the submission id. `env`: for its actors too; `on`: the
-        resource of the node that the driver is to run on, else the head."""
-        place = ("--entrypoint-resources", json.dumps({on: 0.001})) if on else ()
-        out = self.call(
-            *("job", "submit", "--no-wait", "--address", self.dashboard, "--working-dir", "."),
-            *("--runtime-env-json", json.dumps({"env_vars": dict(env or {})})),
-            *(*place, "--", sys.executable, "jobs/generate.py", *args),
+        """As `ray job submit --no-wait --working-dir .` does it of jobs/generate.py; the submission id. `env`: for its
+        actors too; `on`: the resource of the node that the driver is to run on, else the head."""
+        return self.jobs.submit_job(
+            entrypoint=shlex.join((sys.executable, "jobs/generate.py", *args)),
+            runtime_env={"working_dir": str(REPO), "env_vars": dict(env or {})},
+            entrypoint_resources={on: 0.001} if on else None,
         )
-        return re.findall(r"raysubmit_\w+", out)[0]
 
     def get_status(self, submission: str) -> str:
-        out = self.call("job", "status", "--address", self.dashboard, submission)
-        return next(word for word in ("SUCCEEDED", "FAILED", "STOPPED", "RUNNING", "PENDING") if word in out.upper())
+        return str(self.jobs.get_job_status(submission).value)
 
-    def wait(self, submission: str, timeout_s: float = 60) -> str:
+    def wait(self, submission: str, timeout_s: float = 240) -> str:
         """The status the job ends with."""
         give_up_at = time.monotonic() + timeout_s
-        while (status := self.get_status(submission)) in ("RUNNING", "PENDING"):
+        while (status := self._look(submission)) in ("RUNNING", "PENDING"):
             assert time.monotonic() < give_up_at, self.read_logs(submission)[-3000:]
-            time.sleep(0.5)
+            time.sleep(0.2)
         return status
 
+    def _look(self, submission: str) -> str:
+        try:
+            return self.get_status(submission)
+        except (RuntimeError, OSError):
+            return "PENDING"  # a head whose control store is away answers with an error, or not at all
+
     def read_logs(self, submission: str) -> str:
-        return self.call("job", "logs", "--address", self.dashboard, submission)
+        return str(self.jobs.get_job_logs(submission))
 
     def add_node(self, **resources: float) -> int:
         """A second raylet on this machine; its process id."""
         before = set(self.list_raylets())
-        custom = "{" + ",".join(f'"{name}":{value}' for name, value in resources.items()) + "}"
         self.call(
-            *("start", "--address", self.address, "--num-cpus", "1", "--resources", custom),
-            *("--dashboard-agent-listen-port", str(find_port()), "--disable-usage-stats"),
+            *("start", "--address", self.address, "--num-cpus", "1", "--resources", json.dumps(resources)),
+            *("--dashboard-agent-listen-port", str(find_port()), *QUIET),
         )
         (raylet,) = set(self.list_raylets()) - before
+        self.nodes.append(raylet)
         return raylet
 
     def list_raylets(self) -> list[int]:
@@ -115,6 +154,22 @@ class RayCluster:
     def kill_node(self, raylet: int) -> None:
         """The raylet and all that it started, drivers too: a machine that is gone."""
         stop_processes(list_descendants(raylet))
+
+    def stop_nodes(self) -> None:
+        """All but the head, each telling it: a node that is killed is thought to be there for seconds."""
+        nodes, self.nodes = self.nodes, []
+        for raylet in nodes:
+            with suppress(ProcessLookupError):
+                os.kill(raylet, signal.SIGTERM)
+        give_up_at = time.monotonic() + 60
+        while set(nodes) & set(self.list_raylets()):
+            assert time.monotonic() < give_up_at, "a node does not end"
+            time.sleep(0.1)
+
+
+def read_node_id(raylet: int) -> str:
+    (flag,) = [arg for arg in Path(f"/proc/{raylet}/cmdline").read_text().split("\0") if arg.startswith("--node_id=")]
+    return flag.partition("=")[2]
 
 
 def list_descendants(pid: int) -> list[int]:
@@ -160,17 +215,19 @@ def run_ray_cluster(
         "HOME": str(home),
         "RAY_AUTH_MODE": "token",
         "RAY_metrics_report_interval_ms": "1000",
+        # A node that is killed is known to be gone after five of these; Ray's own are of 3 s.
+        "RAY_health_check_period_ms": "1000",
         "PATH": f"{Path(RAY).parent}:{env['PATH']}",
     }
     port, dashboard, metrics = find_port(), find_port(), find_port()
     head = (
-        *("start", "--head", "--node-ip-address", "127.0.0.1", "--port", str(port), "--disable-usage-stats"),
+        *("start", "--head", "--node-ip-address", "127.0.0.1", "--port", str(port), *QUIET),
         *("--dashboard-port", str(dashboard), "--ray-client-server-port", str(find_port())),
         *("--dashboard-agent-listen-port", str(find_port()), "--num-cpus", str(num_cpus)),
         *("--metrics-export-port", str(metrics), "--num-gpus", str(num_gpus)),
     )
     urls = (f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", f"http://127.0.0.1:{metrics}/metrics")
-    cluster = RayCluster(urls[0], urls[1], env, urls[2], head)
+    cluster = RayCluster(*urls[:2], env, *urls[2:], head=head)
     cluster.call("get-auth-token", "--generate")
     cluster.start_head()
     try:

@@ -74,7 +74,7 @@ class Server:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
         self.wait_ready()
 
-    def wait_ready(self, timeout_s: float = 60) -> None:
+    def wait_ready(self, timeout_s: float = 120) -> None:
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
             assert self.process is not None
@@ -147,7 +147,7 @@ def create(client: openai.OpenAI, lines: Sequence[Any] | bytes, **fields: Any) -
     return client.batches.create(**{**known, **fields})
 
 
-def wait_for(client: openai.OpenAI, batch_id: str, states: set[str], timeout_s: float = 60) -> openai.types.Batch:
+def wait_for(client: openai.OpenAI, batch_id: str, states: set[str], timeout_s: float = 180) -> openai.types.Batch:
     """Until it is in one of these states; on the way counts never go back and always fit."""
     end, last = time.monotonic() + timeout_s, (0, 0)
     while time.monotonic() < end:
@@ -164,7 +164,7 @@ def wait_for(client: openai.OpenAI, batch_id: str, states: set[str], timeout_s: 
     raise TimeoutError(f"{batch_id} is {batch.status}")
 
 
-def wait_over(client: openai.OpenAI, batch_id: str, timeout_s: float = 60) -> openai.types.Batch:
+def wait_over(client: openai.OpenAI, batch_id: str, timeout_s: float = 180) -> openai.types.Batch:
     """Until it has ended: then every request is accounted for."""
     batch = wait_for(client, batch_id, TERMINAL, timeout_s)
     counts = batch.request_counts

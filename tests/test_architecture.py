@@ -5,9 +5,10 @@ fails here until it is given its place; a module that fits nowhere is a cycle in
 """
 
 import ast
+import functools
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -29,7 +30,7 @@ LAYERS = [
     ["specs.patterns"],
     ["specs.gates"],
     ["specs.engine"],
-    ["queue.lazy_heap", "queue.leases", "queue.tail"],
+    ["queue.lazy_heap", "queue.leases", "queue.tail", "queue.hint_votes", "queue.claim_table"],
     ["queue.begun"],
     [
         "spec",
@@ -117,12 +118,12 @@ LAYERS = [
     ["training.rows", "training.save", "training.accuracy"],
     ["training.train"],
     # one worker
-    ["worker.result_batch", "worker.read_ahead", "worker.hint_check"],
+    ["worker.result_batch", "worker.read_ahead", "worker.hint_check", "worker.collector"],
     ["worker.partial_rows"],
     ["manifest", "worker.open_shard", "worker.prepare"],
-    ["length_files", "reuse.outputs", "reuse.duplicates"],
-    ["reuse.carrier", "gates.scan"],
-    ["gates.watch"],
+    ["length_files", "reuse.outputs", "reuse.desk", "reuse.answers"],
+    ["reuse.carrier", "gates.scan", "reuse.copies", "reuse.lookout"],
+    ["gates.watch", "reuse.duplicates"],
     ["engines.contract_subject"],
     ["engines.contract_answers"],
     ["engines.contract"],
@@ -137,7 +138,7 @@ LAYERS = [
     ["compact", "compact.digest", "compact.plan"],
     ["compact.compact"],
     # many workers
-    ["queue.inquiry", "queue.sharing", "queue.ledger", "queue.staffing"],
+    ["queue.inquiry", "queue.sharing", "queue.ledger", "queue.staffing", "queue.claims"],
     # many virtual workers
     ["simulate.open_rows"],
     ["simulate.record"],
@@ -291,7 +292,7 @@ PURE |= {
     "worker.answer",
     "verify.rows",
 }
-PURE |= {"queue.begun"}
+PURE |= {"queue.begun", "queue.hint_votes", "queue.claim_table"}
 PURE |= {
     "queue.timeline",
     "report.waste",
@@ -440,8 +441,32 @@ def name_of(path: Path) -> str:
 
 
 SOURCES = {name_of(path): path.read_text() for path in sorted(ROOT.rglob("*.py"))}
-TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
-every_module = pytest.mark.parametrize("module", SOURCES)
+
+
+def of_each(modules: Iterable[str]) -> Callable[[Callable[[str], None]], Callable[[], None]]:
+    """A test that tells of all modules at once: as thousands of tests these take longer to be counted than to be made."""
+
+    def make_test(check: Callable[[str], None]) -> Callable[[], None]:
+        def test() -> None:
+            wrong = []
+            for module in modules:
+                try:
+                    check(module)
+                except AssertionError as error:
+                    wrong.append(f"{module}: {error}")
+            assert wrong == [], "\n".join(wrong)
+
+        return test
+
+    return make_test
+
+
+every_module = of_each(SOURCES)
+
+
+@functools.cache
+def parse(module: str) -> ast.Module:
+    return ast.parse(SOURCES[module])
 
 
 def walk(node: ast.AST, is_lazy: bool = False) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
@@ -457,7 +482,7 @@ def walk(node: ast.AST, is_lazy: bool = False) -> Iterator[tuple[ast.Import | as
 def list_imports(module: str) -> list[tuple[str, bool]]:
     """(full dotted name, is lazy) of everything the module imports; for `from a import b` both a and a.b."""
     found: list[tuple[str, bool]] = []
-    for node, is_lazy in walk(TREES[module]):
+    for node, is_lazy in walk(parse(module)):
         if isinstance(node, ast.Import):
             found += [(alias.name, is_lazy) for alias in node.names]
         else:
@@ -493,7 +518,7 @@ def test_imports_run_one_way(module: str) -> None:
     assert wrong == [], f"{module} imports {wrong}, which are not below it: LAYERS says who may import whom"
 
 
-@pytest.mark.parametrize("module", sorted(PURE))
+@of_each(sorted(PURE))
 def test_pure_modules_import_pure_modules_and_no_effects(module: str) -> None:
     assert {other for other, _ in list_ours(module)} <= PURE
     assert {vendor for vendor, _ in list_vendors(module)} & EFFECTS == set()
@@ -515,7 +540,7 @@ def test_a_vendor_is_imported_at_its_seam_only(module: str) -> None:
 def test_parquet_is_read_through_its_one_door() -> None:
     """`batchgen.parquet` says why."""
     doors = {"pq.read_table", "pq.ParquetFile", "pq.ParquetDataset"}
-    calls = ((name, node) for name, tree in TREES.items() for node in ast.walk(tree) if isinstance(node, ast.Call))
+    calls = ((name, node) for name in SOURCES for node in ast.walk(parse(name)) if isinstance(node, ast.Call))
     assert {name for name, call in calls if ast.unparse(call.func) in doors} == {"parquet"}
 
 
@@ -599,7 +624,7 @@ def test_the_command_line_answers_without_loading_a_vendor(arguments: list[str])
 
 @every_module
 def test_a_module_says_what_it_is(module: str) -> None:
-    assert (ast.get_docstring(TREES[module]) or "").strip(), f"{module} has no docstring"
+    assert (ast.get_docstring(parse(module)) or "").strip(), f"{module} has no docstring"
 
 
 @every_module
@@ -610,7 +635,7 @@ def test_files_are_short(module: str) -> None:
 
 @every_module
 def test_functions_are_short(module: str) -> None:
-    for node in ast.walk(TREES[module]):
+    for node in ast.walk(parse(module)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
             num_lines = node.end_lineno - node.lineno + 1
@@ -625,7 +650,7 @@ NEVER = {"uid", "replica", "fleet", "chunk", "max_new_tokens", "concurrency"}
 def test_names_use_the_projects_words(module: str) -> None:
     named = {
         node.name
-        for node in ast.walk(TREES[module])
+        for node in ast.walk(parse(module))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
-    } | {node.arg for node in ast.walk(TREES[module]) if isinstance(node, ast.arg)}
+    } | {node.arg for node in ast.walk(parse(module)) if isinstance(node, ast.arg)}
     assert {name for name in named if NEVER & {name, *name.lower().split("_")}} == set()

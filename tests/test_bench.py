@@ -135,7 +135,7 @@ def test_who_hangs_up_gives_its_slots_back(tmp_path: Path) -> None:
 
 
 def wait_for_open(url: str, num_open: int) -> None:
-    give_up_at = time.monotonic() + 30
+    give_up_at = time.monotonic() + 120
     while read_json(f"{url}/stats")["num_open"] != num_open:
         assert time.monotonic() < give_up_at, read_json(f"{url}/stats")
 
@@ -154,7 +154,7 @@ def test_what_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
     reason = run_child([sys.executable, "-c", code], split_cores()[1], make_env({}), tmp_path / "log", timeout_s=3.0)
     assert reason == "not done after 3 s"
     pid = pid_file.read_text()
-    give_up_at = time.monotonic() + 10
+    give_up_at = time.monotonic() + 60
     while is_running(pid) and time.monotonic() < give_up_at:
         time.sleep(0.05)
     assert not is_running(pid)
@@ -175,7 +175,7 @@ def test_a_way_ends_with_the_benchmark() -> None:
         assert process.stdin is not None
         assert process.stdout.readline() == b"up\n"
         process.stdin.close()
-        assert process.wait(20) == 1
+        assert process.wait(60) == 1
 
 
 def test_what_carries_a_mark_can_be_ended_and_nothing_else() -> None:
@@ -183,7 +183,7 @@ def test_what_carries_a_mark_can_be_ended_and_nothing_else() -> None:
     marked, other = (subprocess.Popen(["sleep", "600"], env=one, start_new_session=True) for one in (env, make_env({})))
     try:
         end_marked(env[MARK])
-        assert marked.wait(20) == -9
+        assert marked.wait(60) == -9
         assert other.poll() is None
     finally:
         other.kill()

@@ -1,12 +1,12 @@
 """Every command line that the README and docs/ show parses: batchgen's and Ray's by their own parsers, AWS's against the
-API's own description, the rest by bash. Nothing is run."""
+API's own description, the rest by bash. Nothing is run here: two tables say which file runs each, and which nobody can run
+without what it names."""
 
 import json
 import re
 import shlex
 from collections.abc import Iterator
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from subprocess import run
 from typing import Any
@@ -27,6 +27,35 @@ USAGE_ERRORS = (click.UsageError, typer.BadParameter.__mro__[1])
 # Options of the command line tool itself, and those of its commands that are no API's.
 AWS_OPTIONS = {"--query", "--output", "--region"}
 AWS_OWN = {"s3": {"sync": {"--exclude"}}}
+
+
+# The first words of a command -> the file that runs it as it stands, or as far as it goes without what it names.
+RUN = {
+    "aws": "test_cluster_road.py",
+    "batchgen": "test_pages.py",
+    "hf": "test_page_programs.py",
+    "kubectl": "test_kubectl.py",
+    "make": "../.ci/run",
+    "python -c": "test_road.py",
+    "python -m": "test_page_programs.py",
+    "python jobs/benchmark.py": "test_bench.py",
+    "ray down": "test_cluster_road.py",
+    "ray get-auth-token": "ray_cluster.py",
+    "ray job": "test_road.py",
+    "ray start": "ray_cluster.py",
+    "ray up": "test_cluster_road.py",
+    "serve deploy": "test_serve_deploy.py",
+}
+PARSED = {
+    "python jobs/bench_worker_gpu.py": "minutes, or a GPU; test_bench_worker.py calls what it calls",
+    "pip install": "a registry; `make` installs the same extras, test_wheel.py a wheel",
+    "ray dashboard": "a head that answers to ssh",
+    "ray exec": "a head that answers to ssh",
+    "ray status": "a cluster: it is what `ray exec` is asked to run",
+    "serve run": "goes on for ever; `serve deploy` runs the same application with the same arguments",
+}
+# The shell's own, in blocks that are pasted whole.
+SHELL = {"for", "do", "done", "export", "sed", "mkdir", "cp", "touch", ".", "python3"}
 
 
 def list_blocks() -> list[tuple[str, str]]:
@@ -58,8 +87,8 @@ def split_commands(text: str) -> Iterator[list[str]]:
 def _nested(words: list[str]) -> Iterator[list[str]]:
     if words:
         yield words
-    for flag, script in pairwise(words):
-        if flag == "-c":
+    for shell, flag, script in zip(words, words[1:], words[2:], strict=False):
+        if (shell, flag) == ("bash", "-c"):
             yield from split_commands(script)
     if words and words[0] == "ray" and words[1:2] == ["exec"]:
         yield from split_commands(words[-1])
@@ -119,6 +148,37 @@ def test_ray_commands_parse(words: list[str]) -> None:
     if entrypoint[:1] == ["python"]:
         assert (REPO / entrypoint[1]).is_file()
         resolve(find_parser("batchgen"), ["batchgen", "run", *entrypoint[2:]])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_serve_commands_parse() -> None:
+    from ray.serve.scripts import cli
+
+    from batchgen.serve.deployment import AppArgs
+
+    (run_app,) = [words for words in list_commands("serve") if words[1] == "run"]
+    params = resolve(cli, run_app)
+    assert params["config_or_import_path"] == "batchgen.serve.deployment:app"
+    assert {argument.partition("=")[0] for argument in params["arguments"]} <= set(AppArgs.model_fields)
+    for words in list_commands("serve"):
+        resolve(cli, words)
+
+
+def name_command(words: list[str]) -> str:
+    return words[0] if words[0] in RUN else " ".join(words[:2])
+
+
+def test_every_command_is_run_by_a_test_or_says_why_not() -> None:
+    found = {
+        name_command(words)
+        for _, block in list_blocks()
+        for words in split_commands(block)
+        if not re.match(r"\w+=", words[0]) and words[0] not in SHELL
+    }
+    assert found == RUN.keys() | PARSED.keys()
+    for command, file in RUN.items():
+        text = (REPO / "tests" / file).read_text()
+        assert command.split()[-1].rpartition("/")[2].removesuffix(".py") in text, f"{command}: {file} does not run it"
 
 
 @pytest.mark.parametrize("words", list_commands("aws"), ids=lambda words: " ".join(words[1:3]))

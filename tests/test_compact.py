@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jobs_util import Tree, make_tree, read_rows, run, run_cli, write_prompts
+from jobs_util import Tree, call_cli, make_tree, read_rows, run, write_prompts
 
 from batchgen.chaos.faults import Fault, striking
 from batchgen.compact import compact as compact_module
@@ -151,12 +151,12 @@ def test_every_row_is_there_in_order_in_fewer_files_and_out_is_untouched(
     finished: tuple[Path, Tree], tmp_path: Path
 ) -> None:
     out, before = finished[0], read_bytes(finished[0])
-    ended = run_cli(tmp_path, "compact", str(out), str(tmp_path / "dest"), "--json")
+    ended = call_cli("compact", str(out), str(tmp_path / "dest"), "--json")
     assert ended.code == 0, ended.err
     assert (ended.report["parts"], ended.report["rows"]) == (1, 250)
     assert read_all(tmp_path / "dest") == read_all(out / "data") == read_rows(out)
     assert read_bytes(out) == before
-    again = run_cli(tmp_path, "compact", str(out), str(tmp_path / "dest"), "--json")
+    again = call_cli("compact", str(out), str(tmp_path / "dest"), "--json")
     assert (again.code, again.report["made"]) == (0, 0)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from batchgen.engines import decode
 from batchgen.engines.decode import ADMIT_EVERY_STEPS, MAX_SCORE_BYTES, DecodeBatch, probe
@@ -110,6 +109,8 @@ def test_rows_that_join_a_running_batch_do_not_widen_it_for_ever(model: Any, tok
 
 def test_a_sliding_window_model_takes_rows_only_between_batches(tokenizer: HFTokenizer) -> None:
     torch.manual_seed(0)
+    from transformers import Gemma2Config, Gemma2ForCausalLM  # two seconds, for this test alone
+
     config = Gemma2Config(
         vocab_size=304,
         hidden_size=32,

@@ -116,7 +116,7 @@ def test_servers_are_asked(openai_server: OpenAIServer, tmp_path: Path, monkeypa
     spec = make_spec(make_tree(engine=engine, output={"path": str(tmp_path)}))
     started = time.monotonic()
     servers = [check for check in examine(spec, NODE) if check.name == "server"]
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
     assert [check.verdict for check in servers] == ["ok", "fail"]
     assert "http://127.0.0.1:9/v1" in servers[1].what
     openai_server.require_key()

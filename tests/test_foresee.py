@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs_util import make_tree, run, run_cli, write_prompts, write_spec
+from jobs_util import call_cli, make_tree, run, write_prompts, write_spec
 from makers import make_job_spec
 
 from batchgen.driver.foresee import Foresight, Rate, extrapolate, foresee, is_alike, measure_rate
@@ -43,7 +43,7 @@ def test_a_trial_tells_what_the_rest_will_take(tmp_path: Path) -> None:
     assert before.time_s is None
     assert "nothing was measured yet" in before.describe()
     run(tree, limit=30)
-    ended = run_cli(tmp_path, "plan", write_spec(tmp_path, tree), "--json")
+    ended = call_cli("plan", write_spec(tmp_path, tree), "--json")
     assert ended.code == 0, ended.err
     found = ended.report["estimate"]
     assert found["rows"] == 25

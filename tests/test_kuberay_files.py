@@ -10,7 +10,6 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from ray.serve.schema import ServeDeploySchema
 
 from batchgen.serve.deployment import AppArgs
 from batchgen.spec import ClusterSpec
@@ -122,6 +121,8 @@ def test_the_services_cluster_is_the_cluster_with_a_port_and_keys() -> None:
 
 
 def test_the_services_application_is_jobs_serve_yaml_open_to_the_pods_neighbours() -> None:
+    from ray.serve.schema import ServeDeploySchema  # loads all of Serve
+
     deployed = ServeDeploySchema.model_validate(yaml.safe_load(read_file("rayservice.yaml")["spec"]["serveConfigV2"]))
     ours = ServeDeploySchema.model_validate(yaml.safe_load((REPO / "jobs" / "serve.yaml").read_text()))
     assert deployed.applications == ours.applications
@@ -192,7 +193,7 @@ def test_the_cron_job_makes_a_ray_job_named_by_its_date(tmp_path: Path) -> None:
     kubectl.chmod(0o755)
     shell, options, script = container["command"]
     env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    subprocess.run([shell, options, script.replace("/rayjob/", f"{FOLDER}/")], env=env, check=True, timeout=30)
+    subprocess.run([shell, options, script.replace("/rayjob/", f"{FOLDER}/")], env=env, check=True, timeout=100)
     made = yaml.safe_load((tmp_path / "made.yaml").read_text())
     VALIDATOR.validate(made)
     date = made["metadata"]["name"].removeprefix("batchgen-")

@@ -23,7 +23,6 @@ from batchgen.lengths import (
     MANY_WINDOWS,
     MAX_FILE_TEMPLATES,
     LengthCounts,
-    can_go_in_order,
     choose_cost,
     choose_prompt_bucket,
     choose_work,
@@ -33,6 +32,7 @@ from batchgen.lengths import (
     make_prior,
     make_template_lengths,
     merge_lengths,
+    must_go_in_order,
     total_hints,
 )
 from batchgen.manifest import read_json, read_plan, write_plan_files, write_plan_shards
@@ -129,14 +129,17 @@ def test_a_cost_is_the_longer_of_the_work_and_the_longest_row() -> None:
     prior = make_prior(LengthCounts({(5, 40): 1000}))
     assert cost(Shard(0, file, 0, 10, prompt_bytes=900.0), prior=prior) == pytest.approx(939, rel=0.01)
     assert cost(Shard(0, file, 0, 10), n=3) == 150.0
-    assert cost(known, is_in_order=True) == 0.0
 
 
-def test_a_lone_worker_with_many_rows_has_its_shards_in_order() -> None:
-    assert can_go_in_order(100 * MANY_WINDOWS, 1, 100)
-    assert not can_go_in_order(100 * MANY_WINDOWS - 1, 1, 100)
-    assert not can_go_in_order(100 * MANY_WINDOWS, 2, 100)
-    assert not can_go_in_order(MANY_REQUESTS - 1, 1, 1)
+def test_workers_with_many_rows_have_their_shards_in_order_at_first() -> None:
+    many = 100 * MANY_WINDOWS
+    assert must_go_in_order(many, 1, 100, is_hinted=True)
+    assert must_go_in_order(many, 1, 100, is_hinted=False)
+    assert must_go_in_order(2 * many, 2, 100, is_hinted=True)
+    assert not must_go_in_order(2 * many, 2, 100, is_hinted=False), "their prompts' size still balances them"
+    assert not must_go_in_order(many - 1, 1, 100, is_hinted=True)
+    assert not must_go_in_order(2 * many - 1, 2, 100, is_hinted=True)
+    assert not must_go_in_order(MANY_REQUESTS - 1, 1, 1, is_hinted=True)
 
 
 def test_prompt_bytes_follow_the_row_groups() -> None:

@@ -74,7 +74,7 @@ def fail(server: OpenAIServer, *, times: int = 1, text: str = SECRET, **changes:
 
 
 async def until(is_so: Callable[[], bool]) -> None:
-    give_up_at = time.monotonic() + 15
+    give_up_at = time.monotonic() + 60
     while not is_so():
         assert time.monotonic() < give_up_at
         await asyncio.sleep(0.02)
@@ -409,12 +409,12 @@ def test_a_server_that_hangs_is_timed_out_and_a_slow_one_waited_for(server: Open
 
 
 def test_the_wait_for_a_place_is_no_part_of_a_requests_time(server: OpenAIServer) -> None:
-    server.misbehave("slow", times=6, seconds=0.25)
+    server.misbehave("slow", times=9, seconds=0.25)
 
     async def work(engine: OpenAIEngine) -> list[Generation]:
-        return list(await asyncio.gather(*(engine.generate(chat("2 + 2 = ?")) for _ in range(6))))
+        return list(await asyncio.gather(*(engine.generate(chat("2 + 2 = ?")) for _ in range(9))))
 
-    assert len(use(server, work, max_inflight=1, request_timeout_s=0.8)) == 6
+    assert len(use(server, work, max_inflight=1, request_timeout_s=2.0)) == 9
 
 
 def test_nobody_there_costs_no_attempt_and_is_not_asked_for_ever(server: OpenAIServer) -> None:
@@ -487,7 +487,7 @@ def test_of_two_servers_the_one_that_is_there_does_the_work(server: OpenAIServer
 
 def test_open_waits_for_a_server_that_loads_and_says_when_there_is_none(server: OpenAIServer) -> None:
     server.misbehave("loading", times=2)
-    assert ask(server, chat("2 + 2 = ?"), open_timeout_s=5).text == "4"
+    assert ask(server, chat("2 + 2 = ?"), open_timeout_s=60).text == "4"
     with pytest.raises(EngineDied, match=r"no server answered within 0\.5 s; the first: http://127.*can't be reached"):
         ask(server, chat("x"), base_urls=DEAD)
 
@@ -524,7 +524,7 @@ def test_a_server_that_goes_away_and_comes_back_costs_no_row(tmp_path: Path, ser
 
     started = time.monotonic()
     report = asyncio.run(main())
-    assert time.monotonic() - started < 25
+    assert time.monotonic() - started < 55
     assert (report["rows"]["ok"], report["rows"]["error"]) == (160, 0)
     rows = check_output(tmp_path / "out", files)
     check_conserved(tmp_path / "out", files)

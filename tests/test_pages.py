@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from ray_cluster import RayCluster
 from test_commands import list_commands
 from typer.testing import CliRunner, Result
 
@@ -132,11 +133,13 @@ def test_the_snippet_runs(job: Path, tmp_path: Path, name: str, block: str) -> N
 
 
 @pytest.mark.ray
-def test_the_snippets_that_use_ray_run(job: Path) -> None:
+def test_the_snippets_that_use_ray_run(job: Path, cluster: RayCluster) -> None:
     blocks = [block for _, block in list_python() if "import ray" in block]
     assert len(blocks) == 2
-    code = "import ray\nray.init(address='local', num_cpus=2, include_dashboard=False)\n" + "\n".join(blocks)
-    done = subprocess.run([sys.executable, "-c", code], cwd=job, capture_output=True, text=True, timeout=110)
+    env = {**cluster.env, "RAY_ADDRESS": cluster.address}
+    # A cluster's workers have a folder of their own.
+    command = [sys.executable, "-c", "\n".join(blocks).replace("OUT/", f"{job}/OUT/")]
+    done = subprocess.run(command, cwd=job, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[-1] == "3"
 

@@ -124,7 +124,7 @@ def test_a_second_end_of_a_date_is_told_by_whoever_is_left(tmp_path: Path, monke
     for number in range(2):
         submit(spec, other, ONE)
         end(other, ONE, float(number), spec.on_failure[0].id)
-        give_up_at = time.monotonic() + 20
+        give_up_at = time.monotonic() + 120
         while other.catch_up().runs[ONE].hooks_left:
             assert time.monotonic() < give_up_at
             keeper.keep(0.0)
@@ -209,7 +209,7 @@ class OnlyEnds:
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:
-    give_up_at = time.monotonic() + 20
+    give_up_at = time.monotonic() + 120
     while not is_so():
         assert time.monotonic() < give_up_at
         time.sleep(0.02)
@@ -342,10 +342,10 @@ def test_a_receiver_that_speaks_no_http_is_a_hook_that_failed() -> None:
 
 
 def test_what_a_command_leaves_behind_does_not_hold_it_up() -> None:
-    left = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(5)'])"
+    left = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(30)'])"
     started = time.monotonic()
-    tell(HookSpec(command=(sys.executable, "-c", left), timeout=4.0), {"id": "x"})
-    assert time.monotonic() - started < 4.0
+    tell(HookSpec(command=(sys.executable, "-c", left), timeout=25.0), {"id": "x"})
+    assert time.monotonic() - started < 25.0
 
 
 def test_a_machine_that_can_start_no_process_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

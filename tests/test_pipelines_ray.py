@@ -15,9 +15,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from jobs_util import count_calls
-from pipeline_util import make_pipeline, write_pipeline, write_prompts
+from pipeline_util import make_eager, make_pipeline, write_pipeline, write_prompts
 from ray_cluster import REPO, RayCluster, find_port, run_ray_cluster
+from typer.testing import CliRunner
 
+from batchgen.cli import app
 from batchgen.pipelines.calendar import parse_key
 from batchgen.pipelines.partitions import make_partition_name
 from batchgen.pipelines.ray_jobs import RaySubmitter
@@ -28,7 +30,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[RayCluster]:
+def own_cluster(tmp_path: Path) -> Iterator[RayCluster]:
     (tmp_path / "home").mkdir()
     with run_ray_cluster(tmp_path / "home", {}, num_cpus=2) as cluster:
         yield cluster
@@ -37,7 +39,7 @@ def cluster(tmp_path: Path) -> Iterator[RayCluster]:
 @contextmanager
 def scheduling(cluster: RayCluster, *files: str) -> Iterator[subprocess.Popen[bytes]]:
     """A scheduler, killed at the end."""
-    command = [sys.executable, "-m", "batchgen.cli", "schedule", *files, "--address", cluster.dashboard]
+    command = make_eager("schedule", *files, "--address", cluster.dashboard)
     process = subprocess.Popen(command, env=cluster.env, cwd=REPO)
     try:
         yield process
@@ -47,8 +49,8 @@ def scheduling(cluster: RayCluster, *files: str) -> Iterator[subprocess.Popen[by
 
 
 def show(file: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "batchgen.cli", "pipelines", "show", file, "--json", "--last", "1000"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = CliRunner().invoke(app, ["pipelines", "show", file, "--json", "--last", "1000"])
+    assert done.exit_code == 0, done.output
     value: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return value
 
@@ -60,15 +62,13 @@ def wait_for_states(file: str, states: list[str], timeout_s: float) -> list[dict
         if [run["state"] for run in runs] == states:
             return runs
         assert time.monotonic() < give_up_at, runs
-        time.sleep(1)
+        time.sleep(0.2)
 
 
-def list_jobs(cluster: RayCluster) -> list[str]:
-    """Submission ids of all jobs that the head knows."""
-    out = cluster.call("job", "list", "--address", cluster.dashboard)
-    return sorted(
-        {word.strip("'\",") for word in out.replace("=", " ").split() if word.strip("'\",").startswith("batchgen-")}
-    )
+def list_jobs(cluster: RayCluster, *pipelines: str) -> list[str]:
+    """Submission ids of all jobs of these pipelines that the head knows."""
+    ids = [job.submission_id or "" for job in cluster.jobs.list_jobs()]
+    return sorted(name for name in ids if name.startswith(tuple(f"batchgen-{pipeline}-" for pipeline in pipelines)))
 
 
 def test_two_schedulers_and_a_killed_one_submit_each_date_once(cluster: RayCluster, tmp_path: Path) -> None:
@@ -81,12 +81,14 @@ def test_two_schedulers_and_a_killed_one_submit_each_date_once(cluster: RayClust
     backfill = ["pipelines", "backfill", file, "--from", "2026-11-18", "--to", "2026-11-19"]
     subprocess.run([sys.executable, "-m", "batchgen.cli", *backfill], check=True)
     with scheduling(cluster, file):
-        wait_for_states(file, ["running", "running"], 60)
+        wait_for_states(file, ["running", "running"], 120)
     with scheduling(cluster, file), scheduling(cluster, file):
-        runs = wait_for_states(file, ["succeeded", "succeeded"], 150)
+        runs = wait_for_states(file, ["succeeded", "succeeded"], 240)
     assert [run["attempt"] for run in runs] == [1, 1]
     names = [make_partition_name(["en"]), make_partition_name(["zh Hant"])]
-    assert list_jobs(cluster) == [f"batchgen-nightly-{run['key']}-{name}-1" for run in runs for name in names]
+    assert list_jobs(cluster, "nightly") == [
+        f"batchgen-nightly-{run['key']}-{name}-1" for run in runs for name in names
+    ]
     latest = json.loads((tmp_path / "published" / "latest.json").read_text())
     assert latest["run"] == runs[-1]["key"]
     for value in ("en", "zh Hant"):
@@ -109,14 +111,13 @@ def test_a_scheduler_that_is_a_ray_job_itself_gives_its_files_to_its_runs(cluste
     submit = ["job", "submit", "--address", cluster.dashboard, "--no-wait", "--submission-id", "keeper"]
     cluster.call(*submit, "--runtime-env-json", own, "--", *command)
     (run,) = wait_for_states(file, ["succeeded"], 90)
-    described = cluster.call("job", "list", "--address", cluster.dashboard).split("JobDetails(")
-    (own_run,) = [job for job in described if f"'batchgen-nightly-{run['key']}-1'" in job]
-    assert "BATCHGEN_TEST_OWN" in own_run
-    cluster.call("job", "stop", "--address", cluster.dashboard, "keeper")
+    (own_run,) = [job for job in cluster.jobs.list_jobs() if job.submission_id == f"batchgen-nightly-{run['key']}-1"]
+    assert "BATCHGEN_TEST_OWN" in str(own_run.runtime_env)
+    cluster.jobs.stop_job("keeper")
 
 
 @pytest.mark.soak
-def test_a_dead_head_is_waited_for(cluster: RayCluster, tmp_path: Path) -> None:
+def test_a_dead_head_is_waited_for(own_cluster: RayCluster, tmp_path: Path) -> None:
     """It dies with all that is on it, a job at work too, and another one comes that knows nothing: the scheduler lives
     through it, and each date is made once."""
     write_prompts(tmp_path / "in" / "rows.parquet")
@@ -127,16 +128,16 @@ def test_a_dead_head_is_waited_for(cluster: RayCluster, tmp_path: Path) -> None:
     file = write_pipeline(tmp_path / "p.yaml", tree)
     backfill = ["pipelines", "backfill", file, "--from", "2026-11-18", "--to", "2026-11-19"]
     subprocess.run([sys.executable, "-m", "batchgen.cli", *backfill], check=True)
-    with scheduling(cluster, file) as scheduler:
+    with scheduling(own_cluster, file) as scheduler:
         wait_for_calls(tmp_path / "calls")
-        cluster.kill_all()
+        own_cluster.kill_all()
         time.sleep(15)  # a real outage, in which it asks some times
         assert scheduler.poll() is None
         assert show(file)["runs"][0]["state"] == "running", "nothing is decided while nobody answers"
-        cluster.start_head()
+        own_cluster.start_head()
         runs = wait_for_states(file, ["succeeded", "succeeded"], 240)
     assert [run["attempt"] for run in runs] == [1, 1], "the same ids, submitted once more"
-    assert list_jobs(cluster) == [f"batchgen-nightly-{run['key']}-1" for run in runs]
+    assert list_jobs(own_cluster, "nightly") == [f"batchgen-nightly-{run['key']}-1" for run in runs]
     for run in runs:
         assert pq.read_table(f"{tmp_path}/made/{run['key']}/data").num_rows == 20
     assert 40 <= count_calls(tmp_path / "calls") <= 60, (
@@ -192,5 +193,5 @@ def test_three_minute_schedules_for_five_minutes_with_two_kills(cluster: RayClus
             expected += [f"batchgen-{name}-{run['key']}-1" for run in runs]
             made = Storage(str(tmp_path / name / "made")).list_files(suffix="_SUCCESS")
             assert len(made) == len(runs)
-    assert list_jobs(cluster) == sorted(expected)
+    assert list_jobs(cluster, "one", "two", "three") == sorted(expected)
     print(f"\n{len(expected)} dates of three schedules, each one job, one attempt")

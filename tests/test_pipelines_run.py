@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pipeline_util import make_job, make_pipeline, write_pipeline, write_prompts
+from pipeline_util import make_eager, make_job, make_pipeline, write_pipeline, write_prompts
 from typer.testing import CliRunner
 
 from batchgen.cli import app
@@ -239,7 +239,7 @@ class scheduler:
     """A real `batchgen schedule --local`, killed with SIGKILL at the end."""
 
     def __init__(self, file: str) -> None:
-        command = [sys.executable, "-m", "batchgen.cli", "schedule", file, "--local"]
+        command = make_eager("schedule", file, "--local")
         self._process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
 
     def __enter__(self) -> subprocess.Popen[bytes]:
@@ -250,8 +250,8 @@ class scheduler:
         self._process.wait()
 
 
-def wait_until(is_so: Callable[[], bool], timeout_s: float = 60) -> None:
+def wait_until(is_so: Callable[[], bool], timeout_s: float = 180) -> None:
     give_up_at = time.monotonic() + timeout_s
     while not is_so():
         assert time.monotonic() < give_up_at
-        time.sleep(0.3)
+        time.sleep(0.1)

@@ -36,7 +36,7 @@ from batchgen.pipelines.spec import PipelineSpec
 from batchgen.pipelines.submit import Status, Submission
 from batchgen.storage import Storage
 
-pytestmark = [pytest.mark.s3, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.s3]
 
 NOW = datetime(2026, 11, 20, 12, tzinfo=UTC)
 DATES = ["2026-11-18T0100Z", "2026-11-19T0100Z", "2026-11-20T0100Z"]

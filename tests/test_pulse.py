@@ -231,7 +231,7 @@ def test_status_watch_follows_a_run_to_its_end_and_a_log_is_json(tmp_path: Path)
     watcher = CliRunner()
     try:
         runner.start()
-        assert begun.wait(30)
+        assert begun.wait(120)
         found = Storage(out)
         while read_status(found) is None:
             begun.wait(0.05)

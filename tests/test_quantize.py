@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from ray_cluster import RayCluster
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -328,13 +329,13 @@ def test_an_incomplete_source_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(180)
-def test_the_ray_job_tells_its_tasks_refusal_in_one_sentence(tmp_path: Path) -> None:
+def test_the_ray_job_tells_its_tasks_refusal_in_one_sentence(cluster: RayCluster, tmp_path: Path) -> None:
     (tmp_path / "spec.json").write_text(make_spec(tmp_path).model_dump_json())
     job = Path(__file__).parents[1] / "jobs/quantize.py"
     command = [sys.executable, str(job), str(tmp_path / "spec.json"), "--set", "calibration.num_rows=81"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=150)
-    assert ended.returncode == 2
+    env = {**cluster.env, "RAY_ADDRESS": cluster.address}
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=240)
+    assert ended.returncode == 2, ended.stderr[-2000:]
     told = [line for line in ended.stderr.splitlines() if line.startswith("batchgen: ")]
     assert len(told) == 1
     assert "80 rows make a prompt, and calibration.num_rows asks for 81; give more rows" in told[0]

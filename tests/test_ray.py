@@ -8,7 +8,7 @@ import signal
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from jobs_util import run
+from jobs_util import merge, run
 from prometheus_server import Prometheus, run_prometheus
 from promql import list_metrics
-from ray_cluster import MARK, RayCluster, list_marked, run_ray_cluster
-from s3_server import S3Proxy, S3Server, make_env
+from ray_cluster import MARK, RayCluster, list_marked
+from s3_server import S3Proxy
 from test_metrics import list_expressions
 from trtllm_util import CHILD, KEEPER, RANK, SMALL, create_stand_in
 
@@ -32,28 +32,16 @@ from batchgen.specs.load import load_spec
 from batchgen.storage import Storage
 from batchgen.worker.handoff import list_handoffs
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
 SLOTS = 16
 WINDOW = 24
 INTERVAL_S = 1.0
 
 
-@pytest.fixture(scope="module")
-def proxy(s3_server: S3Server) -> Iterator[S3Proxy]:
-    with S3Proxy(s3_server.endpoint).running() as proxy:
-        yield proxy
-
-
-@pytest.fixture(scope="module")
-def cluster(proxy: S3Proxy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
-    with run_ray_cluster(tmp_path_factory.mktemp("home"), make_env(proxy.endpoint), num_gpus=1) as cluster:
-        yield cluster
-
-
 @pytest.fixture
-def s3(proxy: S3Proxy, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+def s3(cluster_proxy: S3Proxy, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", cluster_proxy.endpoint)
     return s3_url
 
 
@@ -94,7 +82,13 @@ def write_spec(path: Path, inputs: str, output: str, **changes: Any) -> str:
     return str(path / "spec.yaml")
 
 
-def wait_for(is_true: Callable[[], bool], what: str, timeout_s: float = 40) -> None:
+def make_inline(spec: str) -> dict[str, Any]:
+    """The same job in the test's process, by an engine that answers at once."""
+    tree = dict(yaml.safe_load(Path(spec).read_text()))
+    return merge(tree, {"cluster": {"pool": "inline"}, "engine": {"has_latency": False}})
+
+
+def wait_for(is_true: Callable[[], bool], what: str, timeout_s: float = 120) -> None:
     give_up_at = time.monotonic() + timeout_s
     while not is_true():
         assert time.monotonic() < give_up_at, f"never happened: {what}"
@@ -137,7 +131,7 @@ def check_stats(output: str) -> None:
 
 
 def test_submitted_job_survives_kills_of_driver_and_worker(
-    cluster: RayCluster, proxy: S3Proxy, s3: str, tmp_path: Path
+    cluster: RayCluster, cluster_proxy: S3Proxy, s3: str, tmp_path: Path
 ) -> None:
     """1,200 rows in 20 files on S3; SIGKILL of the driver and of a worker half way, while a PUT of a shard waits for its
     reply; submitted again, every row is there exactly once, and what was generated again is bounded."""
@@ -147,8 +141,8 @@ def test_submitted_job_survives_kills_of_driver_and_worker(
     spec = write_spec(tmp_path, f"{s3}/in", output)
     cluster.submit(spec)
     wait_for(lambda: count_calls(tmp_path) > num_files * num_rows * 0.4, "40 % of the calls")
-    held = proxy.hold_reply("data/shard", nth=1)
-    assert held.is_forwarded.wait(30), "no PUT of a shard came"
+    held = cluster_proxy.hold_reply("data/shard", nth=1)
+    assert held.is_forwarded.wait(120), "no PUT of a shard came"
 
     os.kill(list_worker_pids(tmp_path)[0], signal.SIGKILL)
     holder = json.loads(Storage(output).read_bytes("_batchgen/lease/000000001.json"))
@@ -160,7 +154,7 @@ def test_submitted_job_survives_kills_of_driver_and_worker(
     assert committed
 
     again = cluster.submit(spec)
-    assert cluster.wait(again, 90) == "SUCCEEDED", cluster.read_logs(again)[-3000:]
+    assert cluster.wait(again) == "SUCCEEDED", cluster.read_logs(again)[-3000:]
     check_rows(read_rows(output), num_files, num_rows)
     check_stats(output)
     after = {info.path: info.version for info in Storage(output).list_files("data")}
@@ -188,7 +182,7 @@ def test_lost_actor_and_stopped_actor_are_replaced_within_the_run(cluster: RayCl
     first, second = list_worker_pids(tmp_path)[:2]
     os.kill(first, signal.SIGKILL)
     os.kill(second, signal.SIGSTOP)
-    assert cluster.wait(job, 90) == "SUCCEEDED", cluster.read_logs(job)[-3000:]
+    assert cluster.wait(job) == "SUCCEEDED", cluster.read_logs(job)[-3000:]
     check_rows(read_rows(output), 10, 60)
     check_stats(output)
     logs = cluster.read_logs(job)
@@ -215,7 +209,7 @@ def test_helper_and_owner_of_a_split_shard_are_killed(cluster: RayCluster, s3: s
     os.kill(helper, signal.SIGKILL)
     wait_for(lambda: bool(set(list_callers(tmp_path)) - {owner, helper}), "a new actor helps")
     os.kill(owner, signal.SIGKILL)
-    assert cluster.wait(job, 90) == "SUCCEEDED", cluster.read_logs(job)[-3000:]
+    assert cluster.wait(job) == "SUCCEEDED", cluster.read_logs(job)[-3000:]
     check_rows(read_rows(output), 1, num_rows)
     check_stats(output)
     outcomes = Counter(read_stats_table(Storage(output))["outcome"].to_pylist())
@@ -255,7 +249,7 @@ def test_an_actor_killed_in_mid_reuse_costs_its_own_rows_only(cluster: RayCluste
     job = cluster.submit(spec)
     wait_for(lambda: count_calls(tmp_path) > 20 and len(list_callers(tmp_path)) == 2, "both actors generate")
     os.kill(list_callers(tmp_path)[0], signal.SIGKILL)
-    assert cluster.wait(job, 90) == "SUCCEEDED", cluster.read_logs(job)[-3000:]
+    assert cluster.wait(job) == "SUCCEEDED", cluster.read_logs(job)[-3000:]
     rows = read_rows(output)
     check_rows(rows, num_files, num_rows)
     check_stats(output)
@@ -279,7 +273,7 @@ def test_lost_node_and_workers_that_join_later(cluster: RayCluster, tmp_path: Pa
     cluster.add_node(slot=1)
     wait_for(lambda: len(list_worker_pids(tmp_path)) == 2, "the second worker joins")
     os.kill(first, signal.SIGKILL)
-    assert cluster.wait(job, 120) == "SUCCEEDED", cluster.read_logs(job)[-3000:]
+    assert cluster.wait(job) == "SUCCEEDED", cluster.read_logs(job)[-3000:]
     check_rows(read_rows(str(output)), 8, 60)
     check_stats(str(output))
 
@@ -296,9 +290,10 @@ def test_workers_that_cannot_start_stop_the_run_with_the_reason(cluster: RayClus
         model={"path": str(tmp_path / "model")},
     )
     changed = yaml.safe_load(Path(spec).read_text()) | {"engine": {"kind": "transformers"}}
+    changed["retry"] = {"max_start_failures": 2}  # each loads torch first
     Path(spec).write_text(yaml.safe_dump(changed))
     job = cluster.submit(spec)
-    assert cluster.wait(job, 90) == "FAILED"
+    assert cluster.wait(job) == "FAILED"
     logs = cluster.read_logs(job)
     assert "workers in a row failed to start" in logs
     assert "model.path" in logs
@@ -306,7 +301,7 @@ def test_workers_that_cannot_start_stop_the_run_with_the_reason(cluster: RayClus
 
 
 def test_cancel_drains_a_submitted_run(cluster: RayCluster, s3: str, tmp_path: Path) -> None:
-    """`batchgen cancel` from elsewhere: the run journals and stops as resumable; submitted again, it goes on."""
+    """`batchgen cancel` from elsewhere: the run journals and stops as resumable; the next one, without Ray, goes on."""
     from typer.testing import CliRunner
 
     from batchgen.cli import app
@@ -321,8 +316,7 @@ def test_cancel_drains_a_submitted_run(cluster: RayCluster, s3: str, tmp_path: P
     assert cluster.wait(job) == "FAILED"
     assert "cancelled by" in cluster.read_logs(job)
     num_before = count_calls(tmp_path)
-    again = cluster.submit(spec)
-    assert cluster.wait(again) == "SUCCEEDED", cluster.read_logs(again)[-3000:]
+    assert run(make_inline(spec))[0]["exit_code"] == 0
     check_rows(read_rows(output), 4, 200)
     # A drain lets rows in flight finish and journals them, so nothing at all is generated twice.
     assert count_calls(tmp_path) == 800
@@ -347,8 +341,8 @@ def test_a_killed_actor_leaves_no_engine_behind(
     old = set(stand_in.list_pids(KEEPER) + stand_in.list_pids(CHILD) + stand_in.list_pids(RANK))
     assert len(old) == 4
     os.kill(actor, signal.SIGKILL)
-    wait_for(lambda: not old & set(stand_in.list_pids()), "the keeper ends them all", 5)
-    assert cluster.wait(job, 60) == "SUCCEEDED", cluster.read_logs(job)[-3000:]
+    wait_for(lambda: not old & set(stand_in.list_pids()), "the keeper ends them all")
+    assert cluster.wait(job) == "SUCCEEDED", cluster.read_logs(job)[-3000:]
     check_rows(read_rows(str(output)), 2, 60)
     assert stand_in.count_llms() == 2
     stand_in.check_nothing_left()
@@ -369,7 +363,7 @@ def test_driver_of_another_build_is_turned_away(cluster: RayCluster, tmp_path: P
     import sys
 
     env = {**cluster.env, "RAY_ADDRESS": cluster.address}
-    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=90)
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 3, done.stderr[-2000:]
     assert "install the same build" in done.stderr
     assert count_calls(tmp_path) == 0
@@ -403,8 +397,8 @@ def test_a_run_exports_every_metric_that_dashboard_and_alerts_read(cluster: RayC
         found.update({re.split(r"[{ ]", line, maxsplit=1)[0]: line for line in lines if not line.startswith("#")})
         return wanted - found.keys()
 
-    wait_for(lambda: scrape() <= ends, f"all of {sorted(wanted)}", 60)
-    assert cluster.wait(job, 90) == "SUCCEEDED", cluster.read_logs(job)[-3000:]
+    wait_for(lambda: scrape() <= ends, f"all of {sorted(wanted)}")
+    assert cluster.wait(job) == "SUCCEEDED", cluster.read_logs(job)[-3000:]
     assert not scrape(), "the last word is there as soon as the driver is gone"
     assert 'state="finished"' in found["ray_batchgen_runs_ended_total"]
     assert 'finished_reason="' in found["ray_batchgen_request_success_total"]
@@ -466,7 +460,7 @@ def test_prometheus_answers_every_query_and_misses_a_driver_that_was_killed(
         wait_for(lambda: board.list_missed() == [first], "the driver to be missed")
         again = cluster.submit(spec)
         wait_for(lambda: board.list_missed() == [], "the next run to say that this one is over")
-        assert cluster.wait(again, 90) == "SUCCEEDED", cluster.read_logs(again)[-3000:]
+        assert cluster.wait(again) == "SUCCEEDED", cluster.read_logs(again)[-3000:]
         wait_for(lambda: board.list_ends() == {first: "followed", second: "finished"}, "how it ended")
         looked = f'ray_batchgen_looked_at_seconds{{run="{second}"}}'
         wait_for(lambda: not prometheus.query(looked), "the gauges to go with their driver")

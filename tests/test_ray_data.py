@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from ray_cluster import RayCluster
 
 from batchgen.engines.simulated import SimulatedEngine
 from batchgen.errors import EngineDied, SpecError
@@ -75,7 +76,7 @@ def test_an_engine_that_starts_anew_gets_its_rows_again_and_a_dead_one_fails_the
     assert rows[1]["error_type"] == "engine_restarted"
     assert [row["id"] for row in rows] == [0, 1, 2]
     with pytest.raises(EngineDied):
-        asyncio.run(asyncio.wait_for(main("engine"), 20))
+        asyncio.run(asyncio.wait_for(main("engine"), 60))
 
 
 def test_an_engine_that_does_not_open_is_closed_and_tried_anew_by_the_next_batch(
@@ -127,7 +128,7 @@ def test_what_cannot_work_is_refused_with_the_mend() -> None:
 PIPELINE = """
 import ray
 from batchgen.ray_data import Generate
-ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+ray.init(log_to_driver=False)
 ray.data.DataContext.get_current().enable_progress_bars = False
 ds = ray.data.range(200, override_num_blocks=4).map(lambda row: {"id": row["id"], "prompt": f"row {row['id']}"})
 ds = ds.map_batches(
@@ -143,7 +144,8 @@ print("rows", len(rows))
 
 
 @pytest.mark.ray
-def test_in_a_real_ray_data_pipeline() -> None:
-    done = subprocess.run([sys.executable, "-c", PIPELINE], capture_output=True, text=True, timeout=110)
+def test_in_a_real_ray_data_pipeline(cluster: RayCluster) -> None:
+    env = {**cluster.env, "RAY_ADDRESS": cluster.address}
+    done = subprocess.run([sys.executable, "-c", PIPELINE], env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == "rows 200"

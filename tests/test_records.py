@@ -17,6 +17,7 @@ from batchgen.errors import BatchgenError, RowError
 from batchgen.names import make_batch_id, make_data_path, parse_batch_id
 from batchgen.queue import events, orders
 from batchgen.queue.events import (
+    ClaimsMade,
     EngineRestarted,
     Heartbeat,
     JournalFlushed,
@@ -32,7 +33,7 @@ from batchgen.queue.events import (
     WorkerStartFailed,
     WorkerWarned,
 )
-from batchgen.queue.orders import DropShare, GiveRows, HelpShare, TakeIn
+from batchgen.queue.orders import ClaimsDecided, DropShare, GiveRows, HelpShare, JournalSoon, LookAt, TakeIn
 from batchgen.records import Guided, JournalRef, Partial, Prompt, RowId, ShardProgress, Share, TokenLogprob
 from batchgen.storage import Storage
 from batchgen.worker.worker import WorkerSetup
@@ -71,6 +72,9 @@ VALUES: list[Any] = [
     DropShare(SHARE),
     RowsGiven("w", SHARE, 5),
     ShareEnded("w", SHARE, STATS, None),
+    ClaimsMade("w", 1, b"k" * 8, b"p" * 8, bytes(8), (3,)),
+    ClaimsDecided(1, b"p" * 8, (LookAt(3, ((REF, (5,)),), is_open=True),)),
+    JournalSoon(3),
 ]
 
 

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jobs_util import Tree, make_tree, read_rows, run, run_cli, write_prompts
+from jobs_util import Tree, call_cli, make_tree, read_rows, run, write_prompts
 from makers import make_error, make_job_spec, make_ok, make_rows
 
 from batchgen.batch_stats import STATS_SCHEMA, make_stats_table, read_stats_table
@@ -487,7 +487,7 @@ def test_the_page_of_a_run_that_was_killed(job: tuple[Path, Tree], tmp_path: Pat
     sorted((out / "data").iterdir())[0].unlink()
     record = {**read_records(Storage(str(out)))[-1], "state": "running"}
     Storage(str(out)).put(make_record_path(2), seal_json(unseal(record)))
-    ended = run_cli(tmp_path, "report", str(out), "--html", str(tmp_path / "page.html"), "--json")
+    ended = call_cli("report", str(out), "--html", str(tmp_path / "page.html"), "--json")
     assert ended.code == 0
     report = json.loads(ended.out.splitlines()[-1])
     assert report["state"] == "killed"
@@ -534,8 +534,8 @@ def test_files_of_earlier_builds_lack_columns_which_are_null(job: tuple[Path, Tr
     assert all(found[name].null_count == table.num_rows for name in younger)
 
 
-def ask_by(folder: Path, out: Path, column: str) -> dict[str, Any]:
-    ended = run_cli(folder, "report", str(out), "--by", column, "--json")
+def ask_by(out: Path, column: str) -> dict[str, Any]:
+    ended = call_cli("report", str(out), "--by", column, "--json")
     assert ended.code == 0, ended.err
     return dict(ended.report["by"])
 
@@ -544,11 +544,9 @@ def ask_by(folder: Path, out: Path, column: str) -> dict[str, Any]:
     ("column", "source"),
     [("worker", "batch_stats"), ("source_file", "batch_stats"), ("status", "data"), ("key", "data")],
 )
-def test_figures_by_a_column_are_those_of_its_rows(
-    job: tuple[Path, Tree], tmp_path: Path, column: str, source: str
-) -> None:
+def test_figures_by_a_column_are_those_of_its_rows(job: tuple[Path, Tree], column: str, source: str) -> None:
     out, _ = job
-    found = ask_by(tmp_path, out, column)
+    found = ask_by(out, column)
     assert found["source"] == source
     rows = read_rows(out)
     workers = {row["batch_id"]: row["worker"] for row in read_stats_table(Storage(str(out))).to_pylist()}
@@ -576,8 +574,8 @@ def test_a_column_may_be_called_as_ours_are(tmp_path: Path) -> None:
     ]
 
 
-def test_a_column_that_nobody_has_is_refused_in_one_sentence(job: tuple[Path, Tree], tmp_path: Path) -> None:
-    ended = run_cli(tmp_path, "report", str(job[0]), "--by", "nobodys")
+def test_a_column_that_nobody_has_is_refused_in_one_sentence(job: tuple[Path, Tree]) -> None:
+    ended = call_cli("report", str(job[0]), "--by", "nobodys")
     assert ended.code == 2
     assert "--by nobodys: neither batch_stats nor data/ has such a column; name one of source_file" in ended.err
 

@@ -4,28 +4,21 @@ clone has once `make demo` ended. Only the cluster is one of ours, on free ports
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from shutil import copytree
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from ray_cluster import RayCluster, run_ray_cluster
+from ray_cluster import RayCluster
 
 from batchgen.demo import SCHEMA, make_questions
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
 REPO = Path(__file__).parents[1]
 BLOCKS = re.findall(r"```sh\n(.*?)```", (REPO / "README.md").read_text(), re.DOTALL)
 ADDRESS = "http://127.0.0.1:8265"
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
-    with run_ray_cluster(tmp_path_factory.mktemp("home"), {}) as cluster:
-        yield cluster
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +36,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def paste(block: str, folder: Path, cluster: RayCluster) -> subprocess.CompletedProcess[str]:
     command = ["bash", "-e", "-c", block]
-    done = subprocess.run(command, cwd=folder, env=cluster.env, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=folder, env=cluster.env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 

@@ -18,6 +18,7 @@ from jobs_util import (
     SLOW_ENGINE,
     RecordingView,
     Tree,
+    call_cli,
     check_conserved,
     check_output,
     count_calls,
@@ -502,19 +503,19 @@ def test_exit_codes_and_the_last_line(tree: Tree, files: list[tuple[str, int]], 
 
 def test_commands_that_look(tree: Tree, files: list[tuple[str, int]], out: Path, tmp_path: Path) -> None:
     spec = write_spec(tmp_path, tree)
-    ended = run_cli(tmp_path, "validate", spec, "--json")
+    ended = call_cli("validate", spec, "--json")
     assert (ended.code, ended.report["rows"]) == (0, 55)
     assert "<user>question number 0 é" in ended.out
-    planned = run_cli(tmp_path, "plan", spec, "--json").report
+    planned = call_cli("plan", spec, "--json").report
     assert (planned["shards_to_do"], planned["is_frozen"]) == (planned["shards"], False)
     assert not (out / "_batchgen/spec.json").exists()
     run(tree)
-    planned = run_cli(tmp_path, "plan", spec, "--json").report
+    planned = call_cli("plan", spec, "--json").report
     assert (planned["shards_to_do"], planned["is_frozen"]) == (0, True)
-    assert run_cli(tmp_path, "status", str(out), "--json").report["progress"]["num_rows_done"] == 55
-    assert run_cli(tmp_path, "report", str(out), "--json").report["rows"]["ok"] == 55
-    assert run_cli(tmp_path, "cancel", str(out)).code == 2
-    assert run_cli(tmp_path, "report", str(tmp_path / "in")).code == 2
+    assert call_cli("status", str(out), "--json").report["progress"]["num_rows_done"] == 55
+    assert call_cli("report", str(out), "--json").report["rows"]["ok"] == 55
+    assert call_cli("cancel", str(out)).code == 2
+    assert call_cli("report", str(tmp_path / "in")).code == 2
     assert files
 
 

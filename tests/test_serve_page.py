@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -169,3 +170,15 @@ def test_a_report_is_its_tenants_only(server: Server) -> None:
     assert found.json().keys() == {"state", "made_at", "rows", "job", "histograms", "timeline", "errors"}
     assert httpx.get(url, headers={"authorization": f"Bearer {server.keys['globex']}"}).status_code == 404
     assert httpx.get(url).status_code == 401
+
+
+def test_the_report_of_a_batch_that_is_over_is_its_last(server: Server) -> None:
+    """A page asks for it once; one that was made while the batch ran would stay there."""
+    client = server.client()
+    batch = create(client, [make_line(f"r{row}") for row in range(300)])
+    url, headers = f"{server.url}/batches/{batch.id}/report", {"authorization": f"Bearer {server.keys['acme']}"}
+    give_up_at = time.monotonic() + 60
+    while client.batches.retrieve(batch.id).status != "completed":
+        assert httpx.get(url, headers=headers).status_code in (200, 409)
+        assert time.monotonic() < give_up_at
+    assert httpx.get(url, headers=headers).json()["rows"]["ok"] == 300

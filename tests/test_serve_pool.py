@@ -19,7 +19,7 @@ from batchgen.serve.spec import ServedModel
 from batchgen.storage import Storage
 from batchgen.worker.setup import WorkerSetup
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -4,6 +4,7 @@ import asyncio
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,19 +15,20 @@ import ray
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchgen.engines.simulated import ByteTokenizer
+from batchgen.engines.simulated import ByteTokenizer, SimulatedEngine
 from batchgen.errors import EngineDied
-from batchgen.records import Generation, Result, RowId, Timing, Usage
+from batchgen.records import Generation, Request, Result, RowId, Timing, Usage
 from batchgen.serve.batch_spec import make_batch_spec
 from batchgen.serve.deltas import Delta, Deltas
 from batchgen.serve.engine_actor import EngineActor
 from batchgen.serve.errors import ApiError
 from batchgen.serve.host import EngineHost
-from batchgen.serve.interactive import Ask
+from batchgen.serve.interactive import Ask, Interactive
 from batchgen.serve.interpreter import SWITCH_MEMORY_S, SWITCH_S, Switching
 from batchgen.serve.places import Places
 from batchgen.serve.room import MEMORY_S, Peak, count_bulk_room
 from batchgen.serve.spec import ServedModel
+from batchgen.specs.engine import SimulatedEngineSpec
 from batchgen.storage import Storage
 from batchgen.worker.setup import WorkerSetup
 
@@ -232,6 +234,34 @@ def test_the_same_request_is_answered_alike_whole_and_in_pieces() -> None:
         assert sum(isinstance(each, Result) for each in news) == 2
 
     use(work, decode_tokens_per_s=80)
+
+
+class Noting(SimulatedEngine):
+    """Notes who was urgent."""
+
+    def __init__(self, spec: SimulatedEngineSpec) -> None:
+        super().__init__(spec)
+        self.urgent: list[bool] = []
+
+    async def generate(self, request: Request) -> Generation:
+        self.urgent.append(request.is_urgent)
+        return await super().generate(request)
+
+
+def test_a_list_of_prompts_goes_with_bulk() -> None:
+    served = ServedModel.model_validate({"engine": SIMULATED})
+    assert isinstance(served.engine, SimulatedEngineSpec)
+    engine = Noting(served.engine)
+
+    async def main() -> None:
+        await engine.open()
+        interactive = Interactive(served, engine)
+        await interactive.answer(make_ask("one"))
+        assert len(await interactive.answer(replace(make_ask("one", "two"), is_bulk=True))) == 2
+        await engine.close()
+
+    asyncio.run(main())
+    assert engine.urgent == [True, False, False]
 
 
 def test_a_bad_row_is_its_own_failure_and_a_dead_engine_is_everybodys() -> None:

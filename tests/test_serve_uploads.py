@@ -293,6 +293,17 @@ def test_a_completion_that_was_cut_off_is_made_whole_by_the_next(tmp_path: Path)
     assert state.list_file_ids("acme") == [done.file.id]
 
 
+def test_a_completion_that_was_cut_off_for_good_leaves_nothing(tmp_path: Path) -> None:
+    now = [1_000_000.0]
+    state = Breaking(str(tmp_path), now=lambda: now[0])
+    record = create_upload(state, "acme", ASKED, "f", None)
+    with pytest.raises(StorageError, match="killed"):
+        complete_upload(state, record, CompleteUpload(part_ids=[put_piece(state, record, b"abcdef")]))
+    now[0] += ABANDONED_S + LIFETIME_S + 1
+    sweep(state, pytest.fail)
+    assert state.storage.list_files("t") == []
+
+
 def test_the_sweep_keeps_what_files_are_made_of(tmp_path: Path) -> None:
     now = [1_000_000.0]
     state = State(str(tmp_path), now=lambda: now[0])

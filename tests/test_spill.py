@@ -161,7 +161,7 @@ def test_a_flush_under_way_at_the_last_commit_leaves_no_segment(
     write_segment = ShardFiles.write_segment
 
     def write_late(self: ShardFiles, path: str, rows: dict[int, pa.Table]) -> dict[int, JournalRef]:
-        wait_for(lambda: list_output(tmp_path / "out", "data") != [], 30)
+        wait_for(lambda: list_output(tmp_path / "out", "data") != [])
         late.append(path)
         return write_segment(self, path, rows)
 

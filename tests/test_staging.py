@@ -146,7 +146,7 @@ def test_two_processes_download_once_and_the_second_sees_how_far_the_first_is(
     upload(s3_url)
     held = s3_proxy.hold_reply(r"00002-of-00002\.safetensors$", nth=3, method="GET")
     with start_child(s3_url, tmp_path) as first:
-        assert held.is_forwarded.wait(30)
+        assert held.is_forwarded.wait(120)
         with start_child(s3_url, tmp_path) as second:
             assert second.stdout is not None
             assert first.stdout is not None
@@ -164,7 +164,7 @@ def kill_at(nth: int, url: str, proxy: S3Proxy, stage_dir: Path) -> None:
     """SIGKILL while the n-th part of weights is under way."""
     held = proxy.hold_reply(r"\.safetensors$", nth=nth, method="GET")
     with start_child(url, stage_dir) as child:
-        assert held.is_forwarded.wait(30)
+        assert held.is_forwarded.wait(120)
         child.send_signal(signal.SIGKILL)
         child.wait()
     held.release()
@@ -345,7 +345,7 @@ def test_a_source_that_changes_while_it_is_copied(s3_url: str, s3_proxy: S3Proxy
 
     thread = threading.Thread(target=work)
     thread.start()
-    assert held.is_forwarded.wait(30)
+    assert held.is_forwarded.wait(120)
     Storage(s3_url).put(shard, FILES["model-00001-of-00002.safetensors"])
     held.release()
     thread.join(30)

@@ -36,8 +36,8 @@ def test_a_second_ctrl_c_does_not_wait_for_the_drain(tmp_path: Path) -> None:
         wait_for(lambda: "stopping" in job.err)
         started = time.monotonic()
         job.signal(signal.SIGINT)
-        ended = job.wait(30)
-    assert time.monotonic() - started < 15
+        ended = job.wait()
+    assert time.monotonic() - started < 45
     assert ended.code not in (0, 2), ended.err
     assert "Traceback" not in ended.err, ended.err
     assert run_to_end(tmp_path, merge(tree, {"engine": {"has_latency": False}})).code == 0

@@ -322,7 +322,7 @@ def test_killed_between_put_and_reply(store: Storage, s3_proxy: S3Proxy) -> None
         store.create("second", b"2")
         store.create("third", b"3")"""
     with subprocess.Popen([sys.executable, "-c", code, store.root]) as process:
-        assert held.is_forwarded.wait(20)
+        assert held.is_forwarded.wait(120)
         process.send_signal(signal.SIGKILL)
     assert [info.path for info in store.list_files()] == ["first", "second"]
     held.release()

@@ -141,7 +141,7 @@ def test_nothing_outlives_the_actor(with_keeper: bool, stand_in: StandIn, tmp_pa
         wait_until(lambda: not stand_in.list_pids(CHILD), "the engine's process goes with the keeper")
         assert sorted(stand_in.list_pids(RANK)) == sorted(ranks), "the ranks are orphans"
     os.kill(actor.pid, signal.SIGKILL)
-    actor.wait(10)
+    actor.wait(60)
     assert actor.stdout is not None
     actor.stdout.close()
     if with_keeper:

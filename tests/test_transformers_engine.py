@@ -81,7 +81,7 @@ def run_until(is_so: Callable[[], bool]) -> Awaitable[None]:
         while not is_so():
             await asyncio.sleep(0.001)
 
-    return asyncio.wait_for(wait(), 20)
+    return asyncio.wait_for(wait(), 100)
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------

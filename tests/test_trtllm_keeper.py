@@ -76,12 +76,20 @@ def test_it_needs_the_standard_library_alone() -> None:
     assert {name.partition(".")[0] for name in imported} <= sys.stdlib_module_names
 
 
+def read_cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def test_it_is_up_at_once() -> None:
+    """After little work of its own; how long that takes is the machine's."""
+
     async def main() -> None:
         started = time.monotonic()
         async with running("import time; time.sleep(60)") as process:
-            await until(lambda: "engine" in process.pids, "the keeper has started the engine", 5)
-            assert time.monotonic() - started < 0.3
+            await until(lambda: "engine" in process.pids, "the keeper has started the engine")
+            assert read_cpu_s(process.pids["keeper"]) < 0.3
+            assert time.monotonic() - started < 5
 
     run(main())
 
@@ -107,7 +115,7 @@ def test_the_engines_end_is_the_end_of_all() -> None:
         async with running() as process:
             await until_up(process)
             os.kill(process.pids["engine"], signal.SIGKILL)
-            assert await asyncio.wait_for(process.reader.read(), 5) == b""
+            assert await asyncio.wait_for(process.reader.read(), 60) == b""
             await until(lambda: list_members(process) == [], "all are gone")
 
     run(main())
@@ -153,7 +161,7 @@ def test_a_caller_that_is_cancelled_leaves_nothing() -> None:
 def test_what_can_not_be_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     async def main() -> None:
         process = await create_process(["/no/such/program"])
-        assert await asyncio.wait_for(process.reader.read(), 5) == b""
+        assert await asyncio.wait_for(process.reader.read(), 60) == b""
         assert "No such file" in process.log_path.read_text()
         await process.end()
         monkeypatch.setattr(processes, "KEEPER", tmp_path / "absent.py")
@@ -183,10 +191,10 @@ def test_the_sweep_ends_what_a_dead_owner_left_and_nothing_else() -> None:
         swept = sweep_orphans()
         assert processes[0].pid in swept
         assert not {process.pid for process in processes[1:]} & set(swept)
-        assert processes[0].wait(5) == -signal.SIGKILL
+        assert processes[0].wait(60) == -signal.SIGKILL
         assert sweep_start(make_mark()) == []
         assert sweep_start(own) == [processes[1].pid]
-        assert processes[1].wait(5) == -signal.SIGKILL
+        assert processes[1].wait(60) == -signal.SIGKILL
         assert [process.poll() for process in processes[2:]] == [None] * 4
     finally:
         for process in processes:

@@ -14,13 +14,13 @@ import pytest
 from jobs_util import (
     SLOW_ENGINE,
     Tree,
+    call_cli,
     list_output,
     make_prompts,
     make_tree,
     put_files,
     read_many,
     run,
-    run_cli,
     running,
     to_parquet,
     wait_for,
@@ -416,7 +416,7 @@ def test_the_command_says_one_line_a_finding(tmp_path: Path) -> None:
 def test_what_is_no_job_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"holds no job of batchgen; give the output\.path of one"):
         verify(Storage(str(tmp_path / "nothing")))
-    assert run_cli(tmp_path, "verify", str(tmp_path / "nothing"), "--json").code == 2
+    assert call_cli("verify", str(tmp_path / "nothing"), "--json").code == 2
 
 
 # ---- the pure part

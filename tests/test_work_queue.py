@@ -1,7 +1,8 @@
 """The queue against a model of it, under workers that join, die, fail, fall silent and answer too late."""
 
+import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from makers import make_shard, make_worker_info
 
 from batchgen.queue.events import Heartbeat
+from batchgen.queue.hint_votes import HintVotes
 from batchgen.queue.work_queue import (
     BACKOFF_S,
     MAX_BACKOFF_S,
@@ -28,12 +30,15 @@ EPOCH = 7
 CLUSTER = ClusterSpec(worker_timeout_s=100, stall_timeout_s=1000)
 
 
-def make_queue(*costs: float, first_attempt: int = 1, max_shard_attempts: int = 3) -> WorkQueue:
+def make_queue(
+    *costs: float, first_attempt: int = 1, max_shard_attempts: int = 3, follows_hints: bool = True
+) -> WorkQueue:
     shards = [
         QueuedShard(make_shard(number, row_end=ROWS), first_attempt=first_attempt, cost=cost)
         for number, cost in enumerate(costs)
     ]
-    return WorkQueue(shards, epoch=EPOCH, retry=RetrySpec(max_shard_attempts=max_shard_attempts), cluster=CLUSTER)
+    retry = RetrySpec(max_shard_attempts=max_shard_attempts)
+    return WorkQueue(shards, epoch=EPOCH, retry=retry, cluster=CLUSTER, follows_hints=follows_hints)
 
 
 def beat(
@@ -73,13 +78,18 @@ class QueueMachine(RuleBasedStateMachine):
         costs=st.lists(st.integers(1, 5), min_size=1, max_size=7),
         first_attempt=st.integers(1, 3),
         max_shard_attempts=st.integers(1, 3),
+        follows_hints=st.booleans(),
     )
-    def start(self, costs: list[int], first_attempt: int, max_shard_attempts: int) -> None:
-        self.queue = make_queue(*costs, first_attempt=first_attempt, max_shard_attempts=max_shard_attempts)
+    def start(self, costs: list[int], first_attempt: int, max_shard_attempts: int, follows_hints: bool) -> None:
+        self.queue = make_queue(
+            *costs, first_attempt=first_attempt, max_shard_attempts=max_shard_attempts, follows_hints=follows_hints
+        )
+        self.votes = HintVotes(is_followed=follows_hints)
         self.costs = dict(enumerate(costs))
         self.max_shard_attempts = max_shard_attempts
         self.now = 0.0
         self.num_made = 0
+        self.last_number: dict[str, int] = {}
         self.workers: dict[str, ModelWorker] = {}
         self.old: list[Lease] = []
         self.done: set[int] = set()
@@ -139,7 +149,11 @@ class QueueMachine(RuleBasedStateMachine):
         number = lease.shard.number
         ready = {other for other in self.list_free() if self.due.get(other, 0) <= self.now}
         assert number in ready, "done, held by another, or still to be waited for"
-        assert self.costs[number] >= NEIGHBOUR_SHARE * max(self.costs[other] for other in ready)
+        if self.votes.is_followed:
+            assert self.costs[number] >= NEIGHBOUR_SHARE * max(self.costs[other] for other in ready)
+        else:
+            assert number in {min(ready), self.last_number.get(lease.worker_id, -2) + 1}
+        self.last_number[lease.worker_id] = number
         assert lease.attempt == self.last_attempt[number] + 1
         self.last_attempt[number] = lease.attempt
         assert lease.epoch == EPOCH
@@ -177,6 +191,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     def lose(self, worker_id: str, reason: str) -> None:
         lost = self.queue.lose(worker_id, self.now, reason)
+        self.votes.forget(worker_id)
         worker = self.workers[worker_id]
         assert {one.lease.batch_id for one in lost} == worker.leases.keys()
         for lease in list(worker.leases.values()):
@@ -192,15 +207,19 @@ class QueueMachine(RuleBasedStateMachine):
         self.lose(self.pick_worker(data), "killed")
 
     @precondition(has_workers)
-    @rule(data=st.data(), rows=st.integers(0, ROWS), tokens=st.integers(0, 3))
-    def hear(self, data: st.DataObject, rows: int, tokens: int) -> None:
+    @rule(
+        data=st.data(), rows=st.integers(0, ROWS), tokens=st.integers(0, 3), useful=st.sampled_from([None, True, False])
+    )
+    def hear(self, data: st.DataObject, rows: int, tokens: int, useful: bool | None) -> None:
         worker_id = self.pick_worker(data)
+        self.votes.hear(worker_id, useful)
         worker = self.workers[worker_id]
         worker.heard_at = self.now
         worker.tokens += tokens
         worker.rows = dict.fromkeys(worker.leases, (rows, rows // 2))
         leases = worker.leases.values()
-        self.queue.renew(beat(worker_id, *leases, tokens=worker.tokens, rows=rows, errors=rows // 2), self.now)
+        heard = beat(worker_id, *leases, tokens=worker.tokens, rows=rows, errors=rows // 2)
+        self.queue.renew(replace(heard, are_hints_useful=useful), self.now)
 
     @rule(seconds=st.sampled_from([0.5, 1.0, 30.0, 101.0]))
     def wait(self, seconds: float) -> None:
@@ -591,3 +610,42 @@ def test_long_rows_go_first_and_work_is_balanced() -> None:
     queue.add_worker(make_worker_info("b"), 0.0)
     order = [(lease.worker_id, lease.shard.number) for lease in lease_all(queue)]
     assert order == [("a", 0), ("b", 1), ("a", 2), ("b", 3)]
+
+
+def make_hinted_queue(costs: list[float], *, follows_hints: bool, window: int = 10) -> WorkQueue:
+    """Shards of a window each that promise so much work; two workers."""
+    shards = [
+        QueuedShard(replace(make_shard(number, row_end=window), expected_tokens=cost), cost=cost, work=min(cost, 99.0))
+        for number, cost in enumerate(costs)
+    ]
+    queue = WorkQueue(shards, epoch=EPOCH, retry=RetrySpec(), cluster=CLUSTER, follows_hints=follows_hints)
+    for name in "ab":
+        queue.add_worker(make_worker_info(name, window=window), 0.0)
+    return queue
+
+
+def say(worker_id: str, are_useful: bool | None) -> Heartbeat:
+    return replace(beat(worker_id), are_hints_useful=are_useful)
+
+
+def test_shards_go_in_order_until_their_hints_are_borne_out_and_longest_first_then() -> None:
+    queue = make_hinted_queue([*map(float, range(1, 31)), math.inf], follows_hints=False)
+    first = [lease.shard.number for lease in lease_all(queue)]
+    assert first == [30, 0, 1, 2], "the canary before all, and no more than with no hints"
+    queue.renew(say("a", None), 1.0)
+    assert lease_all(queue) == []
+    queue.renew(say("a", True), 2.0)
+    queue.renew(say("b", None), 2.0)
+    then = [lease.shard.number for lease in lease_all(queue)]
+    assert sorted(then) == list(range(30 - len(then), 30)), "the longest, and far ahead"
+    assert len(then) == 2 * 8, "beside the three that they were lent in order"
+
+
+def test_hints_that_are_not_borne_out_are_left_and_balance_nothing() -> None:
+    queue = make_hinted_queue([100.0, *[1.0] * 9, 50.0, 60.0], follows_hints=True)
+    queue.renew(say("a", False), 1.0)
+    got: dict[str, list[int]] = {"a": [], "b": []}
+    for lease in lease_all(queue):
+        got[lease.worker_id].append(lease.shard.number)
+    assert sorted(got["a"] + got["b"]) == [0, 1, 2, 3]
+    assert [len(numbers) for numbers in got.values()] == [2, 2]

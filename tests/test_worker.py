@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +19,13 @@ from batchgen.engines.hf_tokenizer import HFTokenizer
 from batchgen.engines.simulated import ByteTokenizer, SimulatedEngine
 from batchgen.errors import EngineDied, InputError, SpecError
 from batchgen.journal import make_segment_path, write_segment
-from batchgen.queue.events import PoolEvent, ShardCommitted, ShardFailed, WorkerLost
+from batchgen.queue.events import Heartbeat, PoolEvent, ShardCommitted, ShardFailed, WorkerLost
 from batchgen.read import read_footer
 from batchgen.records import Generation, Lease, Request, Shard
 from batchgen.spec import JobSpec, ModelSpec
 from batchgen.specs.validate import check_footer, make_passthrough_schema, render_first
 from batchgen.storage import Storage, list_inputs
+from batchgen.worker.pace import Pace
 from batchgen.worker.shard_files import ShardFiles
 from batchgen.worker.worker import Worker, WorkerSetup, open_worker
 
@@ -177,8 +180,26 @@ def test_a_poll_that_is_woken_and_cancelled_at_once_is_cancelled(tmp_path: Path,
         for _ in range(num_turns):
             await asyncio.sleep(0)
         polling.cancel()
-        await asyncio.wait({polling}, timeout=5)
+        await asyncio.wait({polling}, timeout=60)
         assert polling.cancelled()
+        await worker.close()
+
+    asyncio.run(main())
+
+
+def test_a_drain_ends_the_poll_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever drains over a cluster waits for the replies of both: an idle worker's poll held every run's end up by 2 s."""
+    monkeypatch.setattr(Pace, "choose_wait_s", lambda *_: 3600.0)
+
+    async def main() -> None:
+        spec = make_job(tmp_path)
+        worker = make_worker(spec, ChangingEngine(spec))
+        await worker.open()
+        polling = asyncio.create_task(worker.poll(3600))
+        await asyncio.sleep(0)
+        assert await worker.drain(0.0) == []
+        [beat] = await asyncio.wait_for(polling, 10)
+        assert isinstance(beat, Heartbeat)
         await worker.close()
 
     asyncio.run(main())
@@ -400,3 +421,24 @@ def test_messages_must_hold_text(tmp_path: Path, content: pa.DataType, is_fine: 
     check_footer(read_footer(info), spec)
     assert isinstance(asyncio.run(run_lease(make_worker(spec, ChangingEngine(spec)), lease)), ShardCommitted)
     assert [row["status"] for row in read_output(spec)] == ["ok"]
+
+
+def test_a_calm_collector_still_collects_cycles() -> None:
+    """In a process of its own: it changes the collector for good."""
+    code = """
+import gc, weakref
+from batchgen.worker.collector import MIN_NEW_OBJECTS, calm_collector
+
+class Knot: pass
+
+calm_collector()
+assert gc.get_freeze_count() > 1000
+knot = Knot()
+knot.itself, seen = knot, weakref.ref(knot)
+del knot
+kept = [[] for _ in range(MIN_NEW_OBJECTS // 2)]
+assert seen() is not None
+kept += [[] for _ in range(MIN_NEW_OBJECTS)]
+assert seen() is None
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -89,7 +89,7 @@ class StandIn:
         os.kill(pid, signal.SIGKILL)
         return pid
 
-    def check_nothing_left(self, timeout_s: float = 10.0) -> None:
+    def check_nothing_left(self, timeout_s: float = 60.0) -> None:
         wait_until(lambda: not self.list_pids() and not self.list_held(), "nothing is left of the engine", timeout_s)
 
 
@@ -143,14 +143,14 @@ async def catch(engine: TensorRTLLMEngine, request: Request) -> Generation | Bas
     return end
 
 
-async def until(condition: Callable[[], Any], what: str, timeout_s: float = 10.0) -> None:
+async def until(condition: Callable[[], Any], what: str, timeout_s: float = 60.0) -> None:
     give_up_at = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < give_up_at, f"never happened: {what}"
         await asyncio.sleep(0.01)
 
 
-def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 10.0) -> None:
+def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 60.0) -> None:
     give_up_at = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < give_up_at, f"never happened: {what}"

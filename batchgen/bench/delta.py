@@ -33,12 +33,13 @@ def measure_delta(folder: Path, num_rows: int, changed: float) -> dict[str, Any]
     return {"rows": num_rows, "changed": len(places), "first": first, "second": second}
 
 
-def measure_duplicates(folder: Path, num_rows: int, times: int) -> dict[str, Any]:
+def measure_duplicates(folder: Path, num_rows: int, times: int, num_workers: int = 1) -> dict[str, Any]:
     """Each prompt so many times, shuffled; copied and generated each."""
     rng = random.Random(0)
     prompts = [make_text(rng) for _ in range(num_rows // times)] * times
     rng.shuffle(prompts)
-    greedy = {"sampling": {"temperature": 0, "max_tokens": 64}}
+    cluster = {"pool": "inline", "workers": {"min": num_workers, "max": num_workers}}
+    greedy = {"sampling": {"temperature": 0, "max_tokens": 64}, "cluster": cluster}
     return {
         "rows": len(prompts),
         "prompts": len(set(prompts)),

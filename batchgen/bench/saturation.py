@@ -116,7 +116,13 @@ def measure_slots(folder: str, work: Workload, hints: str, *, shards: int, clust
 
 
 def measure_cpu(
-    folder: str, num_rows: int, prompt_tokens: int, *, has_text: bool, row_fingerprints: bool = True
+    folder: str,
+    num_rows: int,
+    prompt_tokens: int,
+    *,
+    has_text: bool,
+    row_fingerprints: bool = True,
+    is_greedy: bool = False,
 ) -> dict[str, float]:
     """CPU microseconds a row of a job with one worker, from Parquet to Parquet: all of this process, the engine alone, the
     tokenizer alone (0 where the input holds token ids), and the rest, which is ours."""
@@ -129,6 +135,7 @@ def measure_cpu(
             "input": {"paths": [f"{folder}/in.parquet"]},
             "prompt": {"column": "prompt", "chat": False} if has_text else {"prompt_token_ids": "prompt"},
             "engine": {"kind": "simulated", "has_latency": False, "mean_tokens": 32},
+            "sampling": {"temperature": 0.0 if is_greedy else 1.0},
             "output": {
                 "path": f"{folder}/out",
                 "rows_per_shard": 10_000,

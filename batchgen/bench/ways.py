@@ -138,13 +138,19 @@ def make_ray(budget: int) -> list[Way]:
 
 
 def make_zero(num_rows: int) -> list[Way]:
+    engine = {"kind": "simulated", "has_latency": False, "mean_tokens": 16, "sigma": 0}
     spec = {
         "input": {"custom_id": "id"},
         "prompt": {"prompt_token_ids": "prompt_token_ids"},
-        "engine": {"kind": "simulated", "has_latency": False, "mean_tokens": 16, "sigma": 0},
+        "engine": engine,
         "cluster": {"pool": "ray"},
     }
     ray = frozenset({"ray"})
+    peers: list[tuple[str, str, dict[str, Any]]] = [
+        ("Ray Data map", "one actor, an async call a row that returns a constant", {"batch_size": None}),
+        ("Ray Data map, our engine", "the same with a call of batchgen's engine", {"engine": engine}),
+        ("Ray Data map_batches", "calls as the first, gathered by 1,024 (its default)", {"batch_size": 1024}),
+    ]
     return [
         Way("pyarrow copy", "run_copy.py", "read and write, no engine", kind="zero", num_rows=num_rows),
         Way(
@@ -157,10 +163,7 @@ def make_zero(num_rows: int) -> list[Way]:
             num_rows=num_rows,
         ),
         *(
-            Way(name, "run_ray_zero.py", note, {"batch_size": size}, kind="zero", needs=ray, num_rows=num_rows)
-            for name, note, size in [
-                ("Ray Data map", "one actor, an async call a row", None),
-                ("Ray Data map_batches", "one actor, an async call a row, gathered by 1,024 (its default)", 1024),
-            ]
+            Way(name, "run_ray_zero.py", note, settings, kind="zero", needs=ray, num_rows=num_rows)
+            for name, note, settings in peers
         ),
     ]

@@ -10,10 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from batchgen import journal
-from batchgen.build import build_id
+from batchgen.build import build_id, tell_other_build
 from batchgen.errors import RunStopped, StorageError
 from batchgen.logs import Note, note_batch, note_restart
+from batchgen.queue.claims import Claims
 from batchgen.queue.events import (
+    ClaimsMade,
     EngineRestarted,
     Heartbeat,
     JournalFlushed,
@@ -71,14 +73,15 @@ class Dispatcher:
     ledger: Ledger = field(default_factory=Ledger)
     roster: Roster = field(init=False)
     sharing: Sharing = field(init=False)
+    claims: Claims = field(init=False)
     staffing: Staffing = field(init=False)
     _started: float = 0.0
 
     def __post_init__(self) -> None:
         self.roster = Roster(self.spec.cluster.gpus_per_worker)
         self.staffing = Staffing(self.spec, self.queue, self.pool, self.roster, self.tail, self.on_warning)
-        n = self.spec.sampling.n
-        self.sharing = Sharing(self.queue, self.pool, self.index, self.epoch, n, self.tail, self._delete)
+        n, known = self.spec.sampling.n, (self.queue, self.pool, self.index, self.epoch)
+        self.sharing, self.claims = Sharing(*known, n, self.tail, self._delete), Claims(*known)
 
     def run(self) -> None:
         """Until all shards are committed. Raises RunStopped; after LeaseLost don't drain: others own the folder."""
@@ -168,8 +171,8 @@ class Dispatcher:
             case WorkerWarned(worker_id, message):
                 self.on_warning(Note(f"{worker_id}: {message}", "worker_warned", worker=worker_id))
             case JournalFlushed(_, refs, replaced):
-                free = self.index.add(dict(refs))
-                self._delete(free + [path for number, old in replaced for path in self.index.replace(number, old)])
+                self._delete(self.index.add_flush(refs, replaced))
+                self.claims.note_flushed(event)
             case ShardCommitted():
                 self._commit(event)
             case ShardFailed():
@@ -181,14 +184,13 @@ class Dispatcher:
                 self.sharing.note_given(event, self.clock())
             case ShareEnded():
                 self._end_share(event)
+            case ClaimsMade():
+                self.claims.decide(event)
 
     def _greet(self, info: WorkerInfo) -> None:
         if info.worker_id in self.roster.starting and info.build != build_id():
             self.pool.kill(info.worker_id)
-            raise RunStopped(
-                f"{info.worker_id} on {info.node} runs batchgen {info.build}, the driver {build_id()}; "
-                "install the same build on all nodes, or submit with --working-dir ."
-            )
+            raise RunStopped(f"{info.worker_id} on {info.node} {tell_other_build(info.build)}")
         if self.roster.greet(info, self.clock()):
             self.queue.add_worker(info, self.clock())
 
@@ -231,21 +233,19 @@ class Dispatcher:
             self._note_lost(lost)
 
     def _find_segments(self, worker_id: str) -> None:
-        """A segment may have been written whose news died with the worker."""
-        prefix = journal.make_worker_prefix(self.epoch, worker_id)
-        paths = [path for path in journal.list_segments(self.storage) if path.startswith(prefix)]
-        new = [path for path in paths if not self.index.knows(path)]
-        for refs in journal.read_indexes(self.storage, new, self.spec.fingerprint(), self.on_warning):
-            self._delete(self.index.add(refs))
+        prefix, fingerprint = journal.make_worker_prefix(self.epoch, worker_id), self.spec.fingerprint()
+        self._delete(journal.find_segments(self.storage, self.index, prefix, fingerprint, self.on_warning))
 
     def _note_lost(self, lost: LostLease, info: WorkerInfo | None = None) -> None:
         self.ledger.note_lost(lost, info or self.roster.workers.get(lost.lease.worker_id), self.clock())
+        self.claims.note_ended(lost.lease.shard.number)
 
     def _commit(self, event: ShardCommitted) -> None:
         self.ledger.note_end(event)
         number = event.footer.shard
         if self.queue.complete(event.worker_id, event.batch_id, number):
             self.ledger.commit(event)
+            self.claims.note_committed(number)
             for lost in self.sharing.note_committed(number, self.clock()):
                 self._note_lost(lost)
             self._delete(self.index.complete(number))

@@ -19,7 +19,7 @@ from batchgen.errors import Foreign, InputError, OutputError, Refusal, SpecError
 from batchgen.gates.decide import list_canary
 from batchgen.journal import JournalIndex, list_segments, read_indexes
 from batchgen.length_files import Measured, find_measured, measure_shards, read_prior
-from batchgen.lengths import LengthPrior, can_go_in_order, choose_cost, choose_work
+from batchgen.lengths import LengthPrior, choose_cost, choose_work, must_go_in_order
 from batchgen.manifest import CommittedShard
 from batchgen.plan import Plan, expected_tokens, make_plan
 from batchgen.preflight.tokenizer_files import digest_tokenizer
@@ -55,11 +55,15 @@ class Job:
     def todo(self) -> list[QueuedShard]:
         """Shards to be done: not committed, or holding errors that this run tries again."""
         canary = {shard.number for shard in list_canary(self.spec, self.plan.shards)}
-        spec, num_requests = self.spec, self.num_wanted_rows * self.spec.sampling.n
-        in_order = can_go_in_order(num_requests, spec.cluster.workers.max, spec.engine.max_inflight)
-        wanted = self.wanted
-        queued = (self._queue(each, is_canary=each.number in canary, is_in_order=in_order) for each in wanted)
+        queued = (self._queue(each, is_canary=each.number in canary) for each in self.wanted)
         return [one for one in queued if one is not None]
+
+    @property
+    def is_in_order(self) -> bool:
+        """Are shards lent as they come, until answers bear the hints out?"""
+        spec, num_requests = self.spec, self.num_wanted_rows * self.spec.sampling.n
+        is_hinted = any(shard.expected_tokens is not None for shard in self.plan.shards)
+        return must_go_in_order(num_requests, spec.cluster.workers.max, spec.engine.max_inflight, is_hinted=is_hinted)
 
     @property
     def wanted(self) -> list[Shard]:
@@ -71,11 +75,11 @@ class Job:
             position += shard.num_rows
         return wanted
 
-    def _queue(self, shard: Shard, *, is_canary: bool, is_in_order: bool) -> QueuedShard | None:
+    def _queue(self, shard: Shard, *, is_canary: bool) -> QueuedShard | None:
         done = self.committed.get(shard.number)
         known = self._make_length_facts()
         work = choose_work(shard, **known)
-        cost = math.inf if is_canary else choose_cost(shard, **known, is_in_order=is_in_order)
+        cost = math.inf if is_canary else choose_cost(shard, **known)
         if done is None:
             return QueuedShard(shard, cost=cost, work=work)
         num_again = {

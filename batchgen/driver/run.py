@@ -123,7 +123,14 @@ def make_dispatcher(
         recorder.update(dispatcher, progress)
         page.update(dispatcher)
 
-    queue = TrialQueue(todo, epoch=hold.epoch, retry=spec.retry, cluster=spec.cluster, n=spec.sampling.n)
+    queue = TrialQueue(
+        todo,
+        epoch=hold.epoch,
+        retry=spec.retry,
+        cluster=spec.cluster,
+        n=spec.sampling.n,
+        follows_hints=not job.is_in_order,
+    )
     index = load_journal(job, view.warn)
     inquiry = Inquiry(job.storage, spec, queue, index, view.warn)
     inquiry.load(queued.shard.number for queued in todo)

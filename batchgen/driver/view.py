@@ -81,7 +81,7 @@ class LogView(QuietView):
 
 
 # The screen takes at most one part in so many of a core: a draw takes 2 ms of CPU with one worker, 10 with a dozen.
-SCREEN_PATIENCE = 400.0
+SCREEN_PATIENCE = 800.0
 
 
 class RichView:

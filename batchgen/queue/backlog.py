@@ -1,11 +1,12 @@
 """The shards of a run by what is to become of them: which is next, which must wait, which are done. Pure.
 
-Longest expected first. A shard that failed on a live worker waits for a time that doubles; one that is lost without
-progress too often is lent as a last resort; one that failed too often is hopeless. Knows no workers: the queue says who
-holds what.
+Longest expected first, or in the input's order while what is expected is not borne out. A shard that failed on a live
+worker waits for a time that doubles; one that is lost without progress too often is lent as a last resort; one that failed
+too often is hopeless. Knows no workers: the queue says who holds what.
 """
 
 import heapq
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -22,8 +23,8 @@ MAX_BACKOFF_S = 60.0
 @dataclass(frozen=True, slots=True)
 class QueuedShard:
     """A shard to be done. `first_attempt` goes on where earlier runs stopped counting; `replaces` is the version of the
-    committed file whose error rows are to be replaced; `cost` orders, `work` balances (`lengths`), and is the
-    same where it is not told."""
+    committed file whose error rows are to be replaced; `cost` orders, one that is infinite always, and `work` balances
+    (`lengths`), which is the same where it is not told."""
 
     shard: Shard
     first_attempt: int = 1
@@ -32,12 +33,25 @@ class QueuedShard:
     work: float | None = None
 
 
-class Backlog:
-    """See the module. Every step costs O(log n)."""
+def get_work(queued: QueuedShard) -> float:
+    return queued.cost if queued.work is None else queued.work
 
-    def __init__(self, shards: Iterable[QueuedShard], *, epoch: int, retry: RetrySpec) -> None:
-        self._epoch, self._retry = epoch, retry
+
+def find_row_work(shards: Iterable[QueuedShard]) -> float:
+    """Of a row, in the mean over all shards that are done for the first time."""
+    new = [queued for queued in shards if queued.replaces is None and math.isfinite(get_work(queued))]
+    return sum(map(get_work, new)) / max(1, sum(queued.shard.num_rows for queued in new))
+
+
+class Backlog:
+    """See the module. Every step costs O(log n), but for the change of what they are ordered by."""
+
+    def __init__(
+        self, shards: Iterable[QueuedShard], *, epoch: int, retry: RetrySpec, follows_costs: bool = True
+    ) -> None:
+        self._epoch, self._retry, self.follows_costs = epoch, retry, follows_costs
         self._all = {queued.shard.number: queued for queued in shards}
+        self._row_work = find_row_work(self._all.values())
         self._waiting: LazyHeap[int, float] = LazyHeap()
         self._due: list[tuple[float, int]] = []
         self._delayed: set[int] = set()
@@ -64,7 +78,7 @@ class Backlog:
             self.put_back(number)
         if (longest := self._waiting.peek()) is None:
             return None
-        is_near = neighbour in self._waiting and self._all[neighbour].cost >= NEIGHBOUR_SHARE * -longest[0]
+        is_near = neighbour in self._waiting and self._rank(neighbour) <= NEIGHBOUR_SHARE * longest[0]
         return neighbour if is_near else longest[1]
 
     def take(self, number: int, worker_id: str) -> Lease:
@@ -102,8 +116,20 @@ class Backlog:
         )
 
     def get_work(self, number: int) -> float:
+        """What a worker has to do for it; by its rows alone while what is expected of them is not to be trusted."""
         queued = self._all[number]
-        return queued.cost if queued.work is None else queued.work
+        if not self.follows_costs and queued.replaces is None:
+            return self._row_work * queued.shard.num_rows
+        return get_work(queued)
+
+    def follow_costs(self, is_so: bool) -> None:
+        """From here on longest expected first, or in the input's order. O(n log n) where that is new."""
+        if is_so == self.follows_costs:
+            return
+        self.follows_costs = is_so
+        for number in self._all:
+            if number in self._waiting:
+                self._waiting.set(number, self._rank(number))
 
     # ---- what became of them -----------------------------------------------------------------------------------------
 
@@ -114,7 +140,11 @@ class Backlog:
         if number in self._held:
             self._held_waiting.add(number)
         else:
-            self._waiting.set(number, -self._all[number].cost)
+            self._waiting.set(number, self._rank(number))
+
+    def _rank(self, number: int) -> float:
+        cost = self._all[number].cost
+        return -cost if self.follows_costs or math.isinf(cost) else 0.0
 
     def complete(self, number: int) -> bool:
         """False when that was known already."""

@@ -54,7 +54,8 @@ class EngineRestarted:
 class Heartbeat:
     """Sent with every poll, idle or not. `total_tokens` only grows while the engine works; `integral` is the rows x
     seconds in flight since the worker's start. `inflight`: the rows, told when nothing was sent and nothing ended since the
-    last heartbeat: then they may hang, and while they change what is told is old when it arrives."""
+    last heartbeat: then they may hang, and while they change what is told is old when it arrives. `are_hints_useful`: what
+    answers say of the rows' length hints; None while there are too few."""
 
     worker_id: str
     total_tokens: int
@@ -62,16 +63,19 @@ class Heartbeat:
     integral: float
     shards: tuple[ShardProgress, ...]
     inflight: tuple[ShardRows, ...] | None = None
+    are_hints_useful: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class JournalFlushed:
     """A segment was written: where each shard's rows lie in it. `replaced`: earlier segments of which it holds a shard's
-    rows, too."""
+    rows, too. `rows`: which rows these are, by their places in order, 8 bytes each (`claim_table`); told where other rows
+    of the run may wait for them."""
 
     worker_id: str
     refs: tuple[tuple[int, JournalRef], ...]
     replaced: tuple[tuple[int, tuple[str, ...]], ...] = ()
+    rows: tuple[tuple[int, bytes], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +141,20 @@ class ShareEnded:
     reason: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ClaimsMade:
+    """A worker is about to send rows that others may have a copy of: may it? Answered by `ClaimsDecided`. 8 bytes a row
+    each: half of its fingerprint, its place, and that of the row whose answer was not to be found, or 0 (`claim_table`).
+    `shards`: what became of these is asked for, too."""
+
+    worker_id: str
+    number: int
+    keys: bytes
+    places: bytes
+    told: bytes
+    shards: tuple[int, ...] = ()
+
+
 PoolEvent = (
     WorkerStarted
     | WorkerStartFailed
@@ -151,6 +169,7 @@ PoolEvent = (
     | ShardReturned
     | RowsGiven
     | ShareEnded
+    | ClaimsMade
 )
 
 

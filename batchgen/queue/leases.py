@@ -5,21 +5,35 @@ from dataclasses import dataclass, field
 from batchgen.records import Lease, Share, WorkerInfo
 
 
+@dataclass(frozen=True, slots=True)
+class LostLease:
+    """A lease that ended without a commit, with the last that was heard of it."""
+
+    lease: Lease
+    started_at: float
+    ended_at: float
+    num_rows_done: int
+    reason: str
+
+
 @dataclass(slots=True)
 class OpenLease:
-    """A lease that is held, with the last that was heard of it."""
+    """A lease that is held, with the last that was heard of it. `is_in_order`: lent by the input's order, not by what is
+    expected of it. `num_rows_waiting`: for a copy of another row's answer; its worker's engine needs others meanwhile."""
 
     lease: Lease
     work: float
     started_at: float
+    is_in_order: bool = False
     num_rows_done: int = 0
     num_rows_error: int = 0
     num_unsent: int | None = None
     num_inflight: int = 0
+    num_rows_waiting: int = 0
 
     @property
     def num_unfinished(self) -> int:
-        return self.lease.shard.num_rows - self.num_rows_done
+        return max(0, self.lease.shard.num_rows - self.num_rows_done - self.num_rows_waiting)
 
     @property
     def load(self) -> float:
@@ -31,7 +45,7 @@ class OpenLease:
 class QueueWorker:
     """A worker as the queue sees it. `num_rows_ended`: rows of leases that it has done with. `share_unsent`: requests of
     each share that it has not sent yet; `total_tokens`, `integral`: its last heartbeat's. `is_apart`: it has suspects, and
-    gets nothing beside them; `is_leaving`: it gets nothing any more."""
+    gets nothing beside them; `is_leaving`: it gets nothing any more. `num_in_order`: of its unfinished rows."""
 
     info: WorkerInfo
     joined_at: float
@@ -40,6 +54,7 @@ class QueueWorker:
     progress: tuple[int, int] = (0, 0)
     last_shard: int = -2
     num_unfinished: int = 0
+    num_in_order: int = 0
     load: float = 0.0
     num_rows_ended: int = 0
     num_inflight: int = 0
@@ -58,4 +73,5 @@ class QueueWorker:
     def count(self) -> None:
         """Keeps the sums that every lease is decided by; called whenever what is open changed, never in a decision."""
         self.num_unfinished = sum(held.num_unfinished for held in self.open.values())
+        self.num_in_order = sum(held.num_unfinished for held in self.open.values() if held.is_in_order)
         self.load = sum(held.load for held in self.open.values())

@@ -1,4 +1,5 @@
-"""What the driver says to workers about shares of a shard. Frozen values that pickle; descriptors only, never rows."""
+"""What the driver says to workers about shares of a shard, and about exact duplicates. Frozen values that pickle;
+descriptors only, never rows."""
 
 from dataclasses import dataclass
 
@@ -39,4 +40,35 @@ class DropShare:
     share: Share
 
 
-Order = GiveRows | HelpShare | TakeIn | DropShare
+@dataclass(frozen=True, slots=True)
+class LookAt:
+    """To whoever waits for answers of a shard's rows: which segment may hold which, by their places. `is_open`: a worker
+    has the shard, so more may come; `is_committed`: its file has them all. Neither: nobody works on it, what is not there
+    is to be asked for again."""
+
+    shard_number: int
+    found: tuple[tuple[JournalRef, tuple[int, ...]], ...] = ()
+    is_open: bool = False
+    is_committed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimsDecided:
+    """The answer to `ClaimsMade` of this number: the place of the row that answers for each of its rows, its own where it
+    is to be sent (8 bytes each); and where answers of others may be."""
+
+    number: int
+    owners: bytes
+    looks: tuple[LookAt, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class JournalSoon:
+    """To whoever holds the shard: others wait for rows of it."""
+
+    shard_number: int
+
+
+ShareOrder = GiveRows | HelpShare | TakeIn | DropShare
+DuplicateOrder = ClaimsDecided | LookAt | JournalSoon
+Order = ShareOrder | DuplicateOrder

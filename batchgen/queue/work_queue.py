@@ -1,22 +1,23 @@
 """Which worker gets which shard, for how long, and when it is enough. Pure: time is an argument, nothing is awaited.
 
 Invariants: a shard is waiting, leased to one worker, or done, never two of these; a completed shard is never lent again;
-an answer for a lease that is no longer held (a zombie's) changes nothing. Longest expected shards go first, a
-neighbour of a worker's last shard is preferred among equals. A worker that is not heard of, or that makes no token and
-finishes no row, loses its leases. A shard lost too often is lent once more as a last resort: no generation, its missing
-rows become error rows. Knows nothing of rows, files or Ray.
+an answer for a lease that is no longer held (a zombie's) changes nothing. Longest expected shards go first, while what
+workers say of the hints bears them out; a neighbour of a worker's last shard is preferred among equals. A worker that is
+not heard of, or that makes no token and finishes no row, loses its leases. A shard lost too often is lent once more as a
+last resort: no generation, its missing rows become error rows. Knows nothing of rows, files or Ray.
 
 At the end of a run part of a lent shard may be a `Share` of another worker: its owner holds the lease all the same, and
 a share changes nothing of the above. A decision costs O(log n) in shards and workers.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from batchgen.queue.backlog import BACKOFF_S, MAX_BACKOFF_S, NEIGHBOUR_SHARE, Backlog, QueuedShard
 from batchgen.queue.events import Heartbeat
+from batchgen.queue.hint_votes import HintVotes
 from batchgen.queue.lazy_heap import LazyHeap
-from batchgen.queue.leases import OpenLease, QueueWorker
+from batchgen.queue.leases import LostLease, OpenLease, QueueWorker
 from batchgen.records import Lease, Share, WorkerInfo
 from batchgen.row_ranges import RowRanges
 from batchgen.spec import ClusterSpec, RetrySpec
@@ -25,32 +26,29 @@ __all__ = ["BACKOFF_S", "MAX_BACKOFF_S", "NEIGHBOUR_SHARE", "LostLease", "Queued
 
 # A worker holds leases for this many windows of unfinished rows: one in flight, half a one read and tokenised ahead.
 WINDOWS_AHEAD = 1.5
-# With hints it holds more, so that it can send the longest of many rows first.
+# With hints that are followed it holds more, so that it can send the longest of many rows first.
 HINTED_WINDOWS_AHEAD = 8.0
 MIN_OPEN_SHARDS = 2
 MAX_OPEN_SHARDS = 1024
 
 
-@dataclass(frozen=True, slots=True)
-class LostLease:
-    """A lease that ended without a commit, with the last that was heard of it."""
-
-    lease: Lease
-    started_at: float
-    ended_at: float
-    num_rows_done: int
-    reason: str
-
-
 class WorkQueue:
-    """Shards in, leases out, facts back in. `n`: requests a row."""
+    """Shards in, leases out, facts back in. `n`: requests a row. `follows_hints`: before any worker has said what they are
+    worth (`lengths.must_go_in_order`)."""
 
     def __init__(
-        self, shards: Iterable[QueuedShard], *, epoch: int, retry: RetrySpec, cluster: ClusterSpec, n: int = 1
+        self,
+        shards: Iterable[QueuedShard],
+        *,
+        epoch: int,
+        retry: RetrySpec,
+        cluster: ClusterSpec,
+        n: int = 1,
+        follows_hints: bool = True,
     ) -> None:
         self._cluster, self._n = cluster, n
-        self._backlog = Backlog(shards, epoch=epoch, retry=retry)
-        self._windows_ahead = HINTED_WINDOWS_AHEAD if self._backlog.is_hinted else WINDOWS_AHEAD
+        self._backlog = Backlog(shards, epoch=epoch, retry=retry, follows_costs=follows_hints)
+        self._votes = HintVotes(is_followed=follows_hints)
         self._workers: dict[str, QueueWorker] = {}
         self._hungry: LazyHeap[str, tuple[float, str]] = LazyHeap()
         self._deadlines: LazyHeap[str, float] = LazyHeap()
@@ -76,16 +74,19 @@ class WorkQueue:
                 self._count_open(held, -1)
                 held.num_rows_done, held.num_rows_error = shard.num_rows_done, shard.num_rows_error
                 held.num_unsent, held.num_inflight = shard.num_unsent, shard.num_inflight
+                held.num_rows_waiting = shard.num_waiting // self._n
                 self._count_open(held, +1)
             elif shard.batch_id in worker.shares:
                 worker.share_unsent[shard.batch_id] = shard.num_unsent
         worker.count()
         progress = (beat.total_tokens, sum(held.num_rows_done for held in worker.open.values()))
-        if progress != worker.progress or (beat.num_inflight == 0 and not worker.is_busy):
+        if progress != worker.progress or (beat.num_inflight == 0 and (not worker.is_busy or _only_waits(beat))):
             worker.progress, worker.progress_at = progress, now
             for share in worker.shares.values():
                 if (owner := self._workers.get(share.owner_id)) is not None:
                     owner.progress_at = now
+        self._votes.hear(beat.worker_id, beat.are_hints_useful)
+        self._backlog.follow_costs(self._votes.is_followed)
         self._place(worker)
 
     def complete(self, worker_id: str, batch_id: str, shard_number: int) -> bool:
@@ -111,6 +112,7 @@ class WorkQueue:
         worker = self._workers.pop(worker_id, None)
         if worker is None:
             return []
+        self._votes.forget(worker_id)
         self._hungry.discard(worker_id)
         self._deadlines.discard(worker_id)
         lost = []
@@ -169,16 +171,23 @@ class WorkQueue:
         num_open = len(worker.open)
         if num_open >= MAX_OPEN_SHARDS or worker.is_apart or worker.is_leaving:
             return False
-        return num_open < MIN_OPEN_SHARDS or self._n * worker.num_unfinished < self._windows_ahead * worker.info.window
+        if num_open < MIN_OPEN_SHARDS:
+            return True
+        if not self._backlog.is_hinted or not self._votes.is_followed:
+            return self._n * worker.num_unfinished < WINDOWS_AHEAD * worker.info.window
+        # Beside what it was lent in order: the longest row of all may be elsewhere, and it must begin soon.
+        return self._n * (worker.num_unfinished - worker.num_in_order) < HINTED_WINDOWS_AHEAD * worker.info.window
 
     def _lend(self, worker: QueueWorker, number: int, now: float, only: RowRanges = ()) -> Lease:
         lease, work = self._backlog.take(number, worker.info.worker_id), self._backlog.get_work(number)
         lease = replace(lease, only=only, is_last_resort=False) if only else lease
         if not worker.is_busy:
             worker.progress_at = now
-        self._held[number] = worker.open[lease.batch_id] = OpenLease(lease, work, now)
+        is_in_order = not self._backlog.follows_costs
+        self._held[number] = worker.open[lease.batch_id] = OpenLease(lease, work, now, is_in_order)
         worker.last_shard = number
         worker.num_unfinished += lease.shard.num_rows
+        worker.num_in_order += lease.shard.num_rows if is_in_order else 0
         worker.load += work
         self._place(worker)
         return lease
@@ -245,6 +254,9 @@ class WorkQueue:
 
     # ---- what it knows -----------------------------------------------------------------------------------------------
 
+    def is_shard_done(self, number: int) -> bool:
+        return self._backlog.is_done(number)
+
     @property
     def is_done(self) -> bool:
         return self._backlog.num_done == self._backlog.num_shards
@@ -282,3 +294,8 @@ class WorkQueue:
     def look_at_workers(self) -> Iterable[QueueWorker]:
         """For policies that need more than a sum. Read only."""
         return self._workers.values()
+
+
+def _only_waits(beat: Heartbeat) -> bool:
+    """Nothing is left to it but to wait for copies of what others generate."""
+    return any(shard.num_waiting for shard in beat.shards) and not any(shard.num_unsent for shard in beat.shards)

@@ -55,7 +55,8 @@ class PartWriter:
     def _put(self, num_bytes: int) -> None:
         path = make_part_path(self._tenant, self._folder, len(self._sizes))
         with memoryview(self._buffer) as view:
-            self._state.storage.put(path, view[:num_bytes].tobytes())
+            data = view[:num_bytes].tobytes()  # a client's thread may hold it a moment longer than `put` lasts
+        self._state.storage.put(path, data)
         del self._buffer[:num_bytes]
         self._sizes.append(num_bytes)
 

@@ -19,6 +19,7 @@ from batchgen.serve.endpoint import Endpoint
 from batchgen.serve.errors import ApiError, not_found
 from batchgen.serve.ids import is_batch_id
 from batchgen.serve.jobs import Jobs
+from batchgen.serve.wire import TERMINAL
 from batchgen.storage import Storage
 
 PAGE = {
@@ -46,16 +47,16 @@ def create_page_router(endpoint: Endpoint) -> APIRouter:
     def read_batch_report(request: Request, batch_id: str) -> dict[str, Any]:
         """Rows, latencies, throughput and errors of the batch's job so far, as in its `report.json`. Not OpenAI's."""
         tenant = request.state.tenant.name
-        storage = None
+        storage, is_over = None, False
         if is_batch_id(batch_id):
-            if state.read_batch(tenant, batch_id) is not None:
-                storage = Storage(state.job_url(tenant, batch_id))
+            if (record := state.read_batch(tenant, batch_id)) is not None:
+                storage, is_over = Storage(state.job_url(tenant, batch_id)), record.is_over
             elif (job := jobs.find(tenant, batch_id)) is not None:
-                storage = job.storage
+                storage, is_over = job.storage, job.read().status in TERMINAL
         if storage is None:
             raise not_found("batch", batch_id, "batch_id")
         try:
-            found = recent.read(storage)
+            found = find_report(storage) if is_over else recent.read(storage)
         except OutputError:
             raise ApiError(409, "The batch's job has not begun.", code="report_not_ready") from None
         return {name: found.get(name) for name in SHOWN}
@@ -64,8 +65,8 @@ def create_page_router(endpoint: Endpoint) -> APIRouter:
 
 
 class RecentReports:
-    """Reports as they were `FRESH_S` ago at most: of a running job each is made of all its shards' footers, and every page
-    that is open asks again and again."""
+    """Reports of running jobs as they were `FRESH_S` ago at most: each is made of all the shards' footers, and every page
+    that is open asks again and again. Of one that is over there is a file, and an older one would stay on its page."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._lock = clock, threading.Lock()

@@ -89,8 +89,10 @@ def cancel_upload(state: State, record: UploadRecord) -> UploadRecord:
 
 
 def clear_upload(state: State, record: UploadRecord) -> None:
-    """Delete all pieces that its file is not made of. One that comes at this moment is left to the sweep."""
-    kept = set() if record.file is None else {piece.folder for piece in record.file.pieces}
+    """Delete all pieces that no file is made of: its own may have been deleted since, or never made. One that comes at this
+    moment is left to the sweep."""
+    file = None if record.file is None else state.read_file_record(record.tenant, record.file.id)
+    kept = set() if file is None else {piece.folder for piece in file.pieces}
     infos = state.storage.list_files(make_content_path(record.tenant, record.id))
     unwanted = [info.path for info in infos if "/".join(info.path.split("/")[3:5]) not in kept]
     state.storage.delete_many([*unwanted, *state.list_piece_paths(record)])

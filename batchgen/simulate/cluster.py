@@ -38,9 +38,13 @@ class VirtualCluster:
         make_worker: Callable[[str, float], Working],
         model: ClusterModel,
         seed: object = 0,
+        *,
+        follows_hints: bool = True,
     ) -> None:
         shards = list(shards)
-        self.queue = WorkQueue(shards, epoch=1, retry=model.retry, cluster=model.cluster, n=model.n)
+        self.queue = WorkQueue(
+            shards, epoch=1, retry=model.retry, cluster=model.cluster, n=model.n, follows_hints=follows_hints
+        )
         self.roster = Roster(model.gpus_per_worker)
         self.workers: dict[str, Working] = {}
         self.record = VirtualRun()

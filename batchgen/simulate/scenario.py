@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from batchgen.lengths import can_go_in_order, choose_cost, choose_work
+from batchgen.lengths import choose_cost, choose_work, must_go_in_order
 from batchgen.queue.work_queue import QueuedShard
 from batchgen.records import InputFile, Shard
 from batchgen.simulate.cluster import VirtualCluster
@@ -63,13 +63,17 @@ def expect(shard: Shard, rows: Sequence[VirtualRow], n: int) -> Shard:
 def queue_shards(shards: Iterable[Shard], scenario: Scenario) -> Iterator[QueuedShard]:
     workload, worker = scenario.workload, scenario.worker
     default_tokens = workload.lengths.mean(workload.max_tokens)
-    num_workers = scenario.cluster.cluster.workers.max
-    in_order = can_go_in_order(scenario.num_rows * worker.n, num_workers, worker.window)
     for shard in shards:
         known: dict[str, Any] = {"n": worker.n, "window": worker.window, "max_tokens": workload.max_tokens}
         known |= {"prior": None, "default_tokens": default_tokens}
-        cost = choose_cost(shard, **known, is_in_order=in_order)
-        yield QueuedShard(shard, cost=cost, work=choose_work(shard, **known))
+        yield QueuedShard(shard, cost=choose_cost(shard, **known), work=choose_work(shard, **known))
+
+
+def is_in_order(scenario: Scenario) -> bool:
+    """As `Job.is_in_order`."""
+    worker, is_hinted = scenario.worker, scenario.workload.hint_sigma is not None
+    num_workers = scenario.cluster.cluster.workers.max
+    return must_go_in_order(scenario.num_rows * worker.n, num_workers, worker.window, is_hinted=is_hinted)
 
 
 def run_exactly(scenario: Scenario) -> VirtualRun:
@@ -80,7 +84,8 @@ def run_exactly(scenario: Scenario) -> VirtualRun:
     def make_worker(worker_id: str, now: float) -> VirtualWorker:
         return VirtualWorker(worker_id, model, scenario.workload, store, now)
 
-    cluster = VirtualCluster(make_queued(scenario), make_worker, scenario.cluster, scenario.workload.seed)
+    follows_hints, seed = not is_in_order(scenario), scenario.workload.seed
+    cluster = VirtualCluster(make_queued(scenario), make_worker, scenario.cluster, seed, follows_hints=follows_hints)
     record = cluster.run()
     if record.stop is None and record.num_rows != scenario.num_rows:
         raise AssertionError(f"{record.num_rows} rows came out of {scenario.num_rows}")

@@ -93,7 +93,14 @@ class VirtualWorker:
         )
         self._integral += len(self._inflight) * (engine.now - self._counted_at)
         self._counted_at = engine.now
-        return Heartbeat(self.info.worker_id, engine.total_tokens, engine.num_inflight, self._integral, progress)
+        return Heartbeat(
+            self.info.worker_id,
+            engine.total_tokens,
+            engine.num_inflight,
+            self._integral,
+            progress,
+            are_hints_useful=self._hints.verdict,
+        )
 
     def take_events(self) -> list[VirtualEvent]:
         """Since the last call, in order."""

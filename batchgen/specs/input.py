@@ -49,7 +49,7 @@ class InputSpec(Section):
     )
     duplicates: Literal["auto", "copy", "generate"] = Field(
         default="auto",
-        description="Rows that ask exactly the same: generated once a worker and copied (copy), each by itself "
+        description="Rows that ask exactly the same: generated once a run and copied (copy), each by itself "
         "(generate); auto: copied where sampling is greedy.",
     )
 

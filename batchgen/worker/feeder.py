@@ -21,11 +21,15 @@ import pyarrow as pa
 
 from batchgen.errors import Refusal, StorageError
 from batchgen.prompt import list_columns, list_row_columns
+from batchgen.queue.orders import DuplicateOrder
 from batchgen.read import BATCH_BYTES, Rows, Unreadable, iter_shard, pick_rows
 from batchgen.records import Result, Shard, Slot
+from batchgen.reuse.answers import Answers
 from batchgen.reuse.carrier import Carrier
 from batchgen.reuse.duplicates import make_duplicates
+from batchgen.reuse.lookout import Around, Emit, OpenShards, Spawn
 from batchgen.spec import JobSpec
+from batchgen.storage import Storage
 from batchgen.worker.answer import make_given_up
 from batchgen.worker.hint_check import HintCheck
 from batchgen.worker.open_shard import OpenShard
@@ -82,8 +86,8 @@ def narrow(shard: Shard, wanted: Collection[Slot] | None) -> Shard:
 
 
 class Feeder:
-    """Belongs to one event loop. `run` must run for rows to be sent, and for `feed` to end. `hints` says whether the order
-    goes by them."""
+    """Belongs to one event loop. `run` must run for rows to be sent, and for `feed` to end; `connect` goes before it.
+    `hints` says whether the order goes by them."""
 
     def __init__(
         self,
@@ -96,11 +100,23 @@ class Feeder:
     ) -> None:
         self._spec, self._passthrough, self._preparer, self._sender = spec, passthrough, preparer, sender
         self._n, self._carrier = spec.sampling.n, carrier
-        self.duplicates = make_duplicates(spec, lambda shard, request: sender.push(shard, [request]))
+        self.duplicates = make_duplicates(spec, sender.push, self.feed)
+        self.n_told = self._n if self.duplicates is not None else None
         self._ahead: ReadAhead[Page] = ReadAhead()
         self._hints = hints
         self._readers = asyncio.Semaphore(MAX_READERS)
         self._has_rows, self._has_room = asyncio.Event(), asyncio.Event()
+
+    def connect(self, worker_id: str, storage: Storage, emit: Emit, spawn: Spawn, shards: OpenShards) -> None:
+        """To the driver and to what other workers have, for rows that are alike. `shards`: the worker's, by batch."""
+        if self.duplicates is not None:
+            self._sender.on_result = self.duplicates.note_result
+            self.duplicates.open(Around(worker_id, Answers(storage, self._spec), emit, spawn, shards))
+            spawn(self.duplicates.run())
+
+    async def obey(self, order: DuplicateOrder) -> None:
+        if self.duplicates is not None:
+            await self.duplicates.obey(order)
 
     # ---- reading -----------------------------------------------------------------------------------------------------
 
@@ -176,6 +192,8 @@ class Feeder:
                 if carried is not None and not shard.is_closed:
                     shard.carry(carried)
                 await self._admit(shard, prepared)
+            if self.duplicates is not None:
+                await self.duplicates.wait_room()
             for stretch, _ in runs:
                 stretch.source.shrink(stretch.left)
 

@@ -40,7 +40,12 @@ class HintCheck:
 
     @property
     def are_useful(self) -> bool:
-        return self._are_believed if self._num_answers < MIN_ANSWERS else self._correlate() >= MIN_CORRELATION
+        return self._are_believed if (found := self.verdict) is None else found
+
+    @property
+    def verdict(self) -> bool | None:
+        """What the answers say; None while there are too few."""
+        return None if self._num_answers < MIN_ANSWERS else self._correlate() >= MIN_CORRELATION
 
     def _correlate(self) -> float:
         """0 where answers are all of one length; 1 where what was expected of them was: that says nothing against it."""

@@ -29,7 +29,7 @@ BATCH_VALUES = 2**16
 
 
 class OpenShard:
-    """See the module. `lease` may gain journal references only."""
+    """See the module. `lease` may gain journal references only. `is_wanted`: others wait to read rows of it."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class OpenShard:
         self.error: BatchgenError | None = None
         self.num_inflight = 0
         self.replaced_epoch = 0
-        self.is_recovered = False
+        self.is_recovered = self.is_wanted = False
         self.shared_ids: set[str] = set()
         self._away: dict[Slot, str] = {}
         self.num_copied = self.num_recovered = 0
@@ -214,9 +214,10 @@ class OpenShard:
     @property
     def progress(self) -> ShardProgress:
         """Input rows done, counted in whole rows of n samples."""
-        num_unsent = len(self._finished) - self._num_finished - len(self._away) - self.num_inflight
+        num_inflight, num_waiting = self.num_inflight, len(self.waiting)
+        num_unsent = max(0, len(self._finished) - self._num_finished - len(self._away) - num_inflight - num_waiting)
         done, types = self._num_made // self._n, tuple(self.error_types.items())
-        return ShardProgress(self.lease.batch_id, done, self.num_error, max(0, num_unsent), types, self.num_inflight)
+        return ShardProgress(self.lease.batch_id, done, self.num_error, num_unsent, types, num_inflight, num_waiting)
 
     def is_row_finished(self, source_row: int) -> bool:
         """All its samples."""

@@ -7,7 +7,9 @@ dies; then `died_with` says what it had in flight. Rows that wait for a retry co
 none, only so many are read and no more.
 
 Requests travel in lanes: as many as the window has rows, each a task that sends one request after another. A task for
-each request, and a place in a queue before the window for it, took 7 us a row more than this.
+each request, and a place in a queue before the window for it, took 7 us a row more than this. One lane at a time is called;
+it calls the next when it has taken a request and another waits: so an engine that answers at once keeps one lane busy, and
+none is woken in vain for each row.
 """
 
 import asyncio
@@ -71,7 +73,7 @@ class Sender:
     ) -> None:
         self._engine, self._retry, self._on_death, self._on_restart = engine, retry, on_death, on_restart
         self._on_length = on_length
-        self.on_answer: Callable[[OpenShard, Request, Result], None] | None = None
+        self.on_result: Callable[[OpenShard, Request, Result], None] | None = None
         self.num_sent = 0
         self.inflight: dict[Ready, tuple[float, asyncio.Task[None]]] = {}
         self.died_with: list[Ready] | None = None
@@ -88,6 +90,7 @@ class Sender:
         self.is_stopped = False
         self._lanes = TaskGroup(on_death)
         self._num_lanes = 0
+        self._is_lane_called = False
         self._idle: list[asyncio.Future[None]] = []
         self._watching = TaskGroup(on_death)
         self._watching.spawn(self._watch())
@@ -165,10 +168,14 @@ class Sender:
     # ---- lanes -------------------------------------------------------------------------------------------------------
 
     def _call_lane(self) -> None:
-        """One more lane at work, where there is one to be had."""
+        """One more lane at work, where there is one to be had and none is on its way already."""
+        if self._is_lane_called:
+            return
         if self._idle:
+            self._is_lane_called = True
             self._wake_lane()
         elif self._num_lanes < self.window.max_rows:
+            self._is_lane_called = True
             self._num_lanes += 1
             self._lanes.spawn(self._run_lane())
 
@@ -178,29 +185,30 @@ class Sender:
             waiter.set_result(None)
 
     async def _run_lane(self) -> None:
+        lane = cast("asyncio.Task[None]", asyncio.current_task())
+        self._is_lane_called = False
         while not self.is_stopped:
             if (ready := self._take()) is not None:
-                if self._ready and self._idle:  # an answer may have left room for the bytes of many
-                    self._wake_lane()
-                await self._send(ready)
+                if self._ready:
+                    self._call_lane()
+                await self._send(ready, lane)
             else:
                 self._idle.append(asyncio.get_running_loop().create_future())
                 await self._idle[-1]
+                self._is_lane_called = False
 
-    async def _send(self, ready: Ready) -> None:
+    async def _send(self, ready: Ready, lane: "asyncio.Task[None]") -> None:
         sent = time.monotonic()
         waited_s = sent - ready.ready_at
         self.num_sent += 1
-        self.inflight[ready] = sent, cast("asyncio.Task[None]", asyncio.current_task())
+        self.inflight[ready] = sent, lane
         ready.shard.note_sent(ready.request.row_id)
         try:
             generation = await self._engine.generate(ready.request)
             latency_s = time.monotonic() - sent
             parse = self._engine.tokenizer.parse if self._engine.tokenizer else None
             result = make_result(ready.request, generation, parse=parse, waited_s=waited_s, latency_s=latency_s)
-            ready.shard.add(result)
-            if self.on_answer is not None:
-                self.on_answer(ready.shard, ready.request, result)
+            self._end(ready, result)
             expected, tokens = ready.request.expected_tokens, generation.usage.completion_tokens
             if expected is not None and tokens is not None:
                 self._on_length(expected, tokens)
@@ -245,7 +253,12 @@ class Sender:
         self._overdue.discard(ready)
         self.inflight[ready][1].uncancel()
         error = RequestFailed("timed_out", f"no answer after {self._retry.request_timeout_s:g} s")
-        ready.shard.add(make_failed(ready.request, error, waited_s=waited_s, latency_s=latency_s))
+        self._end(ready, make_failed(ready.request, error, waited_s=waited_s, latency_s=latency_s))
+
+    def _end(self, ready: Ready, result: Result) -> None:
+        ready.shard.add(result)
+        if self.on_result is not None:
+            self.on_result(ready.shard, ready.request, result)
 
     def _die_with(self, inflight: list[Ready]) -> None:
         """The first says it: those that follow were told later, when some had left already."""
@@ -260,7 +273,7 @@ class Sender:
     def _tell_restart(self, reason: str) -> None:
         self._on_restart(reason, self._restarted)
         self._restarted = []
-        for _ in range(len(self._ready)):
+        if self._ready:
             self._call_lane()
 
     # ---- retries -----------------------------------------------------------------------------------------------------
@@ -269,7 +282,7 @@ class Sender:
         request = ready.request
         is_refusal = isinstance(error, EngineUnavailable) and ready.num_refusals < MAX_REFUSALS
         if not isinstance(error, RequestFailed) or (not is_refusal and request.attempt >= self._retry.max_attempts):
-            ready.shard.add(make_failed(request, error, waited_s=waited_s, latency_s=latency_s))
+            self._end(ready, make_failed(request, error, waited_s=waited_s, latency_s=latency_s))
             return
         if is_refusal:
             again = replace(ready, num_refusals=ready.num_refusals + 1)

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from batchgen.errors import Refusal, StorageError
 from batchgen.queue.events import PoolEvent, RowsGiven, ShareEnded
-from batchgen.queue.orders import DropShare, GiveRows, HelpShare, Order, TakeIn
+from batchgen.queue.orders import DropShare, GiveRows, HelpShare, ShareOrder, TakeIn
 from batchgen.records import JournalRef, Share, Slot, WorkerInfo
 from batchgen.stats import make_lost_stats
 from batchgen.worker.continuation import Continuation
@@ -74,7 +74,7 @@ class WorkerShares:
         self._read, self._flush, self._emit, self._note = hooks.read, hooks.flush, hooks.emit, hooks.note
         self._dropped: set[str] = set()
 
-    async def obey(self, order: Order) -> None:
+    async def obey(self, order: ShareOrder) -> None:
         match order:
             case GiveRows():
                 await self._give(order)

@@ -13,12 +13,15 @@ A shard that ended is the commit's: its segments are not merged any more.
 """
 
 import asyncio
+from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from batchgen.errors import StorageError
 from batchgen.journal import make_partials_path, make_segment_path
+from batchgen.queue.claim_table import make_place
 from batchgen.queue.events import JournalFlushed, PoolEvent, WorkerWarned
 from batchgen.records import JournalRef, Partial, RowId, Slot
 from batchgen.worker.open_shard import OpenShard
@@ -33,12 +36,15 @@ MAX_KEPT_BYTES = 256 * 2**20
 # Rows that a lost worker would cost, before they are flushed ahead of the interval.
 MAX_UNFLUSHED_BYTES = 64 * 2**20
 LOOK_S = 1.0
+# The interval where other workers wait for copies of these rows.
+WANTED_S = 1.0
 # Segments of one worker that hold rows of one shard, before they are merged: a resume reads so many at most.
 MAX_SEGMENTS = 32
 
 
 class Spill:
-    """Belongs to one event loop. `list_shards`: those that are open now; `partials`: where rows are asked for in parts."""
+    """Belongs to one event loop. `list_shards`: those that are open now; `partials`: where rows are asked for in parts;
+    `n_told`: requests a row, where the driver is told which rows a segment holds."""
 
     def __init__(
         self,
@@ -48,7 +54,9 @@ class Spill:
         list_shards: Callable[[], Sequence[OpenShard]],
         emit: Callable[[PoolEvent], None],
         partials: Partials | None = None,
+        n_told: int | None = None,
     ) -> None:
+        self._n_told = n_told
         self._partials, self._partials_of = partials, dict[int, list[str]]()
         self._files, self._epoch, self._worker_id = files, epoch, worker_id
         self._list_shards, self._emit = list_shards, emit
@@ -59,13 +67,17 @@ class Spill:
     async def flush_often(self, interval_s: float) -> None:
         """For ever."""
         loop = asyncio.get_running_loop()
-        due = loop.time() + interval_s
+        flushed_at = loop.time()
         while True:
+            due = flushed_at + (min(WANTED_S, interval_s) if self._is_wanted() else interval_s)
             await asyncio.sleep(min(LOOK_S, max(0.0, due - loop.time())))
             num_bytes = sum(shard.num_unflushed_bytes for shard in self._list_shards())
             if loop.time() >= due or num_bytes > MAX_UNFLUSHED_BYTES:
                 await self.flush(self._list_shards())
-                due = loop.time() + interval_s
+                flushed_at = loop.time()
+
+    def _is_wanted(self) -> bool:
+        return any(shard.is_wanted for shard in self._list_shards())
 
     async def flush(self, shards: Sequence[OpenShard]) -> None:
         """Journal what is finished and not committed. A store that fails now is tried again at the next interval."""
@@ -89,7 +101,20 @@ class Spill:
             self._mixed |= {ref.path for ref in refs.values()}
         for shard, (_, mark) in taken.items():
             shard.set_flushed(mark, refs[shard.lease.shard.number])
-        self._emit(JournalFlushed(self._worker_id, tuple(refs.items())))
+        self._tell(refs, rows)
+
+    def _tell(
+        self,
+        refs: dict[int, JournalRef],
+        rows: Mapping[int, pa.Table],
+        replaced: tuple[tuple[int, tuple[str, ...]], ...] = (),
+    ) -> None:
+        told = (
+            ()
+            if self._n_told is None
+            else tuple((no, pack_places(no, some, self._n_told)) for no, some in rows.items())
+        )
+        self._emit(JournalFlushed(self._worker_id, tuple(refs.items()), replaced, told))
 
     async def _merge(self, shards: Iterable[OpenShard]) -> None:
         """Many segments of a shard become one. A crash in between leaves rows twice, which is fine."""
@@ -103,12 +128,12 @@ class Spill:
                 continue
             refs = await self._write({number: merged})
             if shard.has_ended:  # its commit may be reading the old ones: both stay until it is done
-                self._emit(JournalFlushed(self._worker_id, tuple(refs.items())))
+                self._tell(refs, {number: merged})
                 continue
             is_kept = all(part.rows is not None for part in old)
             shard.replace_flushed(old, Finished(merged if is_kept else None, refs[number]))
             paths = tuple(part.ref.path for part in old if part.ref is not None)
-            self._emit(JournalFlushed(self._worker_id, tuple(refs.items()), ((number, paths),)))
+            self._tell(refs, {number: merged}, ((number, paths),))
 
     async def _write(self, rows: dict[int, pa.Table]) -> dict[int, JournalRef]:
         self._num_segments += 1
@@ -150,6 +175,13 @@ class Spill:
                 return
             num_bytes -= part.num_bytes
             shard.replace_flushed([part], Finished(None, part.ref))
+
+
+def pack_places(shard_number: int, rows: pa.Table, n: int) -> bytes:
+    """Which rows these are, in order."""
+    requests = pc.add(pc.multiply(rows["source_row"], n), rows["sample_index"].cast(pa.int64()))
+    places = pc.add(requests, make_place(shard_number, (0, 0), n))
+    return array("Q", sorted(places.to_pylist())).tobytes()
 
 
 def sort_by_shard(

@@ -30,7 +30,7 @@ from batchgen.queue.events import (
     WorkerLost,
     WorkerWarned,
 )
-from batchgen.queue.orders import Order
+from batchgen.queue.orders import DuplicateOrder, Order
 from batchgen.queue.suspects import ShardRows
 from batchgen.records import Lease, WorkerInfo
 from batchgen.reuse.carrier import Carrier
@@ -65,8 +65,7 @@ class Worker:
         self._spec = setup.spec
         self._files = ShardFiles(setup.storage, setup.spec, setup.passthrough)
         self._shards, self._events = dict[str, OpenShard](), list[PoolEvent]()
-        self._shard_tasks = TaskGroup(self._die)
-        self._other_tasks = TaskGroup(self._die)
+        self._shard_tasks, self._other_tasks = TaskGroup(self._die), TaskGroup(self._die)
         self._has_ended, self._last_sent, self.meter = False, (-1, 0), Meter()
 
     # ---- what the pool calls -----------------------------------------------------------------------------------------
@@ -81,28 +80,24 @@ class Worker:
                 raise error
         spec, engine, setup, size = self._spec, self._engine, self._setup, self._spec.engine.max_inflight
         preparer = Preparer(spec, engine.tokenizer, engine.max_model_len, list_refused(spec.engine), setup.prior)
-        serving, hints = make_serving(engine, spec, setup.prior), HintCheck(setup.num_requests, size)
+        serving, self._hints = make_serving(engine, spec, setup.prior), HintCheck(setup.num_requests, size)
         continued = serving if isinstance(serving, Continuation) and serving.is_resumable else None
-        restarted, window = self._note_restart, self._shared_window
-        self._sender = Sender(serving, size, spec.retry, self._die, restarted, hints.note, window)
-        self._feeder = Feeder(spec, self._setup.passthrough, preparer, self._sender, hints, carrier)
-        self._window = self._sender.window
-        self._wake, self._pace = asyncio.Event(), Pace(size, time.monotonic())
-        epoch, worker_id = setup.epoch, setup.worker_id
-        partials = continued.partials if continued is not None else None
-        self._spill = Spill(self._files, epoch, worker_id, lambda: [*self._shards.values()], self._emit, partials)
-        self._committing = asyncio.Semaphore(MAX_COMMITS)
+        restarted, window, list_shards = self._note_restart, self._shared_window, lambda: [*self._shards.values()]
+        self._sender = Sender(serving, size, spec.retry, self._die, restarted, self._hints.note, window)
+        self._feeder = Feeder(spec, self._setup.passthrough, preparer, self._sender, self._hints, carrier)
+        self._window, self._pace = self._sender.window, Pace(size, time.monotonic())
+        self._wake, self._committing = asyncio.Event(), asyncio.Semaphore(MAX_COMMITS)
+        epoch, worker_id, partials = setup.epoch, setup.worker_id, None if continued is None else continued.partials
+        self._spill = Spill(self._files, epoch, worker_id, list_shards, self._emit, partials, self._feeder.n_told)
         self._other_tasks.spawn(self._feeder.run())
-        if (duplicates := self._feeder.duplicates) is not None:
-            self._sender.on_answer = duplicates.note_answer
-            self._other_tasks.spawn(duplicates.run())
+        self._feeder.connect(worker_id, setup.storage, self._emit, self._other_tasks.spawn, self._shards)
         self._other_tasks.spawn(self._spill.flush_often(spec.output.journal_interval_s))
         self.info = WorkerInfo(
-            worker_id=self._setup.worker_id,
+            worker_id=worker_id,
             build=build_id(),
             node=self._node,
-            engine_kind=self._engine.kind,
-            engine_version=self._engine.version,
+            engine_kind=engine.kind,
+            engine_version=engine.version,
             num_gpus=spec.cluster.gpus_per_worker,
             window=spec.engine.max_inflight,
             startup_s=time.monotonic() - started,
@@ -121,8 +116,11 @@ class Worker:
         self._shard_tasks.spawn(self._run_shard(shard))
 
     def tell(self, order: Order) -> None:
-        """Carry out an order about shares of a shard."""
-        self._shard_tasks.spawn(self._shares.obey(order))
+        """Carry out an order about shares of a shard, or duplicates."""
+        if isinstance(order, DuplicateOrder):
+            self._other_tasks.spawn(self._feeder.obey(order))
+        else:
+            self._shard_tasks.spawn(self._shares.obey(order))
 
     async def poll(self, timeout_s: float) -> list[PoolEvent]:
         """Events since the last poll, or the first to come, and always a heartbeat: early where rows go fast."""
@@ -149,6 +147,7 @@ class Worker:
         await self._shard_tasks.wait(COMMIT_S)
         await self._flush()
         events, self._events = self._events, []
+        self.wake()  # whoever waits for the drain waits for a poll under way, too
         return events
 
     async def close(self) -> None:
@@ -279,6 +278,7 @@ class Worker:
             integral=self._window.read_integral(),
             shards=tuple(shard.progress for shard in self._shards.values()),
             inflight=list_rows(self._sender.inflight) if is_still else None,
+            are_hints_useful=self._hints.verdict,
         )
 
 

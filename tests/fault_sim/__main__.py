@@ -70,6 +70,7 @@ def add(outcome: Outcome, totals: Counter[str], strikes: Counter[str]) -> None:
     totals["generated"] += outcome.num_generated
     totals["reused"] += outcome.num_reused
     totals["copied"] += outcome.num_copied
+    totals["duplicates sent again after faults"] += outcome.num_sent_again
     totals["commits"] += outcome.num_commits
     totals["replaced files"] += outcome.num_replaced
     totals["store operations"] += outcome.num_operations

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from batchgen.records import Request
+from batchgen.records import Request, RowId
 
 from .checker import Violation, read_rows
 
@@ -20,16 +20,21 @@ MAX_TOKENS = 40
 Asked = tuple[str, int]
 
 
+def draw(seed: int, what: str) -> float:
+    """Apart, so that a seed meets what it met before there was this."""
+    return random.Random(f"{seed}:{what}").random()
+
+
 class Earlier:
     """Of one world. `files`: of the earlier output that it reuses, by their paths below its folder."""
 
     def __init__(self, seed: int) -> None:
-        # Drawn apart, so that a seed meets what it met before there was reuse.
-        self.has_duplicates = random.Random(f"{seed}:duplicates").random() < 0.2
-        self.files = make_earlier_files() if random.Random(f"{seed}:reuse").random() < 0.2 else {}
+        self.has_duplicates = draw(seed, "duplicates") < 0.2
+        self.files = make_earlier_files() if draw(seed, "reuse") < 0.2 else {}
         self._known = find_answers(self.files)
         self._made: dict[Asked, set[str]] = {}
-        self.num_reused = self.num_copied = 0
+        self._sent: dict[Asked, set[RowId]] = {}
+        self.num_reused = self.num_copied = self.num_sent_again = 0
 
     def make_input(self) -> dict[str, Any]:
         """Fields of the spec's section."""
@@ -44,14 +49,21 @@ class Earlier:
         asked = self._find_asked(*request.row_id.slot, request.row_id.source_file)
         if asked in self._known:
             raise Violation(f"{request.row_id} was sent to an engine, and the earlier output has it")
+        self._sent.setdefault(asked, set()).add(request.row_id)
         if request.partial is None:
             whole = replace(request, sampling=replace(request.sampling, max_tokens=MAX_TOKENS))
             answer = engine._answer(whole, queued_s=0.0, ttft_s=0.0)
             self._made.setdefault(asked, set()).add(answer.text)
 
-    def check_end(self, rows: list[dict[str, Any]]) -> None:
+    def check_end(self, rows: list[dict[str, Any]], *, is_calm: bool) -> None:
         """What was known stands there as the earlier output has it; all else is an answer to the same request. Nothing of
-        ours is asked which that is: the prompt follows from the row's place."""
+        ours is asked which that is: the prompt follows from the row's place. Where nothing befell the job one row was sent
+        of those that ask the same, by whichever worker."""
+        if self.has_duplicates:
+            again = {asked: sorted(rows) for asked, rows in self._sent.items() if len(rows) > 1}
+            self.num_sent_again = sum(len(rows) - 1 for rows in again.values())
+            if is_calm and again:
+                raise Violation(f"rows that ask the same were all sent: {again}")
         for row in (row for row in rows if row["status"] == "ok"):
             asked = self._find_asked(row["source_row"], row["sample_index"], row["source_file"])
             origin, is_known = row["reused_from"] or "", asked in self._known

@@ -22,6 +22,8 @@ class Weather:
     engine_is_slow: float
 
 
+NO_WEATHER = Weather(CALM, (), 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
 STRIKES = (
     "kill_worker",
     "freeze_worker",

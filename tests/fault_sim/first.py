@@ -3,10 +3,8 @@
 from batchgen.spec import JobSpec
 from batchgen.specs.load import make_spec
 
-from .faults import CALM, Weather
+from .faults import NO_WEATHER, Weather
 from .world import IN, OUT, World
-
-NO_WEATHER = Weather(CALM, (), 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 class FirstWorld(World):

@@ -6,8 +6,10 @@ from typing import Any
 from . import patches  # isort: skip  # noqa: F401 - before anything of batchgen
 import pytest
 
+from batchgen.queue.claims import Claims
 from batchgen.reuse.carrier import Carrier
 from batchgen.reuse.fingerprint import Fingerprinter
+from batchgen.reuse.lookout import Lookout
 from batchgen.reuse.outputs import EarlierOutputs
 from batchgen.worker.open_shard import OpenShard
 
@@ -56,9 +58,35 @@ def carried_rows_are_not_kept(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(OpenShard, "carry", drop)
 
 
+def each_worker_sends_its_own(patch: pytest.MonkeyPatch) -> None:
+    """Whoever asks is sent."""
+
+    def choose(self: Any, key: int, place: int, told: int) -> int:
+        del self, key, told
+        return place
+
+    patch.setattr(Claims, "_choose_owner", choose)
+
+
+def answers_of_others_are_anybodys(patch: pytest.MonkeyPatch) -> None:
+    """The journal gives a row's neighbour's answer, and nobody compares."""
+    settle = Lookout._settle
+
+    def mix(self: Any, source: Any, found: Any) -> None:
+        for place, answer in found.items():
+            if (alike := source.places.get(place)) is not None and answer is not None:
+                other = next(iter(source.places.values()))
+                self._give(other if len(source.places) > 1 else alike, answer)
+        settle(self, source, {})
+
+    patch.setattr(Lookout, "_settle", mix)
+
+
 REUSE_MUTANTS: list[Callable[[pytest.MonkeyPatch], None]] = [
     known_rows_are_sent,
     other_rows_are_taken,
     fingerprints_forget_the_prompt,
     carried_rows_are_not_kept,
+    each_worker_sends_its_own,
+    answers_of_others_are_anybodys,
 ]
