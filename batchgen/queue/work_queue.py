@@ -263,6 +263,11 @@ class WorkQueue:
         return self._backlog.num_done == self._backlog.num_shards
 
     @property
+    def has_leases(self) -> bool:
+        """Does a worker have a shard, or part of one?"""
+        return bool(self._held)
+
+    @property
     def num_waiting(self) -> int:
         return self._backlog.num_waiting
 
