@@ -281,7 +281,9 @@ def test_a_driver_that_was_paused_too_long_stops(
 def test_asked_to_stop_it_loses_no_finished_row(
     tree: Tree, files: Files, out: Path, calls: Path, tmp_path: Path, how: str
 ) -> None:
-    tree = merge(tree, {"cluster": {"lease_ttl_s": 1.2}, "output": {"rows_per_shard": 110, "journal_interval_s": 60}})
+    tree = merge(tree, {"cluster": {"lease_ttl_s": 3}, "output": {"rows_per_shard": 110, "journal_interval_s": 60}})
+    if how == "cancel":  # a command has to start meanwhile, and the driver to look
+        tree = merge(tree, {"engine": {"decode_tokens_per_s": 30}})
     with running(tmp_path, tree) as job:
         wait_for_calls(job, calls, 30)
         if how == "cancel":

@@ -280,7 +280,7 @@ def test_trials_may_grow_and_shrink(tree: Tree, files: list[tuple[str, int]], ou
 def test_a_cancelled_run_goes_on_without_repeating(
     tree: Tree, files: list[tuple[str, int]], out: Path, calls: Path
 ) -> None:
-    slow = change(change(tree, "engine", **SLOW_ENGINE | {"slots": 2}), "cluster", lease_ttl_s=0.6)
+    slow = change(change(tree, "engine", **SLOW_ENGINE | {"slots": 2}), "cluster", lease_ttl_s=2.0)
 
     class Canceller(RecordingView):
         def show(self, progress: Any) -> None:
