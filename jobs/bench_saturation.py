@@ -25,16 +25,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or temporary
         if options.what == "cpu":
-            has = {
-                "has_text": options.text,
-                "row_fingerprints": not options.no_fingerprints,
-                "is_greedy": options.greedy,
-            }
-            found = measure_cpu(folder, options.rows, options.prompt_tokens, **has)
+            has = {"has_text": options.text, "row_fingerprints": not options.no_fingerprints}
+            found = measure_cpu(folder, options.rows, options.prompt_tokens, is_greedy=options.greedy, **has)
         else:
             work = Workload(options.rows, options.slots, sigma=options.sigma, seed=options.seed)
-            workers = {"min": options.workers, "max": options.workers}
-            cluster = {"pool": options.pool, "workers": workers, "cpus_per_worker": 0.1}
+            cluster = {"pool": options.pool, "cpus_per_worker": 0.1}
+            cluster["workers"] = {"min": options.workers, "max": options.workers}
             found = measure_slots(folder, work, options.hints, shards=options.shards, cluster=cluster)
     print(json.dumps({**vars(options), **{name: round(value, 4) for name, value in found.items()}}))
 
