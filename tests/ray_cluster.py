@@ -59,7 +59,7 @@ class RayCluster:
         """Where Ray writes down what Prometheus is to scrape."""
         return Path(self.env["RAY_TMPDIR"]) / "ray" / "prom_metrics_service_discovery.json"
 
-    def call(self, *args: str, timeout_s: float = 60) -> str:
+    def call(self, *args: str, timeout_s: float = 240) -> str:
         done = subprocess.run([RAY, *args], env=self.env, cwd=REPO, capture_output=True, text=True, timeout=timeout_s)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         return done.stdout

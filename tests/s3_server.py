@@ -237,7 +237,8 @@ class S3Proxy:
             partial.content_length = len(response.body)
             await partial.prepare(request)
             await partial.write(response.body[: len(response.body) // 2])
-        request.transport.abort()
+        if request.transport is not None:  # the client may have gone first
+            request.transport.abort()
         return response
 
     def slow_down(self, times: int) -> None:

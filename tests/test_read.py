@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchgen.errors import InputError
+from batchgen.prompt import Integers
 from batchgen.read import BATCH_BYTES, MAX_BATCH_ROWS, Unreadable, decode_rows, iter_batches, iter_shard, read_footer
 from batchgen.records import InputFile, Shard
 from batchgen.storage import list_inputs
@@ -87,3 +88,25 @@ def test_bytes_inside_lists_and_structs_are_text() -> None:
     assert rows[0] == {"m": [{"role": "user", "content": "é"}]}
     assert rows[1] == {"m": None}
     assert rows[2]["m"].error_type == "invalid_utf8"
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.int32()), pa.large_list(pa.int64()), pa.list_(pa.uint8())])
+def test_lists_of_integers_are_told_apart_from_lists_with_holes(kind: pa.DataType) -> None:
+    """What an `Integers` holds is looked at by nobody."""
+    lists = [[1, 2], None, [], [3]]
+    whole = pa.RecordBatch.from_arrays([pa.array(lists, kind)], ["ids"])
+    for batch, wanted in ((whole, lists), (whole.slice(1, 2), lists[1:3])):
+        cells = [row["ids"] for row in decode_rows(batch, ["ids"])]
+        assert cells == wanted
+        assert all(isinstance(cell, Integers) for cell in cells if cell is not None)
+    holed = pa.RecordBatch.from_arrays([pa.array([[1, None]], kind)], ["ids"])
+    [row] = decode_rows(holed, ["ids"])
+    assert row["ids"] == [1, None]
+    assert not isinstance(row["ids"], Integers)
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.bool_()), pa.list_(pa.float32()), pa.list_(pa.list_(pa.int32()))])
+def test_other_lists_are_plain(kind: pa.DataType) -> None:
+    cells = {pa.bool_(): [True], pa.float32(): [1.0]}.get(kind.value_type, [[1]])
+    [row] = decode_rows(pa.RecordBatch.from_arrays([pa.array([cells], kind)], ["ids"]), ["ids"])
+    assert type(row["ids"]) is list

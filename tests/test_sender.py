@@ -163,6 +163,31 @@ def test_the_window_is_full_while_rows_are_ready_and_never_more_than_full() -> N
     sending(work)
 
 
+def test_answers_that_come_at_once_keep_one_lane_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each row would wake a lane that finds nothing to send."""
+    num_woken, wake = 0, Sender._wake_lane
+
+    def count(self: Sender) -> None:
+        nonlocal num_woken
+        num_woken += 1
+        wake(self)
+
+    monkeypatch.setattr(Sender, "_wake_lane", count)
+    shard = Shard(400)
+
+    async def main() -> None:
+        made = Sender(cast(Engine, Script(lambda _: None)), 64, NOW, pytest.fail, pytest.fail)
+        for first in range(0, 400, 20):
+            await made.push(shard, [make_request(row) for row in range(first, first + 20)])
+            await asyncio.sleep(0)
+        await shard.wait_ended()
+        assert num_woken <= 3 * 20, "a few for each push, not one for each row"
+        await made.close()
+
+    asyncio.run(main())
+    assert len(shard.results) == 400
+
+
 def test_the_answer_to_a_large_request_makes_room_for_many_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     small = make_request(1).num_bytes
     monkeypatch.setattr(sender, "MAX_INFLIGHT_BYTES", 3 * small)

@@ -61,7 +61,7 @@ def test_a_job_comes_through_a_bad_store(s3_url: str, s3_proxy: S3Proxy, seed: i
 def test_verify_never_blames_the_folder_for_its_store(s3_url: str, s3_proxy: S3Proxy, seed: int) -> None:
     """It finds nothing, or says that the store failed."""
     write_prompts(f"{s3_url}/in", (30,))
-    run(make_tree(f"{s3_url}/in", f"{s3_url}/out"))
+    run(merge(make_tree(f"{s3_url}/in", f"{s3_url}/out"), {"cluster": {"lease_ttl_s": 30}}))
     s3_proxy.misbehave(seed, rate=0.06)
     for _ in range(4):
         try:

@@ -129,7 +129,7 @@ def test_counts_are_openais() -> None:
     assert [each.token_id for each in answer.logprobs] == list(answer.token_ids)
     assert answer.queued_s is not None
     assert answer.ttft_s is not None
-    assert 0 <= answer.queued_s < answer.ttft_s < 20
+    assert 0 <= answer.queued_s < answer.ttft_s < 200
 
 
 def test_it_takes_any_unicode() -> None:

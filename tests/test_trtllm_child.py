@@ -134,7 +134,7 @@ def test_times_cached_tokens_and_rank_are_passed_on(tmp_path: Path) -> None:
             assert answer.cached_tokens == 7
             assert answer.ttft_s is not None
             assert answer.queued_s is not None
-            assert 0 <= answer.queued_s <= answer.ttft_s < 5
+            assert 0 <= answer.queued_s <= answer.ttft_s < 100
             await child.ask((PROMPT, SAMPLED), rank=0)
             assert [call["rank"] for call in child.read_requests()] == [1, 0]
 

@@ -45,7 +45,8 @@ class OpenLease:
 class QueueWorker:
     """A worker as the queue sees it. `num_rows_ended`: rows of leases that it has done with. `share_unsent`: requests of
     each share that it has not sent yet; `total_tokens`, `integral`: its last heartbeat's. `is_apart`: it has suspects, and
-    gets nothing beside them; `is_leaving`: it gets nothing any more. `num_in_order`: of its unfinished rows."""
+    gets nothing beside them; `is_leaving`: it gets nothing any more. `num_in_order`: of its unfinished
+    rows, `num_open_in_order` of its leases."""
 
     info: WorkerInfo
     joined_at: float
@@ -55,6 +56,7 @@ class QueueWorker:
     last_shard: int = -2
     num_unfinished: int = 0
     num_in_order: int = 0
+    num_open_in_order: int = 0
     load: float = 0.0
     num_rows_ended: int = 0
     num_inflight: int = 0
@@ -73,5 +75,6 @@ class QueueWorker:
     def count(self) -> None:
         """Keeps the sums that every lease is decided by; called whenever what is open changed, never in a decision."""
         self.num_unfinished = sum(held.num_unfinished for held in self.open.values())
-        self.num_in_order = sum(held.num_unfinished for held in self.open.values() if held.is_in_order)
+        in_order = [held.num_unfinished for held in self.open.values() if held.is_in_order]
+        self.num_in_order, self.num_open_in_order = sum(in_order), len(in_order)
         self.load = sum(held.load for held in self.open.values())

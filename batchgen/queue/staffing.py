@@ -17,6 +17,10 @@ from batchgen.queue.tail import TailPolicy
 from batchgen.queue.work_queue import WorkQueue
 from batchgen.spec import JobSpec
 
+# So long nobody has anything to do though shards are left. Of our own waits none is longer than half of it: a shard that
+# failed is lent again after a minute at most.
+MAX_IDLE_S = 120.0
+
 
 @dataclass(slots=True)
 class Staffing:
@@ -31,11 +35,13 @@ class Staffing:
     wall: Callable[[], float] = time.time
     _is_warned: bool = False
     _look_at: float = 0.0
+    _busy_at: float | None = None
 
     def start(self, progress: Progress, now: float) -> None:
-        """Raises NoWorkers when none can be started, RunStopped at the run's limits."""
+        """Raises NoWorkers when none can be started, RunStopped at the run's limits and where nothing is lent any more."""
         roster = self.roster
         roster.turn(now)
+        self._check_idle(now)
         facts = self._make_facts(progress)
         verdict = self._govern(facts, progress, now)
         if roster.num_start_failures >= self.spec.retry.max_start_failures:
@@ -45,6 +51,17 @@ class Staffing:
             return
         for _ in range(choose_num_to_start(facts, self.spec.cluster, verdict.min_workers, verdict.max_workers)):
             self.pool.start_worker(roster.make_worker_id(now))
+
+    def _check_idle(self, now: float) -> None:
+        """A fault of ours that would keep workers up for nothing becomes a stop that can be gone on from."""
+        if self._busy_at is None or self.queue.has_leases or self.roster.starting or not self.roster.workers:
+            self._busy_at = now
+        elif now - self._busy_at > MAX_IDLE_S:
+            left = self.queue.num_shards - self.queue.num_done
+            raise RunStopped(
+                f"no worker has had anything to do for {MAX_IDLE_S:g} s though {left} shards are left; start it again, it "
+                "goes on, and tell us of it: that is a fault of batchgen"
+            )
 
     def list_idle(self, now: float) -> list[str]:
         """At the tail: workers that have had nothing to do for a while, above the least number."""

@@ -171,12 +171,12 @@ class WorkQueue:
         num_open = len(worker.open)
         if num_open >= MAX_OPEN_SHARDS or worker.is_apart or worker.is_leaving:
             return False
-        if num_open < MIN_OPEN_SHARDS:
-            return True
-        if not self._backlog.is_hinted or not self._votes.is_followed:
-            return self._n * worker.num_unfinished < WINDOWS_AHEAD * worker.info.window
-        # Beside what it was lent in order: the longest row of all may be elsewhere, and it must begin soon.
-        return self._n * (worker.num_unfinished - worker.num_in_order) < HINTED_WINDOWS_AHEAD * worker.info.window
+        num_rows, windows_ahead = worker.num_unfinished, WINDOWS_AHEAD
+        if self._backlog.is_hinted and self._votes.is_followed:
+            # Beside what it was lent in order: the longest row of all may be elsewhere, and it must begin soon.
+            num_open, num_rows = num_open - worker.num_open_in_order, num_rows - worker.num_in_order
+            windows_ahead = HINTED_WINDOWS_AHEAD
+        return num_open < MIN_OPEN_SHARDS or self._n * num_rows < windows_ahead * worker.info.window
 
     def _lend(self, worker: QueueWorker, number: int, now: float, only: RowRanges = ()) -> Lease:
         lease, work = self._backlog.take(number, worker.info.worker_id), self._backlog.get_work(number)
@@ -188,6 +188,7 @@ class WorkQueue:
         worker.last_shard = number
         worker.num_unfinished += lease.shard.num_rows
         worker.num_in_order += lease.shard.num_rows if is_in_order else 0
+        worker.num_open_in_order += is_in_order
         worker.load += work
         self._place(worker)
         return lease
@@ -260,6 +261,11 @@ class WorkQueue:
     @property
     def is_done(self) -> bool:
         return self._backlog.num_done == self._backlog.num_shards
+
+    @property
+    def has_leases(self) -> bool:
+        """Does a worker have a shard, or part of one?"""
+        return bool(self._held)
 
     @property
     def num_waiting(self) -> int:

@@ -71,7 +71,7 @@ def verify(storage: Storage, *, with_input: bool = False) -> Verdict:
 
 def _look(folder: Folder, with_input: bool) -> Verdict:
     verdict = Verdict(list(folder.findings), [], [])
-    infos = {info.path: info for info in folder.storage.list_files("data")}
+    infos = _list_data(folder)
     _find_strays(folder, infos, verdict)
     facts = _check_files(folder, infos, verdict)
     _find_missing(folder, infos, verdict)
@@ -87,6 +87,16 @@ def _look(folder: Folder, with_input: bool) -> Verdict:
 
 
 # ---- data/ -----------------------------------------------------------------------------------------------------------
+
+
+def _list_data(folder: Folder) -> dict[str, FileInfo]:
+    """By path. What the manifest names and the listing lacks is asked for by its name: a network file system's may not show
+    yet what another machine wrote seconds ago."""
+    infos = {info.path: info for info in folder.storage.list_files("data")}
+    unseen = {entry["path"] for entry in folder.manifest.get("files", [])} - infos.keys()
+    with ThreadPoolExecutor(NUM_READERS, thread_name_prefix="verify") as threads:
+        found = [info for info in threads.map(folder.storage.info, sorted(unseen)) if info is not None]
+    return infos | {info.path: info for info in found}
 
 
 def _find_strays(folder: Folder, infos: dict[str, FileInfo], verdict: Verdict) -> None:

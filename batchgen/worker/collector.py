@@ -1,8 +1,9 @@
 """Python's collector of cyclic garbage, in a process that is a worker's own.
 
 What a worker makes for a row has no cycles and goes by its reference count. The collector looks all the same: at the young
-objects at every 700 new ones, and now and then at the hundreds of thousands that were there before the first row; 9 % of a
-worker's CPU time with an engine without latency, and pauses of 30 ms. Cycles are still collected, a little later.
+objects at every 700 new ones, 3 % of a worker's CPU time with an engine without latency, and now and then at the hundreds
+of thousands that were there before the first row, which holds up all rows in flight for 60 ms, and for longer where a large
+library is loaded. Cycles are still collected, a little later.
 """
 
 import gc

@@ -10,6 +10,7 @@ import functools
 import gc
 import io
 import itertools
+import math
 import random
 import time
 import types
@@ -171,6 +172,7 @@ from batchgen.driver import run  # noqa: E402
 from batchgen.driver import hold  # noqa: E402
 from batchgen.driver import lease as driver_lease  # noqa: E402
 from batchgen.preflight import tokenizer_files  # noqa: E402
+from batchgen.queue import staffing  # noqa: E402
 from batchgen.stores.probe import StoreAbilities  # noqa: E402
 from batchgen.reuse import carrier  # noqa: E402
 from batchgen.verify import verify  # noqa: E402
@@ -179,6 +181,8 @@ from batchgen.worker import worker  # noqa: E402
 parquet.pq = types.SimpleNamespace(ParquetFile=CachedParquet)  # type: ignore[assignment]
 for _module in (job, verify):
     _module.digest_tokenizer = _digest_tokenizer  # type: ignore[attr-defined]
+# A run that hangs is to be found, not started again.
+staffing.MAX_IDLE_S = math.inf
 threads = Threading(get_kernel)
 hold.threading = threads  # type: ignore[assignment]
 driver_lease.threading = threads  # type: ignore[assignment]
