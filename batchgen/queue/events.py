@@ -65,6 +65,11 @@ class Heartbeat:
     inflight: tuple[ShardRows, ...] | None = None
     are_hints_useful: bool | None = None
 
+    @property
+    def only_waits(self) -> bool:
+        """Is nothing left to the worker but to wait for copies of what others generate?"""
+        return any(shard.num_waiting for shard in self.shards) and not any(shard.num_unsent for shard in self.shards)
+
 
 @dataclass(frozen=True, slots=True)
 class JournalFlushed:

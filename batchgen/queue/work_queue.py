@@ -80,7 +80,7 @@ class WorkQueue:
                 worker.share_unsent[shard.batch_id] = shard.num_unsent
         worker.count()
         progress = (beat.total_tokens, sum(held.num_rows_done for held in worker.open.values()))
-        if progress != worker.progress or (beat.num_inflight == 0 and (not worker.is_busy or _only_waits(beat))):
+        if progress != worker.progress or (beat.num_inflight == 0 and (not worker.is_busy or beat.only_waits)):
             worker.progress, worker.progress_at = progress, now
             for share in worker.shares.values():
                 if (owner := self._workers.get(share.owner_id)) is not None:
@@ -295,8 +295,3 @@ class WorkQueue:
     def look_at_workers(self) -> Iterable[QueueWorker]:
         """For policies that need more than a sum. Read only."""
         return self._workers.values()
-
-
-def _only_waits(beat: Heartbeat) -> bool:
-    """Nothing is left to it but to wait for copies of what others generate."""
-    return any(shard.num_waiting for shard in beat.shards) and not any(shard.num_unsent for shard in beat.shards)
