@@ -25,12 +25,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or temporary
         if options.what == "cpu":
-            has = {"has_text": options.text, "row_fingerprints": not options.no_fingerprints}
-            found = measure_cpu(folder, options.rows, options.prompt_tokens, is_greedy=options.greedy, **has)
+            is_marked = not options.no_fingerprints
+            kind = {"has_text": options.text, "row_fingerprints": is_marked, "is_greedy": options.greedy}
+            found = measure_cpu(folder, options.rows, options.prompt_tokens, **kind)
         else:
-            work = Workload(options.rows, options.slots, sigma=options.sigma, seed=options.seed)
-            cluster = {"pool": options.pool, "cpus_per_worker": 0.1}
-            cluster["workers"] = {"min": options.workers, "max": options.workers}
+            work, num = Workload(options.rows, options.slots, sigma=options.sigma, seed=options.seed), options.workers
+            cluster = {"pool": options.pool, "workers": {"min": num, "max": num}, "cpus_per_worker": 0.1}
             found = measure_slots(folder, work, options.hints, shards=options.shards, cluster=cluster)
     print(json.dumps({**vars(options), **{name: round(value, 4) for name, value in found.items()}}))
 

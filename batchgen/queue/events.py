@@ -67,7 +67,7 @@ class Heartbeat:
 
     @property
     def only_waits(self) -> bool:
-        """Is nothing left to the worker but to wait for copies of what others generate?"""
+        """Nothing is left to it but to wait for copies of what others generate."""
         return any(shard.num_waiting for shard in self.shards) and not any(shard.num_unsent for shard in self.shards)
 
 
