@@ -40,7 +40,7 @@ class Court:
     """`death`: how workers die of `culprits`: their engine starts anew, they are lost and say what was in flight, or they
     vanish; None: each time another way. `num_kills` of workers that have work are killed besides, each turn with `chance`.
     A turn takes up to `turn_s`. Before each, one that was taken for dead may commit a shard (`zombies`), of which those who
-    work on it know nothing."""
+    work on it know nothing; or the driver dies, and another goes on with what was written down (`restarts`)."""
 
     seed: int
     num_shards: int
@@ -52,33 +52,37 @@ class Court:
     chance: float = 0.0
     turn_s: float = 0.0
     zombies: float = 0.0
+    restarts: float = 0.0
     now: float = 0.0
     done: set[Row] = field(default_factory=set)
     suspected: set[Row] = field(default_factory=set)
+    quarantined: set[Row] = field(default_factory=set)
     elsewhere: set[Row] = field(default_factory=set)
+    committed: set[int] = field(default_factory=set)
     num_deaths: int = 0
     num_first_suspects: int = 0
-    _judged: set[Row] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
         # Not the run's limits: what is tried is who is blamed, not when it is enough.
         retry = {"max_quarantined": 10_000, "max_shard_attempts": 10_000}
-        spec = make_job_spec(output={"path": f"memory://court-{next(_numbers)}"}, retry=retry)
+        self._spec = make_job_spec(output={"path": f"memory://court-{next(_numbers)}"}, retry=retry)
         ends = [(number * self.shard_rows, (number + 1) * self.shard_rows) for number in range(self.num_shards)]
-        shards = [QueuedShard(make_shard(number, *end)) for number, end in enumerate(ends)]
+        self._shards = [make_shard(number, *end) for number, end in enumerate(ends)]
         self.rows = {(number, row) for number, end in enumerate(ends) for row in range(*end)}
-        self.queue = TrialQueue(shards, epoch=1, retry=spec.retry, cluster=spec.cluster)
+        self._worker_numbers, self._epochs = count(1), count(1)
+        self._start([*range(self.num_shards)])
+
+    def _start(self, todo: list[int]) -> None:
+        """A run of these shards, with workers of its own."""
+        spec, shards = self._spec, [QueuedShard(self._shards[number]) for number in todo]
+        self.queue = TrialQueue(shards, epoch=next(self._epochs), retry=spec.retry, cluster=spec.cluster)
         storage = Storage(spec.output.path)
         self.inquiry = Inquiry(storage, spec, self.queue, JournalIndex(), lambda _: None, lambda: self.now)
+        self.inquiry.load(todo)
         self.open: dict[str, dict[str, Lease]] = {}
-        self._worker_numbers = count(1)
         for _ in range(self.num_workers):
             self._add_worker()
-
-    @property
-    def quarantined(self) -> set[Row]:
-        return list_rows(self.inquiry.state.quarantined)
 
     def run(self) -> "Court":
         turns = iter(range(MAX_TURNS))
@@ -87,6 +91,8 @@ class Court:
             self.now += self.rng.uniform(0.0, self.turn_s)
             if self.zombies and self.rng.random() < self.zombies:
                 self._commit_elsewhere(self.rng.randrange(self.num_shards))
+            if self.restarts and self.rng.random() < self.restarts:
+                self._start([shard.number for shard in self._shards if shard.number not in self.committed])
             self._lend()
             self._look()
             if busy := [worker_id for worker_id, leases in self.open.items() if leases]:
@@ -116,21 +122,25 @@ class Court:
         if lease.only:
             self.queue.give_back(worker_id, lease.batch_id, self.now, "its rows are journaled")
         elif self.queue.complete(worker_id, lease.batch_id, number):
+            self.committed.add(number)
             self.inquiry.note_committed(number)
         self.inquiry.note_returned(worker_id, lease.batch_id)
 
     def _commit_elsewhere(self, number: int) -> None:
-        if not any(shard == number for shard, _ in self.culprits) and self.queue.complete("zombie", "any", number):
+        is_new = number not in self.committed and not any(shard == number for shard, _ in self.culprits)
+        if is_new and self.queue.complete("zombie", "any", number):
+            self.committed.add(number)
             self.inquiry.note_committed(number)
             self.elsewhere |= {row for row in self.rows if row[0] == number}
 
     def _look(self) -> None:
         """No verdict while another suspect is untried: by then each has ended on an engine that lived, or is in it too."""
         self.suspected |= list_rows(rows for group in self.inquiry.state.groups for rows in group.rows)
-        if self.quarantined - self._judged:
+        # Those of committed shards are forgotten by the next driver: they are rows of a file.
+        if judged := list_rows(self.inquiry.state.quarantined) - self.quarantined:
+            self.quarantined |= judged
             untried = self.suspected - self.quarantined - self.done - self.elsewhere
-            assert not untried, f"{self.quarantined} were judged before {untried} were tried"
-            self._judged = self.quarantined
+            assert not untried, f"{judged} were judged before {untried} were tried"
 
     # ---- the workers' part -------------------------------------------------------------------------------------------
 

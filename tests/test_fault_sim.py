@@ -71,9 +71,10 @@ def test_a_world_is_its_seed() -> None:
     assert read("2:4") == alone
 
 
-@pytest.mark.parametrize("seed", ["102717"])
+@pytest.mark.parametrize("seed", ["102717", "153020"])
 def test_a_world_that_was_told_wrong_holds(seed: str) -> None:
-    """102717: 80 runs were refused before its store calmed down, which was taken for a job that never ends."""
+    """102717: 80 runs were refused before its store calmed down, which was taken for a job that never ends. 153020: a
+    worker that is cut off, and given up for it, was no death."""
     (told,) = run_parts("fault_sim", [[seed]])
     assert "1 seeds, 0 violations" in told
 

@@ -226,14 +226,16 @@ def test_without_kills_the_culprits_are_judged_and_nobody_else(
     st.sampled_from([0.0, 1500.0]),
     st.integers(0, 2),
     st.sampled_from([0.0, 0.2]),
+    st.sampled_from([0.0, 0.1]),
 )
 @settings(max_examples=100, deadline=None)
 def test_in_a_storm_of_kills_nobody_is_judged_before_all_were_tried(
-    seed: int, num_workers: int, turn_s: float, num_culprits: int, zombies: float
+    seed: int, num_workers: int, turn_s: float, num_culprits: int, zombies: float, restarts: float
 ) -> None:
     """Minutes or nothing between two turns: chance deaths are forgotten in the middle of it. All rows end, one way or the
-    other, also where others commit what is being tried, and a culprit never ends well."""
-    culprits, kills = choose_rows(seed, num_culprits, 6, 10), {"num_kills": 15, "chance": 0.5}
-    court = Court(seed, 6, 10, num_workers, culprits, turn_s=turn_s, zombies=zombies, **kills).run()
+    other, also where others commit what is being tried or the driver dies, and a culprit never ends well."""
+    culprits = choose_rows(seed, num_culprits, 6, 10)
+    befalls = {"num_kills": 15, "chance": 0.5, "turn_s": turn_s, "zombies": zombies, "restarts": restarts}
+    court = Court(seed, 6, 10, num_workers, culprits, **befalls).run()
     assert culprits <= court.quarantined
     assert court.done | court.quarantined | court.elsewhere == court.rows

@@ -264,7 +264,6 @@ class WorkQueue:
 
     @property
     def has_leases(self) -> bool:
-        """Does a worker have a shard, or part of one?"""
         return bool(self._held)
 
     @property

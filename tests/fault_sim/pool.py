@@ -41,8 +41,14 @@ class Peer:
 
 
 class SimPool:
-    def __init__(self, kernel: Kernel, setup: WorkerSetup, make_process: Callable[[str], Process]) -> None:
-        self._kernel, self._setup, self._make_process = kernel, setup, make_process
+    def __init__(
+        self,
+        kernel: Kernel,
+        setup: WorkerSetup,
+        make_process: Callable[[str], Process],
+        on_given_up: Callable[[Process], None],
+    ) -> None:
+        self._kernel, self._setup, self._make_process, self._on_given_up = kernel, setup, make_process, on_given_up
         self._driver = kernel.process
         assert self._driver is not None
         self._peers: dict[str, Peer] = {}
@@ -74,6 +80,7 @@ class SimPool:
     def kill(self, worker_id: str) -> None:
         if (peer := self._peers.pop(worker_id, None)) is not None:
             peer.is_gone = True
+            self._on_given_up(peer.process)
             self._kill_later(peer, "by its driver")
 
     def poll(self, timeout_s: float) -> list[PoolEvent]:

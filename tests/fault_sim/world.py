@@ -88,7 +88,10 @@ class World:
         self.workers: list[Process] = []
         self.pools: list[SimPool] = []
         self.is_done = False
+        # Deaths of engines whose process lives on, and workers that died or that a driver gave up: one that is cut off does
+        # not die before it can be reached.
         self.num_deaths = 0
+        self.gone: set[str] = set()
         self.num_stormy: int | None = None
         self.calm_at = self.weather.until
 
@@ -230,9 +233,9 @@ class World:
         """Rows that were in flight, alone, when workers were killed at random: those are errors by right, but each of them
         has cost so many workers."""
         rows = self.checker.list_errors("quarantined")
-        num_samples, most = self.spec.sampling.n, self.num_deaths // self.spec.retry.max_deaths_alone
-        if len(rows) > most * num_samples:
-            raise Violation(f"{len(rows)} rows are quarantined after {self.num_deaths} deaths")
+        num_deaths = self.num_deaths + len(self.gone)
+        if len(rows) > num_deaths // self.spec.retry.max_deaths_alone * self.spec.sampling.n:
+            raise Violation(f"{len(rows)} rows are quarantined after {num_deaths} deaths")
         return rows
 
     def _submit_again(self) -> None:
@@ -251,16 +254,13 @@ class World:
 
         def make(worker_id: str) -> Process:
             process = self.make_process(f"{driver.name}/{worker_id}")
-            process.on_death.append(self._count_death)
+            process.on_death.append(lambda: self.gone.add(process.name))
             self.workers.append(process)
             return process
 
-        pool = SimPool(self.kernel, setup, make)
+        pool = SimPool(self.kernel, setup, make, lambda process: self.gone.add(process.name))
         self.pools.append(pool)
         return pool
-
-    def _count_death(self) -> None:
-        self.num_deaths += 1
 
     def is_dead_here(self, holder: Any) -> bool:
         mine = self.kernel.process
