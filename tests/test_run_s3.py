@@ -168,11 +168,11 @@ def test_killed_and_resumed(tree: Tree, files: Files, out: str, calls: Path, tmp
 
 
 def test_a_second_driver_is_refused(tree: Tree, files: Files, out: str, calls: Path, tmp_path: Path) -> None:
-    slower = {**SLOW_ENGINE, "slots": 1, "max_inflight": 1, "decode_tokens_per_s": 4}
-    slow = merge(tree, {"engine": slower, "cluster": {"lease_ttl_s": 3}})
+    slower = {**SLOW_ENGINE, "slots": 1, "max_inflight": 1, "decode_tokens_per_s": 5}
+    slow = merge(tree, {"engine": slower, "cluster": {"lease_ttl_s": 3, "drain_s": 60}})
     with running(tmp_path, slow) as first:
         wait_for(lambda: count_calls(calls) >= 2 or not first.is_running)
-        second = run_to_end(tmp_path, slow)
+        second = call_cli("run", write_spec(tmp_path, slow))
         assert second.code == 2, second.err
         assert f"process {first.process.pid}" in second.err
         first.process.terminate()  # it would take minutes
