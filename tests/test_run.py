@@ -555,7 +555,8 @@ def test_report_files(tree: Tree, files: list[tuple[str, int]], out: Path) -> No
 
 def test_text_stays_in_the_output(tree: Tree, tmp_path: Path, out: Path) -> None:
     ended = run_to_end(tmp_path, change(tree, "engine", reject_text="number 7"))
-    text = read_rows(out)[0]["text"]
+    text = max((row["text"] or "" for row in read_rows(out)), key=len)  # four letters may stand anywhere
+    assert len(text) > 20
     logged = ended.err + ended.out + (out / "report.html").read_text()
     assert "question number" not in logged
     assert text not in logged

@@ -153,7 +153,11 @@ def read_native_cpu_s() -> float:
     ours = {thread.native_id for thread in threading.enumerate()}
     ticks = 0
     for task in Path("/proc/self/task").iterdir():
-        if int(task.name) not in ours:
+        if int(task.name) in ours:
+            continue
+        try:
             fields = (task / "stat").read_text().rpartition(")")[2].split()
-            ticks += int(fields[11]) + int(fields[12])
+        except (FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+            continue
+        ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
