@@ -215,8 +215,6 @@ def run_ray_cluster(
         "HOME": str(home),
         "RAY_AUTH_MODE": "token",
         "RAY_metrics_report_interval_ms": "1000",
-        # A node that is killed is known to be gone after five of these; Ray's own are of 3 s.
-        "RAY_health_check_period_ms": "1000",
         "PATH": f"{Path(RAY).parent}:{env['PATH']}",
     }
     port, dashboard, metrics = find_port(), find_port(), find_port()
