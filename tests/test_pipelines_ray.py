@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from jobs_util import count_calls
 from pipeline_util import make_eager, make_pipeline, write_pipeline, write_prompts
-from ray_cluster import REPO, RayCluster, find_port, run_ray_cluster
+from ray_cluster import MARK, REPO, RayCluster, find_port, run_ray_cluster
 from typer.testing import CliRunner
 
 from batchgen.cli import app
@@ -38,9 +38,10 @@ def own_cluster(tmp_path: Path) -> Iterator[RayCluster]:
 
 @contextmanager
 def scheduling(cluster: RayCluster, *files: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A scheduler, killed at the end."""
+    """A scheduler, killed at the end; it is no process of the cluster's."""
     command = make_eager("schedule", *files, "--address", cluster.dashboard)
-    process = subprocess.Popen(command, env=cluster.env, cwd=REPO)
+    env = {name: value for name, value in cluster.env.items() if name != MARK}
+    process = subprocess.Popen(command, env=env, cwd=REPO)
     try:
         yield process
     finally:
