@@ -11,9 +11,10 @@ from batchgen.errors import Damaged, NotFound, OutputError
 from batchgen.names import make_data_path
 from batchgen.parquet import ParquetFile
 from batchgen.queue.claim_table import get_slot
-from batchgen.records import Generation, JournalRef, Result, RowId, Slot, Timing, TokenLogprob, Usage
+from batchgen.records import Generation, JournalRef, Result, RowId, Slot, Timing, Usage
 from batchgen.spec import JobSpec
 from batchgen.storage import Storage
+from batchgen.worker.result_batch import read_logprobs
 from batchgen.worker.shard_footer import read_whole_file
 from batchgen.write import make_result_schema
 
@@ -76,13 +77,13 @@ def make_answer(row: Mapping[str, Any]) -> Answer | None:
     """A row of results as the worker that generated it had it, but for what was measured; None of one that failed."""
     if row["status"] != "ok":
         return None
-    ids, logprobs = row.get("token_ids"), row.get("logprobs")
+    ids = row.get("token_ids")
     generation = Generation(
         text="",
         token_ids=None if ids is None else tuple(ids),
         finish_reason=row["finish_reason"],
         usage=Usage(row["prompt_tokens"], row["completion_tokens"], row["cached_tokens"]),
-        logprobs=None if logprobs is None else tuple(map(_make_logprob, logprobs)),
+        logprobs=read_logprobs(row.get("logprobs")),
         tool_calls=row.get("tool_calls"),
     )
     result = Result(
@@ -96,8 +97,3 @@ def make_answer(row: Mapping[str, Any]) -> Answer | None:
         fingerprint=row["row_fingerprint"],
     )
     return row["reused_from"] or row["batch_id"], result
-
-
-def _make_logprob(token: Mapping[str, Any]) -> TokenLogprob:
-    top = tuple((other["token_id"], other["logprob"]) for other in token["top"] or ())
-    return TokenLogprob(token["token_id"], token["logprob"], top)

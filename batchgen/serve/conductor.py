@@ -195,6 +195,7 @@ class Conductor:
             self._steps.validate(record)
         except BatchgenError:
             raise
+        # A fault of ours that an input brings about would come again for ever: after some times the batch fails.
         except Exception as error:
             if self._trouble.get(record.id, _Trouble()).num_failures + 1 < MAX_FAULTS:
                 raise

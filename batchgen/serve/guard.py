@@ -59,6 +59,7 @@ class Guard:
 
         try:
             await self._serve(scope, receive, send_marked, seen)
+        # Whatever it is, the client gets the contract's body for it, and the log its kind and place without any text.
         except Exception as error:
             told = f"{request_id}: {name_fault(error)}"
             log.error(told)

@@ -87,6 +87,28 @@ class FileRecord(Record):
         )
 
 
+def make_file_record(
+    id_: str,
+    tenant: str,
+    filename: str,
+    purpose: Purpose,
+    kept_s: int | None,
+    now_s: float,
+    pieces: tuple[Piece, ...] = (),
+) -> FileRecord:
+    """Of a file that a client sends. `kept_s`: for how long; None: until it is deleted."""
+    created_at = int(now_s)
+    return FileRecord(
+        id=id_,
+        tenant=tenant,
+        filename=filename,
+        purpose=purpose,
+        created_at=created_at,
+        expires_at=None if kept_s is None else created_at + kept_s,
+        pieces=pieces,
+    )
+
+
 class JobInput(Record):
     """What a batch's job reads: Parquet at `url`, its prompts in this form. `num_rows` is the choices of all lines."""
 

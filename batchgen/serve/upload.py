@@ -15,7 +15,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from batchgen.serve.errors import ApiError, bad_request
 from batchgen.serve.ids import make_file_id
 from batchgen.serve.parts import PartWriter
-from batchgen.serve.records import FileRecord, Piece
+from batchgen.serve.records import FileRecord, Piece, make_file_record
 from batchgen.serve.spec import Limits
 from batchgen.serve.state import State
 from batchgen.serve.wire import Purpose
@@ -181,16 +181,8 @@ def make_record(state: State, tenant: str, file_id: str, form: Form, limits: Lim
     purpose = form.fields.get("purpose", b"").decode(errors="replace")
     if purpose not in PURPOSES:
         raise bad_request(f"purpose must be one of {', '.join(PURPOSES)}", "purpose", "invalid_value")
-    created_at = int(state.now())
     kept_s = choose_kept_s(read_expiry(form.fields), purpose, limits)
-    return FileRecord(
-        id=file_id,
-        tenant=tenant,
-        filename=form.filename,
-        purpose=purpose,
-        created_at=created_at,
-        expires_at=None if kept_s is None else created_at + kept_s,
-    )
+    return make_file_record(file_id, tenant, form.filename, purpose, kept_s, state.now())
 
 
 def choose_kept_s(asked_s: int | None, purpose: Purpose, limits: Limits) -> int | None:

@@ -9,7 +9,7 @@ Changes are as those of batches (`records`): None where the record is not in a s
 
 from typing import Literal
 
-from batchgen.serve.records import FileRecord, Piece, Record
+from batchgen.serve.records import FileRecord, Record
 from batchgen.serve.wire import CreateUpload, Upload, UploadPurpose
 
 # OpenAI's own.
@@ -64,19 +64,6 @@ def make_upload(
         num_bytes=asked.bytes,
         created_at=int(now_s),
         kept_s=kept_s,
-    )
-
-
-def make_file(record: UploadRecord, file_id: str, pieces: tuple[Piece, ...], now_s: float) -> FileRecord:
-    created_at = int(now_s)
-    return FileRecord(
-        id=file_id,
-        tenant=record.tenant,
-        filename=record.filename,
-        purpose=record.purpose,
-        created_at=created_at,
-        expires_at=None if record.kept_s is None else created_at + record.kept_s,
-        pieces=pieces,
     )
 
 

@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from batchgen.serve.errors import bad_request
 from batchgen.serve.ids import is_piece_id, make_file_id, make_upload_id
 from batchgen.serve.parts import read_content
-from batchgen.serve.records import FileRecord, Piece
+from batchgen.serve.records import FileRecord, Piece, make_file_record
 from batchgen.serve.state import NUM_READERS, State, make_content_path
-from batchgen.serve.upload_records import UploadRecord, cancel, complete, make_file, make_upload, note_made
+from batchgen.serve.upload_records import UploadRecord, cancel, complete, make_upload, note_made
 from batchgen.serve.wire import CompleteUpload, CreateUpload
 
 
@@ -38,7 +38,9 @@ def complete_upload(state: State, record: UploadRecord, asked: CompleteUpload) -
     part_ids = tuple(asked.part_ids)
     if record.status == "pending":
         check_open(state, record)
-        file = make_file(record, make_file_id(state.now()), read_pieces(state, record, part_ids), state.now())
+        file_id, pieces = make_file_id(state.now()), read_pieces(state, record, part_ids)
+        facts = record.tenant, record.filename, record.purpose, record.kept_s
+        file = make_file_record(file_id, *facts, state.now(), pieces)
         check_content(state, record, file, asked.md5)
         record, _ = state.change_upload(record, lambda known: complete(known, part_ids, file, state.now()))
     if record.file is None or record.part_ids != part_ids:  # cancelled, or another was first

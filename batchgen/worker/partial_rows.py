@@ -1,13 +1,12 @@
 """Answers so far as Arrow, for the journal: one row for each request, its tokens and what the answer will need of its
 first part. Pure. What is read back is exactly what was written."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import pyarrow as pa
 
-from batchgen.records import Partial, Slot, TokenLogprob
-from batchgen.worker.result_batch import make_logprobs
+from batchgen.records import Partial, Slot
+from batchgen.worker.result_batch import make_logprobs, read_logprobs
 from batchgen.write import LOGPROBS_TYPE
 
 SCHEMA = pa.schema(
@@ -43,13 +42,6 @@ def read_partial_rows(rows: pa.Table) -> dict[Slot, Partial]:
         slot, token_ids = (row["source_row"], row["sample_index"]), tuple(row["token_ids"])
         known = found.get(slot)
         if token_ids and (known is None or len(known.token_ids) < len(token_ids)):
-            logprobs = _read_logprobs(row["logprobs"])
+            logprobs = read_logprobs(row["logprobs"])
             found[slot] = Partial(token_ids, logprobs, row["cached_tokens"], row["ttft_s"], row["queued_s"])
     return found
-
-
-def _read_logprobs(tokens: Iterable[dict[str, Any]] | None) -> tuple[TokenLogprob, ...] | None:
-    if tokens is None:
-        return None
-    tops = ((token, tuple((top["token_id"], top["logprob"]) for top in token["top"])) for token in tokens)
-    return tuple(TokenLogprob(token["token_id"], token["logprob"], top) for token, top in tops)

@@ -4,8 +4,9 @@ A dict for each row first, and for each of its logprobs, took two and ten times 
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, chain
+from typing import Any
 
 import pyarrow as pa
 
@@ -116,6 +117,14 @@ def make_logprobs(answers: Sequence[Sequence[TokenLogprob] | None]) -> pa.Array:
     ends = list(accumulate((len(answer or ()) for answer in answers), initial=0))
     starts = [None if answer is None else start for answer, start in zip(answers, ends, strict=False)]
     return pa.ListArray.from_arrays(pa.array([*starts, ends[-1]], pa.int32()), values, type=LOGPROBS_TYPE)
+
+
+def read_logprobs(tokens: Iterable[Mapping[str, Any]] | None) -> tuple[TokenLogprob, ...] | None:
+    """A cell of that column."""
+    if tokens is None:
+        return None
+    tops = ((token, tuple((top["token_id"], top["logprob"]) for top in token["top"] or ())) for token in tokens)
+    return tuple(TokenLogprob(token["token_id"], token["logprob"], top) for token, top in tops)
 
 
 def _make_struct(token_ids: Sequence[int | None], logprobs: Sequence[float], *more: pa.Array) -> pa.StructArray:
